@@ -1,0 +1,8 @@
+"""Block-sparse attention for long-context Llama models in JAX."""
+
+from jsparse.attention import attention as attention
+from jsparse.masks import TokenMask as TokenMask
+from jsparse.masks import causal as causal
+from jsparse.masks import shifted_groups as shifted_groups
+from jsparse.masks import sliding_window as sliding_window
+from jsparse.masks import streaming as streaming

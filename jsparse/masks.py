@@ -1,0 +1,80 @@
+"""Which keys one query may see: four integers that every implementation understands."""
+
+import dataclasses
+
+import numpy as np
+from jaxtyping import Bool, Int
+
+
+@dataclasses.dataclass(frozen=True)
+class TokenMask:
+    """Which keys a query may see, as four integers.
+
+    Query ``i`` sees key ``j`` where all of these hold::
+
+        j <= i
+        window is None  or  j < sink  or  j > i - window
+        group_size is None  or  (j + group_shift) // group_size == (i + group_shift) // group_size
+
+    A window counts the query itself. Positions are absolute; no mask ever shows a later token.
+
+    Sources: sink and window from StreamingLLM and DuoAttention (arXiv 2410.10819, §2.1); groups from LongLoRA
+    (arXiv 2309.12307, §3.2) in its causal form: the original rolls the sequence, so that the first tokens of a
+    shifted head see the last ones; here the group that the roll would wrap around is two groups.
+
+    >>> TokenMask(sink=1, window=2)(np.arange(4)[:, None], np.arange(4)).astype(int)
+    array([[1, 0, 0, 0],
+           [1, 1, 0, 0],
+           [1, 1, 1, 0],
+           [1, 0, 1, 1]])
+    """
+
+    sink: int = 0
+    window: int | None = None
+    group_size: int | None = None
+    group_shift: int = 0
+
+    def __post_init__(self):
+        _require_int("sink", self.sink, minimum=0)
+        if self.window is not None:
+            _require_int("window", self.window, minimum=1)
+        if self.group_size is not None:
+            _require_int("group_size", self.group_size, minimum=1)
+        _require_int("group_shift", self.group_shift, minimum=0)
+        if self.group_shift and self.group_size is None:
+            raise ValueError(f"group_shift={self.group_shift} needs a group_size")
+
+    def __call__(self, q_position: Int[np.ndarray, "..."], kv_position) -> Bool[np.ndarray, "..."]:
+        """The mask itself, for NumPy or JAX arrays of positions that broadcast against each other."""
+        visible = kv_position <= q_position
+        if self.window is not None:
+            visible = visible & ((kv_position < self.sink) | (kv_position > q_position - self.window))
+        if self.group_size is not None:
+            q_group = (q_position + self.group_shift) // self.group_size
+            visible = visible & ((kv_position + self.group_shift) // self.group_size == q_group)
+        return visible
+
+
+def causal() -> TokenMask:
+    """Every key up to and including the query's own."""
+    return TokenMask()
+
+
+def streaming(sink: int, window: int) -> TokenMask:
+    """The first ``sink`` keys and the last ``window``, the query's own included (StreamingLLM, DuoAttention)."""
+    return TokenMask(sink=sink, window=window)
+
+
+def sliding_window(n: int) -> TokenMask:
+    """The last ``n`` keys, the query's own included (Mistral)."""
+    return TokenMask(window=n)
+
+
+def shifted_groups(size: int, shift: int) -> TokenMask:
+    """Keys of the query's own group ``(position + shift) // size`` (LongLoRA's S²-Attn, causal form)."""
+    return TokenMask(group_size=size, group_shift=shift)
+
+
+def _require_int(name: str, value: object, minimum: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < minimum:
+        raise ValueError(f"{name} must be an integer >= {minimum}, not {value!r}")
