@@ -1,0 +1,47 @@
+# Each target alone works on a machine with nothing but make and Python >= 3.11: it makes the environment it needs.
+#   make test PYTHON=python3.11 VENV=.venv-3.11    another interpreter, in an environment of its own
+
+VENV ?= .venv
+PYTHON ?=
+VENV_PYTHON = $(VENV)/bin/python
+
+.PHONY: help demo test lint typecheck clean
+
+help:
+	@echo "make demo       train, extend, evaluate and generate with a small model on real text; results in demo/"
+	@echo "make test       the tests, without those marked slow"
+	@echo "make lint       ruff: rules and format"
+	@echo "make typecheck  pyright, on the installed package and the tests"
+	@echo "make clean      remove what the targets above made"
+	@echo "PYTHON=... and VENV=... choose the interpreter and the environment's folder."
+
+demo: $(VENV)/.installed-plot
+	$(VENV_PYTHON) -m jsparse demo
+
+test: $(VENV)/.installed-test
+	$(VENV_PYTHON) -m pytest
+
+lint: $(VENV)/.installed-lint
+	$(VENV_PYTHON) -m ruff check .
+	$(VENV_PYTHON) -m ruff format --check .
+
+# A checker cannot follow the package-dir mapping of an editable install, so it reads a plain one. setuptools builds in
+# build/ and would pack what an earlier build left there.
+typecheck: $(VENV)/.installed-lint $(VENV)/.installed-test
+	rm -rf build
+	$(VENV_PYTHON) -m pip install -q --disable-pip-version-check --no-deps --target build/check .
+	$(VENV_PYTHON) -m pyright --pythonpath $(VENV_PYTHON)
+
+clean:
+	rm -rf $(VENV) .venv-3.11 build demo *.egg-info .pytest_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# Installed once for each extra, and again when pyproject.toml changes.
+$(VENV)/.installed-%: pyproject.toml
+	@if ! $(VENV_PYTHON) -m pip --version >/dev/null 2>&1; then \
+	    python=$$(scripts/find-python $(PYTHON)) || exit 1; \
+	    echo "making $(VENV) with $$python"; \
+	    "$$python" -m venv --clear $(VENV); \
+	fi
+	$(VENV_PYTHON) -m pip install -q --disable-pip-version-check -e '.[$*]'
+	@touch $@

@@ -1,0 +1,1 @@
+"""Whole programs that use every room; `jsparse demo` is one of them."""
