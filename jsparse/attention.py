@@ -1,24 +1,159 @@
-"""Block-sparse attention (dense placeholder, being replaced)."""
+"""The one differentiable attention function: checks, choice of implementation, and the gradient rule."""
+
+import functools
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
 
+from jsparse import reference, xla
+from jsparse.block_mask import BlockMask
 from jsparse.masks import TokenMask
+
+_IMPLEMENTATIONS = ("mosaic_gpu", "xla", "reference", "mosaic_gpu_interpret")
 
 
 def attention(
-    q, k, v, mask, *, scale=None, q_segment_ids=None, kv_segment_ids=None, implementation=None, return_lse=False
-):
-    batch, q_len, heads, dim = q.shape
-    kv_len = k.shape[1]
-    masks = [mask] * heads if isinstance(mask, TokenMask) else list(mask)
-    q_pos = jnp.arange(q_len)[:, None] + kv_len - q_len
-    visible = jnp.stack([m(q_pos, jnp.arange(kv_len)) for m in masks])[None]
-    if q_segment_ids is not None:
-        visible = visible & (q_segment_ids[:, None, :, None] == kv_segment_ids[:, None, None, :])
-    k, v = (jnp.repeat(x, heads // k.shape[2], axis=2) for x in (k, v))
-    s = jnp.einsum("bthd,bshd->bhts", q, k).astype(jnp.float32) * (dim**-0.5 if scale is None else scale)
-    s = jnp.where(visible, s, -1e30)
-    p = jnp.where(visible, jax.nn.softmax(s, axis=-1), 0)
-    out = jnp.einsum("bhts,bshd->bthd", p.astype(v.dtype), v)
-    return (out, jax.nn.logsumexp(s, axis=-1).swapaxes(1, 2)) if return_lse else out
+    q: Float[Array, "B T Hq D"],
+    k: Float[Array, "B S Hk D"],
+    v: Float[Array, "B S Hk D"],
+    mask: TokenMask | Sequence[TokenMask] | BlockMask,
+    *,
+    scale: float | None = None,
+    q_segment_ids: Int[Array, "B T"] | None = None,
+    kv_segment_ids: Int[Array, "B S"] | None = None,
+    implementation: str | None = None,
+    return_lse: bool = False,
+) -> Float[Array, "B T Hq D"] | tuple[Float[Array, "B T Hq D"], Float[Array, "B T Hq"]]:
+    """Attention that visits only the blocks that the mask lists.
+
+    For each query: ``out = sum_s p_s v_s``, ``p = softmax_s(scale * q · k_s)``, over the keys that the query sees, and
+    ``lse = log sum_s exp(scale * q · k_s)``. Differentiable in q, k and v (through lse too). Memory grows with T + S,
+    time with the number of listed blocks, forward and backward.
+
+    q [B, T, Hq, D], k and v [B, S, Hk, D], of one floating dtype; query head h reads KV head h // (Hq / Hk). Queries are
+    aligned to the end of the keys: query t stands at position t + S - T.
+
+    mask: a TokenMask for all heads, a sequence of one a query head, or a BlockMask.
+    scale: 1 / sqrt(D) if None.
+    q_segment_ids [B, T], kv_segment_ids [B, S]: a query sees only keys of its own segment (packed documents). Both or
+    neither.
+    implementation: "xla" (any device, block-sparse), "reference" (dense, for tests), or None for the best that
+    applies. "mosaic_gpu" and "mosaic_gpu_interpret" are reserved for the GPU kernels and raise NotImplementedError.
+
+    Returns out [B, T, Hq, D] in q's dtype, and with ``return_lse`` also lse [B, T, Hq] float32, natural logarithm. A query
+    that sees nothing has out 0 and lse -inf.
+
+    Raises ValueError, before anything runs, for shapes, dtypes, masks and names that do not fit.
+
+    >>> import jsparse
+    >>> q = jax.random.normal(jax.random.key(0), (1, 6, 4, 16))
+    >>> k = v = q[:, :, :2]
+    >>> jsparse.attention(q, k, v, jsparse.streaming(sink=1, window=2)).shape
+    (1, 6, 4, 16)
+    >>> out, lse = jsparse.attention(q, k, v, [jsparse.causal()] * 2 + [jsparse.sliding_window(1)] * 2, return_lse=True)
+    >>> bool(jnp.allclose(out[:, :, 2:], v[:, :, 1:], atol=1e-5))  # a window of one key gives that key's value
+    True
+    """
+    _check_arrays(q, k, v, q_segment_ids, kv_segment_ids)
+    mask = _as_block_mask(mask, q.shape, k.shape)
+    if implementation is None:
+        implementation = "xla"
+    if implementation not in _IMPLEMENTATIONS:
+        raise ValueError(f"implementation must be None or one of {_IMPLEMENTATIONS}, not {implementation!r}")
+    if implementation.startswith("mosaic_gpu"):
+        raise NotImplementedError(f"implementation={implementation!r}: this version of jsparse has no GPU kernels yet")
+
+    # Lists known while tracing are compiled in; the others are arguments.
+    traced = [x for x in jax.tree.leaves(mask) if isinstance(x, jax.Array)]
+    leaves, structure = ((), mask) if not traced else jax.tree.flatten(mask)
+    options = _Options(structure, q.shape[-1] ** -0.5 if scale is None else float(scale), implementation)
+    out, lse = _attention(options, q, k, v, (q_segment_ids, kv_segment_ids), tuple(leaves))
+    return (out, lse) if return_lse else out
+
+
+class _Options(NamedTuple):
+    mask: BlockMask | jax.tree_util.PyTreeDef
+    scale: float
+    implementation: str
+
+    def block_mask(self, leaves) -> BlockMask:
+        return self.mask if isinstance(self.mask, BlockMask) else jax.tree.unflatten(self.mask, leaves)
+
+
+@functools.partial(jax.jit, static_argnums=0)  # so that a call outside jit compiles once as well
+def _attention(options: _Options, q, k, v, segment_ids, leaves):
+    if options.implementation == "reference":
+        return reference.forward(q, k, v, options.block_mask(leaves), options.scale, *segment_ids)
+    return _blocked(options, q, k, v, segment_ids, leaves)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _blocked(options: _Options, q, k, v, segment_ids, leaves):
+    return xla.forward(q, k, v, options.block_mask(leaves), options.scale, *segment_ids)
+
+
+def _blocked_forward(options, q, k, v, segment_ids, leaves):
+    out, lse = _blocked(options, q, k, v, segment_ids, leaves)
+    return (out, lse), (q, k, v, segment_ids, leaves, out, lse)
+
+
+def _blocked_backward(options, residuals, cotangents):
+    q, k, v, segment_ids, leaves, out, lse = residuals
+    mask = options.block_mask(leaves)
+    gradients = xla.backward(q, k, v, mask, options.scale, *segment_ids, out, lse, *cotangents)
+    return *gradients, None, None
+
+
+_blocked.defvjp(_blocked_forward, _blocked_backward)
+
+
+def default_block_sizes(q_len: int, kv_len: int) -> tuple[int, int]:
+    """(block_q, block_kv) for masks given as token masks: 128, or the power of two that holds a shorter sequence."""
+    return tuple(min(128, max(16, 1 << (n - 1).bit_length())) for n in (q_len, kv_len))
+
+
+def _as_block_mask(mask, q_shape, k_shape) -> BlockMask:
+    (_, q_len, q_heads, _), (batch, kv_len, kv_heads, _) = q_shape, k_shape
+    if isinstance(mask, BlockMask):
+        if (mask.q_len, mask.kv_len) != (q_len, kv_len):
+            raise ValueError(
+                f"mask is for q_len={mask.q_len}, kv_len={mask.kv_len}, but q and k have {q_len} and {kv_len} tokens"
+            )
+        rows = mask.kv_start.shape[-2]
+        if mask.head_rows is None and (q_heads % rows or (kv_heads % rows and rows % kv_heads)):
+            raise ValueError(
+                f"mask has {rows} rows, which {q_heads} query heads on {kv_heads} KV heads cannot share evenly"
+            )
+        if mask.kv_start.ndim == 3 and mask.kv_start.shape[0] != batch:
+            raise ValueError(f"mask has lists for {mask.kv_start.shape[0]} sequences, but q has {batch}")
+        heads = mask.head_rows
+    else:
+        block_q, block_kv = default_block_sizes(q_len, kv_len)
+        mask = BlockMask.from_token_masks(mask, q_len, kv_len, block_q=block_q, block_kv=block_kv)
+        heads = mask.head_rows
+    if heads is not None and len(heads) != q_heads:
+        raise ValueError(f"mask must have one TokenMask a query head: {len(heads)} were given for {q_heads} heads")
+    return mask
+
+
+def _check_arrays(q, k, v, q_segment_ids, kv_segment_ids):
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        if x.ndim != 4 or 0 in x.shape:
+            raise ValueError(f"{name} must be [batch, tokens, heads, head_dim] with no empty axis, not {list(x.shape)}")
+        if not jnp.issubdtype(x.dtype, jnp.floating) or x.dtype != q.dtype:
+            raise ValueError(f"q, k and v must have one floating dtype, not {q.dtype}, {k.dtype}, {v.dtype}")
+    if k.shape != v.shape:
+        raise ValueError(f"k and v must have one shape, not {list(k.shape)} and {list(v.shape)}")
+    if (q.shape[0], q.shape[3]) != (k.shape[0], k.shape[3]) or q.shape[2] % k.shape[2]:
+        raise ValueError(
+            f"q {list(q.shape)} and k {list(k.shape)} must agree in batch and head_dim, "
+            "and the query heads must be a multiple of the KV heads"
+        )
+    if (q_segment_ids is None) != (kv_segment_ids is None):
+        raise ValueError("q_segment_ids and kv_segment_ids must be given together or not at all")
+    for name, ids, x in (("q_segment_ids", q_segment_ids, q), ("kv_segment_ids", kv_segment_ids, k)):
+        if ids is not None and (ids.shape != x.shape[:2] or not jnp.issubdtype(ids.dtype, jnp.integer)):
+            raise ValueError(f"{name} must be integers {list(x.shape[:2])}, not {ids.dtype} {list(ids.shape)}")

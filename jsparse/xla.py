@@ -1,0 +1,345 @@
+"""Block-sparse attention for every device: only listed blocks are visited, forward and backward.
+
+Queries are cut into *items*: one block of queries, of all the query heads that share a list and a KV head. An item
+visits its list one block at a time with an online softmax, so that nothing of size T x T is ever stored. Items are
+sorted by the length of their lists and taken a chunk at a time: a chunk is one batched product, and ends with
+its longest list.
+
+The backward pass recomputes the weights from lse. dQ goes over the same lists; dK and dV go over the transposed lists
+and sum over the query heads of a KV head on the way, so that the result does not depend on any order of
+additions. Algorithm: FlashAttention-2 (arXiv 2307.08691, algorithms 1 and 2), on lists.
+"""
+
+import math
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from jsparse.block_mask import BlockMask, transposed_lists
+from jsparse.masks import TokenMask
+
+# Scores of one chunk: large enough to keep the cores busy, small enough to stay in the cache.
+_CHUNK_SCORES = 1 << 20
+
+
+class _Lists(NamedTuple):
+    """For each item, which items of the other side to visit: entries start .. start + count of index."""
+
+    index: Any
+    start: Any
+    count: Any
+    full_count: Any
+
+
+class _Part(NamedTuple):
+    """Query heads that run together: the rows of the mask that they follow, and the KV heads that they read."""
+
+    q_heads: tuple[int, ...]
+    kv_heads: tuple[int, ...]
+    token_mask: TokenMask
+    lists: _Lists  # from query items to KV items
+    classes: int  # sets of KV heads with lists of their own
+    batched: bool  # every sequence has lists of its own
+
+
+class _Items(NamedTuple):
+    """Blocks of a sequence, [N items, B, H KV heads, M rows, ...], and what the element mask has to know."""
+
+    values: tuple[Any, ...]
+    position: Any  # [N], of the first token of each item
+    segment: Any  # [N, B, block] or None
+
+
+def forward(q, k, v, mask: BlockMask, scale, q_segment_ids=None, kv_segment_ids=None):
+    """out [B, T, Hq, D] in q's dtype, lse [B, T, Hq] float32."""
+    out = jnp.zeros(q.shape, q.dtype)
+    lse = jnp.zeros(q.shape[:3], jnp.float32)
+    for part in _parts(mask, q.shape[2], k.shape[2]):
+        queries = _query_items((q,), part, mask, q_segment_ids)
+        keys = _key_items((k, v), part, mask, kv_segment_ids)
+        part_out, part_lse = _forward(queries, keys, part, mask, scale)
+        heads = np.asarray(part.q_heads)
+        out = out.at[:, :, heads].set(_from_query_items(part_out.astype(q.dtype), part, mask, q.shape[0]))
+        lse = lse.at[:, :, heads].set(_from_query_items(part_lse, part, mask, q.shape[0]))
+    return out, lse
+
+
+def backward(q, k, v, mask: BlockMask, scale, q_segment_ids, kv_segment_ids, out, lse, d_out, d_lse):
+    """The gradients of q, k and v."""
+    # d_scores = weights * (d_weights - delta), where lse adds its own part to delta.
+    delta = jnp.sum(out.astype(jnp.float32) * d_out.astype(jnp.float32), axis=-1) - d_lse
+    lse = jnp.where(lse == -jnp.inf, jnp.inf, lse)  # exp(score - inf) = 0: a query that sees nothing has no weights
+    dq, dk, dv = (jnp.zeros(x.shape, jnp.float32) for x in (q, k, v))
+    for part in _parts(mask, q.shape[2], k.shape[2]):
+        queries = _query_items((q, d_out, lse, delta), part, mask, q_segment_ids)
+        keys = _key_items((k, v), part, mask, kv_segment_ids)
+        heads, kv_heads = np.asarray(part.q_heads), np.asarray(part.kv_heads)
+        part_dq = _backward_queries(queries, keys, part, mask, scale)
+        dq = dq.at[:, :, heads].set(_from_query_items(part_dq, part, mask, q.shape[0]))
+        part_dk, part_dv = _backward_keys(queries, keys, part, mask, scale)
+        dk = dk.at[:, :, kv_heads].add(_from_key_items(part_dk, part, mask, q.shape[0]))
+        dv = dv.at[:, :, kv_heads].add(_from_key_items(part_dv, part, mask, q.shape[0]))
+    return dq.astype(q.dtype), dk.astype(k.dtype), dv.astype(v.dtype)
+
+
+# --- the three passes over lists ---
+
+
+def _forward(queries: _Items, keys: _Items, part: _Part, mask: BlockMask, scale):
+    (q,) = queries.values
+    k, v = keys.values
+    dtype = jnp.promote_types(q.dtype, jnp.float32)
+
+    def init(i):
+        shape = (i.shape[0], *q.shape[1:4])
+        return jnp.full(shape, -jnp.inf, dtype), jnp.zeros(shape, dtype), jnp.zeros((*shape, q.shape[-1]), dtype)
+
+    def step(carry, i, j, listed, masked):
+        top, total, acc = carry
+        scores = _scores(q[i], k[j], scale, dtype)
+        scores = _hide(scores, queries, i, keys, j, listed, masked, part, mask)
+        new_top = jnp.maximum(top, jnp.max(scores, axis=-1))
+        finite_top = jnp.where(new_top == -jnp.inf, 0, new_top)  # -inf - -inf is not a number
+        weights = jnp.exp(scores - finite_top[..., None])
+        decay = jnp.exp(top - finite_top)
+        total = total * decay + jnp.sum(weights, axis=-1)
+        acc = acc * decay[..., None] + _product("nbhmk,nbhkd->nbhmd", weights.astype(v.dtype), v[j], dtype)
+        return new_top, total, acc
+
+    def finish(carry):
+        top, total, acc = carry
+        out = acc / jnp.where(total == 0, 1, total)[..., None]
+        return out.astype(q.dtype), (top + jnp.log(total)).astype(jnp.float32)
+
+    return _over_lists(part.lists, _chunk(q, mask.block_kv), masks_all=queries.segment is not None)(init, step, finish)
+
+
+def _backward_queries(queries: _Items, keys: _Items, part: _Part, mask: BlockMask, scale):
+    q, d_out, lse, delta = queries.values
+    k, v = keys.values
+    dtype = jnp.promote_types(q.dtype, jnp.float32)
+
+    def init(i):
+        return jnp.zeros((i.shape[0], *q.shape[1:]), dtype)
+
+    def step(dq, i, j, listed, masked):
+        k_j = k[j]
+        scores = _scores(q[i], k_j, scale, dtype)
+        scores = _hide(scores, queries, i, keys, j, listed, masked, part, mask)
+        weights = jnp.exp(scores - lse[i][..., None])
+        d_weights = _product("nbhmd,nbhkd->nbhmk", d_out[i], v[j], dtype)
+        d_scores = weights * (d_weights - delta[i][..., None]) * scale
+        return dq + _product("nbhmk,nbhkd->nbhmd", d_scores.astype(k.dtype), k_j, dtype)
+
+    run = _over_lists(part.lists, _chunk(q, mask.block_kv), masks_all=queries.segment is not None)
+    return run(init, step, lambda dq: dq)
+
+
+def _backward_keys(queries: _Items, keys: _Items, part: _Part, mask: BlockMask, scale):
+    q, d_out, lse, delta = queries.values
+    k, v = keys.values
+    dtype = jnp.promote_types(q.dtype, jnp.float32)
+
+    def init(j):
+        shape = (j.shape[0], *k.shape[1:])
+        return jnp.zeros(shape, dtype), jnp.zeros(shape, dtype)
+
+    def step(carry, j, i, listed, masked):
+        dk, dv = carry
+        q_i, d_out_i = q[i], d_out[i]
+        scores = _scores(q_i, k[j], scale, dtype)
+        scores = _hide(scores, queries, i, keys, j, listed, masked, part, mask)
+        weights = jnp.exp(scores - lse[i][..., None])
+        dv = dv + _product("nbhmk,nbhmd->nbhkd", weights.astype(d_out.dtype), d_out_i, dtype)
+        d_weights = _product("nbhmd,nbhkd->nbhmk", d_out_i, v[j], dtype)
+        d_scores = weights * (d_weights - delta[i][..., None]) * scale
+        return dk + _product("nbhmk,nbhmd->nbhkd", d_scores.astype(q.dtype), q_i, dtype), dv
+
+    transposed = _Lists(*transposed_lists(*part.lists, num_kv_items=k.shape[0]))
+    run = _over_lists(transposed, _chunk(q, mask.block_kv), masks_all=queries.segment is not None)
+    return run(init, step, lambda carry: carry)
+
+
+def _over_lists(lists: _Lists, chunk: int, masks_all: bool):
+    """A loop over all items, ``chunk`` at a time: init(items), step(carry, items, entries, listed, masked), finish.
+
+    First the blocks that need no element mask, then the others (``masked``); ``listed`` tells which items of the chunk
+    have that many blocks. With ``masks_all`` every block is masked.
+    """
+    num_items = lists.start.shape[0]
+    chunk = min(chunk, num_items)
+    xp = np if isinstance(lists.count, np.ndarray) else jnp
+    order = xp.argsort(lists.count, stable=True).astype(np.int32)
+    place = xp.argsort(order).astype(np.int32)
+    padding = -num_items % chunk
+    chunks = xp.concatenate([order, xp.broadcast_to(order[:1], padding)]).reshape(-1, chunk)
+    index, start, count, full_count = (jnp.asarray(x) for x in lists)
+    index = jnp.pad(index, (0, 1))  # lists may all be empty
+    if masks_all:
+        full_count = jnp.zeros_like(full_count)
+
+    def run(init, step, finish):
+        def one_chunk(items):
+            begin, full, total = start[items], full_count[items], count[items]
+
+            def visit(first, last, masked):
+                def body(t, carry):
+                    entry = jnp.minimum(first + t, index.shape[0] - 1)
+                    return step(carry, items, index[entry], first + t < last, masked)
+
+                return lambda carry: lax.fori_loop(0, jnp.max(last - first), body, carry)
+
+            carry = visit(begin, begin + full, masked=False)(init(items))
+            return finish(visit(begin + full, begin + total, masked=True)(carry))
+
+        results = lax.map(one_chunk, jnp.asarray(chunks))
+        return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:])[place], results)
+
+    return run
+
+
+def _chunk(q, block_kv: int) -> int:
+    return max(1, _CHUNK_SCORES // (math.prod(q.shape[1:4]) * block_kv))
+
+
+def _product(equation: str, x, y, dtype):
+    return jnp.einsum(equation, x, y, preferred_element_type=dtype)
+
+
+def _scores(q, k, scale, dtype):
+    return _product("nbhmd,nbhkd->nbhmk", q, k, dtype) * scale
+
+
+def _hide(scores, queries: _Items, i, keys: _Items, j, listed, masked: bool, part: _Part, mask: BlockMask):
+    """Scores [n, B, H, M, block_kv] of items i against KV items j, -inf where the query does not see the key."""
+    if not masked:
+        return jnp.where(listed[:, None, None, None, None], scores, -jnp.inf)
+    q_position = queries.position[i][:, None, None] + np.arange(mask.block_q)[:, None]
+    kv_position = keys.position[j][:, None, None] + np.arange(mask.block_kv)
+    visible = part.token_mask(q_position, kv_position) & (kv_position < mask.kv_len) & listed[:, None, None]
+    visible = visible[:, None]
+    if queries.segment is not None:
+        visible = visible & (queries.segment[i][..., :, None] == keys.segment[j][..., None, :])
+    shape = scores.shape
+    scores = scores.reshape(*shape[:3], -1, mask.block_q, mask.block_kv)
+    return jnp.where(visible[:, :, None, None], scores, -jnp.inf).reshape(shape)
+
+
+# --- laying heads and blocks out as items, and back ---
+
+
+def _parts(mask: BlockMask, num_q_heads: int, num_kv_heads: int) -> list[_Part]:
+    """Heads that share static rows run as one part; heads with lists of their own all run as one part."""
+    group = num_q_heads // num_kv_heads
+    num_rows, nq = mask.kv_start.shape[-2:]
+    start, count, full_count = mask.kv_start, mask.kv_count, mask.kv_full_count
+    if mask.head_rows is None:
+        batched = start.ndim == 3
+        classes = min(num_rows, num_kv_heads)
+        kv_class = np.arange(num_rows) * classes // num_rows
+        if batched:
+            kv_class = np.arange(start.shape[0])[:, None] * classes + kv_class
+        offset = np.broadcast_to(kv_class[..., None] * mask.num_kv_blocks, start.shape).reshape(-1).astype(np.int32)
+        start, count, full_count = (x.reshape(-1) for x in (start, count, full_count))
+        lists = _Lists(_offset_entries(mask.kv_index, start, offset), start, count, full_count)
+        q_heads, kv_heads = tuple(range(num_q_heads)), tuple(range(num_kv_heads))
+        return [_Part(q_heads, kv_heads, mask.token_masks[0], lists, classes, batched)]
+
+    parts = []
+    for row in range(num_rows):
+        q_heads = tuple(head for head in range(num_q_heads) if mask.head_rows[head] == row)
+        whole = [head for head in range(num_kv_heads) if set(range(head * group, (head + 1) * group)) <= set(q_heads)]
+        # Heads that take only a part of their KV head's group bring their own copy of it.
+        kv_heads = tuple(whole) if len(whole) * group == len(q_heads) else tuple(head // group for head in q_heads)
+        index, begin = mask.kv_index, start[row]
+        if isinstance(index, np.ndarray):
+            index, begin = index[begin[0] : begin[-1] + count[row, -1]], begin - begin[0]
+        lists = _Lists(index, begin, count[row], full_count[row])
+        parts.append(_Part(q_heads, kv_heads, mask.token_masks[row], lists, 1, False))
+    return parts
+
+
+def _offset_entries(index, start, offset):
+    """The entries of list n, raised by offset[n]: from block numbers to item numbers."""
+    if not np.any(offset):
+        return index
+    xp = np if isinstance(index, np.ndarray) and isinstance(start, np.ndarray) else jnp
+    owner = xp.searchsorted(start, xp.arange(index.shape[0], dtype=np.int32), side="right") - 1
+    return index + xp.asarray(offset)[owner]
+
+
+def _query_items(arrays, part: _Part, mask: BlockMask, segment_ids) -> _Items:
+    rows = part.lists.start.shape[0] // (mask.num_q_blocks * (arrays[0].shape[0] if part.batched else 1))
+    values = tuple(_split_queries(x, part, mask, rows) for x in arrays)
+    position = _positions(mask.num_q_blocks, mask.block_q, mask.kv_len - mask.q_len, values[0].shape[0])
+    return _Items(values, position, _split_segments(segment_ids, part, rows, mask.block_q))
+
+
+def _split_queries(x, part: _Part, mask: BlockMask, rows: int):
+    """[B, T, Hq, ...] to [items, B, H, G * block_q, ...]: items are sequences (where batched) x rows x blocks."""
+    x = _pad(x[:, :, np.asarray(part.q_heads)], mask.block_q)
+    batch, heads, tail = x.shape[0], len(part.kv_heads) // part.classes, x.shape[3:]
+    group = x.shape[2] // (rows * heads)
+    x = x.reshape(batch, -1, mask.block_q, rows, heads, group, *tail)
+    x = jnp.moveaxis(x, (3, 1, 0, 4, 5, 2), (0, 1, 2, 3, 4, 5))
+    if part.batched:
+        x = jnp.moveaxis(x, 2, 0)[:, :, :, None]
+    return x.reshape(-1, 1 if part.batched else batch, heads, group * mask.block_q, *tail)
+
+
+def _from_query_items(x, part: _Part, mask: BlockMask, batch: int):
+    """The inverse of _split_queries."""
+    heads, tail = x.shape[2], x.shape[4:]
+    group = x.shape[3] // mask.block_q
+    sequences = batch if part.batched else 1
+    x = x.reshape(sequences, -1, mask.num_q_blocks, batch // sequences, heads, group, mask.block_q, *tail)
+    x = jnp.moveaxis(x, (0, 3, 2, 6, 1, 4, 5), (0, 1, 2, 3, 4, 5, 6))
+    return x.reshape(batch, mask.num_q_blocks * mask.block_q, -1, *tail)[:, : mask.q_len]
+
+
+def _key_items(arrays, part: _Part, mask: BlockMask, segment_ids) -> _Items:
+    values = tuple(_split_keys(x, part, mask) for x in arrays)
+    position = _positions(mask.num_kv_blocks, mask.block_kv, 0, values[0].shape[0])
+    return _Items(values, position, _split_segments(segment_ids, part, part.classes, mask.block_kv))
+
+
+def _split_keys(x, part: _Part, mask: BlockMask):
+    """[B, S, Hk, D] to [items, B, H, block_kv, D]: items are sequences (where batched) x classes x blocks."""
+    x = _pad(x[:, :, np.asarray(part.kv_heads)], mask.block_kv)
+    batch, dim = x.shape[0], x.shape[3]
+    x = x.reshape(batch, -1, mask.block_kv, part.classes, x.shape[2] // part.classes, dim)
+    x = jnp.moveaxis(x, (3, 1, 0, 4, 2, 5), (0, 1, 2, 3, 4, 5))
+    if part.batched:
+        x = jnp.moveaxis(x, 2, 0)[:, :, :, None]
+    return x.reshape(-1, 1 if part.batched else batch, *x.shape[-3:])
+
+
+def _from_key_items(x, part: _Part, mask: BlockMask, batch: int):
+    """The inverse of _split_keys."""
+    sequences = batch if part.batched else 1
+    x = x.reshape(sequences, part.classes, mask.num_kv_blocks, batch // sequences, *x.shape[2:])
+    x = jnp.moveaxis(x, (0, 3, 2, 5, 1, 4, 6), (0, 1, 2, 3, 4, 5, 6))
+    return x.reshape(batch, mask.num_kv_blocks * mask.block_kv, -1, x.shape[-1])[:, : mask.kv_len]
+
+
+def _split_segments(segment_ids, part: _Part, copies: int, block: int):
+    """[B, T] to [items, B, block]."""
+    if segment_ids is None:
+        return None
+    x = _pad(segment_ids, block)
+    x = jnp.swapaxes(x.reshape(x.shape[0], -1, block), 0, 1)
+    if part.batched:
+        x = jnp.swapaxes(x, 0, 1)[:, None, :, None]
+        return jnp.broadcast_to(x, (x.shape[0], copies, *x.shape[2:])).reshape(-1, 1, block)
+    return jnp.tile(x, (copies, 1, 1))
+
+
+def _positions(num_blocks: int, block: int, offset: int, num_items: int):
+    return jnp.asarray(np.arange(num_items, dtype=np.int32) % num_blocks * block + offset)
+
+
+def _pad(x, block: int):
+    return jnp.pad(x, [(0, 0), (0, -x.shape[1] % block)] + [(0, 0)] * (x.ndim - 2))
