@@ -1,0 +1,11 @@
+"""Models: the Llama family in Flax NNX, RoPE, LoRA, Hugging Face checkpoints and tokenizers."""
+
+from jsparse.models.config import LlamaConfig as LlamaConfig
+from jsparse.models.layers import LoRAParam as LoRAParam
+from jsparse.models.llama import Llama as Llama
+from jsparse.models.lora import add_lora as add_lora
+from jsparse.models.lora import has_lora as has_lora
+from jsparse.models.lora import merge_lora as merge_lora
+from jsparse.models.rope import RopeConfig as RopeConfig
+from jsparse.models.tokenizer import byte_tokenizer as byte_tokenizer
+from jsparse.models.tokenizer import load_tokenizer as load_tokenizer

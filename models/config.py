@@ -1,0 +1,195 @@
+"""What a model is, as one frozen dataclass."""
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from jsparse.models.hf_config import fields_from_hf, fields_to_hf
+from jsparse.models.rope import RopeConfig
+
+MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LlamaConfig:
+    """The sizes and the variant of one model of the Llama family.
+
+    Field names are Hugging Face's. ``model_type`` decides what has no field of its own there: Qwen2 always has
+    biases on q, k and v, Qwen3 always normalises queries and keys. ``sliding_windows`` has one entry a layer: None, or
+    how many keys a query sees, its own included.
+
+    ``num_key_value_heads`` None means one for each head, ``head_dim`` None means ``hidden_size / num_attention_heads``.
+    Everything is checked when it is made: ValueError names the field, the value and what is allowed.
+
+    >>> config = LlamaConfig(
+    ...     vocab_size=257, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4
+    ... )
+    >>> config.head_dim, config.num_key_value_heads, config.sliding_windows
+    (16, 4, (None, None))
+    """
+
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int | None = None
+    head_dim: int | None = None
+    max_position_embeddings: int = 2048
+    rms_norm_eps: float = 1e-6
+    rope: RopeConfig = RopeConfig()
+    tie_word_embeddings: bool = False
+    attention_bias: bool = False
+    mlp_bias: bool = False
+    sliding_windows: tuple[int | None, ...] | None = None
+    eos_token_ids: tuple[int, ...] = ()
+    bos_token_id: int | None = None
+    pad_token_id: int | None = None
+    initializer_range: float = 0.02
+    model_type: str = "llama"
+
+    def __post_init__(self):
+        if self.model_type not in MODEL_TYPES:
+            raise ValueError(
+                f"model_type {self.model_type!r} is not supported; allowed are {', '.join(MODEL_TYPES)}"
+            )
+        _require_positive(
+            self,
+            "vocab_size",
+            "hidden_size",
+            "intermediate_size",
+            "num_hidden_layers",
+            "num_attention_heads",
+            "max_position_embeddings",
+        )
+        if self.num_key_value_heads is None:
+            object.__setattr__(self, "num_key_value_heads", self.num_attention_heads)
+        if self.head_dim is None:
+            if self.hidden_size % self.num_attention_heads:
+                raise ValueError(
+                    f"hidden_size={self.hidden_size} is not divisible by "
+                    f"num_attention_heads={self.num_attention_heads}; give head_dim, or sizes that divide"
+                )
+            object.__setattr__(self, "head_dim", self.hidden_size // self.num_attention_heads)
+        if self.sliding_windows is None:
+            object.__setattr__(self, "sliding_windows", (None,) * self.num_hidden_layers)
+        _require_positive(self, "num_key_value_heads", "head_dim")
+        if self.num_attention_heads % self.num_key_value_heads:
+            raise ValueError(
+                f"num_attention_heads={self.num_attention_heads} is not divisible by "
+                f"num_key_value_heads={self.num_key_value_heads}"
+            )
+        if self.head_dim % 2:
+            raise ValueError(f"head_dim must be even, for RoPE rotates pairs, not {self.head_dim}")
+        for field in ("rms_norm_eps", "initializer_range"):
+            value = getattr(self, field)
+            if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
+                raise ValueError(f"{field} must be a positive number, not {value!r}")
+        self._check_variant()
+        self._check_token_ids()
+
+    def _check_variant(self):
+        """Refuse what Hugging Face's config of this model_type cannot say, so that to_hf loses nothing."""
+        if self.attention_bias and self.model_type not in ("llama", "qwen3"):
+            raise ValueError(f"attention_bias=True is for llama and qwen3, not for {self.model_type}")
+        if self.mlp_bias and self.model_type != "llama":
+            raise ValueError(f"mlp_bias=True is for llama, not for {self.model_type}")
+        if self.model_type == "llama" and self.hidden_size % self.num_attention_heads:
+            raise ValueError(
+                f"hidden_size={self.hidden_size} is not divisible by num_attention_heads={self.num_attention_heads}; "
+                "Hugging Face's llama needs that even with a head_dim"
+            )
+        windows = self.sliding_windows
+        if len(windows) != self.num_hidden_layers:
+            raise ValueError(
+                f"sliding_windows has {len(windows)} entries for num_hidden_layers={self.num_hidden_layers}"
+            )
+        used = {window for window in windows if window is not None}
+        for window in used:
+            if isinstance(window, bool) or not isinstance(window, int) or window < 1:
+                raise ValueError(f"a sliding window must be an integer >= 1 or None, not {window!r}")
+        if used and self.model_type == "llama":
+            raise ValueError("sliding_windows are for mistral, qwen2 and qwen3, not for llama")
+        if len(used) > 1:
+            raise ValueError(f"sliding_windows must all have one size or be None, not {sorted(used)}")
+        if used and None in windows and self.model_type == "mistral":
+            raise ValueError("a mistral model has a sliding window in every layer or in none")
+
+    def _check_token_ids(self):
+        for field in ("bos_token_id", "pad_token_id"):
+            value = getattr(self, field)
+            if value is not None and (isinstance(value, bool) or not isinstance(value, int)):
+                raise ValueError(f"{field} must be an integer or None, not {value!r}")
+        for token in self.eos_token_ids:
+            if isinstance(token, bool) or not isinstance(token, int) or not 0 <= token < self.vocab_size:
+                raise ValueError(
+                    f"eos_token_ids must be integers in [0, vocab_size={self.vocab_size}), not {token!r}"
+                )
+
+    @property
+    def qkv_bias(self) -> bool:
+        """Whether q, k and v have biases: Qwen2 always, Llama and Qwen3 with ``attention_bias``."""
+        return self.attention_bias or self.model_type == "qwen2"
+
+    @property
+    def qk_norm(self) -> bool:
+        """Whether each head's query and key pass an RMS norm before RoPE: Qwen3 only."""
+        return self.model_type == "qwen3"
+
+    @classmethod
+    def from_hf(cls, fields: Mapping[str, Any]) -> "LlamaConfig":
+        """The config that the fields of a Hugging Face ``config.json`` describe.
+
+        Both spellings of RoPE are read (``rope_scaling`` and ``rope_parameters``). ValueError names every field that
+        is missing, unknown or asks for mathematics that is not here.
+        """
+        return cls(**fields_from_hf(fields))
+
+    def to_hf(self) -> dict[str, Any]:
+        """The fields of a ``config.json`` that transformers 5 reads to the same mathematics."""
+        return fields_to_hf(self)
+
+    def extend_context(self, length: int) -> "LlamaConfig":
+        """A config for ``length`` positions by linear position interpolation.
+
+        Positions are divided by ``ceil(length / max_position_embeddings)``, so that the model sees only angles it
+        was trained on (arXiv 2306.15595; LongLoRA, arXiv 2309.12307). The factor multiplies one that is already
+        there: a model interpolated twice by 2 is interpolated by 4. ``max_position_embeddings`` grows by the same
+        whole factor and so may end above ``length``; a length that fits already changes nothing.
+
+        Raises NotImplementedError for RoPE kinds that linear interpolation does not compose with (llama3, yarn).
+
+        >>> config = LlamaConfig(
+        ...     vocab_size=257, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
+        ...     max_position_embeddings=512,
+        ... )
+        >>> longer = config.extend_context(1500)
+        >>> longer.rope.kind, longer.rope.factor, longer.max_position_embeddings
+        ('linear', 3.0, 1536)
+        >>> longer.extend_context(3000).rope.factor
+        6.0
+        """
+        if isinstance(length, bool) or not isinstance(length, int) or length < 1:
+            raise ValueError(f"length must be an integer >= 1, not {length!r}")
+        growth = -(-length // self.max_position_embeddings)
+        if growth == 1:
+            return self
+        if self.rope.kind not in ("default", "linear"):
+            raise NotImplementedError(
+                f"length={length} is beyond max_position_embeddings={self.max_position_embeddings}, and RoPE type "
+                f"{self.rope.kind!r} does not compose with linear position interpolation; allowed are default, linear"
+            )
+        factor = float(growth * (self.rope.factor or 1.0))
+        return dataclasses.replace(
+            self,
+            rope=dataclasses.replace(self.rope, kind="linear", factor=factor),
+            max_position_embeddings=self.max_position_embeddings * growth,
+        )
+
+
+def _require_positive(config: LlamaConfig, *fields: str) -> None:
+    for field in fields:
+        value = getattr(config, field)
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise ValueError(f"{field} must be an integer >= 1, not {value!r}")

@@ -1,0 +1,291 @@
+"""Hugging Face's ``config.json``: which fields we read, which cannot matter, and which we refuse.
+
+A field that is not known here may change the mathematics, so it is an error: better one line to remove from a
+config than a model that is silently another one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from jsparse.models.rope import FIELDS_OF_KIND, ROPE_KINDS, RopeConfig
+
+if TYPE_CHECKING:
+    from jsparse.models.config import LlamaConfig
+
+_REQUIRED = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+
+# Fields that may be absent, with the value that transformers then uses, for each model type. A type that lacks a
+# field here does not have it: there, only a value that switches it off is accepted.
+_COMMON = {"rms_norm_eps": 1e-6, "tie_word_embeddings": False, "initializer_range": 0.02}
+_DEFAULTS: dict[str, dict[str, Any]] = {
+    "llama": _COMMON
+    | {
+        "num_key_value_heads": None,
+        "head_dim": None,
+        "max_position_embeddings": 2048,
+        "attention_bias": False,
+        "mlp_bias": False,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+    },
+    "mistral": _COMMON
+    | {
+        "num_key_value_heads": 8,
+        "head_dim": None,
+        "max_position_embeddings": 131072,
+        "sliding_window": 4096,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+    },
+    "qwen2": _COMMON
+    | {
+        "num_key_value_heads": 32,
+        "head_dim": None,
+        "max_position_embeddings": 32768,
+        "use_sliding_window": False,
+        "sliding_window": 4096,
+        "max_window_layers": 28,
+        "layer_types": None,
+    },
+    "qwen3": _COMMON
+    | {
+        "num_key_value_heads": 32,
+        "head_dim": 128,
+        "max_position_embeddings": 32768,
+        "attention_bias": False,
+        "use_sliding_window": False,
+        "sliding_window": 4096,
+        "max_window_layers": 28,
+        "layer_types": None,
+    },
+}
+
+# Fields that would change the mathematics, and the values with which they do not.
+_INERT_VALUES: dict[str, tuple[Any, ...]] = {
+    "hidden_act": ("silu", None),
+    "quantization_config": (None,),
+    "attention_dropout": (0, None),
+    "hidden_dropout": (0, None),
+    "partial_rotary_factor": (1, None),
+    "rope_interleaved": (False, None),
+    "use_mrope": (False, None),
+    "attention_bias": (False, None),
+    "mlp_bias": (False, None),
+    "sliding_window": (None,),
+    "use_sliding_window": (False, None),
+    "layer_types": (None,),
+    "chunk_size_feed_forward": (0, None),
+    "is_encoder_decoder": (False, None),
+    "add_cross_attention": (False, None),
+    "is_decoder": (False, True, None),
+    "per_layer_config": (None,),
+}
+
+# Fields that say where a model comes from, how it is stored, trained or sampled; none changes a logit.
+# pretraining_tp only reorders a sum.
+_IGNORED = frozenset(
+    """
+    model_type architectures transformers_version torch_dtype dtype use_cache _name_or_path name_or_path
+    pad_token_id bos_token_id eos_token_id unk_token_id sep_token_id cls_token_id mask_token_id
+    decoder_start_token_id tokenizer_class pretraining_tp max_window_layers max_sequence_length
+    attn_implementation _attn_implementation _attn_implementation_autoset _flash_attn_2_enabled
+    output_attentions output_hidden_states return_dict return_dict_in_generate
+    id2label label2id num_labels problem_type task_specific_params finetuning_task
+    do_sample temperature top_k top_p typical_p min_length max_length max_new_tokens num_beams num_return_sequences
+    repetition_penalty length_penalty no_repeat_ngram_size early_stopping
+    is_llama_config transformers.js_config unsloth_fixed unsloth_version
+    rope_theta rope_scaling rope_parameters original_max_position_embeddings
+    """.split()
+)
+
+
+def fields_from_hf(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """Keyword arguments of LlamaConfig from the fields of a ``config.json``."""
+    model_type = fields.get("model_type")
+    if model_type not in _DEFAULTS:
+        raise ValueError(f"model_type {model_type!r} is not supported; allowed are {', '.join(_DEFAULTS)}")
+    defaults = _DEFAULTS[model_type]
+    _refuse_what_we_cannot_represent(fields, known={*_REQUIRED, *defaults}, model_type=model_type)
+    missing = [name for name in _REQUIRED if fields.get(name) is None]
+    if missing:
+        raise ValueError(f"the config lacks {', '.join(missing)}")
+
+    # null means "the default" except where it has a meaning of its own
+    values = defaults | {name: fields[name] for name in (*_REQUIRED, *defaults) if name in fields}
+    for name in ("rms_norm_eps", "tie_word_embeddings", "initializer_range", "max_position_embeddings"):
+        values[name] = defaults[name] if values[name] is None else values[name]
+    values["attention_bias"] = bool(values.get("attention_bias"))
+    values["mlp_bias"] = bool(values.get("mlp_bias"))
+    values["model_type"] = model_type
+    values["rope"] = _rope_from_hf(fields, values["max_position_embeddings"])
+    values["eos_token_ids"] = token_ids(
+        values.pop("eos_token_id", fields.get("eos_token_id")), "eos_token_id"
+    )
+    values["bos_token_id"] = values.get("bos_token_id", fields.get("bos_token_id"))
+    values["pad_token_id"] = fields.get("pad_token_id")
+    values["sliding_windows"] = _windows_from_hf(values)
+    for name in ("use_sliding_window", "sliding_window", "max_window_layers", "layer_types"):
+        values.pop(name, None)
+    return values
+
+
+def token_ids(value: Any, name: str) -> tuple[int, ...]:
+    """An int, a list of them or null, as Hugging Face writes stop tokens, as a tuple."""
+    if value is None:
+        return ()
+    ids = value if isinstance(value, list) else [value]
+    if any(isinstance(token, bool) or not isinstance(token, int) for token in ids):
+        raise ValueError(f"{name} must be an integer, a list of integers or null, not {value!r}")
+    return tuple(ids)
+
+
+def _refuse_what_we_cannot_represent(fields, known, model_type):
+    problems = []
+    for name, value in fields.items():
+        if name in known or name in _IGNORED:
+            continue
+        if name not in _INERT_VALUES:
+            problems.append(f"{name}={value!r} is not known")
+        elif value not in _INERT_VALUES[name]:
+            allowed = " or ".join(repr(allowed) for allowed in _INERT_VALUES[name])
+            problems.append(f"{name}={value!r} is not supported (allowed: {allowed})")
+    if problems:
+        raise ValueError(
+            f"the {model_type} config has fields that may change the mathematics: {'; '.join(problems)}. "
+            "Remove those that do not from config.json"
+        )
+
+
+def _windows_from_hf(values):
+    layers = values["num_hidden_layers"]
+    window = values.get("sliding_window")
+    if values["model_type"] == "llama" or window is None:
+        window = None
+    if values["model_type"] == "mistral":
+        return (window,) * layers
+    if not values.get("use_sliding_window"):
+        window = None
+    types = values.get("layer_types")
+    if types is None:
+        start = values.get("max_window_layers") if window is not None else layers
+        types = ["sliding_attention" if layer >= start else "full_attention" for layer in range(layers)]
+    unknown = sorted({str(kind) for kind in types} - {"sliding_attention", "full_attention"})
+    if unknown:
+        raise ValueError(f"layer_types has {unknown}; allowed are 'full_attention' and 'sliding_attention'")
+    if len(types) != layers:
+        raise ValueError(f"layer_types has {len(types)} entries for num_hidden_layers={layers}")
+    if window is None and "sliding_attention" in types:
+        raise ValueError(
+            "layer_types has 'sliding_attention', but use_sliding_window or sliding_window is not set"
+        )
+    return tuple(window if kind == "sliding_attention" else None for kind in types)
+
+
+def _rope_from_hf(fields, max_position_embeddings):
+    readings = [
+        _read_rope(name, fields[name], fields, max_position_embeddings)
+        for name in ("rope_scaling", "rope_parameters")
+        if fields.get(name)
+    ]
+    if not readings:
+        return _read_rope("rope_parameters", {}, fields, max_position_embeddings)
+    if any(reading != readings[0] for reading in readings):
+        raise ValueError("rope_scaling and rope_parameters disagree; keep one of them")
+    return readings[0]
+
+
+def _read_rope(name, entry, fields, max_position_embeddings):
+    if not isinstance(entry, Mapping):
+        raise ValueError(f"{name} must be an object or null, not {entry!r}")
+    if entry and all(isinstance(value, Mapping) for value in entry.values()):  # one entry a layer type
+        readings = [
+            _read_rope(f"{name}.{kind}", value, fields, max_position_embeddings)
+            for kind, value in entry.items()
+        ]
+        if any(reading != readings[0] for reading in readings):
+            raise ValueError(
+                f"{name} differs between layer types {sorted(entry)}; one RoPE for all layers is allowed"
+            )
+        return readings[0]
+
+    entry = {key: value for key, value in entry.items() if value is not None}
+    kinds = {entry.pop(key) for key in ("rope_type", "type") if key in entry} or {"default"}
+    if len(kinds) > 1:
+        raise ValueError(f"{name} has a type and a rope_type that disagree: {sorted(map(str, kinds))}")
+    kind = kinds.pop()
+    if kind not in ROPE_KINDS:
+        raise ValueError(f"{name} has RoPE type {kind!r}; allowed are {', '.join(ROPE_KINDS)}")
+
+    if entry.pop("partial_rotary_factor", 1) != 1:
+        raise ValueError(f"{name} has a partial_rotary_factor; only 1 is supported")
+    theta = fields.get("rope_theta")
+    theta = entry.pop("rope_theta", 10000.0 if theta is None else theta)
+    if fields.get("rope_theta") not in (None, theta):
+        raise ValueError(f"rope_theta={fields['rope_theta']!r} disagrees with {name}.rope_theta={theta!r}")
+    reads = FIELDS_OF_KIND[kind]
+    if "original_max_position_embeddings" in reads.required:
+        outside = fields.get("original_max_position_embeddings")
+        inside = entry.get("original_max_position_embeddings", outside)
+        if outside not in (None, inside):
+            raise ValueError(
+                f"original_max_position_embeddings={outside!r} disagrees with {inside!r} in {name}; keep one of them"
+            )
+        entry["original_max_position_embeddings"] = max_position_embeddings if inside is None else inside
+        if kind == "yarn" and "factor" not in entry:
+            entry["factor"] = max_position_embeddings / entry["original_max_position_embeddings"]
+    unknown = sorted(set(entry) - {*reads.required, *reads.optional})
+    if unknown:
+        raise ValueError(f"{name} has fields that RoPE type {kind!r} does not read: {', '.join(unknown)}")
+    return RopeConfig(kind=kind, theta=theta, **entry)
+
+
+def fields_to_hf(config: LlamaConfig) -> dict[str, Any]:
+    """The fields of a ``config.json`` for this config, in the spelling of transformers 5."""
+    eos = list(config.eos_token_ids)
+    fields = {
+        "architectures": [f"{_CLASS_PREFIX[config.model_type]}ForCausalLM"],
+        "model_type": config.model_type,
+        "vocab_size": config.vocab_size,
+        "hidden_size": config.hidden_size,
+        "intermediate_size": config.intermediate_size,
+        "num_hidden_layers": config.num_hidden_layers,
+        "num_attention_heads": config.num_attention_heads,
+        "num_key_value_heads": config.num_key_value_heads,
+        "head_dim": config.head_dim,
+        "hidden_act": "silu",
+        "max_position_embeddings": config.max_position_embeddings,
+        "rms_norm_eps": config.rms_norm_eps,
+        "initializer_range": config.initializer_range,
+        "rope_parameters": _rope_to_hf(config.rope),
+        "tie_word_embeddings": config.tie_word_embeddings,
+        "bos_token_id": config.bos_token_id,
+        "eos_token_id": (eos[0] if len(eos) == 1 else eos) if eos else None,
+        "pad_token_id": config.pad_token_id,
+    }
+    windows = config.sliding_windows or ()
+    window = next((window for window in windows if window is not None), None)
+    if config.model_type in ("llama", "qwen3"):
+        fields["attention_bias"] = config.attention_bias
+    if config.model_type == "llama":
+        fields["mlp_bias"] = config.mlp_bias
+    if config.model_type == "mistral":
+        fields["sliding_window"] = window
+    if config.model_type in ("qwen2", "qwen3"):
+        fields["use_sliding_window"] = window is not None
+        fields["sliding_window"] = window
+        fields["layer_types"] = [
+            "full_attention" if size is None else "sliding_attention" for size in windows
+        ]
+    return fields
+
+
+_CLASS_PREFIX = {"llama": "Llama", "mistral": "Mistral", "qwen2": "Qwen2", "qwen3": "Qwen3"}
+
+
+def _rope_to_hf(rope):
+    reads = FIELDS_OF_KIND[rope.kind]
+    entry = {"rope_type": rope.kind, "rope_theta": rope.theta}
+    entry |= {name: getattr(rope, name) for name in (*reads.required, *reads.optional)}
+    return {name: value for name, value in entry.items() if value is not None}

@@ -1,0 +1,146 @@
+"""The layers of a Llama as Flax NNX modules: linear maps, RMS norm, attention without the attention, MLP.
+
+Kernels are stored [in, out]. Every parameter carries the logical names of its axes (embed, heads, kv_heads, mlp, vocab) as
+``out_sharding`` metadata, which ``nnx.get_partition_spec`` reads; nothing is sharded here, and no mesh is needed.
+"""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float
+
+from jsparse.models.config import LlamaConfig
+from jsparse.models.rope import apply_rope
+
+Attend = Callable[[int, Array, Array, Array], Array]
+
+
+class LoRAParam(nnx.Param):
+    """A low-rank adapter's parameter: select it with ``nnx.state(model, LoRAParam)``."""
+
+
+def logical_axes(*names: str | None) -> dict:
+    """Metadata that names a parameter's axes. Eager sharding is off: flax would ask for a mesh at once."""
+    return {"out_sharding": names, "eager_sharding": False}
+
+
+class Linear(nnx.Module):
+    """``x @ kernel + bias``, and, while an adapter is attached, ``+ scale * (x @ lora_a) @ lora_b``.
+
+    Computes in the dtype of x.
+    """
+
+    def __init__(
+        self,
+        in_size: int,
+        out_size: int,
+        axes: tuple[str, str],
+        *,
+        bias: bool = False,
+        std: float,
+        rngs: nnx.Rngs,
+        dtype,
+    ):
+        kernel = std * jax.random.normal(rngs.params(), (in_size, out_size), dtype)
+        self.axes = axes
+        self.kernel = nnx.Param(kernel, **logical_axes(*axes))
+        self.bias = nnx.Param(jnp.zeros((out_size,), dtype), **logical_axes(axes[1])) if bias else None
+        self.lora_a = nnx.data(None)
+        self.lora_b = nnx.data(None)
+        self.lora_scale = 0.0
+
+    def __call__(self, x: Float[Array, "... in"]) -> Float[Array, "... out"]:
+        y = x @ self.kernel[...].astype(x.dtype)
+        if self.bias is not None:
+            y = y + self.bias[...].astype(x.dtype)
+        if self.lora_a is not None:
+            low_rank = x @ self.lora_a[...].astype(x.dtype)
+            y = y + self.lora_scale * (low_rank @ self.lora_b[...].astype(x.dtype))
+        return y
+
+
+class RMSNorm(nnx.Module):
+    """``scale * x / sqrt(mean(x²) + eps)`` over the last axis, in float32; the dtype of x comes back."""
+
+    def __init__(self, size: int, axis: str | None, *, eps: float, dtype):
+        self.eps = eps
+        self.scale = nnx.Param(jnp.ones((size,), dtype), **logical_axes(axis))
+
+    def __call__(self, x: Float[Array, "... size"]) -> Float[Array, "... size"]:
+        wide = x.astype(jnp.float32)
+        normed = wide * jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + self.eps)
+        return self.scale[...].astype(x.dtype) * normed.astype(x.dtype)
+
+
+class Embedding(nnx.Module):
+    """One row a token id."""
+
+    def __init__(self, vocab_size: int, hidden_size: int, *, std: float, rngs: nnx.Rngs, dtype):
+        table = std * jax.random.normal(rngs.params(), (vocab_size, hidden_size), dtype)
+        self.embedding = nnx.Param(table, **logical_axes("vocab", "embed"))
+
+    def __call__(self, tokens):
+        return self.embedding[...][tokens]
+
+
+class SelfAttention(nnx.Module):
+    """Projections, per-head norms and RoPE around an attention that the caller brings."""
+
+    def __init__(self, config: LlamaConfig, *, rngs: nnx.Rngs, dtype):
+        embed, heads, kv_heads = config.hidden_size, config.num_attention_heads, config.num_key_value_heads
+        self.head_dim = config.head_dim
+        made = {"std": config.initializer_range, "rngs": rngs, "dtype": dtype}
+        bias = config.qkv_bias
+        self.q_proj = Linear(embed, heads * self.head_dim, ("embed", "heads"), bias=bias, **made)
+        self.k_proj = Linear(embed, kv_heads * self.head_dim, ("embed", "kv_heads"), bias=bias, **made)
+        self.v_proj = Linear(embed, kv_heads * self.head_dim, ("embed", "kv_heads"), bias=bias, **made)
+        self.o_proj = Linear(
+            heads * self.head_dim, embed, ("heads", "embed"), bias=config.attention_bias, **made
+        )
+        if config.qk_norm:
+            self.q_norm = RMSNorm(self.head_dim, None, eps=config.rms_norm_eps, dtype=dtype)
+            self.k_norm = RMSNorm(self.head_dim, None, eps=config.rms_norm_eps, dtype=dtype)
+        else:
+            self.q_norm = self.k_norm = None
+
+    def __call__(self, x, cos, sin, attend):
+        q, k, v = (self._split_heads(project(x)) for project in (self.q_proj, self.k_proj, self.v_proj))
+        if self.q_norm is not None:
+            q, k = self.q_norm(q), self.k_norm(k)
+        out = attend(apply_rope(q, cos, sin), apply_rope(k, cos, sin), v)
+        return self.o_proj(out.reshape(*out.shape[:2], -1))
+
+    def _split_heads(self, x):
+        return x.reshape(*x.shape[:2], -1, self.head_dim)
+
+
+class MLP(nnx.Module):
+    """``down(silu(gate(x)) * up(x))``."""
+
+    def __init__(self, config: LlamaConfig, *, rngs: nnx.Rngs, dtype):
+        made = {"bias": config.mlp_bias, "std": config.initializer_range, "rngs": rngs, "dtype": dtype}
+        embed, inner = config.hidden_size, config.intermediate_size
+        self.gate_proj = Linear(embed, inner, ("embed", "mlp"), **made)
+        self.up_proj = Linear(embed, inner, ("embed", "mlp"), **made)
+        self.down_proj = Linear(inner, embed, ("mlp", "embed"), **made)
+
+    def __call__(self, x):
+        return self.down_proj(jax.nn.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class DecoderLayer(nnx.Module):
+    """One block: ``x + attention(norm(x))``, then ``x + mlp(norm(x))``."""
+
+    def __init__(self, config: LlamaConfig, *, rngs: nnx.Rngs, dtype):
+        self.input_layernorm = RMSNorm(config.hidden_size, "embed", eps=config.rms_norm_eps, dtype=dtype)
+        self.self_attn = SelfAttention(config, rngs=rngs, dtype=dtype)
+        self.post_attention_layernorm = RMSNorm(
+            config.hidden_size, "embed", eps=config.rms_norm_eps, dtype=dtype
+        )
+        self.mlp = MLP(config, rngs=rngs, dtype=dtype)
+
+    def __call__(self, x, cos, sin, attend):
+        x = x + self.self_attn(self.input_layernorm(x), cos, sin, attend)
+        return x + self.mlp(self.post_attention_layernorm(x))

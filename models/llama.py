@@ -1,0 +1,171 @@
+"""The Llama family: one model class, whose attention is an argument."""
+
+import functools
+from collections.abc import Sequence
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+import jsparse
+from jsparse.block_mask import BlockMask
+from jsparse.models import checkpoint
+from jsparse.models.config import LlamaConfig
+from jsparse.models.layers import Attend, DecoderLayer, Embedding, Linear, RMSNorm
+from jsparse.models.lora import has_lora
+from jsparse.models.masking import layer_masks
+from jsparse.models.rope import rope_tables
+
+Mask = jsparse.TokenMask | Sequence[jsparse.TokenMask] | BlockMask
+
+
+class Llama(nnx.Module):
+    """A decoder-only transformer of the Llama family (Llama 2 and 3, Mistral, Qwen2, Qwen3), as LlamaConfig says.
+
+    ``Llama(config, rngs=nnx.Rngs(0))`` has random weights, normal with ``config.initializer_range``; ``from_pretrained``
+    reads a checkpoint. It computes in the dtype of its parameters; norms, rotations and softmax inside are float32, and
+    logits are float32. The sub-modules are named as in Hugging Face's checkpoints, with ``lm_head`` None when it is
+    tied to the embedding.
+
+    >>> config = LlamaConfig(
+    ...     vocab_size=257, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4
+    ... )
+    >>> model = Llama(config, rngs=nnx.Rngs(0))
+    >>> model(jnp.array([[1, 2, 3]])).shape
+    (1, 3, 257)
+    """
+
+    def __init__(self, config: LlamaConfig, *, rngs: nnx.Rngs, dtype=jnp.float32):
+        self.config = config
+        made = {"rngs": rngs, "dtype": dtype}
+        std = config.initializer_range
+        self.embed_tokens = Embedding(config.vocab_size, config.hidden_size, std=std, **made)
+        self.layers = nnx.List([DecoderLayer(config, **made) for _ in range(config.num_hidden_layers)])
+        self.norm = RMSNorm(config.hidden_size, "embed", eps=config.rms_norm_eps, dtype=dtype)
+        if config.tie_word_embeddings:
+            self.lm_head = None
+        else:
+            self.lm_head = Linear(config.hidden_size, config.vocab_size, ("embed", "vocab"), std=std, **made)
+
+    def __call__(
+        self,
+        tokens: Int[Array, "B T"],
+        positions: Int[Array, "B T"] | None = None,
+        segment_ids: Int[Array, "B T"] | None = None,
+        mask: Mask | None = None,
+    ) -> Float[Array, "B T vocab"]:
+        """Next-token logits, float32, of whole sequences: no cache.
+
+        ``mask`` None is causal attention with each layer's own sliding window. A TokenMask, one TokenMask for each
+        query head, or a BlockMask narrows it further, the same way in every layer. ``segment_ids`` cut packed
+        documents apart. ``positions`` (0, 1, 2, ... by default) turn RoPE only; masks count places in the sequence.
+
+        Raises ValueError for ids outside the vocabulary (where tokens are concrete: JAX would clamp them
+        silently), for shapes that differ, and for a mask that the model's heads or windows cannot take.
+        """
+        attend = self.attend(mask, segment_ids)
+        if segment_ids is not None and segment_ids.shape != tokens.shape:
+            raise ValueError(
+                f"segment_ids has shape {segment_ids.shape}, tokens {tokens.shape}; they must be equal"
+            )
+        return self.logits(self.hidden(tokens, positions, attend))
+
+    def attend(self, mask: Mask | None = None, segment_ids: Int[Array, "B T"] | None = None) -> Attend:
+        """The ``attend`` argument of ``hidden`` for whole sequences under a mask, as ``__call__`` describes it."""
+        masks = layer_masks(self.config, mask)
+
+        def attend(layer, q, k, v):
+            return jsparse.attention(
+                q, k, v, masks[layer], q_segment_ids=segment_ids, kv_segment_ids=segment_ids
+            )
+
+        return attend
+
+    def hidden(
+        self,
+        tokens: Int[Array, "B T"],
+        positions: Int[Array, "B T"] | None,
+        attend: Attend,
+        *,
+        remat: bool = False,
+    ) -> Float[Array, "B T embed"]:
+        """The hidden states after the final norm, with attention left to the caller.
+
+        ``attend(layer, q, k, v)`` gets the layer's number, queries [B, T, Hq, D] and keys [B, T, Hk, D], both normed and
+        rotated, and values, and returns [B, T, Hq, D]. Masks, caches and windows are its business. ``remat``
+        recomputes each layer in the backward pass instead of storing what is inside; ``attend`` is then traced more
+        than once and must be pure.
+        """
+        self._check_tokens(tokens)
+        if positions is None:
+            positions = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32), tokens.shape)
+        elif positions.shape != tokens.shape:
+            raise ValueError(
+                f"positions has shape {positions.shape}, tokens {tokens.shape}; they must be equal"
+            )
+        cos, sin = rope_tables(self.config.rope, self.config.head_dim, positions)
+        x = self.embed_tokens(tokens)
+        for number, layer in enumerate(self.layers):
+            run = _rematerialized(layer) if remat else layer
+            x = run(x, cos, sin, functools.partial(attend, number))
+        return self.norm(x)
+
+    def logits(self, hidden: Float[Array, "... embed"]) -> Float[Array, "... vocab"]:
+        """Scores of every vocabulary entry, float32."""
+        if self.lm_head is None:
+            table = self.embed_tokens.embedding[...].astype(hidden.dtype)
+            return jnp.einsum("...e,ve->...v", hidden, table, preferred_element_type=jnp.float32)
+        kernel = self.lm_head.kernel[...].astype(hidden.dtype)
+        return jnp.einsum("...e,ev->...v", hidden, kernel, preferred_element_type=jnp.float32)
+
+    @classmethod
+    def from_pretrained(cls, directory: str | Path, *, dtype=None) -> "Llama":
+        """The model in a Hugging Face folder: ``config.json`` and safetensors, one file or shards with an index.
+
+        ``dtype`` None keeps the dtype of the file. Stop tokens come from ``generation_config.json`` if it has some.
+
+        Raises FileNotFoundError for a folder, config, weights or a shard that are not there (pickled weights do not
+        count), ValueError for a config that cannot be represented and for tensors that do not fit it.
+        """
+        config = checkpoint.load_config(directory)
+        graph, state = nnx.split(nnx.eval_shape(lambda: cls(config, rngs=nnx.Rngs(0))))
+        return nnx.merge(graph, checkpoint.load_parameters(directory, config, state, dtype=dtype))
+
+    def save_pretrained(self, directory: str | Path, *, max_shard_bytes: int = 5_000_000_000) -> None:
+        """Write a Hugging Face folder that ``from_pretrained`` and transformers read to the same logits.
+
+        Weights keep their dtype. A crash while writing leaves what was there, and other files (``tokenizer.json``) stay.
+        Raises ValueError for a model with LoRA adapters: call merge_lora first.
+        """
+        if has_lora(self):
+            raise ValueError(
+                "the model has LoRA adapters, which a Llama checkpoint cannot hold; call merge_lora first"
+            )
+        checkpoint.save(self.config, nnx.state(self, nnx.Param), directory, max_shard_bytes=max_shard_bytes)
+
+    def _check_tokens(self, tokens):
+        if tokens.ndim != 2 or not jnp.issubdtype(tokens.dtype, jnp.integer):
+            raise ValueError(
+                f"tokens must be integers of shape [B, T], not {tokens.dtype}{list(tokens.shape)}"
+            )
+        if isinstance(tokens, jax.core.Tracer):
+            return  # inside jit there is no value to look at; serve and train check on the host
+        ids = np.asarray(tokens)
+        bad = np.unique(ids[(ids < 0) | (ids >= self.config.vocab_size)])
+        if bad.size:
+            shown = ", ".join(str(token) for token in bad[:5]) + (", ..." if bad.size > 5 else "")
+            raise ValueError(
+                f"tokens has ids {shown}; allowed are 0 to {self.config.vocab_size - 1} (vocab_size)"
+            )
+
+
+def _rematerialized(layer):
+    graph, state = nnx.split(layer)
+
+    def run(x, cos, sin, attend):
+        return jax.checkpoint(lambda state, x: nnx.merge(graph, state)(x, cos, sin, attend))(state, x)
+
+    return run
