@@ -1,4 +1,4 @@
-"""Hugging Face checkpoint folders: reading checks all before it allocates, writing replaces whole files only."""
+"""Hugging Face folders: reading checks everything before it allocates, writing replaces whole files only."""
 
 import contextlib
 import dataclasses
@@ -20,8 +20,8 @@ from jsparse.models.config import LlamaConfig
 from jsparse.models.hf_config import token_ids
 from jsparse.models.safetensors_folder import INDEX, SINGLE, StoredTensor, find_tensors, read_json
 
-# Our modules have Hugging Face's names. Parameters are called what they are, theirs are all "weight", and torch
-# stores a linear layer as [out, in]. {our name: (their name, transposed)}
+# Our modules have Hugging Face's names. Parameters are called what they are, theirs are all "weight", and
+# torch stores a linear layer as [out, in]. {our name: (their name, transposed)}
 _PARAMETERS = {
     "kernel": ("weight", True),
     "embedding": ("weight", False),
@@ -34,7 +34,7 @@ _SHARD_NAME = re.compile(r"model-\d{5}-of-\d{5}\.safetensors")
 
 
 def load_config(directory: str | Path) -> LlamaConfig:
-    """The config of a Hugging Face folder, with the stop tokens that its ``generation_config.json`` may override."""
+    """The config of a Hugging Face folder; stop tokens in ``generation_config.json`` win over its own."""
     directory = Path(directory)
     if not (directory / "config.json").is_file():
         raise FileNotFoundError(f"{directory} is not a checkpoint folder: it has no config.json")
@@ -56,9 +56,9 @@ def load_parameters(directory: str | Path, config: LlamaConfig, state: nnx.State
 
     ``dtype`` None keeps the stored dtype, which must then be one for all tensors.
 
-    Raises FileNotFoundError for weights that are not there (pickled ones do not count), and ValueError with, in one
-    message, every tensor that is missing, unexpected, misshapen or of a dtype other than float32, float16 and bfloat16.
-    Nothing is allocated before that.
+    Raises FileNotFoundError for weights that are not there (pickled ones do not count), and ValueError with,
+    in one message, every tensor that is missing, unexpected, misshapen or of a dtype other than float32,
+    float16 and bfloat16. Nothing is allocated before that.
     """
     directory = Path(directory)
     stored = {
@@ -136,18 +136,20 @@ def _check_tied(directory, files, stored: dict[str, StoredTensor]):
     )
     if not np.array_equal(head, embedding):
         raise ValueError(
-            f"{directory}: tie_word_embeddings is true, but lm_head.weight differs from model.embed_tokens.weight; "
-            "set it to false to use both"
+            f"{directory}: tie_word_embeddings is true, but lm_head.weight differs from "
+            "model.embed_tokens.weight; set it to false to use both"
         )
 
 
 def save(config: LlamaConfig, state: nnx.State, directory: str | Path, *, max_shard_bytes: int) -> None:
-    """Write ``config.json``, ``generation_config.json`` and the weights, which transformers reads to the same logits.
+    """Write ``config.json``, ``generation_config.json`` and the weights, which transformers reads to the same
+    logits.
 
-    Weights keep their dtype and go into one ``model.safetensors``, or into shards of at most ``max_shard_bytes`` (one tensor
-    may be larger) with an index. Everything is first written and flushed under a temporary name in the folder and
-    then moved into place, so that a crash while writing leaves what was there. Files of other kinds, like
-    ``tokenizer.json``, stay; weights of an earlier save that the new ones do not replace are removed.
+    Weights keep their dtype and go into one ``model.safetensors``, or into shards of at most
+    ``max_shard_bytes`` (one tensor may be larger) with an index. Everything is first written and flushed
+    under a temporary name in the folder and then moved into place, so that a crash while writing leaves what
+    was there. Files of other kinds, like ``tokenizer.json``, stay; weights of an earlier save that the new
+    ones do not replace are removed.
 
     Raises ValueError for a ``max_shard_bytes`` below 1, NotADirectoryError where ``directory`` is a file.
     """

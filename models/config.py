@@ -15,12 +15,13 @@ MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3")
 class LlamaConfig:
     """The sizes and the variant of one model of the Llama family.
 
-    Field names are Hugging Face's. ``model_type`` decides what has no field of its own there: Qwen2 always has
-    biases on q, k and v, Qwen3 always normalises queries and keys. ``sliding_windows`` has one entry a layer: None, or
-    how many keys a query sees, its own included.
+    Field names are Hugging Face's. ``model_type`` decides what has no field of its own there: Qwen2 always
+    has biases on q, k and v, Qwen3 always normalises queries and keys. ``sliding_windows`` has one entry a
+    layer: None, or how many keys a query sees, its own included.
 
-    ``num_key_value_heads`` None means one for each head, ``head_dim`` None means ``hidden_size / num_attention_heads``.
-    Everything is checked when it is made: ValueError names the field, the value and what is allowed.
+    ``num_key_value_heads`` None means one for each head, ``head_dim`` None means ``hidden_size /
+    num_attention_heads``. Everything is checked when it is made: ValueError names the field, the value and
+    what is allowed.
 
     >>> config = LlamaConfig(
     ...     vocab_size=257, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4
@@ -97,8 +98,8 @@ class LlamaConfig:
             raise ValueError(f"mlp_bias=True is for llama, not for {self.model_type}")
         if self.model_type == "llama" and self.hidden_size % self.num_attention_heads:
             raise ValueError(
-                f"hidden_size={self.hidden_size} is not divisible by num_attention_heads={self.num_attention_heads}; "
-                "Hugging Face's llama needs that even with a head_dim"
+                f"hidden_size={self.hidden_size} is not divisible by "
+                f"num_attention_heads={self.num_attention_heads}; a llama needs that even with head_dim"
             )
         windows = self.sliding_windows
         if len(windows) != self.num_hidden_layers:
@@ -141,8 +142,8 @@ class LlamaConfig:
     def from_hf(cls, fields: Mapping[str, Any]) -> "LlamaConfig":
         """The config that the fields of a Hugging Face ``config.json`` describe.
 
-        Both spellings of RoPE are read (``rope_scaling`` and ``rope_parameters``). ValueError names every field that
-        is missing, unknown or asks for mathematics that is not here.
+        Both spellings of RoPE are read (``rope_scaling`` and ``rope_parameters``). ValueError names every
+        field that is missing, unknown or asks for mathematics that is not here.
         """
         return cls(**fields_from_hf(fields))
 
@@ -153,17 +154,18 @@ class LlamaConfig:
     def extend_context(self, length: int) -> "LlamaConfig":
         """A config for ``length`` positions by linear position interpolation.
 
-        Positions are divided by ``ceil(length / max_position_embeddings)``, so that the model sees only angles it
-        was trained on (arXiv 2306.15595; LongLoRA, arXiv 2309.12307). The factor multiplies one that is already
-        there: a model interpolated twice by 2 is interpolated by 4. ``max_position_embeddings`` grows by the same
-        whole factor and so may end above ``length``; a length that fits already changes nothing.
+        Positions are divided by ``ceil(length / max_position_embeddings)``, so that the model sees only
+        angles it was trained on (arXiv 2306.15595; LongLoRA, arXiv 2309.12307). The factor multiplies one
+        that is already there: a model interpolated twice by 2 is interpolated by 4.
+        ``max_position_embeddings`` grows by the same whole factor and so may end above ``length``; a length
+        that fits already changes nothing.
 
-        Raises NotImplementedError for RoPE kinds that linear interpolation does not compose with (llama3, yarn).
+        Raises NotImplementedError for RoPE kinds that linear interpolation does not compose with (llama3,
+        yarn).
 
         >>> config = LlamaConfig(
-        ...     vocab_size=257, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
-        ...     max_position_embeddings=512,
-        ... )
+        ...     vocab_size=257, hidden_size=64, intermediate_size=128, num_hidden_layers=2,
+        num_attention_heads=4, ...     max_position_embeddings=512, ... )
         >>> longer = config.extend_context(1500)
         >>> longer.rope.kind, longer.rope.factor, longer.max_position_embeddings
         ('linear', 3.0, 1536)
@@ -177,8 +179,9 @@ class LlamaConfig:
             return self
         if self.rope.kind not in ("default", "linear"):
             raise NotImplementedError(
-                f"length={length} is beyond max_position_embeddings={self.max_position_embeddings}, and RoPE type "
-                f"{self.rope.kind!r} does not compose with linear position interpolation; allowed are default, linear"
+                f"length={length} is beyond max_position_embeddings={self.max_position_embeddings}, and "
+                f"RoPE type {self.rope.kind!r} does not compose with linear position interpolation; "
+                "allowed are default, linear"
             )
         factor = float(growth * (self.rope.factor or 1.0))
         return dataclasses.replace(

@@ -16,8 +16,8 @@ if TYPE_CHECKING:
 
 _REQUIRED = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
 
-# Fields that may be absent, with the value that transformers then uses, for each model type. A type that lacks a
-# field here does not have it: there, only a value that switches it off is accepted.
+# Fields that may be absent, with the value that transformers then uses, for each model type. A type that
+# lacks a field here does not have it: there, only a value that switches it off is accepted.
 _COMMON = {"rms_norm_eps": 1e-6, "tie_word_embeddings": False, "initializer_range": 0.02}
 _DEFAULTS: dict[str, dict[str, Any]] = {
     "llama": _COMMON
@@ -93,10 +93,10 @@ _IGNORED = frozenset(
     attn_implementation _attn_implementation _attn_implementation_autoset _flash_attn_2_enabled
     output_attentions output_hidden_states return_dict return_dict_in_generate
     id2label label2id num_labels problem_type task_specific_params finetuning_task
-    do_sample temperature top_k top_p typical_p min_length max_length max_new_tokens num_beams num_return_sequences
-    repetition_penalty length_penalty no_repeat_ngram_size early_stopping
-    is_llama_config transformers.js_config unsloth_fixed unsloth_version
-    rope_theta rope_scaling rope_parameters original_max_position_embeddings
+    do_sample temperature top_k top_p typical_p min_length max_length max_new_tokens num_beams
+    num_return_sequences repetition_penalty length_penalty no_repeat_ngram_size early_stopping is_llama_config
+    transformers.js_config unsloth_fixed unsloth_version rope_theta rope_scaling rope_parameters
+    original_max_position_embeddings
     """.split()
 )
 
@@ -230,7 +230,7 @@ def _read_rope(name, entry, fields, max_position_embeddings):
         inside = entry.get("original_max_position_embeddings", outside)
         if outside not in (None, inside):
             raise ValueError(
-                f"original_max_position_embeddings={outside!r} disagrees with {inside!r} in {name}; keep one of them"
+                f"original_max_position_embeddings={outside!r} disagrees with {inside!r} in {name}"
             )
         entry["original_max_position_embeddings"] = max_position_embeddings if inside is None else inside
         if kind == "yarn" and "factor" not in entry:

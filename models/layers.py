@@ -1,7 +1,8 @@
 """The layers of a Llama as Flax NNX modules: linear maps, RMS norm, attention without the attention, MLP.
 
-Kernels are stored [in, out]. Every parameter carries the logical names of its axes (embed, heads, kv_heads, mlp, vocab) as
-``out_sharding`` metadata, which ``nnx.get_partition_spec`` reads; nothing is sharded here, and no mesh is needed.
+Kernels are stored [in, out]. Every parameter carries the logical names of its axes (embed, heads, kv_heads,
+mlp, vocab) as ``out_sharding`` metadata, which ``nnx.get_partition_spec`` reads; nothing is sharded here, and
+no mesh is needed.
 """
 
 from collections.abc import Callable

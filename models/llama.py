@@ -19,16 +19,17 @@ from jsparse.models.lora import has_lora
 from jsparse.models.masking import layer_masks
 from jsparse.models.rope import rope_tables
 
+Tokens = Int[Array | np.ndarray, "B T"]
 Mask = jsparse.TokenMask | Sequence[jsparse.TokenMask] | BlockMask
 
 
 class Llama(nnx.Module):
-    """A decoder-only transformer of the Llama family (Llama 2 and 3, Mistral, Qwen2, Qwen3), as LlamaConfig says.
+    """A decoder-only transformer of the Llama family: Llama 2 and 3, Mistral, Qwen2, Qwen3.
 
-    ``Llama(config, rngs=nnx.Rngs(0))`` has random weights, normal with ``config.initializer_range``; ``from_pretrained``
-    reads a checkpoint. It computes in the dtype of its parameters; norms, rotations and softmax inside are float32, and
-    logits are float32. The sub-modules are named as in Hugging Face's checkpoints, with ``lm_head`` None when it is
-    tied to the embedding.
+    ``Llama(config, rngs=nnx.Rngs(0))`` has random weights, normal with ``config.initializer_range``;
+    ``from_pretrained`` reads a checkpoint. It computes in the dtype of its parameters; norms, rotations and
+    softmax inside are float32, and logits are float32. The sub-modules are named as in Hugging Face's
+    checkpoints, with ``lm_head`` None when it is tied to the embedding.
 
     >>> config = LlamaConfig(
     ...     vocab_size=257, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4
@@ -52,16 +53,17 @@ class Llama(nnx.Module):
 
     def __call__(
         self,
-        tokens: Int[Array, "B T"],
-        positions: Int[Array, "B T"] | None = None,
-        segment_ids: Int[Array, "B T"] | None = None,
+        tokens: Tokens,
+        positions: Tokens | None = None,
+        segment_ids: Tokens | None = None,
         mask: Mask | None = None,
     ) -> Float[Array, "B T vocab"]:
         """Next-token logits, float32, of whole sequences: no cache.
 
-        ``mask`` None is causal attention with each layer's own sliding window. A TokenMask, one TokenMask for each
-        query head, or a BlockMask narrows it further, the same way in every layer. ``segment_ids`` cut packed
-        documents apart. ``positions`` (0, 1, 2, ... by default) turn RoPE only; masks count places in the sequence.
+        ``mask`` None is causal attention with each layer's own sliding window. A TokenMask, one TokenMask for
+        each query head, or a BlockMask narrows it further, the same way in every layer. ``segment_ids`` cut
+        packed documents apart. ``positions`` (0, 1, 2, ... by default) turn RoPE only; masks count places in
+        the sequence.
 
         Raises ValueError for ids outside the vocabulary (where tokens are concrete: JAX would clamp them
         silently), for shapes that differ, and for a mask that the model's heads or windows cannot take.
@@ -73,8 +75,8 @@ class Llama(nnx.Module):
             )
         return self.logits(self.hidden(tokens, positions, attend))
 
-    def attend(self, mask: Mask | None = None, segment_ids: Int[Array, "B T"] | None = None) -> Attend:
-        """The ``attend`` argument of ``hidden`` for whole sequences under a mask, as ``__call__`` describes it."""
+    def attend(self, mask: Mask | None = None, segment_ids: Tokens | None = None) -> Attend:
+        """The ``attend`` argument of ``hidden`` for whole sequences; mask and segment_ids as in ``__call__``."""
         masks = layer_masks(self.config, mask)
 
         def attend(layer, q, k, v):
@@ -86,18 +88,18 @@ class Llama(nnx.Module):
 
     def hidden(
         self,
-        tokens: Int[Array, "B T"],
-        positions: Int[Array, "B T"] | None,
+        tokens: Tokens,
+        positions: Tokens | None,
         attend: Attend,
         *,
         remat: bool = False,
     ) -> Float[Array, "B T embed"]:
         """The hidden states after the final norm, with attention left to the caller.
 
-        ``attend(layer, q, k, v)`` gets the layer's number, queries [B, T, Hq, D] and keys [B, T, Hk, D], both normed and
-        rotated, and values, and returns [B, T, Hq, D]. Masks, caches and windows are its business. ``remat``
-        recomputes each layer in the backward pass instead of storing what is inside; ``attend`` is then traced more
-        than once and must be pure.
+        ``attend(layer, q, k, v)`` gets the layer's number, queries [B, T, Hq, D] and keys [B, T, Hk, D], both
+        normed and rotated, and values, and returns [B, T, Hq, D]. Masks, caches and windows are its business.
+        ``remat`` recomputes each layer in the backward pass instead of storing what is inside; ``attend`` is
+        then traced more than once and must be pure.
         """
         self._check_tokens(tokens)
         if positions is None:
@@ -123,12 +125,14 @@ class Llama(nnx.Module):
 
     @classmethod
     def from_pretrained(cls, directory: str | Path, *, dtype=None) -> "Llama":
-        """The model in a Hugging Face folder: ``config.json`` and safetensors, one file or shards with an index.
+        """The model in a Hugging Face folder: ``config.json`` and safetensors, one file or shards with an
+        index.
 
-        ``dtype`` None keeps the dtype of the file. Stop tokens come from ``generation_config.json`` if it has some.
+        ``dtype`` None keeps the dtype of the file. Stop tokens come from ``generation_config.json`` if it has
+        some.
 
-        Raises FileNotFoundError for a folder, config, weights or a shard that are not there (pickled weights do not
-        count), ValueError for a config that cannot be represented and for tensors that do not fit it.
+        Raises FileNotFoundError for a folder, config, weights or a shard that are not there (pickled weights
+        do not count), ValueError for a config that cannot be represented and for tensors that do not fit it.
         """
         config = checkpoint.load_config(directory)
         graph, state = nnx.split(nnx.eval_shape(lambda: cls(config, rngs=nnx.Rngs(0))))
@@ -137,8 +141,8 @@ class Llama(nnx.Module):
     def save_pretrained(self, directory: str | Path, *, max_shard_bytes: int = 5_000_000_000) -> None:
         """Write a Hugging Face folder that ``from_pretrained`` and transformers read to the same logits.
 
-        Weights keep their dtype. A crash while writing leaves what was there, and other files (``tokenizer.json``) stay.
-        Raises ValueError for a model with LoRA adapters: call merge_lora first.
+        Weights keep their dtype. A crash while writing leaves what was there, and other files
+        (``tokenizer.json``) stay. Raises ValueError for a model with LoRA adapters: call merge_lora first.
         """
         if has_lora(self):
             raise ValueError(

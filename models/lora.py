@@ -17,13 +17,15 @@ def add_lora(
     rngs: nnx.Rngs,
     targets: Sequence[str] = ("q_proj", "k_proj", "v_proj", "o_proj"),
 ) -> None:
-    """Attach adapters: every linear layer named in ``targets`` computes ``x W + b + (alpha / rank) (x A) B`` from now on.
+    """Attach adapters: every linear layer named in ``targets`` computes ``x W + b + (alpha / rank) (x A) B``
+    from now on.
 
-    A [in, rank] is normal with variance ``1 / in``, B [rank, out] is zero, so the model's output does not change at
-    first. Both are LoRAParam in float32, whatever the model's dtype, and are cast where they are used.
+    A [in, rank] is normal with variance ``1 / in``, B [rank, out] is zero, so the model's output does not
+    change at first. Both are LoRAParam in float32, whatever the model's dtype, and are cast where they are
+    used.
 
-    Raises ValueError for a rank or alpha that is not positive, for targets that name no linear layer, and for a model
-    that has adapters already; then nothing is attached.
+    Raises ValueError for a rank or alpha that is not positive, for targets that name no linear layer, and for
+    a model that has adapters already; then nothing is attached.
 
     >>> from jsparse.models import Llama, LlamaConfig
     >>> model = Llama(LlamaConfig(vocab_size=9, hidden_size=8, intermediate_size=8, num_hidden_layers=1,

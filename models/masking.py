@@ -9,10 +9,11 @@ from jsparse.models.config import LlamaConfig
 
 
 def layer_masks(config: LlamaConfig, mask) -> list:
-    """What ``jsparse.attention`` gets in each layer: ``mask`` (None: causal) within the layer's sliding window.
+    """What ``jsparse.attention`` gets in each layer: ``mask`` (None: causal) within the layer's sliding
+    window.
 
-    ``mask`` is None, a TokenMask, one TokenMask for each query head, or a BlockMask. ValueError for another number of
-    masks, NotImplementedError where the two together are no mask that we can write down.
+    ``mask`` is None, a TokenMask, one TokenMask for each query head, or a BlockMask. ValueError for another
+    number of masks, NotImplementedError where the two together are no mask that we can write down.
     """
     if mask is None:
         mask = jsparse.causal()
@@ -29,7 +30,8 @@ def layer_masks(config: LlamaConfig, mask) -> list:
         raise TypeError(f"mask must be None, a TokenMask, a sequence of them or a BlockMask, not {mask!r}")
     if len(mask) != config.num_attention_heads:
         raise ValueError(
-            f"mask has {len(mask)} TokenMasks for {config.num_attention_heads} query heads (num_attention_heads)"
+            f"mask has {len(mask)} TokenMasks for num_attention_heads={config.num_attention_heads}; "
+            "allowed is one, or one for each query head"
         )
     return [tuple(within_window(one, window) for one in mask) for window in config.sliding_windows]
 
@@ -49,6 +51,6 @@ def within_window(mask: jsparse.TokenMask, window: int | None) -> jsparse.TokenM
     if mask.sink == 0:
         return mask
     raise NotImplementedError(
-        f"mask {mask} has a sink, which the layer's sliding window of {window} would hide after {window} tokens; "
+        f"mask {mask} has a sink, which the layer's sliding window hides after {window} tokens; "
         f"allowed are masks without a sink, or with a window >= {window}"
     )

@@ -14,15 +14,15 @@ ROPE_KINDS = ("default", "linear", "llama3", "yarn")
 class RopeConfig:
     """How positions turn into rotation angles.
 
-    ``kind`` is Hugging Face's ``rope_type``; the other fields have the names they have there, and a kind reads
-    only its own:
+    ``kind`` is Hugging Face's ``rope_type``; the other fields have the names they have there, and a kind
+    reads only its own:
 
     - ``default``: frequency ``i`` is ``theta ** (-2i / head_dim)``.
     - ``linear``: those, divided by ``factor`` (position interpolation, arXiv 2306.15595).
     - ``llama3``: long wavelengths divided by ``factor``, short ones kept, a ramp between the two
       ``*_freq_factor`` bounds (Llama 3.1).
-    - ``yarn``: a ramp between ``beta_fast`` and ``beta_slow`` rotations over the original context, and cosines and
-      sines multiplied by an attention factor (arXiv 2309.00071).
+    - ``yarn``: a ramp between ``beta_fast`` and ``beta_slow`` rotations over the original context, and
+      cosines and sines multiplied by an attention factor (arXiv 2309.00071).
 
     Raises ValueError for an unknown kind, for a factor below 1 and for a missing field.
 
@@ -77,7 +77,8 @@ class RopeConfig:
             )
         if self.kind == "yarn" and not self.beta_fast > self.beta_slow > 0:
             raise ValueError(
-                f"RoPE type 'yarn' needs beta_fast > beta_slow > 0, not {self.beta_fast!r} and {self.beta_slow!r}"
+                "RoPE type 'yarn' needs beta_fast > beta_slow > 0, not "
+                f"{self.beta_fast!r} and {self.beta_slow!r}"
             )
 
 
@@ -104,8 +105,8 @@ FIELDS_OF_KIND = {
 def rope_frequencies(rope: RopeConfig, head_dim: int) -> tuple[Float[np.ndarray, " half"], float]:
     """Angle per position of each pair of dimensions, and the factor on cosines and sines.
 
-    Returns ``head_dim / 2`` frequencies, computed in float64 and rounded once to float32, and 1.0 for every kind
-    but yarn.
+    Returns ``head_dim / 2`` frequencies, computed in float64 and rounded once to float32, and 1.0 for every
+    kind but yarn.
 
     >>> frequencies, factor = rope_frequencies(RopeConfig(theta=10000.0), head_dim=4)
     >>> frequencies.tolist(), factor

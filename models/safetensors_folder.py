@@ -1,4 +1,4 @@
-"""A folder of safetensors: one file, or shards with an index. Headers are read and checked before any tensor."""
+"""A folder of safetensors: one file, or shards with an index. Headers are checked before tensors are read."""
 
 import dataclasses
 import json
@@ -25,9 +25,9 @@ class StoredTensor:
 def find_tensors(directory: Path) -> dict[str, StoredTensor]:
     """Every tensor of a checkpoint folder by name, from the headers alone.
 
-    Raises FileNotFoundError for no weights, pickled weights (they are never opened) and missing shards; ValueError
-    for both layouts at once, file names that lead out of the folder, a name that is there twice, and an index that
-    disagrees with its shards.
+    Raises FileNotFoundError for no weights, pickled weights (they are never opened) and missing shards;
+    ValueError for both layouts at once, file names that lead out of the folder, a name that is there twice,
+    and an index that disagrees with its shards.
     """
     single, index = directory / SINGLE, directory / INDEX
     if single.exists() and index.exists():
@@ -39,8 +39,8 @@ def find_tensors(directory: Path) -> dict[str, StoredTensor]:
     pickles = sorted(path.name for path in directory.iterdir() if path.suffix in _PICKLES)
     if pickles:
         raise FileNotFoundError(
-            f"{directory} has weights only as pickle files ({', '.join(pickles)}), which can run code and are never "
-            f"opened; allowed is {SINGLE}: in transformers, model.save_pretrained(directory) writes it"
+            f"{directory} has weights only as pickle files ({', '.join(pickles)}), which can run code and "
+            f"are never opened; allowed is {SINGLE}: in transformers, model.save_pretrained(directory) writes it"
         )
     raise FileNotFoundError(f"{directory} has neither {SINGLE} nor {INDEX}")
 
@@ -89,7 +89,7 @@ def _inside(directory, name):
 
 
 def read_header(file: Path) -> dict[str, StoredTensor]:
-    """Names, dtypes and shapes in a safetensors file. Unlike the library, refuses a name that is there twice."""
+    """Names, dtypes and shapes in a safetensors file. Unlike the library, refuses duplicate names."""
     size = file.stat().st_size
     with file.open("rb") as stream:
         start = stream.read(8)

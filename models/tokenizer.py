@@ -11,8 +11,8 @@ END_OF_TEXT = "<|endoftext|>"
 def load_tokenizer(directory: str | Path) -> tokenizers.Tokenizer:
     """The tokenizer in ``tokenizer.json`` of a Hugging Face folder.
 
-    Raises FileNotFoundError if there is none (older checkpoints have only ``tokenizer.model``), ValueError if it
-    cannot be read.
+    Raises FileNotFoundError if there is none (older checkpoints have only ``tokenizer.model``), ValueError if
+    it cannot be read.
     """
     path = Path(directory) / "tokenizer.json"
     if not path.is_file():
@@ -29,7 +29,8 @@ def load_tokenizer(directory: str | Path) -> tokenizers.Tokenizer:
 def byte_tokenizer() -> tokenizers.Tokenizer:
     """A tokenizer of UTF-8 bytes: id = byte, and 256 is the special token ``<|endoftext|>``.
 
-    Every text comes back from its ids. ``tokenizer.save(path)`` writes a tokenizer.json that transformers reads.
+    Every text comes back from its ids. ``tokenizer.save(path)`` writes a tokenizer.json that transformers
+    reads.
 
     >>> tokenizer = byte_tokenizer()
     >>> tokenizer.encode("né").ids
