@@ -3,7 +3,7 @@
 import dataclasses
 
 import numpy as np
-from jaxtyping import Bool, Int
+from jaxtyping import Array, Bool, Int
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,7 +44,9 @@ class TokenMask:
         if self.group_shift and self.group_size is None:
             raise ValueError(f"group_shift={self.group_shift} needs a group_size")
 
-    def __call__(self, q_position: Int[np.ndarray, "..."], kv_position) -> Bool[np.ndarray, "..."]:
+    def __call__(
+        self, q_position: Int[Array | np.ndarray, "..."], kv_position: Int[Array | np.ndarray, "..."]
+    ) -> Bool[Array | np.ndarray, "..."]:
         """The mask itself, for NumPy or JAX arrays of positions that broadcast against each other."""
         visible = kv_position <= q_position
         if self.window is not None:
