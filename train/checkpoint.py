@@ -1,0 +1,59 @@
+"""Training checkpoints on disk: Orbax, with a description of the run beside the arrays of every step."""
+
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import orbax.checkpoint as ocp
+
+KEPT = 2  # steps on disk: the last, and the one before in case the last is damaged
+
+
+class Checkpoints:
+    """The checkpoints of one run, in ``directory/<step>``, written whole or not at all.
+
+    A step is written into a temporary directory that is renamed when complete, so a crash leaves the earlier
+    steps as they were; what it left half-written is removed before the next save. Made by
+    ``open_checkpoints``.
+    """
+
+    def __init__(self, manager: ocp.CheckpointManager):
+        self._manager = manager
+
+    def latest_step(self) -> int | None:
+        """The last step that was saved completely; None where there is none."""
+        return self._manager.latest_step()
+
+    def save(self, step: int, state: Any, run: dict) -> None:
+        """Write a pytree of arrays and the JSON description of the run. Returns when both are on disk."""
+        items = {"state": ocp.args.StandardSave(state), "run": ocp.args.JsonSave(run)}
+        self._manager.save(step, args=ocp.args.Composite(**items), force=True)
+
+    def read_run(self, step: int) -> dict:
+        """The description of the run that wrote ``step``."""
+        return self._manager.restore(step, args=ocp.args.Composite(run=ocp.args.JsonRestore())).run
+
+    def restore(self, step: int, like: Any) -> Any:
+        """The state of ``step``, with the structure, shapes, dtypes and devices of ``like``."""
+        abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), like)
+        return self._manager.restore(
+            step, args=ocp.args.Composite(state=ocp.args.StandardRestore(abstract))
+        ).state
+
+
+@contextlib.contextmanager
+def open_checkpoints(directory: Path, *, writable: bool) -> Iterator[Checkpoints]:
+    """Open ``directory``. Only where it is opened ``writable`` is anything on disk made, removed or
+    changed.
+    """
+    # Saving blocks: a run that says it reached a step has that step on disk, and no thread outlives the call.
+    options = ocp.CheckpointManagerOptions(
+        max_to_keep=KEPT, enable_async_checkpointing=False, create=writable, cleanup_tmp_directories=writable
+    )
+    manager = ocp.CheckpointManager(directory.absolute(), options=options)
+    try:
+        yield Checkpoints(manager)
+    finally:
+        manager.close()

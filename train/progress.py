@@ -1,0 +1,28 @@
+"""The progress bar of training and evaluation."""
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+
+
+def progress_bar(enabled: bool) -> Progress:
+    """A bar on stderr, off where ``enabled`` is false or stderr is no terminal. A task's ``note`` field
+    stands last.
+    """
+    console = Console(stderr=True)
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[note]}"),
+        console=console,
+        disable=not (enabled and console.is_terminal),
+    )
