@@ -1,6 +1,7 @@
 """Block-sparse attention for long-context Llama models in JAX."""
 
 from jsparse.attention import attention as attention
+from jsparse.block_mask import BlockMask as BlockMask
 from jsparse.masks import TokenMask as TokenMask
 from jsparse.masks import causal as causal
 from jsparse.masks import shifted_groups as shifted_groups

@@ -64,7 +64,9 @@ def attention(
     if implementation not in _IMPLEMENTATIONS:
         raise ValueError(f"implementation must be None or one of {_IMPLEMENTATIONS}, not {implementation!r}")
     if implementation.startswith("mosaic_gpu"):
-        raise NotImplementedError(f"implementation={implementation!r}: this version of jsparse has no GPU kernels yet")
+        raise NotImplementedError(
+            f"implementation={implementation!r}: this version of jsparse has no GPU kernels yet"
+        )
 
     # Lists known while tracing are compiled in; the others are arguments.
     traced = [x for x in jax.tree.leaves(mask) if isinstance(x, jax.Array)]
@@ -135,14 +137,18 @@ def _as_block_mask(mask, q_shape, k_shape) -> BlockMask:
         mask = BlockMask.from_token_masks(mask, q_len, kv_len, block_q=block_q, block_kv=block_kv)
         heads = mask.head_rows
     if heads is not None and len(heads) != q_heads:
-        raise ValueError(f"mask must have one TokenMask a query head: {len(heads)} were given for {q_heads} heads")
+        raise ValueError(
+            f"mask must have one TokenMask a query head: {len(heads)} were given for {q_heads} heads"
+        )
     return mask
 
 
 def _check_arrays(q, k, v, q_segment_ids, kv_segment_ids):
     for name, x in (("q", q), ("k", k), ("v", v)):
         if x.ndim != 4 or 0 in x.shape:
-            raise ValueError(f"{name} must be [batch, tokens, heads, head_dim] with no empty axis, not {list(x.shape)}")
+            raise ValueError(
+                f"{name} must be [batch, tokens, heads, head_dim] with no empty axis, not {list(x.shape)}"
+            )
         if not jnp.issubdtype(x.dtype, jnp.floating) or x.dtype != q.dtype:
             raise ValueError(f"q, k and v must have one floating dtype, not {q.dtype}, {k.dtype}, {v.dtype}")
     if k.shape != v.shape:
@@ -156,4 +162,6 @@ def _check_arrays(q, k, v, q_segment_ids, kv_segment_ids):
         raise ValueError("q_segment_ids and kv_segment_ids must be given together or not at all")
     for name, ids, x in (("q_segment_ids", q_segment_ids, q), ("kv_segment_ids", kv_segment_ids, k)):
         if ids is not None and (ids.shape != x.shape[:2] or not jnp.issubdtype(ids.dtype, jnp.integer)):
-            raise ValueError(f"{name} must be integers {list(x.shape[:2])}, not {ids.dtype} {list(ids.shape)}")
+            raise ValueError(
+                f"{name} must be integers {list(x.shape[:2])}, not {ids.dtype} {list(ids.shape)}"
+            )

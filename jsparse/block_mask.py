@@ -63,7 +63,12 @@ class BlockMask:
 
     @staticmethod
     def from_token_masks(
-        masks: TokenMask | Sequence[TokenMask], q_len: int, kv_len: int, *, block_q: int = 128, block_kv: int = 128
+        masks: TokenMask | Sequence[TokenMask],
+        q_len: int,
+        kv_len: int,
+        *,
+        block_q: int = 128,
+        block_kv: int = 128,
     ) -> "BlockMask":
         """The blocks in which a token mask shows at least one key to at least one query.
 
@@ -109,9 +114,13 @@ class BlockMask:
         nq, nkv = -(-q_len // block_q), -(-kv_len // block_kv)
         shape = tuple(kv_index.shape)
         if len(shape) not in (3, 4) or shape[-2] != nq or shape[-1] < 1:
-            raise ValueError(f"kv_index must be [R, {nq}, M] or [B, R, {nq}, M] for q_len={q_len}, not {list(shape)}")
+            raise ValueError(
+                f"kv_index must be [R, {nq}, M] or [B, R, {nq}, M] for q_len={q_len}, not {list(shape)}"
+            )
         if tuple(kv_count.shape) != shape[:-1]:
-            raise ValueError(f"kv_count must be {list(shape[:-1])} for this kv_index, not {list(kv_count.shape)}")
+            raise ValueError(
+                f"kv_count must be {list(shape[:-1])} for this kv_index, not {list(kv_count.shape)}"
+            )
         capacity = shape[-1]
         if not isinstance(kv_index, jax.core.Tracer) and not isinstance(kv_count, jax.core.Tracer):
             kv_index, kv_count = np.asarray(kv_index, np.int32), np.asarray(kv_count, np.int32)
@@ -141,7 +150,9 @@ def _from_token_masks(masks, q_len, kv_len, block_q, block_kv):
     counts = np.stack([count for _, count, _ in lists])
     starts = np.cumsum(counts.reshape(-1), dtype=np.int64) - counts.reshape(-1)
     if starts[-1] + counts[-1, -1] > np.iinfo(np.int32).max:
-        raise ValueError(f"the lists hold more than 2**31 blocks: raise block_q={block_q} or block_kv={block_kv}")
+        raise ValueError(
+            f"the lists hold more than 2**31 blocks: raise block_q={block_q} or block_kv={block_kv}"
+        )
     return BlockMask(
         kv_index=np.concatenate([index for index, _, _ in lists]),
         kv_start=starts.reshape(counts.shape).astype(np.int32),
@@ -241,7 +252,11 @@ def _check_lists(kv_index, kv_count, num_kv_blocks):
 
 
 def transposed_lists(
-    kv_item: Int[Any, " L"], start: Int[Any, " N"], count: Int[Any, " N"], full_count: Int[Any, " N"], num_kv_items: int
+    kv_item: Int[Any, " L"],
+    start: Int[Any, " N"],
+    count: Int[Any, " N"],
+    full_count: Int[Any, " N"],
+    num_kv_items: int,
 ) -> tuple[Any, Any, Any, Any]:
     """For each KV block, the query blocks that list it: (q_index [L], q_start, q_count, q_full_count).
 

@@ -71,7 +71,9 @@ def backward(q, k, v, mask: BlockMask, scale, q_segment_ids, kv_segment_ids, out
     """The gradients of q, k and v."""
     # d_scores = weights * (d_weights - delta), where lse adds its own part to delta.
     delta = jnp.sum(out.astype(jnp.float32) * d_out.astype(jnp.float32), axis=-1) - d_lse
-    lse = jnp.where(lse == -jnp.inf, jnp.inf, lse)  # exp(score - inf) = 0: a query that sees nothing has no weights
+    lse = jnp.where(
+        lse == -jnp.inf, jnp.inf, lse
+    )  # exp(score - inf) = 0: a query that sees nothing has no weights
     dq, dk, dv = (jnp.zeros(x.shape, jnp.float32) for x in (q, k, v))
     for part in _parts(mask, q.shape[2], k.shape[2]):
         queries = _query_items((q, d_out, lse, delta), part, mask, q_segment_ids)
@@ -86,27 +88,35 @@ def backward(q, k, v, mask: BlockMask, scale, q_segment_ids, kv_segment_ids, out
 
 
 # --- the three passes over lists ---
+#
+# Every product is written as rows [m, c] times columns [c, k], with the operand transposed once beforehand where need
+# be: XLA on a CPU takes up to three times as long for the other orders.
 
 
 def _forward(queries: _Items, keys: _Items, part: _Part, mask: BlockMask, scale):
     (q,) = queries.values
     k, v = keys.values
+    k_columns = jnp.swapaxes(k, -1, -2)
     dtype = jnp.promote_types(q.dtype, jnp.float32)
 
     def init(i):
         shape = (i.shape[0], *q.shape[1:4])
-        return jnp.full(shape, -jnp.inf, dtype), jnp.zeros(shape, dtype), jnp.zeros((*shape, q.shape[-1]), dtype)
+        return (
+            jnp.full(shape, -jnp.inf, dtype),
+            jnp.zeros(shape, dtype),
+            jnp.zeros((*shape, q.shape[-1]), dtype),
+        )
 
     def step(carry, i, j, listed, masked):
         top, total, acc = carry
-        scores = _scores(q[i], k[j], scale, dtype)
-        scores = _hide(scores, queries, i, keys, j, listed, masked, part, mask)
+        scores = _product(q[i], k_columns[j], dtype) * scale
+        scores = _hide(scores, _visible(queries, i, keys, j, listed, masked, part.token_mask, mask))
         new_top = jnp.maximum(top, jnp.max(scores, axis=-1))
         finite_top = jnp.where(new_top == -jnp.inf, 0, new_top)  # -inf - -inf is not a number
         weights = jnp.exp(scores - finite_top[..., None])
         decay = jnp.exp(top - finite_top)
         total = total * decay + jnp.sum(weights, axis=-1)
-        acc = acc * decay[..., None] + _product("nbhmk,nbhkd->nbhmd", weights.astype(v.dtype), v[j], dtype)
+        acc = acc * decay[..., None] + _product(weights.astype(v.dtype), v[j], dtype)
         return new_top, total, acc
 
     def finish(carry):
@@ -114,118 +124,152 @@ def _forward(queries: _Items, keys: _Items, part: _Part, mask: BlockMask, scale)
         out = acc / jnp.where(total == 0, 1, total)[..., None]
         return out.astype(q.dtype), (top + jnp.log(total)).astype(jnp.float32)
 
-    return _over_lists(part.lists, _chunk(q, mask.block_kv), masks_all=queries.segment is not None)(init, step, finish)
+    return _over_lists(
+        part.lists, init, step, finish, chunk=_chunk(q, k), mask_all=queries.segment is not None
+    )
 
 
 def _backward_queries(queries: _Items, keys: _Items, part: _Part, mask: BlockMask, scale):
     q, d_out, lse, delta = queries.values
     k, v = keys.values
+    k_columns, v_columns = jnp.swapaxes(k, -1, -2), jnp.swapaxes(v, -1, -2)
     dtype = jnp.promote_types(q.dtype, jnp.float32)
 
     def init(i):
         return jnp.zeros((i.shape[0], *q.shape[1:]), dtype)
 
     def step(dq, i, j, listed, masked):
-        k_j = k[j]
-        scores = _scores(q[i], k_j, scale, dtype)
-        scores = _hide(scores, queries, i, keys, j, listed, masked, part, mask)
+        scores = _product(q[i], k_columns[j], dtype) * scale
+        scores = _hide(scores, _visible(queries, i, keys, j, listed, masked, part.token_mask, mask))
         weights = jnp.exp(scores - lse[i][..., None])
-        d_weights = _product("nbhmd,nbhkd->nbhmk", d_out[i], v[j], dtype)
+        d_weights = _product(d_out[i], v_columns[j], dtype)
         d_scores = weights * (d_weights - delta[i][..., None]) * scale
-        return dq + _product("nbhmk,nbhkd->nbhmd", d_scores.astype(k.dtype), k_j, dtype)
+        return dq + _product(d_scores.astype(k.dtype), k[j], dtype)
 
-    run = _over_lists(part.lists, _chunk(q, mask.block_kv), masks_all=queries.segment is not None)
-    return run(init, step, lambda dq: dq)
+    return _over_lists(
+        part.lists, init, step, lambda dq: dq, chunk=_chunk(q, k), mask_all=queries.segment is not None
+    )
 
 
 def _backward_keys(queries: _Items, keys: _Items, part: _Part, mask: BlockMask, scale):
     q, d_out, lse, delta = queries.values
     k, v = keys.values
+    q_columns, d_out_columns = jnp.swapaxes(q, -1, -2), jnp.swapaxes(d_out, -1, -2)
     dtype = jnp.promote_types(q.dtype, jnp.float32)
+    owner, pieces = _pieces(_Lists(*transposed_lists(*part.lists, num_kv_items=k.shape[0])))
 
-    def init(j):
-        shape = (j.shape[0], *k.shape[1:])
+    def init(piece):
+        shape = (piece.shape[0], *k.shape[1:])
         return jnp.zeros(shape, dtype), jnp.zeros(shape, dtype)
 
-    def step(carry, j, i, listed, masked):
+    def step(carry, piece, i, listed, masked):
         dk, dv = carry
-        q_i, d_out_i = q[i], d_out[i]
-        scores = _scores(q_i, k[j], scale, dtype)
-        scores = _hide(scores, queries, i, keys, j, listed, masked, part, mask)
-        weights = jnp.exp(scores - lse[i][..., None])
-        dv = dv + _product("nbhmk,nbhmd->nbhkd", weights.astype(d_out.dtype), d_out_i, dtype)
-        d_weights = _product("nbhmd,nbhkd->nbhmk", d_out_i, v[j], dtype)
-        d_scores = weights * (d_weights - delta[i][..., None]) * scale
-        return dk + _product("nbhmk,nbhmd->nbhkd", d_scores.astype(q.dtype), q_i, dtype), dv
+        j = owner[piece]
+        scores = _product(k[j], q_columns[i], dtype) * scale
+        scores = _hide(
+            scores, _visible(queries, i, keys, j, listed, masked, part.token_mask, mask), by_key=True
+        )
+        weights = jnp.exp(scores - lse[i][:, :, :, None])
+        dv = dv + _product(weights.astype(d_out.dtype), d_out[i], dtype)
+        d_weights = _product(v[j], d_out_columns[i], dtype)
+        d_scores = weights * (d_weights - delta[i][:, :, :, None]) * scale
+        return dk + _product(d_scores.astype(q.dtype), q[i], dtype), dv
 
-    transposed = _Lists(*transposed_lists(*part.lists, num_kv_items=k.shape[0]))
-    run = _over_lists(transposed, _chunk(q, mask.block_kv), masks_all=queries.segment is not None)
-    return run(init, step, lambda carry: carry)
+    parts = _over_lists(
+        pieces, init, step, lambda carry: carry, chunk=_chunk(q, k), mask_all=queries.segment is not None
+    )
+    return tuple(jax.ops.segment_sum(x, owner, k.shape[0], indices_are_sorted=True) for x in parts)
 
 
-def _over_lists(lists: _Lists, chunk: int, masks_all: bool):
+def _over_lists(lists: _Lists, init, step, finish, *, chunk: int, mask_all: bool):
     """A loop over all items, ``chunk`` at a time: init(items), step(carry, items, entries, listed, masked), finish.
 
     First the blocks that need no element mask, then the others (``masked``); ``listed`` tells which items of the chunk
-    have that many blocks. With ``masks_all`` every block is masked.
+    have that many blocks. With ``mask_all`` every block is masked.
     """
     num_items = lists.start.shape[0]
     chunk = min(chunk, num_items)
     xp = np if isinstance(lists.count, np.ndarray) else jnp
     order = xp.argsort(lists.count, stable=True).astype(np.int32)
     place = xp.argsort(order).astype(np.int32)
-    padding = -num_items % chunk
-    chunks = xp.concatenate([order, xp.broadcast_to(order[:1], padding)]).reshape(-1, chunk)
+    padding = xp.broadcast_to(order[:1], -num_items % chunk)
     index, start, count, full_count = (jnp.asarray(x) for x in lists)
     index = jnp.pad(index, (0, 1))  # lists may all be empty
-    if masks_all:
+    if mask_all:
         full_count = jnp.zeros_like(full_count)
 
-    def run(init, step, finish):
-        def one_chunk(items):
-            begin, full, total = start[items], full_count[items], count[items]
+    def one_chunk(items):
+        begin, full, total = start[items], full_count[items], count[items]
 
-            def visit(first, last, masked):
-                def body(t, carry):
-                    entry = jnp.minimum(first + t, index.shape[0] - 1)
-                    return step(carry, items, index[entry], first + t < last, masked)
+        def visit(carry, first, last, masked):
+            def body(t, carry):
+                entry = jnp.minimum(first + t, index.shape[0] - 1)
+                return step(carry, items, index[entry], first + t < last, masked)
 
-                return lambda carry: lax.fori_loop(0, jnp.max(last - first), body, carry)
+            return lax.fori_loop(0, jnp.max(last - first), body, carry)
 
-            carry = visit(begin, begin + full, masked=False)(init(items))
-            return finish(visit(begin + full, begin + total, masked=True)(carry))
+        carry = visit(init(items), begin, begin + full, masked=False)
+        return finish(visit(carry, begin + full, begin + total, masked=True))
 
-        results = lax.map(one_chunk, jnp.asarray(chunks))
-        return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:])[place], results)
-
-    return run
+    chunks = jnp.asarray(xp.concatenate([padding, order]).reshape(-1, chunk))
+    results = lax.map(one_chunk, chunks)
+    return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:])[padding.shape[0] :][place], results)
 
 
-def _chunk(q, block_kv: int) -> int:
-    return max(1, _CHUNK_SCORES // (math.prod(q.shape[1:4]) * block_kv))
+def _pieces(lists: _Lists):
+    """(owner [P], the same lists cut into P pieces of bounded length).
+
+    A sink's key block is listed by every query block: left whole, it would keep a chunk of short lists waiting.
+    """
+    xp = np if isinstance(lists.count, np.ndarray) else jnp
+    num_items, num_entries = lists.start.shape[0], lists.index.shape[0]
+    length = max(1, -(-num_entries // num_items))
+    last = xp.cumsum(-(-lists.count // length))
+    num_pieces = int(last[-1]) if xp is np else num_items + num_entries // length
+    piece = xp.arange(max(1, num_pieces), dtype=np.int32)
+    owner = xp.minimum(xp.searchsorted(last, piece, side="right"), num_items - 1).astype(np.int32)
+    skipped = (piece - last[owner] + -(-lists.count[owner] // length)) * length
+    return jnp.asarray(owner), _Lists(
+        lists.index,
+        (lists.start[owner] + skipped).astype(np.int32),
+        xp.clip(lists.count[owner] - skipped, 0, length).astype(np.int32),
+        xp.clip(lists.full_count[owner] - skipped, 0, length).astype(np.int32),
+    )
 
 
-def _product(equation: str, x, y, dtype):
-    return jnp.einsum(equation, x, y, preferred_element_type=dtype)
+def _chunk(q, k) -> int:
+    return max(1, _CHUNK_SCORES // (math.prod(q.shape[1:4]) * k.shape[3]))
 
 
-def _scores(q, k, scale, dtype):
-    return _product("nbhmd,nbhkd->nbhmk", q, k, dtype) * scale
+def _product(rows, columns, dtype):
+    return jnp.matmul(rows, columns, preferred_element_type=dtype)
 
 
-def _hide(scores, queries: _Items, i, keys: _Items, j, listed, masked: bool, part: _Part, mask: BlockMask):
-    """Scores [n, B, H, M, block_kv] of items i against KV items j, -inf where the query does not see the key."""
+def _visible(
+    queries: _Items, i, keys: _Items, j, listed, masked: bool, token_mask: TokenMask, mask: BlockMask
+):
+    """Which of KV items j the query items i see, bool [n, 1 or B, block_q or 1, block_kv or 1]."""
+    listed = listed[:, None, None, None]
     if not masked:
-        return jnp.where(listed[:, None, None, None, None], scores, -jnp.inf)
+        return listed
     q_position = queries.position[i][:, None, None] + np.arange(mask.block_q)[:, None]
     kv_position = keys.position[j][:, None, None] + np.arange(mask.block_kv)
-    visible = part.token_mask(q_position, kv_position) & (kv_position < mask.kv_len) & listed[:, None, None]
-    visible = visible[:, None]
+    visible = (token_mask(q_position, kv_position) & (kv_position < mask.kv_len))[:, None] & listed
     if queries.segment is not None:
         visible = visible & (queries.segment[i][..., :, None] == keys.segment[j][..., None, :])
-    shape = scores.shape
-    scores = scores.reshape(*shape[:3], -1, mask.block_q, mask.block_kv)
-    return jnp.where(visible[:, :, None, None], scores, -jnp.inf).reshape(shape)
+    return visible
+
+
+def _hide(scores, visible, by_key: bool = False):
+    """-inf where not visible; scores [n, B, H, G * block_q, block_kv], or [n, B, H, block_kv, G * block_q] by key."""
+    n, batch, heads, rows, columns = scores.shape
+    if by_key:
+        visible = jnp.swapaxes(visible, -1, -2)[:, :, None, :, None]
+        split = scores.reshape(n, batch, heads, rows, -1, max(visible.shape[-1], 1))
+    else:
+        visible = visible[:, :, None, None]
+        split = scores.reshape(n, batch, heads, -1, max(visible.shape[-2], 1), columns)
+    return jnp.where(visible, split, -jnp.inf).reshape(scores.shape)
 
 
 # --- laying heads and blocks out as items, and back ---
@@ -242,7 +286,11 @@ def _parts(mask: BlockMask, num_q_heads: int, num_kv_heads: int) -> list[_Part]:
         kv_class = np.arange(num_rows) * classes // num_rows
         if batched:
             kv_class = np.arange(start.shape[0])[:, None] * classes + kv_class
-        offset = np.broadcast_to(kv_class[..., None] * mask.num_kv_blocks, start.shape).reshape(-1).astype(np.int32)
+        offset = (
+            np.broadcast_to(kv_class[..., None] * mask.num_kv_blocks, start.shape)
+            .reshape(-1)
+            .astype(np.int32)
+        )
         start, count, full_count = (x.reshape(-1) for x in (start, count, full_count))
         lists = _Lists(_offset_entries(mask.kv_index, start, offset), start, count, full_count)
         q_heads, kv_heads = tuple(range(num_q_heads)), tuple(range(num_kv_heads))
@@ -251,9 +299,15 @@ def _parts(mask: BlockMask, num_q_heads: int, num_kv_heads: int) -> list[_Part]:
     parts = []
     for row in range(num_rows):
         q_heads = tuple(head for head in range(num_q_heads) if mask.head_rows[head] == row)
-        whole = [head for head in range(num_kv_heads) if set(range(head * group, (head + 1) * group)) <= set(q_heads)]
+        whole = [
+            head
+            for head in range(num_kv_heads)
+            if set(range(head * group, (head + 1) * group)) <= set(q_heads)
+        ]
         # Heads that take only a part of their KV head's group bring their own copy of it.
-        kv_heads = tuple(whole) if len(whole) * group == len(q_heads) else tuple(head // group for head in q_heads)
+        kv_heads = (
+            tuple(whole) if len(whole) * group == len(q_heads) else tuple(head // group for head in q_heads)
+        )
         index, begin = mask.kv_index, start[row]
         if isinstance(index, np.ndarray):
             index, begin = index[begin[0] : begin[-1] + count[row, -1]], begin - begin[0]

@@ -1,0 +1,321 @@
+"""The conformance suite: every implementation of attention passes every case."""
+
+import dataclasses
+import inspect
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jsparse import BlockMask, TokenMask, attention, causal, shifted_groups, sliding_window, streaming
+
+IMPLEMENTATIONS = ["reference", "xla"]
+MIXED = [causal(), streaming(3, 20), shifted_groups(32, 16), sliding_window(1)]
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """mask: token masks (one a query head), or a function of a random generator and the case to a BlockMask."""
+
+    mask: object
+    q_len: int = 70
+    kv_len: int = 70
+    batch: int = 2
+    heads: int = 4
+    kv_heads: int = 2
+    dim: int = 16
+    segments: bool = False
+    scale: float | None = None
+
+
+def blocks(masks, block_q, block_kv):
+    return lambda _, case: BlockMask.from_token_masks(
+        masks, case.q_len, case.kv_len, block_q=block_q, block_kv=block_kv
+    )
+
+
+def chosen(rows, batched, token_mask=causal()):
+    """Random lists of random lengths, some of them empty."""
+
+    def make(rng, case):
+        num_q_blocks, num_kv_blocks = -(-case.q_len // 16), -(-case.kv_len // 16)
+        shape = (case.batch,) * batched + (rows, num_q_blocks)
+        index = np.argsort(rng.random((*shape, num_kv_blocks)), axis=-1)[..., :4]
+        return BlockMask.from_indices(
+            index,
+            rng.integers(0, index.shape[-1] + 1, shape),
+            q_len=case.q_len,
+            kv_len=case.kv_len,
+            block_q=16,
+            block_kv=16,
+            token_mask=token_mask,
+        )
+
+    return make
+
+
+CASES = {
+    "causal": Case(causal()),
+    "causal, whole blocks": Case(causal(), 64, 64),
+    "one token": Case(causal(), 1, 1, batch=1),
+    "one query, many keys": Case(MIXED, 1, 70),
+    "more queries than keys": Case(MIXED, 70, 33),
+    "a continuation": Case(MIXED, 33, 150),
+    "mixed masks in small blocks": Case(blocks(MIXED, 8, 16), 70, 90),
+    "blocks that divide nothing": Case(blocks(MIXED, 7, 9), 50, 64),
+    "part of a group streams": Case([causal()] * 3 + [streaming(1, 4)] * 3, heads=6),
+    "whole groups stream": Case([causal()] * 2 + [streaming(1, 4)] * 4, heads=6, kv_heads=3),
+    "several blocks": Case([streaming(10, 130)] * 2 + [shifted_groups(128, 64)] * 2, 300, 400, batch=1),
+    "packed documents": Case(MIXED, segments=True),
+    "packed, T != S": Case(blocks(MIXED, 16, 8), 33, 90, segments=True),
+    "multi-head": Case(causal(), kv_heads=4),
+    "one KV head": Case(streaming(2, 9), kv_heads=1),
+    "head_dim 40": Case(causal(), dim=40),
+    "head_dim 256": Case(causal(), dim=256, batch=1),
+    "scale": Case(causal(), scale=0.7),
+    "chosen for all heads": Case(chosen(1, False), 70, 90),
+    "chosen a KV head": Case(chosen(2, False), 70, 90, segments=True),
+    "chosen a query head": Case(chosen(4, False), 70, 90),
+    "chosen, fewer rows than KV heads": Case(chosen(2, False), 70, 90, heads=8, kv_heads=4),
+    "chosen a sequence": Case(chosen(1, True), 70, 90, segments=True),
+    "chosen a sequence and KV head": Case(chosen(2, True), 70, 90),
+    "chosen a sequence and query head": Case(chosen(4, True, streaming(2, 30)), 70, 90),
+}
+
+
+def inputs(case, dtype=jnp.float32):
+    rng = np.random.default_rng(0)
+    draw = lambda length, heads: jnp.asarray(rng.normal(size=(case.batch, length, heads, case.dim)), dtype)
+    q, k, v = draw(case.q_len, case.heads), draw(case.kv_len, case.kv_heads), draw(case.kv_len, case.kv_heads)
+    mask = case.mask(rng, case) if callable(case.mask) and not isinstance(case.mask, TokenMask) else case.mask
+    ids = np.sort(rng.integers(0, 3, (case.batch, max(case.q_len, case.kv_len))), axis=1).astype(np.int32)
+    segments = {"q_segment_ids": ids[:, -case.q_len :], "kv_segment_ids": ids[:, -case.kv_len :]}
+    options = {"scale": case.scale} | (
+        {name: jnp.asarray(x) for name, x in segments.items()} if case.segments else {}
+    )
+    cotangents = rng.normal(size=q.shape), rng.normal(size=q.shape[:3])
+    return (q, k, v), mask, options, cotangents
+
+
+def visible_pairs(mask, case, options):
+    """[B, Hq, T, S], pair by pair from the definitions."""
+    tokens = np.arange(case.q_len)[:, None] + case.kv_len - case.q_len, np.arange(case.kv_len)
+    if isinstance(mask, BlockMask):
+        visible = np.zeros((case.batch, case.heads, case.q_len, case.kv_len), bool)
+        shape = case.batch, *mask.kv_start.shape[-2:]
+        start, count = (np.broadcast_to(x, shape) for x in (mask.kv_start, mask.kv_count))
+        rows = mask.head_rows or [h * shape[1] // case.heads for h in range(case.heads)]
+        for b, h, i in np.ndindex(case.batch, case.heads, mask.num_q_blocks):
+            for j in np.asarray(mask.kv_index)[start[b, rows[h], i] :][: count[b, rows[h], i]]:
+                block = (
+                    np.s_[i * mask.block_q : (i + 1) * mask.block_q],
+                    np.s_[j * mask.block_kv : (j + 1) * mask.block_kv],
+                )
+                visible[b, h][block] = mask.token_masks[rows[h]](*tokens)[block]
+    else:
+        masks = [mask] * case.heads if isinstance(mask, TokenMask) else mask
+        visible = np.broadcast_to(
+            np.stack([m(*tokens) for m in masks]), (case.batch, case.heads, case.q_len, case.kv_len)
+        )
+    if case.segments:
+        q_ids, kv_ids = np.asarray(options["q_segment_ids"]), np.asarray(options["kv_segment_ids"])
+        visible = visible & (q_ids[:, None, :, None] == kv_ids[:, None, None, :])
+    return visible
+
+
+def dense(q, k, v, visible, scale, d_out, d_lse):
+    """out, lse, dq, dk, dv in float64 NumPy, with the gradients written out by hand."""
+    q, k, v = (np.asarray(x, np.float64) for x in (q, k, v))
+    group = q.shape[2] // k.shape[2]
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    keys, values = np.repeat(k, group, axis=2), np.repeat(v, group, axis=2)
+    weights = np.exp(scale * np.einsum("bthd,bshd->bhts", q, keys)) * visible
+    total = weights.sum(axis=-1)
+    seen = total > 0
+    weights = weights / np.where(seen, total, 1)[..., None]
+    out = np.einsum("bhts,bshd->bthd", weights, values)
+    lse = np.where(seen, np.log(np.where(seen, total, 1)), -np.inf).swapaxes(1, 2)
+
+    d_weights = np.einsum("bthd,bshd->bhts", d_out, values)
+    inner = (weights * d_weights).sum(axis=-1) - d_lse.swapaxes(1, 2)
+    d_scores = scale * weights * (d_weights - inner[..., None])
+    dq = np.einsum("bhts,bshd->bthd", d_scores, keys)
+    dk = np.einsum("bhts,bthd->bshd", d_scores, q).reshape(*k.shape[:2], k.shape[2], group, -1).sum(axis=3)
+    dv = np.einsum("bhts,bthd->bshd", weights, d_out).reshape(*k.shape[:2], k.shape[2], group, -1).sum(axis=3)
+    return out, lse, dq, dk, dv
+
+
+def run(qkv, mask, options, cotangents, implementation):
+    """out, lse, dq, dk, dv; the gradient of lse is taken where it is finite."""
+    d_out, d_lse = cotangents
+
+    def loss(q, k, v, mask):
+        out, lse = attention(q, k, v, mask, implementation=implementation, return_lse=True, **options)
+        finite = jnp.where(jnp.isfinite(lse), lse, 0)
+        return jnp.sum(out.astype(jnp.float32) * d_out) + jnp.sum(finite * d_lse), (out, lse)
+
+    traced = isinstance(jax.tree.leaves(mask)[0], jax.Array) if isinstance(mask, BlockMask) else False
+    step = jax.jit(jax.grad(loss, (0, 1, 2), has_aux=True), static_argnums=() if traced else 3)
+    gradients, (out, lse) = step(
+        *qkv, mask if traced or isinstance(mask, BlockMask | TokenMask) else tuple(mask)
+    )
+    return out, lse, *gradients
+
+
+def assert_close(ours, expected, tolerances):
+    for name, x, y, tolerance in zip(
+        ("out", "lse", "dq", "dk", "dv"), ours, expected, tolerances, strict=True
+    ):
+        x, y = np.asarray(x, np.float64), np.asarray(y, np.float64)
+        np.testing.assert_array_equal(np.isneginf(x), np.isneginf(y), err_msg=name)
+        error = np.linalg.norm(np.where(np.isneginf(x), 0, x - np.where(np.isneginf(y), 0, y)))
+        assert error <= tolerance * max(np.linalg.norm(np.where(np.isneginf(y), 0, y)), 1e-3), (name, error)
+
+
+FLOAT32 = (1e-5, 1e-5, 1e-4, 1e-4, 1e-4)
+BFLOAT16 = (2e-2,) * 5
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("name", CASES)
+def test_agrees_with_dense_float64(name, implementation):
+    case = CASES[name]
+    qkv, mask, options, cotangents = inputs(case)
+    expected = dense(*qkv, visible_pairs(mask, case, options), case.scale, *cotangents)
+    assert_close(run(qkv, mask, options, cotangents, implementation), expected, FLOAT32)
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+@pytest.mark.parametrize("name", ["mixed masks in small blocks", "chosen a sequence and KV head"])
+def test_agrees_in_half_precision(name, dtype, implementation):
+    case = CASES[name]
+    qkv, mask, options, cotangents = inputs(case, dtype)
+    expected = dense(*qkv, visible_pairs(mask, case, options), case.scale, *cotangents)
+    ours = run(qkv, mask, options, cotangents, implementation)
+    assert ours[0].dtype == ours[2].dtype == dtype and ours[1].dtype == jnp.float32
+    assert_close(ours, expected, BFLOAT16)
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize(
+    "name", ["mixed masks in small blocks", "chosen a sequence and KV head", "chosen a query head"]
+)
+def test_traced_lists_give_what_known_lists_give(name, implementation):
+    qkv, mask, options, cotangents = inputs(CASES[name])
+    known = run(qkv, mask, options, cotangents, implementation)
+    traced = run(qkv, jax.tree.map(jnp.asarray, mask), options, cotangents, implementation)
+    assert_close(traced, known, FLOAT32)
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_a_query_that_sees_nothing_gives_zero_and_no_gradient(implementation):
+    case = Case(causal(), 40, 24)
+    qkv, mask, options, (d_out, d_lse) = inputs(case)
+    out, lse, dq, dk, dv = run(qkv, mask, options, (d_out, d_lse), implementation)
+    assert not out[:, :16].any() and np.isneginf(lse[:, :16]).all()
+    assert not dq[:, :16].any() and all(np.isfinite(x).all() for x in (dq, dk, dv))
+
+
+@pytest.mark.parametrize(
+    "masks", [[shifted_groups(16, 0), shifted_groups(16, 8)] * 2, causal(), streaming(4, 8)]
+)
+def test_no_output_depends_on_a_later_token(masks):
+    q, k, v = inputs(Case(masks, 48, 48))[0]
+    jacobian = lambda v: jnp.abs(jax.jacrev(lambda v: attention(q, k, v, masks)[0].sum((1, 2)))(v)[:, 0]).sum(
+        (2, 3)
+    )
+    reach = np.asarray(jacobian(v))
+    assert not np.triu(reach, 1).any() and np.diag(reach).all()
+
+
+def test_blocks_that_are_not_listed_are_not_read():
+    case = Case([streaming(16, 16)] * 4, 96, 96)
+    (q, k, v), masks, options, cotangents = inputs(case)
+    mask = BlockMask.from_token_masks(masks, 96, 96, block_q=16, block_kv=16)
+    index = np.array([[[0, 5]] * 6], np.int32)
+    some = BlockMask.from_indices(index, np.full((1, 6), 2), q_len=96, kv_len=96, block_q=16, block_kv=16)
+    poison = lambda x: x.at[:, 16:80].set(jnp.nan)
+    out, lse, dq, dk, dv = run((q, poison(k), poison(v)), some, options, cotangents, "xla")
+    clean = run((q, k, v), some, options, cotangents, "xla")
+    for ours, expected in zip((out, lse, dq), clean, strict=False):
+        np.testing.assert_array_equal(ours, expected)
+    assert not dk[:, 16:80].any() and not dv[:, 16:80].any()
+    assert not np.isfinite(run((q, poison(k), poison(v)), mask, options, cotangents, "xla")[0]).all()
+
+
+def test_memory_grows_with_the_length_and_not_with_its_square():
+    def temporary_bytes(length):
+        qkv = [jax.ShapeDtypeStruct((1, length, heads, 32), jnp.float32) for heads in (4, 2, 2)]
+        masks = [causal()] * 2 + [streaming(64, 256)] * 2
+        step = jax.jit(jax.grad(lambda *qkv: attention(*qkv, masks).sum(), (0, 1, 2)))
+        return step.lower(*qkv).compile().memory_analysis().temp_size_in_bytes
+
+    short, long = temporary_bytes(4096), temporary_bytes(16384)
+    assert long < 4.5 * short
+    assert long < 16384**2  # a quarter of one T x T array of float32
+
+
+def test_composes_with_jit_vmap_checkpoint_and_scan():
+    qkv, masks, _, _ = inputs(Case(MIXED))
+    loss = lambda q, k, v: jnp.sum(attention(q, k, v, masks) ** 2)
+    expected = jax.grad(loss)(*qkv)
+    assert jnp.allclose(jax.jit(jax.grad(jax.checkpoint(loss)))(*qkv), expected, atol=1e-5)
+    one = lambda q, k, v: attention(q[None], k[None], v[None], masks)[0]
+    mapped = jax.grad(lambda *qkv: jnp.sum(jax.vmap(one)(*qkv) ** 2))(*qkv)
+    assert jnp.allclose(mapped, expected, atol=1e-5)
+    _, scanned = jax.lax.scan(lambda _, qkv: (None, jax.grad(loss)(*qkv)), None, tuple(x[None] for x in qkv))
+    assert jnp.allclose(scanned[0], expected, atol=1e-5)
+
+
+def test_a_second_call_compiles_nothing():
+    from jsparse.attention import _attention
+
+    (q, k, v), masks, _, _ = inputs(Case(MIXED))
+    attention(q, k, v, masks)
+    before = _attention._cache_size()
+    attention(q + 1, k, v, list(masks))
+    assert _attention._cache_size() == before
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"q": jnp.zeros((2, 8, 4))}, r"q must be \[batch, tokens, heads, head_dim\]"),
+        ({"q": jnp.zeros((2, 0, 4, 16))}, r"q must be .* no empty axis"),
+        ({"q": jnp.zeros((2, 8, 3, 16))}, "multiple of the KV heads"),
+        ({"q": jnp.zeros((3, 8, 4, 16))}, "agree in batch"),
+        ({"v": jnp.zeros((2, 9, 2, 16))}, "k and v must have one shape"),
+        ({"v": jnp.zeros((2, 8, 2, 16), jnp.bfloat16)}, "one floating dtype"),
+        ({"mask": [causal()] * 3}, "one TokenMask a query head: 3 were given for 4 heads"),
+        ({"mask": BlockMask.from_token_masks(causal(), 9, 8)}, "mask is for q_len=9, kv_len=8"),
+        ({"q_segment_ids": jnp.zeros((2, 8), jnp.int32)}, "together or not at all"),
+        (
+            {"q_segment_ids": jnp.zeros((2, 7), jnp.int32), "kv_segment_ids": jnp.zeros((2, 8), jnp.int32)},
+            r"q_segment_ids must be integers \[2, 8\]",
+        ),
+        ({"implementation": "cuda"}, "implementation must be None or one of"),
+    ],
+)
+def test_bad_arguments_are_named(change, message):
+    arguments = {"q": jnp.zeros((2, 8, 4, 16)), "k": jnp.zeros((2, 8, 2, 16)), "v": jnp.zeros((2, 8, 2, 16))}
+    arguments |= {"mask": causal()} | change
+    with pytest.raises(ValueError, match=message):
+        inspect.unwrap(attention)(**arguments)  # our own message, not that of the shape checker
+
+
+def test_three_rows_do_not_fit_four_heads():
+    mask = BlockMask.from_indices(
+        np.zeros((3, 1, 1), int), np.ones((3, 1), int), q_len=8, kv_len=8, block_q=8, block_kv=8
+    )
+    with pytest.raises(
+        ValueError, match="mask has 3 rows, which 4 query heads on 2 KV heads cannot share evenly"
+    ):
+        attention(jnp.zeros((1, 8, 4, 16)), jnp.zeros((1, 8, 2, 16)), jnp.zeros((1, 8, 2, 16)), mask)
+
+
+def test_gpu_kernels_say_that_they_are_not_there_yet():
+    q = jnp.zeros((1, 8, 2, 16))
+    with pytest.raises(NotImplementedError, match="no GPU kernels yet"):
+        attention(q, q, q, causal(), implementation="mosaic_gpu")
