@@ -76,7 +76,7 @@ class Llama(nnx.Module):
         return self.logits(self.hidden(tokens, positions, attend))
 
     def attend(self, mask: Mask | None = None, segment_ids: Tokens | None = None) -> Attend:
-        """The ``attend`` argument of ``hidden`` for whole sequences; mask and segment_ids as in ``__call__``."""
+        """The ``attend`` argument of ``hidden`` for whole sequences, arguments as in ``__call__``."""
         masks = layer_masks(self.config, mask)
 
         def attend(layer, q, k, v):
@@ -136,7 +136,9 @@ class Llama(nnx.Module):
         """
         config = checkpoint.load_config(directory)
         graph, state = nnx.split(nnx.eval_shape(lambda: cls(config, rngs=nnx.Rngs(0))))
-        return nnx.merge(graph, checkpoint.load_parameters(directory, config, state, dtype=dtype))
+        abstract = dict(nnx.to_flat_state(state))
+        parameters = checkpoint.load_parameters(directory, config, abstract, dtype=dtype)
+        return nnx.merge(graph, nnx.from_flat_state(parameters))
 
     def save_pretrained(self, directory: str | Path, *, max_shard_bytes: int = 5_000_000_000) -> None:
         """Write a Hugging Face folder that ``from_pretrained`` and transformers read to the same logits.
@@ -148,7 +150,8 @@ class Llama(nnx.Module):
             raise ValueError(
                 "the model has LoRA adapters, which a Llama checkpoint cannot hold; call merge_lora first"
             )
-        checkpoint.save(self.config, nnx.state(self, nnx.Param), directory, max_shard_bytes=max_shard_bytes)
+        parameters = dict(nnx.to_flat_state(nnx.state(self, nnx.Param)))
+        checkpoint.save(self.config, parameters, directory, max_shard_bytes=max_shard_bytes)
 
     def _check_tokens(self, tokens):
         if tokens.ndim != 2 or not jnp.issubdtype(tokens.dtype, jnp.integer):

@@ -7,6 +7,9 @@ import struct
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import safetensors
+
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 _PICKLES = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
@@ -18,6 +21,7 @@ class StoredTensor:
     """Where a tensor lies and what its header says."""
 
     file: Path
+    name: str
     dtype: str  # safetensors' name: "BF16", "F16", "F32", ...
     shape: tuple[int, ...]
 
@@ -38,9 +42,10 @@ def find_tensors(directory: Path) -> dict[str, StoredTensor]:
         return _read_shards(directory, index)
     pickles = sorted(path.name for path in directory.iterdir() if path.suffix in _PICKLES)
     if pickles:
+        names = ", ".join(pickles)
         raise FileNotFoundError(
-            f"{directory} has weights only as pickle files ({', '.join(pickles)}), which can run code and "
-            f"are never opened; allowed is {SINGLE}: in transformers, model.save_pretrained(directory) writes it"
+            f"{directory} has weights only as pickle files ({names}), which can run code and are not opened; "
+            f"allowed is {SINGLE}: in transformers, model.save_pretrained(directory) writes it"
         )
     raise FileNotFoundError(f"{directory} has neither {SINGLE} nor {INDEX}")
 
@@ -102,11 +107,20 @@ def read_header(file: Path) -> dict[str, StoredTensor]:
     header.pop("__metadata__", None)
     try:
         return {
-            name: StoredTensor(file, entry["dtype"], tuple(int(n) for n in entry["shape"]))
+            name: StoredTensor(file, name, entry["dtype"], tuple(int(n) for n in entry["shape"]))
             for name, entry in header.items()
         }
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{file} has a malformed safetensors header: {error!r}") from error
+
+
+def read_tensor(stored: StoredTensor) -> np.ndarray:
+    """The values of a tensor; ValueError if the file turns out to be damaged."""
+    try:
+        with safetensors.safe_open(stored.file, framework="numpy") as opened:
+            return opened.get_tensor(stored.name)
+    except safetensors.SafetensorError as error:
+        raise ValueError(f"{stored.file} cannot be read: {error}") from error
 
 
 def read_json(file: Path) -> dict[str, Any]:
