@@ -29,22 +29,23 @@ def attention(
 ) -> Float[Array, "B T Hq D"] | tuple[Float[Array, "B T Hq D"], Float[Array, "B T Hq"]]:
     """Attention that visits only the blocks that the mask lists.
 
-    For each query: ``out = sum_s p_s v_s``, ``p = softmax_s(scale * q · k_s)``, over the keys that the query sees, and
-    ``lse = log sum_s exp(scale * q · k_s)``. Differentiable in q, k and v (through lse too). Memory grows with T + S,
-    time with the number of listed blocks, forward and backward.
+    For each query: ``out = sum_s p_s v_s``, ``p = softmax_s(scale * q · k_s)``, over the keys that the query
+    sees, and ``lse = log sum_s exp(scale * q · k_s)``. Differentiable in q, k and v (through lse too). Memory
+    grows with T + S, time with the number of listed blocks, forward and backward.
 
-    q [B, T, Hq, D], k and v [B, S, Hk, D], of one floating dtype; query head h reads KV head h // (Hq / Hk). Queries are
-    aligned to the end of the keys: query t stands at position t + S - T.
+    q [B, T, Hq, D], k and v [B, S, Hk, D], of one floating dtype; query head h reads KV head h // (Hq / Hk).
+    Queries are aligned to the end of the keys: query t stands at position t + S - T.
 
-    mask: a TokenMask for all heads, a sequence of one a query head, or a BlockMask.
-    scale: 1 / sqrt(D) if None.
-    q_segment_ids [B, T], kv_segment_ids [B, S]: a query sees only keys of its own segment (packed documents). Both or
-    neither.
-    implementation: "xla" (any device, block-sparse), "reference" (dense, for tests), or None for the best that
-    applies. "mosaic_gpu" and "mosaic_gpu_interpret" are reserved for the GPU kernels and raise NotImplementedError.
+    - mask: a TokenMask for all heads, a sequence of one a query head, or a BlockMask.
+    - scale: 1 / sqrt(D) if None.
+    - q_segment_ids [B, T], kv_segment_ids [B, S]: a query sees only keys of its own segment (packed
+      documents). Both or neither.
+    - implementation: "xla" (any device, block-sparse), "reference" (dense, for tests), or None for the best
+      that applies. "mosaic_gpu" and "mosaic_gpu_interpret" are reserved for the GPU kernels and raise
+      NotImplementedError.
 
-    Returns out [B, T, Hq, D] in q's dtype, and with ``return_lse`` also lse [B, T, Hq] float32, natural logarithm. A query
-    that sees nothing has out 0 and lse -inf.
+    Returns out [B, T, Hq, D] in q's dtype, and with ``return_lse`` also lse [B, T, Hq] float32, natural
+    logarithm. A query that sees nothing has out 0 and lse -inf.
 
     Raises ValueError, before anything runs, for shapes, dtypes, masks and names that do not fit.
 
@@ -53,8 +54,9 @@ def attention(
     >>> k = v = q[:, :, :2]
     >>> jsparse.attention(q, k, v, jsparse.streaming(sink=1, window=2)).shape
     (1, 6, 4, 16)
-    >>> out, lse = jsparse.attention(q, k, v, [jsparse.causal()] * 2 + [jsparse.sliding_window(1)] * 2, return_lse=True)
-    >>> bool(jnp.allclose(out[:, :, 2:], v[:, :, 1:], atol=1e-5))  # a window of one key gives that key's value
+    >>> masks = [jsparse.causal()] * 2 + [jsparse.sliding_window(1)] * 2
+    >>> out, lse = jsparse.attention(q, k, v, masks, return_lse=True)
+    >>> bool(jnp.allclose(out[:, :, 2:], v[:, :, 1:], atol=1e-5))  # a window of one key gives its value
     True
     """
     _check_arrays(q, k, v, q_segment_ids, kv_segment_ids)
@@ -113,7 +115,7 @@ _blocked.defvjp(_blocked_forward, _blocked_backward)
 
 
 def default_block_sizes(q_len: int, kv_len: int) -> tuple[int, int]:
-    """(block_q, block_kv) for masks given as token masks: 128, or the power of two that holds a shorter sequence."""
+    """(block_q, block_kv) for token masks: 128, or the power of two that holds a shorter sequence."""
     return tuple(min(128, max(16, 1 << (n - 1).bit_length())) for n in (q_len, kv_len))
 
 
@@ -122,12 +124,12 @@ def _as_block_mask(mask, q_shape, k_shape) -> BlockMask:
     if isinstance(mask, BlockMask):
         if (mask.q_len, mask.kv_len) != (q_len, kv_len):
             raise ValueError(
-                f"mask is for q_len={mask.q_len}, kv_len={mask.kv_len}, but q and k have {q_len} and {kv_len} tokens"
+                f"mask is for q_len={mask.q_len}, kv_len={mask.kv_len}, not for {q_len} and {kv_len}"
             )
         rows = mask.kv_start.shape[-2]
         if mask.head_rows is None and (q_heads % rows or (kv_heads % rows and rows % kv_heads)):
             raise ValueError(
-                f"mask has {rows} rows, which {q_heads} query heads on {kv_heads} KV heads cannot share evenly"
+                f"mask has {rows} rows, which {q_heads} query heads on {kv_heads} KV heads cannot share"
             )
         if mask.kv_start.ndim == 3 and mask.kv_start.shape[0] != batch:
             raise ValueError(f"mask has lists for {mask.kv_start.shape[0]} sequences, but q has {batch}")

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Int
 
-from jsparse.masks import TokenMask, causal
+from jsparse.masks import TokenMask
 
 
 @functools.partial(
@@ -22,24 +22,25 @@ from jsparse.masks import TokenMask, causal
 class BlockMask:
     """Lists of key blocks, one list for each mask row and query block. A pytree.
 
-    A query sees a key where the key's block is listed for the query's block *and* the row's ``TokenMask`` shows it.
-    Queries are aligned to the end of the keys: query ``t`` stands at position ``t + kv_len - q_len``.
+    A query sees a key where the key's block is listed for the query's block *and* the row's ``TokenMask``
+    shows it. Queries are aligned to the end of the keys: query ``t`` stands at position ``t + kv_len -
+    q_len``.
 
-    The lists lie one after another in one flat array, so that a head that visits four blocks a row does not pad to a
-    head that visits a thousand. With ``R`` rows and ``nq = ceil(q_len / block_q)``:
+    The lists lie one after another in one flat array, so that a head that visits four blocks a row does not
+    pad to a head that visits a thousand. With ``R`` rows and ``nq = ceil(q_len / block_q)``:
 
     - ``kv_index`` int32 [L]: the block numbers of all lists;
     - ``kv_start``, ``kv_count`` int32 [R, nq] or [B, R, nq]: list ``(r, i)`` is
       ``kv_index[kv_start[r, i] : kv_start[r, i] + kv_count[r, i]]``, in which no block stands twice;
-    - ``kv_full_count``, of the same shape: that many blocks at the head of the list are wholly visible and need no
-      element mask (segment ids aside).
+    - ``kv_full_count``, of the same shape: that many blocks at the head of the list are wholly visible and
+      need no element mask (segment ids aside).
 
-    Static: the lengths, the block sizes, ``token_masks`` (one a row), and ``head_rows``, the row of each query
-    head. ``head_rows`` None means that the query heads share the rows evenly and in order, which fits one row for
-    all heads, one a KV head, or one a query head.
+    Static: the lengths, the block sizes, ``token_masks`` (one a row), and ``head_rows``, the row of each
+    query head. ``head_rows`` None means that the query heads share the rows evenly and in order, which fits
+    one row for all heads, one a KV head, or one a query head.
 
-    Lists made from token masks are NumPy arrays, known while tracing; lists from ``from_indices`` may be traced.
-    Two masks are equal only if they are the same object.
+    Lists made from token masks are NumPy arrays, known while tracing; lists from ``from_indices`` may be
+    traced. Two masks are equal only if they are the same object.
     """
 
     kv_index: Any
@@ -72,8 +73,8 @@ class BlockMask:
     ) -> "BlockMask":
         """The blocks in which a token mask shows at least one key to at least one query.
 
-        Computed in closed form: time and memory are those of the lists, and no array of T x T elements, nor of
-        T / block x T / block blocks, is ever made. Heads with equal masks share a row.
+        Computed in closed form: time and memory are those of the lists, and no array of T x T elements, nor
+        of T / block x T / block blocks, is ever made. Heads with equal masks share a row.
 
         masks: one for all query heads, or one a query head.
 
@@ -95,16 +96,17 @@ class BlockMask:
         kv_len: int,
         block_q: int,
         block_kv: int,
-        token_mask: TokenMask = causal(),
+        token_mask: TokenMask = TokenMask(),
     ) -> "BlockMask":
         """The lists that a selector chose, at a fixed capacity of M blocks a list.
 
-        kv_index [R, nq, M] or [B, R, nq, M]: block numbers, all different within a list; what stands at and after
-        ``kv_count`` is not read. kv_count [R, nq] or [B, R, nq]. R rows: one for all heads, one a KV head or one a
-        query head. ``token_mask`` applies inside the listed blocks.
+        kv_index [R, nq, M] or [B, R, nq, M]: block numbers, all different within a list; what stands at and
+        after ``kv_count`` is not read. kv_count [R, nq] or [B, R, nq]. R rows: one for all heads, one a KV
+        head or one a query head. ``token_mask`` applies inside the listed blocks.
 
-        Raises ValueError for shapes that do not fit, and, where the arrays are not traced, for a count beyond M, a
-        block number out of range, or one listed twice. Traced lists cannot be checked: the caller answers for them.
+        Raises ValueError for shapes that do not fit, and, where the arrays are not traced, for a count beyond
+        M, a block number out of range, or one listed twice. Traced lists cannot be checked: the caller
+        answers for them.
 
         >>> index, count = np.array([[[0, -1], [1, 0]]]), np.array([[1, 2]])
         >>> BlockMask.from_indices(index, count, q_len=8, kv_len=8, block_q=4, block_kv=4).kv_start.tolist()
@@ -170,9 +172,10 @@ def _from_token_masks(masks, q_len, kv_len, block_q, block_kv):
 def _row_lists(mask, q_len, kv_len, block_q, block_kv):
     """(index [L], count [nq], full_count [nq]) of one token mask: all full blocks of a list come first.
 
-    The keys that a block of queries at positions first..last sees are two intervals, the sinks and the rest, cut at
-    the start of the first query's group. Of those blocks, the ones that every query sees whole are two intervals
-    again. So a list is six ranges of blocks: two full ones, and what they leave over of the visible ones.
+    The keys that a block of queries at positions first..last sees are two intervals, the sinks and the rest,
+    cut at the start of the first query's group. Of those blocks, the ones that every query sees whole are two
+    intervals again. So a list is six ranges of blocks: two full ones, and what they leave over of the visible
+    ones.
     """
     block = np.arange(-(-q_len // block_q), dtype=np.int64)
     first = block * block_q + kv_len - q_len
@@ -195,7 +198,8 @@ def _row_lists(mask, q_len, kv_len, block_q, block_kv):
     sink_hi = np.where(sink_end > lowest, -(-sink_end // block_kv), sink_lo)
     rest_lo = np.minimum(np.maximum(lowest, seeing - window + 1) // block_kv, end)
 
-    # Blocks that all queries see whole: [full_a_lo, full_a_hi) among the sinks and [full_b_lo, full_b_hi) after.
+    # Blocks that all queries see whole: [full_a_lo, full_a_hi) among the sinks and [full_b_lo, full_b_hi)
+    # after.
     full_lo = -(-group_start(last) // block_kv)
     full_hi = np.maximum((first + 1) // block_kv, 0)
     window_lo = last - window + 1
@@ -260,13 +264,13 @@ def transposed_lists(
 ) -> tuple[Any, Any, Any, Any]:
     """For each KV block, the query blocks that list it: (q_index [L], q_start, q_count, q_full_count).
 
-    kv_item holds the KV block of each list entry. Arrays may be NumPy or traced; lists of wholly visible blocks stay
-    in front. Entries that no list reaches (padding) come last, in no list.
+    kv_item holds the KV block of each list entry. Arrays may be NumPy or traced; lists of wholly visible
+    blocks stay in front. Entries that no list reaches (padding) come last, in no list.
     """
     xp = np if all(isinstance(x, np.ndarray) for x in (kv_item, start, count, full_count)) else jnp
     entry = xp.arange(kv_item.shape[0], dtype=np.int32)
-    # Starts never fall, and of lists with the same start only the last can have entries. Entries before the first
-    # start, or past the end of their list, belong to none.
+    # Starts never fall, and of lists with the same start only the last can have entries. Entries before the
+    # first start, or past the end of their list, belong to none.
     owner = (xp.searchsorted(start, entry, side="right") - 1).astype(np.int32)
     offset = xp.where(owner < 0, np.iinfo(np.int32).max, entry - start[owner])
     listed, full = offset < count[owner], offset < full_count[owner]

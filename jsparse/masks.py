@@ -19,8 +19,8 @@ class TokenMask:
     A window counts the query itself. Positions are absolute; no mask ever shows a later token.
 
     Sources: sink and window from StreamingLLM and DuoAttention (arXiv 2410.10819, §2.1); groups from LongLoRA
-    (arXiv 2309.12307, §3.2) in its causal form: the original rolls the sequence, so that the first tokens of a
-    shifted head see the last ones; here the group that the roll would wrap around is two groups.
+    (arXiv 2309.12307, §3.2) in its causal form: the original rolls the sequence, so that the first tokens of
+    a shifted head see the last ones; here the group that the roll would wrap around is two groups.
 
     >>> TokenMask(sink=1, window=2)(np.arange(4)[:, None], np.arange(4)).astype(int)
     array([[1, 0, 0, 0],
@@ -63,7 +63,7 @@ def causal() -> TokenMask:
 
 
 def streaming(sink: int, window: int) -> TokenMask:
-    """The first ``sink`` keys and the last ``window``, the query's own included (StreamingLLM, DuoAttention)."""
+    """The first ``sink`` keys and the last ``window``, the query's own included (DuoAttention)."""
     return TokenMask(sink=sink, window=window)
 
 

@@ -10,8 +10,8 @@ from jsparse.block_mask import BlockMask
 def forward(q, k, v, mask: BlockMask, scale, q_segment_ids=None, kv_segment_ids=None):
     """out [B, T, Hq, D] and lse [B, T, Hq] by the definition, from a [B, Hq, T, S] array of scores.
 
-    out = softmax(scale * q kᵀ over the visible keys) v, lse = log sum exp of the same scores. Computed in float32, or
-    in float64 where q is. Differentiated by JAX itself.
+    out = softmax(scale * q kᵀ over the visible keys) v, lse = log sum exp of the same scores. Computed in
+    float32, or in float64 where q is. Differentiated by JAX itself.
     """
     dtype = jnp.promote_types(q.dtype, jnp.float32)
     heads_per_kv = q.shape[2] // k.shape[2]

@@ -1,13 +1,13 @@
 """Block-sparse attention for every device: only listed blocks are visited, forward and backward.
 
-Queries are cut into *items*: one block of queries, of all the query heads that share a list and a KV head. An item
-visits its list one block at a time with an online softmax, so that nothing of size T x T is ever stored. Items are
-sorted by the length of their lists and taken a chunk at a time: a chunk is one batched product, and ends with
-its longest list.
+Queries are cut into *items*: one block of queries, of all the query heads that share a list and a KV head. An
+item visits its list one block at a time with an online softmax, so that nothing of size T x T is ever stored.
+Items are sorted by the length of their lists and taken a chunk at a time: a chunk is one batched product, and
+ends with its longest list.
 
-The backward pass recomputes the weights from lse. dQ goes over the same lists; dK and dV go over the transposed lists
-and sum over the query heads of a KV head on the way, so that the result does not depend on any order of
-additions. Algorithm: FlashAttention-2 (arXiv 2307.08691, algorithms 1 and 2), on lists.
+The backward pass recomputes the weights from lse. dQ goes over the same lists; dK and dV go over the
+transposed lists and sum over the query heads of a KV head on the way, so that the result does not depend on
+any order of additions. Algorithm: FlashAttention-2 (arXiv 2307.08691, algorithms 1 and 2), on lists.
 """
 
 import math
@@ -35,7 +35,7 @@ class _Lists(NamedTuple):
 
 
 class _Part(NamedTuple):
-    """Query heads that run together: the rows of the mask that they follow, and the KV heads that they read."""
+    """Query heads that run together, the KV heads that they read, and the lists that they follow."""
 
     q_heads: tuple[int, ...]
     kv_heads: tuple[int, ...]
@@ -89,8 +89,8 @@ def backward(q, k, v, mask: BlockMask, scale, q_segment_ids, kv_segment_ids, out
 
 # --- the three passes over lists ---
 #
-# Every product is written as rows [m, c] times columns [c, k], with the operand transposed once beforehand where need
-# be: XLA on a CPU takes up to three times as long for the other orders.
+# Every product is written as rows [m, c] times columns [c, k], with the operand transposed once beforehand
+# where need be: XLA on a CPU takes up to three times as long for the other orders.
 
 
 def _forward(queries: _Items, keys: _Items, part: _Part, mask: BlockMask, scale):
@@ -182,10 +182,11 @@ def _backward_keys(queries: _Items, keys: _Items, part: _Part, mask: BlockMask, 
 
 
 def _over_lists(lists: _Lists, init, step, finish, *, chunk: int, mask_all: bool):
-    """A loop over all items, ``chunk`` at a time: init(items), step(carry, items, entries, listed, masked), finish.
+    """A loop over all items, ``chunk`` at a time: init(items), then for each entry of their lists
+    step(carry, items, entries, listed, masked), then finish(carry).
 
-    First the blocks that need no element mask, then the others (``masked``); ``listed`` tells which items of the chunk
-    have that many blocks. With ``mask_all`` every block is masked.
+    First the blocks that need no element mask, then the others (``masked``); ``listed`` tells which items of
+    the chunk have that many blocks. With ``mask_all`` every block is masked.
     """
     num_items = lists.start.shape[0]
     chunk = min(chunk, num_items)
@@ -219,7 +220,8 @@ def _over_lists(lists: _Lists, init, step, finish, *, chunk: int, mask_all: bool
 def _pieces(lists: _Lists):
     """(owner [P], the same lists cut into P pieces of bounded length).
 
-    A sink's key block is listed by every query block: left whole, it would keep a chunk of short lists waiting.
+    A sink's key block is listed by every query block: left whole, it would keep a chunk of short lists
+    waiting.
     """
     xp = np if isinstance(lists.count, np.ndarray) else jnp
     num_items, num_entries = lists.start.shape[0], lists.index.shape[0]
@@ -261,7 +263,7 @@ def _visible(
 
 
 def _hide(scores, visible, by_key: bool = False):
-    """-inf where not visible; scores [n, B, H, G * block_q, block_kv], or [n, B, H, block_kv, G * block_q] by key."""
+    """-inf where not visible; scores [n, B, H, G * block_q, block_kv], or by key the last two swapped."""
     n, batch, heads, rows, columns = scores.shape
     if by_key:
         visible = jnp.swapaxes(visible, -1, -2)[:, :, None, :, None]
@@ -333,7 +335,7 @@ def _query_items(arrays, part: _Part, mask: BlockMask, segment_ids) -> _Items:
 
 
 def _split_queries(x, part: _Part, mask: BlockMask, rows: int):
-    """[B, T, Hq, ...] to [items, B, H, G * block_q, ...]: items are sequences (where batched) x rows x blocks."""
+    """[B, T, Hq, ...] to [items, B, H, G * block_q, ...]; items: sequences (if batched) x rows x blocks."""
     x = _pad(x[:, :, np.asarray(part.q_heads)], mask.block_q)
     batch, heads, tail = x.shape[0], len(part.kv_heads) // part.classes, x.shape[3:]
     group = x.shape[2] // (rows * heads)

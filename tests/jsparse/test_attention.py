@@ -16,7 +16,7 @@ MIXED = [causal(), streaming(3, 20), shifted_groups(32, 16), sliding_window(1)]
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """mask: token masks (one a query head), or a function of a random generator and the case to a BlockMask."""
+    """mask: token masks (one a query head), or a function that makes a BlockMask for the case."""
 
     mask: object
     q_len: int = 70
@@ -35,7 +35,7 @@ def blocks(masks, block_q, block_kv):
     )
 
 
-def chosen(rows, batched, token_mask=causal()):
+def chosen(rows, batched, token_mask=TokenMask()):
     """Random lists of random lengths, some of them empty."""
 
     def make(rng, case):
@@ -86,7 +86,10 @@ CASES = {
 
 def inputs(case, dtype=jnp.float32):
     rng = np.random.default_rng(0)
-    draw = lambda length, heads: jnp.asarray(rng.normal(size=(case.batch, length, heads, case.dim)), dtype)
+
+    def draw(length, heads):
+        return jnp.asarray(rng.normal(size=(case.batch, length, heads, case.dim)), dtype)
+
     q, k, v = draw(case.q_len, case.heads), draw(case.kv_len, case.kv_heads), draw(case.kv_len, case.kv_heads)
     mask = case.mask(rng, case) if callable(case.mask) and not isinstance(case.mask, TokenMask) else case.mask
     ids = np.sort(rng.integers(0, 3, (case.batch, max(case.q_len, case.kv_len))), axis=1).astype(np.int32)
@@ -223,10 +226,8 @@ def test_a_query_that_sees_nothing_gives_zero_and_no_gradient(implementation):
 )
 def test_no_output_depends_on_a_later_token(masks):
     q, k, v = inputs(Case(masks, 48, 48))[0]
-    jacobian = lambda v: jnp.abs(jax.jacrev(lambda v: attention(q, k, v, masks)[0].sum((1, 2)))(v)[:, 0]).sum(
-        (2, 3)
-    )
-    reach = np.asarray(jacobian(v))
+    jacobian = jax.jacrev(lambda v: attention(q, k, v, masks)[0].sum((1, 2)))(v)
+    reach = np.abs(jacobian[:, 0]).sum((2, 3))  # [query, key]
     assert not np.triu(reach, 1).any() and np.diag(reach).all()
 
 
@@ -236,7 +237,10 @@ def test_blocks_that_are_not_listed_are_not_read():
     mask = BlockMask.from_token_masks(masks, 96, 96, block_q=16, block_kv=16)
     index = np.array([[[0, 5]] * 6], np.int32)
     some = BlockMask.from_indices(index, np.full((1, 6), 2), q_len=96, kv_len=96, block_q=16, block_kv=16)
-    poison = lambda x: x.at[:, 16:80].set(jnp.nan)
+
+    def poison(x):
+        return x.at[:, 16:80].set(jnp.nan)
+
     out, lse, dq, dk, dv = run((q, poison(k), poison(v)), some, options, cotangents, "xla")
     clean = run((q, k, v), some, options, cotangents, "xla")
     for ours, expected in zip((out, lse, dq), clean, strict=False):
@@ -259,10 +263,16 @@ def test_memory_grows_with_the_length_and_not_with_its_square():
 
 def test_composes_with_jit_vmap_checkpoint_and_scan():
     qkv, masks, _, _ = inputs(Case(MIXED))
-    loss = lambda q, k, v: jnp.sum(attention(q, k, v, masks) ** 2)
+
+    def loss(q, k, v):
+        return jnp.sum(attention(q, k, v, masks) ** 2)
+
     expected = jax.grad(loss)(*qkv)
     assert jnp.allclose(jax.jit(jax.grad(jax.checkpoint(loss)))(*qkv), expected, atol=1e-5)
-    one = lambda q, k, v: attention(q[None], k[None], v[None], masks)[0]
+
+    def one(q, k, v):
+        return attention(q[None], k[None], v[None], masks)[0]
+
     mapped = jax.grad(lambda *qkv: jnp.sum(jax.vmap(one)(*qkv) ** 2))(*qkv)
     assert jnp.allclose(mapped, expected, atol=1e-5)
     _, scanned = jax.lax.scan(lambda _, qkv: (None, jax.grad(loss)(*qkv)), None, tuple(x[None] for x in qkv))
@@ -309,9 +319,7 @@ def test_three_rows_do_not_fit_four_heads():
     mask = BlockMask.from_indices(
         np.zeros((3, 1, 1), int), np.ones((3, 1), int), q_len=8, kv_len=8, block_q=8, block_kv=8
     )
-    with pytest.raises(
-        ValueError, match="mask has 3 rows, which 4 query heads on 2 KV heads cannot share evenly"
-    ):
+    with pytest.raises(ValueError, match="mask has 3 rows, which 4 query heads on 2 KV heads cannot share"):
         attention(jnp.zeros((1, 8, 4, 16)), jnp.zeros((1, 8, 2, 16)), jnp.zeros((1, 8, 2, 16)), mask)
 
 
