@@ -1,7 +1,7 @@
-"""The KV cache: pages for retrieval heads, a sink and a ring for streaming heads. Pure functions append to them.
+"""The KV cache: pages for retrieval heads, a sink and a ring for streaming heads; functions that append.
 
-All caches of a model share one page table and one vector of lengths, which are passed beside them: a donated cache
-never holds one buffer twice.
+All caches of a model share one page table and one vector of lengths, which are passed beside them: a donated
+cache never holds one buffer twice.
 """
 
 import dataclasses
@@ -18,11 +18,11 @@ class PagedKVCache:
     """Keys and values of retrieval heads, in pages that any sequence may own.
 
     - ``k``, ``v``: ``[num_pages, Hk, page_size, D]``
-    - ``k_min``, ``k_max``: ``[num_pages, Hk, page_size / logical_page_size, D]``, the bounds of the keys of each
-      logical page, or None in a cache from which nothing is selected.
+    - ``k_min``, ``k_max``: ``[num_pages, Hk, page_size / logical_page_size, D]``, the bounds of the keys of
+      each logical page, or None in a cache from which nothing is selected.
 
-    A page table ``[B, max_pages]`` says which page holds tokens ``i * page_size ...`` of a sequence. What a page
-    held for an earlier owner is never read, so pages need no clearing.
+    A page table ``[B, max_pages]`` says which page holds tokens ``i * page_size ...`` of a sequence. What a
+    page held for an earlier owner is never read, so pages need no clearing.
     """
 
     k: Any  # arrays; Any because tree functions also put shapes, dtypes and placeholders here
@@ -49,7 +49,7 @@ class PagedKVCache:
         logical_page_size: int | None,
         dtype: Any,
     ) -> "PagedKVCache":
-        """An empty pool; ``logical_page_size=None`` keeps no bounds. The logical page must divide the page."""
+        """An empty pool; ``logical_page_size=None`` keeps no bounds. It must divide the page."""
         if logical_page_size is not None and (logical_page_size < 1 or page_size % logical_page_size):
             raise ValueError(f"logical_page_size={logical_page_size} must divide page_size={page_size}")
         # Distinct arrays: a donated cache may not hold one buffer twice.
@@ -65,8 +65,8 @@ class PagedKVCache:
 class StreamingKVCache:
     """Keys and values of streaming heads: the first ``sink`` tokens and a ring of the last ``window``.
 
-    - ``k``, ``v``: ``[B, Hk, sink + window, D]``. Position ``p`` lies in slot ``p`` where ``p < sink``, and in slot
-      ``sink + (p - sink) % window`` after it. Nothing else is allocated (StreamingLLM, DuoAttention).
+    - ``k``, ``v``: ``[B, Hk, sink + window, D]``. Position ``p`` lies in slot ``p`` where ``p < sink``,
+      then in ``sink + (p - sink) % window``. Nothing else is allocated (StreamingLLM, DuoAttention).
     """
 
     k: Any
@@ -99,7 +99,7 @@ class StreamingKVCache:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class LayerKVCache:
-    """The cache of one attention layer, split by KV head: heads in ``streaming_heads`` stream, all others are paged.
+    """The cache of one attention layer, split by KV head: ``streaming_heads`` stream, all others are paged.
 
     ``paged`` is None in a layer that only streams, ``streaming`` is None in a layer that never does.
     """
@@ -119,8 +119,8 @@ def append_paged(
 ) -> PagedKVCache:
     """Writes the first ``counts[b]`` of ``C`` tokens of each sequence after the ``lengths[b]`` it has.
 
-    The bounds of a logical page start afresh with its first token: what a recycled page held is never mixed in.
-    Every position written must have a page in the table; ``generate`` checks that on the host.
+    The bounds of a logical page start afresh with its first token: what a recycled page held is never mixed
+    in. Every position written must have a page in the table; ``generate`` checks that on the host.
     """
     chunk = jnp.arange(k.shape[1])
     position = lengths[:, None] + chunk
@@ -140,7 +140,7 @@ def append_paged(
 def _append_bounds(cache, k, page_table, lengths, counts):
     size = cache.logical_page_size
     logical_pages = cache.page_size // size
-    # Align the chunk to logical pages: units of `size` tokens, the first of which may have begun before the chunk.
+    # Align the chunk to logical pages: units of `size` tokens; the first may have begun before the chunk.
     units = (k.shape[1] - 1) // size + 2 if k.shape[1] > 1 else 1
     offset = lengths % size
     token = jnp.arange(units * size) - offset[:, None]

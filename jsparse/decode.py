@@ -1,7 +1,7 @@
 """Attention over a KV cache: one token or a chunk a sequence, by online softmax over blocks of cached keys.
 
-How far the loops run follows the longest sequence at hand, not the capacity of the cache. Lengths are traced: a
-new length compiles nothing.
+How far the loops run follows the longest sequence at hand, not the capacity of the cache. Lengths are traced:
+a new length compiles nothing.
 """
 
 from collections.abc import Callable
@@ -30,13 +30,14 @@ def decode_attention(
 
         out = softmax(scale * q @ k.T) @ v        scale = 1 / sqrt(D) by default
 
-    over all ``lengths[b]`` tokens of a paged cache, or those in the listed ``pages`` only; over the sink and the
-    window of a streaming cache. The newest token's own key is in the cache already. Consecutive query heads share a
-    KV head. ``pages`` are indices into the sequence's row of ``page_table``, a list for each KV head, -1 for no page,
-    as :func:`jsparse.select.select_pages` makes them; other pages are not touched. A sequence of length 0 gives 0.
+    over all ``lengths[b]`` tokens of a paged cache, or those in the listed ``pages`` only; over the sink and
+    the window of a streaming cache. The newest token's own key is in the cache already. Consecutive query
+    heads share a KV head. ``pages`` are indices into the sequence's row of ``page_table``, a list for each KV
+    head, -1 for no page, as :func:`jsparse.select.select_pages` makes them; other pages are not touched. A
+    sequence of length 0 gives 0.
 
-    Raises ``ValueError`` where query heads do not divide by KV heads, or where ``page_table`` and ``pages`` do not
-    go with the kind of cache.
+    Raises ``ValueError`` where query heads do not divide by KV heads, or where ``page_table`` and ``pages``
+    do not go with the kind of cache.
 
     >>> from jsparse.cache import StreamingKVCache
     >>> cache = StreamingKVCache.zeros(1, 1, 4, sink=1, window=2, dtype=jnp.float32)
@@ -76,8 +77,8 @@ def paged_attention(
 ) -> Float[Array, "B C Hq D"]:
     """Causal attention of a chunk of queries to the keys in the pages, which hold the chunk's own already.
 
-    Query ``t`` of sequence ``b`` stands at position ``offsets[b] + t`` and sees the keys up to its own that are
-    before ``lengths[b]``. ``pages`` as in :func:`decode_attention`; None visits every page.
+    Query ``t`` of sequence ``b`` stands at position ``offsets[b] + t`` and sees the keys up to its own that
+    are before ``lengths[b]``. ``pages`` as in :func:`decode_attention`; None visits every page.
     """
     batch, max_pages = page_table.shape
     kv_heads, page_size = cache.k.shape[1], cache.page_size
@@ -126,8 +127,8 @@ def streaming_attention(
 ) -> Float[Array, "B C Hq D"]:
     """Attention of a chunk of streaming heads to the sink, the ring and the chunk itself, not yet appended.
 
-    ``lengths`` are the tokens before the chunk, of which ``counts[b]`` are valid. Every query sees exactly what
-    ``streaming(sink, window)`` shows it, however the prompt is cut into chunks.
+    ``lengths`` are the tokens before the chunk, of which ``counts[b]`` are valid. Every query sees exactly
+    what ``streaming(sink, window)`` shows it, however the prompt is cut into chunks.
     """
     position = lengths[:, None] + jnp.arange(q.shape[1])
     valid = jnp.arange(q.shape[1]) < counts[:, None]
@@ -167,11 +168,11 @@ def attend_and_append(
     *,
     budget: int | None = None,
 ) -> tuple[Float[Array, "B C Hq D"], LayerKVCache]:
-    """What a layer does with its cache: appends ``counts[b]`` tokens a sequence and attends with their queries.
+    """What a layer does with its cache: appends ``counts[b]`` tokens a sequence, attends with their queries.
 
-    ``lengths`` are the tokens held before. Retrieval heads see every earlier key; when one token comes (``C = 1``)
-    and ``budget`` is not None, they read at most so many tokens, in the pages that :func:`select_pages` chooses.
-    Streaming heads see their sink and window.
+    ``lengths`` are the tokens held before. Retrieval heads see every earlier key; when one token comes (``C =
+    1``) and ``budget`` is not None, they read at most so many tokens, in the pages that :func:`select_pages`
+    chooses. Streaming heads see their sink and window.
     """
     group = q.shape[2] // k.shape[2]
     parts, order = [], []
@@ -219,7 +220,7 @@ def _attend(
     mask: TokenMask,
     scale: float | None,
 ) -> Float[Array, "B C Hq D"]:
-    """Online softmax over the blocks ``load(i) -> k, v [B, Hk, S, D], position [B, Hk or 1, S]``, -1 where no key is."""
+    """Online softmax over blocks ``load(i)``: k, v [B, Hk, S, D], positions [B, Hk or 1, S], -1: none."""
     batch, chunk, q_heads, dim = q.shape
     if q_heads % kv_heads:
         raise ValueError(

@@ -12,10 +12,10 @@ from jaxtyping import Bool, Float
 class HeadPattern:
     """How much each KV head needs the whole context: one score for each layer and KV head.
 
-    ``scores`` is ``[layers, kv_heads]``. A head with a high score is a *retrieval* head, which must see every key;
-    one with a low score is a *streaming* head, for which the sink and the recent window are enough. DuoAttention
-    (arXiv 2410.10819) learns the scores as gates; :meth:`load` and :meth:`save` read and write its
-    ``full_attention_heads.tsv``, and :meth:`threshold` makes the cut.
+    ``scores`` is ``[layers, kv_heads]``. A head with a high score is a *retrieval* head, which must see every
+    key; one with a low score is a *streaming* head, for which the sink and the recent window are enough.
+    DuoAttention (arXiv 2410.10819) learns the scores as gates; :meth:`load` and :meth:`save` read and write
+    its ``full_attention_heads.tsv``, and :meth:`threshold` makes the cut.
 
     Raises ``ValueError`` where ``scores`` is not a table of finite numbers.
 
@@ -41,10 +41,10 @@ class HeadPattern:
     def threshold(self, sparsity: float | int) -> Bool[np.ndarray, "layers kv_heads"]:
         """Which heads stream, when the fraction ``sparsity`` of all heads of the model shall.
 
-        True marks a streaming head. Scores are clipped to [0, 1] first: learned gates lie slightly outside. Exactly
-        ``round(sparsity * layers * kv_heads)`` heads stream, those of the lowest scores in the whole model; of equal
-        scores the earlier layer streams first, then the lower head. The counts a layer are therefore uneven, and a
-        layer may have none or only streaming heads.
+        True marks a streaming head. Scores are clipped to [0, 1] first: learned gates lie slightly outside.
+        Exactly ``round(sparsity * layers * kv_heads)`` heads stream, those of the lowest scores in the whole
+        model; of equal scores the earlier layer streams first, then the lower head. The counts a layer are
+        therefore uneven, and a layer may have none or only streaming heads.
         """
         if isinstance(sparsity, bool) or not 0 <= sparsity <= 1:
             raise ValueError(f"sparsity must be a number from 0 to 1, not {sparsity!r}")
@@ -57,8 +57,8 @@ class HeadPattern:
     def load(cls, path: str | os.PathLike) -> "HeadPattern":
         """Reads DuoAttention's TSV: a line a layer, a number a KV head, separated by tabs.
 
-        Raises ``ValueError`` naming the file and the line where an entry is no finite number or a line is of another
-        length than the first.
+        Raises ``ValueError`` naming the file and the line where an entry is no finite number or a line is of
+        another length than the first.
         """
         rows: list[list[float]] = []
         for number, line in enumerate(Path(path).read_text().splitlines(), start=1):

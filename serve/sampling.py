@@ -1,0 +1,167 @@
+"""From logits to tokens: greedy, temperature, top-k and top-p, each row by its own parameters."""
+
+import dataclasses
+import math
+import operator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int
+
+_MIN_TEMPERATURE = 1e-4  # below it float32 logits divided by it are all infinite or zero: that is greedy
+
+
+@dataclasses.dataclass(frozen=True)
+class SamplingParams:
+    """How one sequence's tokens are chosen and when it stops; fields as in vLLM and Hugging Face.
+
+    - ``temperature``: 0 takes the most likely token; otherwise logits are divided by it (at least 1e-4).
+    - ``top_k``: only the k most likely tokens; 0 for all.
+    - ``top_p``: then only the most likely tokens that together reach this probability, in (0, 1].
+    - ``stop_token_ids``: end the sequence, beside the model's own ``eos_token_ids``. They are returned.
+    - ``ignore_eos``: the model's own end tokens do not end it.
+
+    Tokens exactly as likely as the last one kept are kept too. ValueError names the field and its range.
+
+    >>> SamplingParams(top_p=0.0)
+    Traceback (most recent call last):
+        ...
+    ValueError: top_p must be a number in (0, 1], not 0.0
+    """
+
+    temperature: float | int = 0.0
+    top_k: int = 0
+    top_p: float | int = 1.0
+    stop_token_ids: tuple[int, ...] = ()
+    ignore_eos: bool = False
+
+    def __post_init__(self):
+        if not _is_number(self.temperature) or not (
+            self.temperature == 0 or _MIN_TEMPERATURE <= self.temperature < math.inf
+        ):
+            raise ValueError(
+                f"temperature must be 0 (greedy) or finite and >= {_MIN_TEMPERATURE}, not {self.temperature!r}"
+            )
+        if not _is_index(self.top_k) or not 0 <= self.top_k < 2**31:
+            raise ValueError(f"top_k must be an integer >= 0 (0: all tokens), not {self.top_k!r}")
+        if not _is_number(self.top_p) or not 0 < self.top_p <= 1:
+            raise ValueError(f"top_p must be a number in (0, 1], not {self.top_p!r}")
+        if not isinstance(self.ignore_eos, bool):
+            raise ValueError(f"ignore_eos must be True or False, not {self.ignore_eos!r}")
+        try:
+            stop_token_ids = tuple(self.stop_token_ids)
+        except TypeError:
+            raise ValueError(
+                f"stop_token_ids must be a sequence of ids, not {self.stop_token_ids!r}"
+            ) from None
+        for token in stop_token_ids:
+            if not _is_index(token) or token < 0:
+                raise ValueError(f"stop_token_ids must be integers >= 0, not {token!r}")
+        object.__setattr__(self, "stop_token_ids", stop_token_ids)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class RowParams:
+    """The sampling parameters of a batch as arrays, one entry a row: new values compile nothing."""
+
+    temperature: Any  # float32 [B]
+    top_k: Any  # int32 [B]
+    top_p: Any  # float32 [B]
+    seed: Any  # uint32 [B]
+    stops: Any  # bool [B, vocab]: the tokens that end the row
+    max_new: Any  # int32 [B], 0 in a row without a prompt
+
+    @classmethod
+    def of(
+        cls,
+        sampling: list[SamplingParams],
+        seeds: list[int],
+        *,
+        batch: int,
+        max_new: int,
+        vocab_size: int,
+        eos_token_ids: tuple[int, ...],
+    ) -> "RowParams":
+        """NumPy arrays of ``batch`` rows; those beyond the sequences are greedy and never used."""
+        rows = [*sampling, *[SamplingParams()] * (batch - len(sampling))]
+        stops = np.zeros((batch, vocab_size), bool)
+        for row, params in enumerate(rows):
+            stops[row, list(params.stop_token_ids)] = True
+            if not params.ignore_eos:
+                stops[row, list(eos_token_ids)] = True
+        return cls(
+            temperature=np.array([params.temperature for params in rows], np.float32),
+            top_k=np.array([params.top_k for params in rows], np.int32),
+            top_p=np.array([params.top_p for params in rows], np.float32),
+            seed=np.array([*seeds, *[0] * (batch - len(seeds))], np.uint32),
+            stops=stops,
+            max_new=np.array([max_new] * len(sampling) + [0] * (batch - len(sampling)), np.int32),
+        )
+
+
+def sample(
+    logits: Float[Array, "B vocab"], rows: RowParams, positions: Int[Array, " B"]
+) -> tuple[Int[Array, " B"], Bool[Array, " B"]]:
+    """One token a row, and whether the row's logits were all finite (where not, the token means nothing).
+
+    The random numbers of a row depend on its seed and on the absolute position of the new token alone:
+    neither on the other rows nor on how the decoding is cut into calls.
+    """
+    finite = jnp.isfinite(logits).all(axis=-1)
+    greedy = jnp.argmax(logits, axis=-1).astype(jnp.int32)
+
+    def draw():
+        scaled = scale_logits(logits, rows.temperature)
+        restricted = jax.lax.cond(
+            ((rows.top_k > 0) | (rows.top_p < 1)).any(),
+            lambda: restrict(scaled, rows.top_k, rows.top_p),
+            lambda: scaled,  # spares the sort
+        )
+        keys = jax.vmap(lambda seed, position: jax.random.fold_in(jax.random.key(seed), position))(
+            rows.seed, positions
+        )
+        drawn = jax.vmap(jax.random.categorical)(keys, restricted).astype(jnp.int32)
+        return jnp.where(rows.temperature > 0, drawn, greedy)
+
+    return jax.lax.cond((rows.temperature > 0).any(), draw, lambda: greedy), finite
+
+
+def scale_logits(logits: Float[Array, "B vocab"], temperature: Float[Array, " B"]) -> Float[Array, "B vocab"]:
+    """Logits divided by the temperature, the largest moved to 0 so that nothing overflows."""
+    largest = logits.max(axis=-1, keepdims=True)
+    return (logits - largest) / jnp.where(temperature > 0, temperature, 1)[:, None]
+
+
+def restrict(
+    logits: Float[Array, "B vocab"], top_k: Int[Array, " B"], top_p: Float[Array, " B"]
+) -> Float[Array, "B vocab"]:
+    """Sets all but the top-k, then all but the top-p tokens of each row to -inf.
+
+    ``top_k`` 0 and ``top_p`` 1 keep all. Top-p keeps the shortest list of most likely tokens, of those that
+    top-k left, whose probabilities reach ``top_p``: a token stays where the tokens before it sum to less
+    (Holtzman et al., arXiv 1904.09751).
+    """
+    vocab = logits.shape[-1]
+    descending = jnp.sort(logits, axis=-1, descending=True)
+    k = jnp.where(top_k > 0, jnp.minimum(top_k, vocab), vocab)[:, None]
+    kept = jnp.where(jnp.arange(vocab) < k, descending, -jnp.inf)
+    probabilities = jax.nn.softmax(kept, axis=-1)
+    before = jnp.cumsum(probabilities, axis=-1) - probabilities
+    count = jnp.where(top_p < 1, (before < top_p[:, None]).sum(axis=-1), vocab)[:, None]
+    # The smallest logit that stays; the first is before every cut, so at least one does.
+    least = jnp.take_along_axis(descending, jnp.minimum(jnp.maximum(count, 1), k) - 1, axis=-1)
+    return jnp.where(logits >= least, logits, -jnp.inf)
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float | np.integer | np.floating) and not isinstance(value, bool)
+
+
+def _is_index(value: Any) -> bool:
+    try:
+        return not isinstance(value, bool | np.bool_) and operator.index(value) is not None
+    except TypeError:
+        return False
