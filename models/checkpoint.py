@@ -5,7 +5,6 @@ import json
 import os
 import re
 import shutil
-import tempfile
 from pathlib import Path
 
 import jax.numpy as jnp
@@ -29,7 +28,7 @@ _PARAMETERS = {
 }
 _IGNORED_TENSORS = re.compile(r"(model\.layers\.\d+\.self_attn\.|model\.)?rotary_emb\.inv_freq")
 _HEAD, _EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
-_DTYPES = {"F32": jnp.float32, "F16": jnp.float16, "BF16": jnp.bfloat16}
+_DTYPES = {"F32": jnp.dtype("float32"), "F16": jnp.dtype("float16"), "BF16": jnp.dtype("bfloat16")}
 _SHARD_NAME = re.compile(r"model-\d{5}-of-\d{5}\.safetensors")
 
 
@@ -62,13 +61,14 @@ def load_parameters(
     float16 and bfloat16. Nothing is allocated before that.
     """
     directory = Path(directory)
+    if dtype is not None and jnp.dtype(dtype) not in _DTYPES.values():
+        raise ValueError(f"dtype must be float32, float16, bfloat16 or None, not {jnp.dtype(dtype).name}")
     stored = find_tensors(directory)
     stored = {name: tensor for name, tensor in stored.items() if not _IGNORED_TENSORS.fullmatch(name)}
     shapes = {_hf_name(path): _hf_shape(path, variable.shape) for path, variable in parameters.items()}
     optional = {_HEAD: shapes[_EMBEDDING]} if config.tie_word_embeddings else {}
     _check_tensors(directory, stored, shapes, optional)
-    if dtype is None:
-        dtype = _common_dtype(directory, stored)
+    dtype = _common_dtype(directory, stored) if dtype is None else dtype
     if optional and _HEAD in stored:
         _check_tied(directory, stored)
 
@@ -141,10 +141,12 @@ def save(config: LlamaConfig, parameters: Parameters, directory: str | Path, *, 
     if directory.exists() and not directory.is_dir():
         raise NotADirectoryError(f"directory {directory} is a file")
     dtypes = sorted({variable.dtype.name for variable in parameters.values()})
-    if not set(dtypes) <= {jnp.dtype(dtype).name for dtype in _DTYPES.values()}:
+    if not set(dtypes) <= {dtype.name for dtype in _DTYPES.values()}:
         raise ValueError(f"parameters have dtype {', '.join(dtypes)}; allowed are float32, float16, bfloat16")
     directory.mkdir(parents=True, exist_ok=True)
-    staging = Path(tempfile.mkdtemp(prefix=".saving-", dir=directory))
+    staging = directory / ".saving"
+    shutil.rmtree(staging, ignore_errors=True)  # of a save that was killed
+    staging.mkdir()
     try:
         _write_weights(staging, parameters, max_shard_bytes)
         _write_configs(staging, config, dtypes)

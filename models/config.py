@@ -5,10 +5,17 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from jsparse.models.hf_config import fields_from_hf, fields_to_hf
+from jsparse.models.hf_config import MODEL_TYPES, fields_from_hf, fields_to_hf, require_size
 from jsparse.models.rope import RopeConfig
 
-MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3")
+_SIZES = (
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "max_position_embeddings",
+)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -38,7 +45,7 @@ class LlamaConfig:
     num_key_value_heads: int | None = None
     head_dim: int | None = None
     max_position_embeddings: int = 2048
-    rms_norm_eps: float = 1e-6
+    rms_norm_eps: float | int = 1e-6
     rope: RopeConfig = RopeConfig()
     tie_word_embeddings: bool = False
     attention_bias: bool = False
@@ -47,7 +54,7 @@ class LlamaConfig:
     eos_token_ids: tuple[int, ...] = ()
     bos_token_id: int | None = None
     pad_token_id: int | None = None
-    initializer_range: float = 0.02
+    initializer_range: float | int = 0.02
     model_type: str = "llama"
 
     def __post_init__(self):
@@ -55,15 +62,8 @@ class LlamaConfig:
             raise ValueError(
                 f"model_type {self.model_type!r} is not supported; allowed are {', '.join(MODEL_TYPES)}"
             )
-        _require_positive(
-            self,
-            "vocab_size",
-            "hidden_size",
-            "intermediate_size",
-            "num_hidden_layers",
-            "num_attention_heads",
-            "max_position_embeddings",
-        )
+        for field in _SIZES:
+            require_size(field, getattr(self, field))
         if self.num_key_value_heads is None:
             object.__setattr__(self, "num_key_value_heads", self.num_attention_heads)
         if self.head_dim is None:
@@ -75,7 +75,8 @@ class LlamaConfig:
             object.__setattr__(self, "head_dim", self.hidden_size // self.num_attention_heads)
         if self.sliding_windows is None:
             object.__setattr__(self, "sliding_windows", (None,) * self.num_hidden_layers)
-        _require_positive(self, "num_key_value_heads", "head_dim")
+        require_size("num_key_value_heads", self.num_key_value_heads)
+        require_size("head_dim", self.head_dim)
         if self.num_attention_heads % self.num_key_value_heads:
             raise ValueError(
                 f"num_attention_heads={self.num_attention_heads} is not divisible by "
@@ -87,6 +88,11 @@ class LlamaConfig:
             value = getattr(self, field)
             if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
                 raise ValueError(f"{field} must be a positive number, not {value!r}")
+        for field in ("tie_word_embeddings", "attention_bias", "mlp_bias"):
+            if not isinstance(getattr(self, field), bool):
+                raise ValueError(f"{field} must be true or false, not {getattr(self, field)!r}")
+        if not isinstance(self.rope, RopeConfig):
+            raise TypeError(f"rope must be a RopeConfig, not {self.rope!r}")
         self._check_variant()
         self._check_token_ids()
 
@@ -189,10 +195,3 @@ class LlamaConfig:
             rope=dataclasses.replace(self.rope, kind="linear", factor=factor),
             max_position_embeddings=self.max_position_embeddings * growth,
         )
-
-
-def _require_positive(config: LlamaConfig, *fields: str) -> None:
-    for field in fields:
-        value = getattr(config, field)
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise ValueError(f"{field} must be an integer >= 1, not {value!r}")

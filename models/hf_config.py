@@ -62,9 +62,11 @@ _DEFAULTS: dict[str, dict[str, Any]] = {
     },
 }
 
+MODEL_TYPES = tuple(_DEFAULTS)
+
 # Fields that would change the mathematics, and the values with which they do not.
 _INERT_VALUES: dict[str, tuple[Any, ...]] = {
-    "hidden_act": ("silu", None),
+    "hidden_act": ("silu",),
     "quantization_config": (None,),
     "attention_dropout": (0, None),
     "hidden_dropout": (0, None),
@@ -104,20 +106,21 @@ _IGNORED = frozenset(
 def fields_from_hf(fields: Mapping[str, Any]) -> dict[str, Any]:
     """Keyword arguments of LlamaConfig from the fields of a ``config.json``."""
     model_type = fields.get("model_type")
-    if model_type not in _DEFAULTS:
-        raise ValueError(f"model_type {model_type!r} is not supported; allowed are {', '.join(_DEFAULTS)}")
+    if not isinstance(model_type, str) or model_type not in MODEL_TYPES:
+        raise ValueError(f"model_type {model_type!r} is not supported; allowed are {', '.join(MODEL_TYPES)}")
     defaults = _DEFAULTS[model_type]
     _refuse_what_we_cannot_represent(fields, known={*_REQUIRED, *defaults}, model_type=model_type)
     missing = [name for name in _REQUIRED if fields.get(name) is None]
     if missing:
         raise ValueError(f"the config lacks {', '.join(missing)}")
+    require_size("num_hidden_layers", fields["num_hidden_layers"])
 
     # null means "the default" except where it has a meaning of its own
     values = defaults | {name: fields[name] for name in (*_REQUIRED, *defaults) if name in fields}
     for name in ("rms_norm_eps", "tie_word_embeddings", "initializer_range", "max_position_embeddings"):
         values[name] = defaults[name] if values[name] is None else values[name]
-    values["attention_bias"] = bool(values.get("attention_bias"))
-    values["mlp_bias"] = bool(values.get("mlp_bias"))
+    for name in ("attention_bias", "mlp_bias"):
+        values[name] = False if values.get(name) is None else values[name]
     values["model_type"] = model_type
     values["rope"] = _rope_from_hf(fields, values["max_position_embeddings"])
     values["eos_token_ids"] = token_ids(
@@ -129,6 +132,12 @@ def fields_from_hf(fields: Mapping[str, Any]) -> dict[str, Any]:
     for name in ("use_sliding_window", "sliding_window", "max_window_layers", "layer_types"):
         values.pop(name, None)
     return values
+
+
+def require_size(name: str, value: Any) -> None:
+    """Raise ValueError unless ``value`` is a positive integer."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ValueError(f"{name} must be an integer >= 1, not {value!r}")
 
 
 def token_ids(value: Any, name: str) -> tuple[int, ...]:
@@ -161,16 +170,21 @@ def _refuse_what_we_cannot_represent(fields, known, model_type):
 def _windows_from_hf(values):
     layers = values["num_hidden_layers"]
     window = values.get("sliding_window")
-    if values["model_type"] == "llama" or window is None:
-        window = None
-    if values["model_type"] == "mistral":
+    if values["model_type"] in ("llama", "mistral"):
         return (window,) * layers
-    if not values.get("use_sliding_window"):
+    if values["use_sliding_window"] not in (True, False, None):
+        raise ValueError(f"use_sliding_window must be true or false, not {values['use_sliding_window']!r}")
+    if not values["use_sliding_window"]:
         window = None
     types = values.get("layer_types")
     if types is None:
-        start = values.get("max_window_layers") if window is not None else layers
-        types = ["sliding_attention" if layer >= start else "full_attention" for layer in range(layers)]
+        start = values["max_window_layers"]
+        if isinstance(start, bool) or not isinstance(start, int):
+            raise ValueError(f"max_window_layers must be an integer, not {start!r}")
+        slides = [window is not None and layer >= start for layer in range(layers)]
+        return tuple(window if slide else None for slide in slides)
+    if not isinstance(types, list):
+        raise ValueError(f"layer_types must be a list or null, not {types!r}")
     unknown = sorted({str(kind) for kind in types} - {"sliding_attention", "full_attention"})
     if unknown:
         raise ValueError(f"layer_types has {unknown}; allowed are 'full_attention' and 'sliding_attention'")
@@ -187,7 +201,7 @@ def _rope_from_hf(fields, max_position_embeddings):
     readings = [
         _read_rope(name, fields[name], fields, max_position_embeddings)
         for name in ("rope_scaling", "rope_parameters")
-        if fields.get(name)
+        if fields.get(name) not in (None, {})
     ]
     if not readings:
         return _read_rope("rope_parameters", {}, fields, max_position_embeddings)

@@ -13,7 +13,7 @@ def add_lora(
     model: nnx.Module,
     *,
     rank: int,
-    alpha: float,
+    alpha: float | int,
     rngs: nnx.Rngs,
     targets: Sequence[str] = ("q_proj", "k_proj", "v_proj", "o_proj"),
 ) -> None:
@@ -40,6 +40,8 @@ def add_lora(
         raise ValueError(f"alpha must be a positive number, not {alpha!r}")
     linears = dict(_linear_layers(model))
     names = sorted({name.rsplit(".", 1)[-1] for name in linears})
+    if isinstance(targets, str):
+        raise ValueError(f"targets must be a sequence of names, not the string {targets!r}")
     unmatched = [target for target in targets if target not in names]
     if unmatched or not targets:
         raise ValueError(

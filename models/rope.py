@@ -31,16 +31,16 @@ class RopeConfig:
     """
 
     kind: str = "default"
-    theta: float = 10000.0
-    factor: float | None = None
+    theta: float | int = 10000.0
+    factor: float | int | None = None
     original_max_position_embeddings: int | None = None
-    low_freq_factor: float | None = None
-    high_freq_factor: float | None = None
-    attention_factor: float | None = None
-    beta_fast: float = 32.0
-    beta_slow: float = 1.0
-    mscale: float | None = None
-    mscale_all_dim: float | None = None
+    low_freq_factor: float | int | None = None
+    high_freq_factor: float | int | None = None
+    attention_factor: float | int | None = None
+    beta_fast: float | int = 32.0
+    beta_slow: float | int = 1.0
+    mscale: float | int | None = None
+    mscale_all_dim: float | int | None = None
     truncate: bool = True
 
     def __post_init__(self):

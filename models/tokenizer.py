@@ -48,6 +48,7 @@ def byte_tokenizer() -> tokenizers.Tokenizer:
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.add_special_tokens([END_OF_TEXT])
-    # The marker written out in a document is text, not the end of a document.
+    # The marker written out in a document is text, not the end of a document. tokenizer.json cannot say so:
+    # a tokenizer that was loaded again reads the marker as id 256, unless this is set there too.
     tokenizer.encode_special_tokens = True
     return tokenizer
