@@ -2,8 +2,8 @@
 
 import dataclasses
 import math
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal
 
 import jax
 import optax
@@ -24,16 +24,16 @@ class FinetuneConfig:
     256
     """
 
-    model: Path
+    model: str | Path
     """The checkpoint to start from: a Hugging Face folder with safetensors and a tokenizer.json."""
-    data: tuple[Path, ...]
-    """UTF-8 text files, each one document."""
-    output: Path
+    data: Sequence[str | Path]
+    """UTF-8 text files (one, or several), each one document."""
+    output: str | Path
     """A new folder, to become a Hugging Face folder with checkpoints and metrics.jsonl beside the model."""
     context: int
     """Tokens a window. Beyond what the model was made for, its positions are interpolated linearly."""
 
-    attention: Literal["shifted", "full"] = "shifted"
+    attention: str = "shifted"
     """"shifted" groups (LongLoRA's S²-Attn, causal form), or "full" causal attention."""
     group_size: int | None = None
     """Tokens a shifted group: even, and a divisor of the context. Default: context // 4."""
@@ -43,8 +43,8 @@ class FinetuneConfig:
     """The LoRA product is scaled by alpha / rank."""
     train_embeddings_and_norms: bool = True
     """Train these beside LoRA, as LongLoRA must to reach long contexts."""
-    dtype: Literal["float32", "bfloat16"] | None = None
-    """What to compute in and save; None: as the checkpoint is. Training itself updates float32 copies."""
+    dtype: str | None = None
+    """To compute in and save: "float32", "bfloat16", or None for the checkpoint's. Updates are in float32."""
     remat: bool = False
     """Compute each layer again in the backward pass: less memory, a third more time."""
 
@@ -56,8 +56,8 @@ class FinetuneConfig:
     """AdamW's (betas 0.9 and 0.95), after the warm-up."""
     warmup_steps: int = 20
     """Steps over which the learning rate rises to its value."""
-    schedule: Literal["constant", "cosine"] = "constant"
-    """After the warm-up: constant, or falling along a cosine to a tenth at the last step."""
+    schedule: str = "constant"
+    """After the warm-up: "constant", or "cosine" for a fall along a cosine to a tenth at the last step."""
     weight_decay: float = 0.0
     """AdamW's, on matrices only."""
     max_grad_norm: float = 1.0
@@ -68,11 +68,7 @@ class FinetuneConfig:
     """Steps between checkpoints; the last step always has one."""
 
     def __post_init__(self):
-        files = (self.data,) if isinstance(self.data, str | Path) else self.data
-        object.__setattr__(self, "data", tuple(Path(file) for file in files))
-        object.__setattr__(self, "model", Path(self.model))
-        object.__setattr__(self, "output", Path(self.output))
-        if not self.data:
+        if not self.data_files:
             raise ValueError("data must name at least one text file")
         _require_integers(self, 1, "steps", "batch_size", "checkpoint_every")
         _require_integers(self, 2, "context")
@@ -102,6 +98,19 @@ class FinetuneConfig:
                 f"group_size={size}{origin} does not fit context={self.context}: "
                 "it must be even and divide the context"
             )
+
+    @property
+    def model_folder(self) -> Path:
+        return Path(self.model)
+
+    @property
+    def output_folder(self) -> Path:
+        return Path(self.output)
+
+    @property
+    def data_files(self) -> tuple[Path, ...]:
+        files = [self.data] if isinstance(self.data, str | Path) else self.data
+        return tuple(Path(file) for file in files)
 
     @property
     def shifted_group_size(self) -> int | None:

@@ -65,13 +65,13 @@ def finetune(config: FinetuneConfig, *, progress: bool = True) -> FinetuneResult
     another run. While training: FloatingPointError naming the step where the loss or the gradient is not
     finite.
     """
-    check_files(config.data)
+    check_files(config.data_files)
     model_config = load_config(config.model)
     mask = _mask(config, model_config)
     extended = model_config.extend_context(config.context)
     eos = model_config.eos_token_ids[0] if model_config.eos_token_ids else None
     documents = read_documents(
-        config.data, load_tokenizer(config.model), eos_token_id=eos, vocab_size=model_config.vocab_size
+        config.data_files, load_tokenizer(config.model), eos_token_id=eos, vocab_size=model_config.vocab_size
     )
     windows = pack(documents, config.context)
     run = describe_run(config, windows)
@@ -100,7 +100,9 @@ def finetune(config: FinetuneConfig, *, progress: bool = True) -> FinetuneResult
             bar=progress,
         )
     _export(config, split.join(state.params, split.frozen))
-    return FinetuneResult(config.output, tuple(line["loss"] for line in metrics), metrics[-1])
+    return FinetuneResult(
+        config.output_folder, tuple(line["loss"] for line in metrics), metrics[-1] if metrics else {}
+    )
 
 
 def _mask(config: FinetuneConfig, model_config: LlamaConfig) -> Mask | None:
@@ -127,10 +129,10 @@ def _train(
 ) -> tuple[TrainState, list[dict]]:
     """Take the steps that ``state`` has not taken; returns the last state and all lines of metrics.jsonl."""
     start = int(state.step)
-    metrics = _metrics_until(config.output / METRICS, start)
+    metrics = _metrics_until(config.output_folder / METRICS, start)
     rate_at = config.learning_rate_schedule()
     take_step = None
-    with open(config.output / METRICS, "w", encoding="utf-8") as file, progress_bar(bar) as shown:
+    with open(config.output_folder / METRICS, "w", encoding="utf-8") as file, progress_bar(bar) as shown:
         file.writelines(json.dumps(line) + "\n" for line in metrics)
         task = shown.add_task("training", total=config.steps, completed=start, note="compiling")
         for step in range(start, config.steps):
@@ -173,7 +175,7 @@ def _metrics_line(step: int, result: Metrics, learning_rate: float, began: float
 def _metrics_until(path: Path, step: int) -> list[dict]:
     """The lines of an interrupted run's metrics.jsonl up to a step; those after it will be written again."""
     lines = path.read_text(encoding="utf-8").splitlines()[:step] if path.is_file() else []
-    return [json.loads(line) for line in lines]
+    return [line for line in map(json.loads, lines) if line["step"] <= step]
 
 
 def _export(config: FinetuneConfig, model: Llama) -> None:
@@ -183,6 +185,6 @@ def _export(config: FinetuneConfig, model: Llama) -> None:
     if config.lora_rank is not None:
         merge_lora(model)
     for name in TOKENIZER_FILES:
-        if (config.model / name).is_file():
-            shutil.copyfile(config.model / name, config.output / name)
-    model.save_pretrained(config.output)
+        if (config.model_folder / name).is_file():
+            shutil.copyfile(config.model_folder / name, config.output_folder / name)
+    model.save_pretrained(config.output_folder)

@@ -26,7 +26,7 @@ _FIELDS = (
 
 
 def checkpoint_folder(config: FinetuneConfig) -> Path:
-    return config.output / "checkpoints"
+    return config.output_folder / "checkpoints"
 
 
 def describe_run(config: FinetuneConfig, windows: Windows) -> dict:
@@ -42,7 +42,7 @@ def describe_run(config: FinetuneConfig, windows: Windows) -> dict:
     described["schedule"] = (
         f"cosine to step {config.steps}" if config.schedule == "cosine" else config.schedule
     )
-    described["model"] = _digest_model(config.model)
+    described["model"] = _digest_model(config.model_folder)
     described["data"] = windows.digest()
     return described
 
@@ -52,7 +52,7 @@ def steps_taken(config: FinetuneConfig, run: dict) -> int:
 
     Raises ValueError or FileExistsError where ``config.output`` cannot be this run's.
     """
-    output, model = config.output.resolve(), config.model.resolve()
+    output, model = config.output_folder.resolve(), config.model_folder.resolve()
     if output == model or model in output.parents:
         raise ValueError(
             f"output={config.output} must not lie in the folder of the model that is read, {config.model}"

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx
-from jaxtyping import Array, Float32, Int32
+from jaxtyping import Array, Float32, Int32, PyTree
 
 from jsparse.models import Llama
 from jsparse.models.llama import Mask
@@ -17,7 +17,7 @@ from jsparse.train.loss import next_token_nll
 class TrainState(NamedTuple):
     """All that a step changes, and so all that a checkpoint holds."""
 
-    params: nnx.State  # the trained parameters, float32
+    params: PyTree  # the trained parameters, float32
     opt_state: optax.OptState
     step: Int32[Array, ""]  # steps taken
 
@@ -34,18 +34,16 @@ class SplitModel(NamedTuple):
     """A model without its trained parameters: its structure, their shapes and dtypes, and the rest."""
 
     graphdef: nnx.GraphDef
-    trained: nnx.State
-    frozen: nnx.State
+    trained: PyTree
+    frozen: PyTree
 
-    def join(self, params: nnx.State, frozen: nnx.State) -> Llama:
+    def join(self, params: PyTree, frozen: PyTree) -> Llama:
         """The model with ``params``, cast to the dtypes it computes with."""
         params = jax.tree.map(lambda p, like: p.astype(like.dtype), params, self.trained)
         return nnx.merge(self.graphdef, params, frozen)
 
 
-def split_model(
-    model: Llama, is_trained: Callable[[tuple, nnx.Variable], bool]
-) -> tuple[nnx.State, SplitModel]:
+def split_model(model: Llama, is_trained: Callable[[tuple, nnx.Variable], bool]) -> tuple[PyTree, SplitModel]:
     """The parameters to train, in float32 whatever the model computes in, and the model without them.
 
     They may share memory with ``model``, which is not to be used any more once a step has donated them.

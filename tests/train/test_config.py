@@ -1,0 +1,86 @@
+import dataclasses
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from jsparse.train import FinetuneConfig
+
+CONFIG = FinetuneConfig(model=Path("base"), data=(Path("text"),), output=Path("out"), context=64)
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "allowed"),
+    [
+        ("data", (), "at least one"),
+        ("context", 1, ">= 2"),
+        ("steps", 0, ">= 1"),
+        ("batch_size", True, ">= 1"),
+        ("checkpoint_every", 0, ">= 1"),
+        ("lora_rank", 0, ">= 1"),
+        ("warmup_steps", -1, ">= 0"),
+        ("seed", -1, ">= 0"),
+        ("learning_rate", 0.0, "> 0"),
+        ("learning_rate", float("nan"), "> 0"),
+        ("max_grad_norm", -1.0, "> 0"),
+        ("lora_alpha", float("inf"), "> 0"),
+        ("weight_decay", -0.1, ">= 0"),
+        ("attention", "sparse", "'shifted', 'full'"),
+        ("schedule", "linear", "'constant', 'cosine'"),
+        ("dtype", "float16", "None, 'float32', 'bfloat16'"),
+    ],
+)
+def test_a_bad_value_is_named_with_what_is_allowed(field, value, allowed):
+    with pytest.raises(ValueError, match=f"{field} .*{allowed}"):
+        dataclasses.replace(CONFIG, **{field: value})
+
+
+@pytest.mark.parametrize(
+    ("context", "group_size"),
+    [(64, 24), (64, 128), (36, None), (6, None), (30, 15), (2, None)],
+    ids=["no divisor", "too long", "9 by default", "1 by default", "odd", "0 by default"],
+)
+def test_groups_that_do_not_fit_the_context(context, group_size):
+    with pytest.raises(ValueError, match=f"does not fit context={context}: it must be even and divide"):
+        dataclasses.replace(CONFIG, context=context, group_size=group_size)
+    dataclasses.replace(CONFIG, context=context, attention="full")  # which has no groups to fit
+
+
+def test_group_size_is_a_quarter_of_the_context_unless_given():
+    assert CONFIG.shifted_group_size == 16
+    assert dataclasses.replace(CONFIG, context=128).shifted_group_size == 32
+    assert dataclasses.replace(CONFIG, group_size=32).shifted_group_size == 32
+    assert dataclasses.replace(CONFIG, attention="full").shifted_group_size is None
+    with pytest.raises(ValueError, match="group_size=16 is for attention='shifted'"):
+        dataclasses.replace(CONFIG, attention="full", group_size=16)
+
+
+def test_learning_rate_rises_then_stays_or_falls_to_a_tenth():
+    config = dataclasses.replace(CONFIG, learning_rate=1.0, warmup_steps=4, steps=14)
+    constant = [float(config.learning_rate_schedule()(step)) for step in range(14)]
+    np.testing.assert_allclose(constant, [0.25, 0.5, 0.75, 1.0] + [1.0] * 10)
+
+    falling = dataclasses.replace(config, schedule="cosine").learning_rate_schedule()
+    expected = [0.1 + 0.9 * (1 + np.cos(np.pi * step / 10)) / 2 for step in range(11)]
+    np.testing.assert_allclose([float(falling(4 + step)) for step in range(11)], expected, rtol=1e-5)
+
+    at_once = dataclasses.replace(config, warmup_steps=0).learning_rate_schedule()
+    assert float(at_once(0)) == 1.0
+    with pytest.raises(ValueError, match="warmup_steps=4 must be less than steps=4"):
+        dataclasses.replace(config, schedule="cosine", steps=4)
+
+
+def test_the_optimizer_clips_and_decays_matrices_only():
+    config = dataclasses.replace(CONFIG, warmup_steps=0, learning_rate=0.1, weight_decay=0.5)
+    optimizer = config.optimizer()
+    params = {"matrix": np.ones((2, 2), np.float32), "norm": np.ones(2, np.float32)}
+    zero = {name: np.zeros_like(value) for name, value in params.items()}
+    updates, state = optimizer.update(zero, optimizer.init(params), params)
+    np.testing.assert_allclose(updates["matrix"], -0.1 * 0.5, rtol=1e-6)
+    np.testing.assert_allclose(updates["norm"], 0.0)
+
+    # A gradient of norm 20 is scaled to 1; Adam's averages after one step are (1 - b1) g and (1 - b2) g².
+    large = {"matrix": np.full((2, 2), 10.0, np.float32), "norm": np.zeros(2, np.float32)}
+    _, (_, (adam, *_)) = optimizer.update(large, optimizer.init(params), params)
+    np.testing.assert_allclose(adam.mu["matrix"], 0.1 * 0.5, rtol=1e-5)
+    np.testing.assert_allclose(adam.nu["matrix"], 0.05 * 0.25, rtol=1e-5)
