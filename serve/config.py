@@ -14,7 +14,7 @@ class CacheConfig:
     """The KV cache: how many tokens it takes, and what each head may read of it.
 
     - ``capacity``: tokens a sequence, prompt and new ones together, in whole pages; None takes what the
-      longest request needs, rounded up to a power of two of pages. Calls of one capacity share what is compiled.
+      longest request needs, rounded up to a power of two of pages. Calls of one capacity share compiled code.
     - ``batch``: rows, some of which may stay empty; None takes the prompts, rounded up to a power of two.
     - ``page_size``, ``logical_page_size``: tokens a page, and tokens that share one bound of their keys.
     - ``budget``: how many tokens a retrieval head reads at a decode step, in whole pages, chosen by their
@@ -140,8 +140,8 @@ def _layer_layouts(cache: CacheConfig, model: LlamaConfig, capacity: int) -> tup
         streams = np.array(cache.streaming_heads)
         if streams.shape != (layers, kv_heads):
             raise ValueError(
-                f"streaming_heads is {streams.shape}, but must be {(layers, kv_heads)}: the model has {layers} "
-                f"layers of {kv_heads} KV heads"
+                f"streaming_heads is {streams.shape}, but must be {(layers, kv_heads)}: "
+                f"the model has {layers} layers of {kv_heads} KV heads"
             )
     layouts = []
     for layer, window in enumerate(model.sliding_windows):
@@ -150,8 +150,8 @@ def _layer_layouts(cache: CacheConfig, model: LlamaConfig, capacity: int) -> tup
             layouts.append(LayerLayout(heads, cache.sink, cache.window))
         elif heads:
             raise ValueError(
-                f"streaming_heads marks heads of layer {layer}, which has a sliding window of {window} of its "
-                "own: all its heads stream already, so none may be marked"
+                f"streaming_heads marks heads of layer {layer}, which has a sliding window of {window}: "
+                "all its heads stream already, so none may be marked"
             )
         else:
             layouts.append(LayerLayout(tuple(range(kv_heads)), 0, window))

@@ -67,7 +67,7 @@ def new_state(layout: CacheLayout, *, kv_heads: int, dim: int, dtype: Any) -> De
 @functools.partial(jax.jit, static_argnames="graphdef", donate_argnames=("state", "hidden"))
 def prefill_chunk(
     graphdef: nnx.GraphDef,
-    params: nnx.State,
+    params: Any,  # the nnx.State of the model
     state: DecodeState,
     hidden: Float[Array, "B embed"],
     tokens: Int[Array, "B C"],
@@ -86,7 +86,7 @@ def prefill_chunk(
 @functools.partial(jax.jit, static_argnames="graphdef", donate_argnames="state")
 def first_token(
     graphdef: nnx.GraphDef,
-    params: nnx.State,
+    params: Any,  # the nnx.State of the model
     state: DecodeState,
     hidden: Float[Array, "B embed"],
     rows: RowParams,
@@ -99,7 +99,7 @@ def first_token(
 @functools.partial(jax.jit, static_argnames=("graphdef", "budget"), donate_argnames="state")
 def decode_steps(
     graphdef: nnx.GraphDef,
-    params: nnx.State,
+    params: Any,  # the nnx.State of the model
     state: DecodeState,
     rows: RowParams,
     steps: Int[Array, ""],

@@ -3,6 +3,7 @@
 import dataclasses
 import math
 import operator
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -34,7 +35,7 @@ class SamplingParams:
     temperature: float | int = 0.0
     top_k: int = 0
     top_p: float | int = 1.0
-    stop_token_ids: tuple[int, ...] = ()
+    stop_token_ids: Sequence[int] = ()
     ignore_eos: bool = False
 
     def __post_init__(self):
@@ -42,7 +43,7 @@ class SamplingParams:
             self.temperature == 0 or _MIN_TEMPERATURE <= self.temperature < math.inf
         ):
             raise ValueError(
-                f"temperature must be 0 (greedy) or finite and >= {_MIN_TEMPERATURE}, not {self.temperature!r}"
+                f"temperature must be 0 (greedy) or at least {_MIN_TEMPERATURE}, not {self.temperature!r}"
             )
         if not _is_index(self.top_k) or not 0 <= self.top_k < 2**31:
             raise ValueError(f"top_k must be an integer >= 0 (0: all tokens), not {self.top_k!r}")

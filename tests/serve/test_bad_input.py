@@ -1,0 +1,128 @@
+"""Everything that cannot be served is refused by name before anything runs."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+
+from jsparse.serve import CacheConfig, SamplingParams, generate, stream
+
+PROMPTS = [
+    ([], "prompts must be a list of at least one list"),
+    ("abc", "prompts must be"),
+    ([[1], []], r"prompts\[1\] is empty"),
+    ([1, 2, 3], r"prompts\[0\] must be a list of token ids, not 1"),
+    (["abc"], r"prompts\[0\] must be a list of token ids, not 'abc'"),
+    ([[1, 61]], r"prompts\[0\]\[1\] is 61; ids must be integers in \[0, vocab_size=61\)"),
+    ([[1], [2, -1]], r"prompts\[1\]\[1\] is -1"),
+    ([[1.0]], r"prompts\[0\]\[0\] is 1.0"),
+    ([[True]], r"prompts\[0\]\[0\] is True"),
+    ([np.array([[1, 2]])], r"prompts\[0\]\[0\] is array"),
+    ([np.array([0.5])], r"prompts\[0\]\[0\] is np.float64\(0.5\)"),
+]
+
+
+@pytest.fixture(autouse=True)
+def nothing_runs(compilations):
+    yield
+    assert not compilations
+
+
+@pytest.mark.parametrize(("prompts", "message"), PROMPTS)
+@pytest.mark.parametrize("call", [generate, stream])
+def test_prompts(model, cache, call, prompts, message):
+    with pytest.raises(ValueError, match=message):
+        call(model, prompts, cache=cache)
+
+
+def test_too_long_for_the_capacity_states_the_arithmetic(model, cache):
+    message = r"prompt 1 has 120 tokens, with max_new_tokens=9 129: more than capacity=128 \(16 pages of 8\)"
+    with pytest.raises(ValueError, match=message):
+        generate(model, [[1], [2] * 120], 9, cache=cache)
+
+
+def test_too_long_for_the_models_positions(model):
+    with pytest.raises(ValueError, match="prompt 0 has 250 tokens, .* 257: .* max_position_embeddings=256"):
+        generate(model, [[1] * 250], 7)
+
+
+def test_more_prompts_than_rows(model, cache):
+    with pytest.raises(ValueError, match="5 prompts are more than the cache's batch=4 rows"):
+        generate(model, [[1]] * 5, cache=cache)
+
+
+@pytest.mark.parametrize("count", [0, -1, True])
+def test_max_new_tokens(model, cache, count):
+    with pytest.raises(ValueError, match=f"max_new_tokens must be an integer >= 1, not {count}"):
+        generate(model, [[1]], count, cache=cache)
+
+
+@pytest.mark.parametrize("seed", [-1, 2**32, True, [0, -1]])
+def test_seeds(model, cache, seed):
+    with pytest.raises(ValueError, match="seed must be an integer from 0"):
+        generate(model, [[1], [2]], seed=seed, cache=cache)
+
+
+def test_one_each_or_one_for_all(model, cache):
+    with pytest.raises(ValueError, match="seed has 3 entries for 2 prompts"):
+        generate(model, [[1], [2]], seed=[1, 2, 3], cache=cache)
+    with pytest.raises(ValueError, match="sampling has 1 entries for 2 prompts"):
+        generate(model, [[1], [2]], sampling=[SamplingParams()], cache=cache)
+
+
+def test_stop_tokens_must_be_in_the_vocabulary(model, cache):
+    with pytest.raises(ValueError, match="stop_token_ids has 61; ids must be less than vocab_size=61"):
+        generate(model, [[1]], sampling=SamplingParams(stop_token_ids=(1, 61)), cache=cache)
+
+
+def test_streaming_heads_of_another_model(model, cache):
+    wrong = dataclasses.replace(cache, streaming_heads=np.zeros((2, 4), bool))
+    with pytest.raises(ValueError, match=r"streaming_heads is \(2, 4\), but must be \(2, 2\)"):
+        generate(model, [[1]], cache=wrong)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"temperature": -0.1}, "temperature must be 0"),
+        ({"temperature": 1e-9}, "temperature must be 0"),
+        ({"temperature": float("nan")}, "temperature"),
+        ({"temperature": float("inf")}, "temperature"),
+        ({"temperature": True}, "temperature"),
+        ({"top_k": -1}, "top_k must be an integer >= 0"),
+        ({"top_k": True}, "top_k"),
+        ({"top_p": 0.0}, r"top_p must be a number in \(0, 1\]"),
+        ({"top_p": 1.5}, "top_p"),
+        ({"top_p": float("nan")}, "top_p"),
+        ({"top_p": True}, "top_p"),
+        ({"stop_token_ids": (-1,)}, "stop_token_ids must be integers >= 0, not -1"),
+        ({"stop_token_ids": (True,)}, "stop_token_ids"),
+    ],
+)
+def test_sampling_params(fields, message):
+    with pytest.raises(ValueError, match=message):
+        SamplingParams(**fields)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"capacity": 100}, "capacity=100 must be a multiple of page_size=64"),
+        ({"capacity": 0}, "capacity must be an integer >= 1 or None, not 0"),
+        ({"batch": 0}, "batch must be an integer >= 1 or None, not 0"),
+        ({"batch": True}, "batch"),
+        ({"page_size": 0}, "page_size must be an integer >= 1, not 0"),
+        ({"logical_page_size": 24}, "page_size=64 must be a multiple of logical_page_size=24"),
+        ({"budget": 32}, "budget=32 must be a multiple of page_size=64"),
+        ({"budget": 0}, "budget must be an integer >= 1 or None, not 0"),
+        ({"sink": -1}, "sink must be an integer >= 0, not -1"),
+        ({"window": 0}, "window must be an integer >= 1, not 0"),
+        ({"prefill_chunk": 0}, "prefill_chunk must be an integer >= 1, not 0"),
+        ({"streaming_heads": [True, False]}, "streaming_heads must be booleans"),
+        ({"streaming_heads": [[0.1, 0.9]]}, "streaming_heads must be booleans"),
+        ({"streaming_heads": [[True], [True, False]]}, "streaming_heads must be booleans"),
+    ],
+)
+def test_cache_config(fields, message):
+    with pytest.raises(ValueError, match=message):
+        CacheConfig(**fields)
