@@ -61,6 +61,8 @@ def read_documents(
         ids = plain.encode(_read_text(file)).ids
         if eos_token_id is not None and (not ids or ids[-1] != eos_token_id):
             ids.append(eos_token_id)
+        if not ids:
+            raise ValueError(f"data: {file} has no tokens for this tokenizer")
         tokens = np.asarray(ids, np.int32)
         if tokens.max() >= vocab_size:
             raise ValueError(

@@ -97,7 +97,7 @@ def finetune(config: FinetuneConfig, *, progress: bool = True) -> FinetuneResult
             windows,
             state,
             save=lambda step, state: checkpoints.save(step, state, run),
-            bar=progress,
+            progress=progress,
         )
     _export(config, split.join(state.params, split.frozen))
     return FinetuneResult(
@@ -125,16 +125,16 @@ def _train(
     state: TrainState,
     *,
     save: Callable[[int, TrainState], None],
-    bar: bool,
+    progress: bool,
 ) -> tuple[TrainState, list[dict]]:
     """Take the steps that ``state`` has not taken; returns the last state and all lines of metrics.jsonl."""
     start = int(state.step)
     metrics = _metrics_until(config.output_folder / METRICS, start)
     rate_at = config.learning_rate_schedule()
     take_step = None
-    with open(config.output_folder / METRICS, "w", encoding="utf-8") as file, progress_bar(bar) as shown:
+    with open(config.output_folder / METRICS, "w", encoding="utf-8") as file, progress_bar(progress) as bar:
         file.writelines(json.dumps(line) + "\n" for line in metrics)
-        task = shown.add_task("training", total=config.steps, completed=start, note="compiling")
+        task = bar.add_task("training", total=config.steps, completed=start, note="compiling")
         for step in range(start, config.steps):
             batch = batch_at(windows, step, batch_size=config.batch_size, seed=config.seed)
             if take_step is None:  # compiled apart, so that the first step's tokens a second are its own
@@ -147,7 +147,7 @@ def _train(
             file.write(json.dumps(line) + "\n")
             file.flush()
             note = f"loss {line['loss']:.4f}, {line['tokens_per_second']:,.0f} tokens/s"
-            shown.update(task, advance=1, note=note)
+            bar.update(task, advance=1, note=note)
             if (step + 1) % config.checkpoint_every == 0 or step + 1 == config.steps:
                 os.fsync(file.fileno())  # whoever finds the checkpoint finds the metrics up to it
                 save(step + 1, state)

@@ -1,3 +1,4 @@
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -111,12 +112,15 @@ def test_packed_documents_have_the_loss_that_they_have_alone(base):
     documents = [rng.integers(0, 257, length).astype(np.int32) for length in (11, 1, 20, 9)]
     windows = pack(documents, context=32)
     tokens, segment_ids = jnp.asarray(windows.tokens), jnp.asarray(windows.segment_ids)
-    nll, counts = next_token_nll(model(tokens, segment_ids=segment_ids), tokens, segment_ids)
+    logits = jax.jit(lambda: model(tokens, segment_ids=segment_ids))()
+    nll, counts = next_token_nll(logits, tokens, segment_ids)
     assert counts.sum() == 10 + 0 + 19 + 8
 
+    rows = np.stack([np.pad(document, (0, 32 - len(document))) for document in documents])
     alone = []
-    for document in documents:
-        logits = np.asarray(model(document[None]), np.float64)[0]
+    for document, logits in zip(
+        documents, np.asarray(jax.jit(lambda: model(rows))(), np.float64), strict=True
+    ):
         log_sum = np.log(np.exp(logits).sum(axis=-1))
         alone += [log_sum[t] - logits[t, document[t + 1]] for t in range(len(document) - 1)]
     np.testing.assert_allclose(np.asarray(nll)[np.asarray(counts)], alone, rtol=2e-5)

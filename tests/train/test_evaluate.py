@@ -32,11 +32,12 @@ def tokens():
 
 def huggingface_nll(model, tokens, context, stride, mask=None):
     """Hugging Face's recipe, a window at a time, in float64: sum and number of the scored tokens."""
+    forward = jax.jit(lambda window: model(window[None], mask=mask)[0])
     total, scored, previous_end = 0.0, 0, 0
     for begin in range(0, len(tokens), stride):
         end = min(begin + context, len(tokens))
         window = tokens[begin:end]
-        logits = np.asarray(model(jnp.asarray(window[None], jnp.int32), mask=mask), np.float64)[0]
+        logits = np.asarray(forward(jnp.asarray(window, jnp.int32)), np.float64)
         log_probability = logits - np.log(np.exp(logits).sum(axis=-1, keepdims=True))
         for position in range(max(previous_end, begin + 1), end):
             total -= log_probability[position - begin - 1, tokens[position]]
