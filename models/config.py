@@ -26,9 +26,9 @@ class LlamaConfig:
     has biases on q, k and v, Qwen3 always normalises queries and keys. ``sliding_windows`` has one entry a
     layer: None, or how many keys a query sees, its own included.
 
-    ``num_key_value_heads`` None means one for each head, ``head_dim`` None means ``hidden_size /
-    num_attention_heads``. Everything is checked when it is made: ValueError names the field, the value and
-    what is allowed.
+    Left out, ``num_key_value_heads`` is one for each head, ``head_dim`` is ``hidden_size /
+    num_attention_heads``, and no layer has a window. Everything is checked when it is made: ValueError names
+    the field, the value and what is allowed.
 
     >>> config = LlamaConfig(
     ...     vocab_size=257, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4
@@ -42,15 +42,15 @@ class LlamaConfig:
     intermediate_size: int
     num_hidden_layers: int
     num_attention_heads: int
-    num_key_value_heads: int | None = None
-    head_dim: int | None = None
+    num_key_value_heads: int = None  # type: ignore  # __post_init__ fills it in
+    head_dim: int = None  # type: ignore
     max_position_embeddings: int = 2048
     rms_norm_eps: float | int = 1e-6
     rope: RopeConfig = RopeConfig()
     tie_word_embeddings: bool = False
     attention_bias: bool = False
     mlp_bias: bool = False
-    sliding_windows: tuple[int | None, ...] | None = None
+    sliding_windows: tuple[int | None, ...] = None  # type: ignore
     eos_token_ids: tuple[int, ...] = ()
     bos_token_id: int | None = None
     pad_token_id: int | None = None
@@ -171,7 +171,8 @@ class LlamaConfig:
 
         >>> config = LlamaConfig(
         ...     vocab_size=257, hidden_size=64, intermediate_size=128, num_hidden_layers=2,
-        num_attention_heads=4, ...     max_position_embeddings=512, ... )
+        ...     num_attention_heads=4, max_position_embeddings=512,
+        ... )
         >>> longer = config.extend_context(1500)
         >>> longer.rope.kind, longer.rope.factor, longer.max_position_embeddings
         ('linear', 3.0, 1536)

@@ -131,7 +131,7 @@ def fields_from_hf(fields: Mapping[str, Any]) -> dict[str, Any]:
     values["sliding_windows"] = _windows_from_hf(values)
     for name in ("use_sliding_window", "sliding_window", "max_window_layers", "layer_types"):
         values.pop(name, None)
-    return values
+    return {name: value for name, value in values.items() if value is not None}  # null: LlamaConfig's default
 
 
 def require_size(name: str, value: Any) -> None:

@@ -48,15 +48,15 @@ class Linear(nnx.Module):
         self.axes = axes
         self.kernel = nnx.Param(kernel, **logical_axes(*axes))
         self.bias = nnx.Param(jnp.zeros((out_size,), dtype), **logical_axes(axes[1])) if bias else None
-        self.lora_a = nnx.data(None)
-        self.lora_b = nnx.data(None)
+        self.lora_a: LoRAParam | None = nnx.data(None)
+        self.lora_b: LoRAParam | None = nnx.data(None)
         self.lora_scale = 0.0
 
     def __call__(self, x: Float[Array, "... in"]) -> Float[Array, "... out"]:
         y = x @ self.kernel[...].astype(x.dtype)
         if self.bias is not None:
             y = y + self.bias[...].astype(x.dtype)
-        if self.lora_a is not None:
+        if self.lora_a is not None and self.lora_b is not None:
             low_rank = x @ self.lora_a[...].astype(x.dtype)
             y = y + self.lora_scale * (low_rank @ self.lora_b[...].astype(x.dtype))
         return y
@@ -108,7 +108,7 @@ class SelfAttention(nnx.Module):
 
     def __call__(self, x, cos, sin, attend):
         q, k, v = (self._split_heads(project(x)) for project in (self.q_proj, self.k_proj, self.v_proj))
-        if self.q_norm is not None:
+        if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
         out = attend(apply_rope(q, cos, sin), apply_rope(k, cos, sin), v)
         return self.o_proj(out.reshape(*out.shape[:2], -1))

@@ -3,11 +3,13 @@
 import functools
 from collections.abc import Sequence
 from pathlib import Path
+from typing import cast
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.core import Tracer
 from jaxtyping import Array, Float, Int
 
 import jsparse
@@ -78,10 +80,11 @@ class Llama(nnx.Module):
     def attend(self, mask: Mask | None = None, segment_ids: Tokens | None = None) -> Attend:
         """The ``attend`` argument of ``hidden`` for whole sequences, arguments as in ``__call__``."""
         masks = layer_masks(self.config, mask)
+        ids = None if segment_ids is None else jnp.asarray(segment_ids)
 
         def attend(layer, q, k, v):
-            return jsparse.attention(
-                q, k, v, masks[layer], q_segment_ids=segment_ids, kv_segment_ids=segment_ids
+            return cast(
+                Array, jsparse.attention(q, k, v, masks[layer], q_segment_ids=ids, kv_segment_ids=ids)
             )
 
         return attend
@@ -108,7 +111,7 @@ class Llama(nnx.Module):
             raise ValueError(
                 f"positions has shape {positions.shape}, tokens {tokens.shape}; they must be equal"
             )
-        cos, sin = rope_tables(self.config.rope, self.config.head_dim, positions)
+        cos, sin = rope_tables(self.config.rope, self.config.head_dim, jnp.asarray(positions))
         x = self.embed_tokens(tokens)
         for number, layer in enumerate(self.layers):
             run = _rematerialized(layer) if remat else layer
@@ -158,7 +161,7 @@ class Llama(nnx.Module):
             raise ValueError(
                 f"tokens must be integers of shape [B, T], not {tokens.dtype}{list(tokens.shape)}"
             )
-        if isinstance(tokens, jax.core.Tracer):
+        if isinstance(tokens, Tracer):
             return  # inside jit there is no value to look at; serve and train check on the host
         ids = np.asarray(tokens)
         bad = np.unique(ids[(ids < 0) | (ids >= self.config.vocab_size)])

@@ -17,12 +17,11 @@ def add_lora(
     rngs: nnx.Rngs,
     targets: Sequence[str] = ("q_proj", "k_proj", "v_proj", "o_proj"),
 ) -> None:
-    """Attach adapters: every linear layer named in ``targets`` computes ``x W + b + (alpha / rank) (x A) B``
-    from now on.
+    """Attach adapters to every linear layer named in ``targets``.
 
-    A [in, rank] is normal with variance ``1 / in``, B [rank, out] is zero, so the model's output does not
-    change at first. Both are LoRAParam in float32, whatever the model's dtype, and are cast where they are
-    used.
+    From now on it computes ``x W + b + (alpha / rank) (x A) B``. A [in, rank] is normal with variance ``1 /
+    in``, B [rank, out] is zero, so the model's output does not change at first. Both are LoRAParam in
+    float32, whatever the model's dtype, and are cast where they are used.
 
     Raises ValueError for a rank or alpha that is not positive, for targets that name no linear layer, and for
     a model that has adapters already; then nothing is attached.
@@ -68,7 +67,7 @@ def merge_lora(model: nnx.Module) -> None:
     if not has_lora(model):
         raise ValueError("the model has no LoRA adapters to merge")
     for _, linear in _linear_layers(model):
-        if linear.lora_a is not None:
+        if linear.lora_a is not None and linear.lora_b is not None:
             kernel = linear.kernel[...]
             update = jnp.matmul(linear.lora_a[...], linear.lora_b[...], precision="highest")
             merged = kernel.astype(jnp.float32) + linear.lora_scale * update

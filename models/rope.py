@@ -70,10 +70,10 @@ class RopeConfig:
         original = self.original_max_position_embeddings
         if original is not None and original < 1:
             raise ValueError(f"original_max_position_embeddings must be a positive integer, not {original!r}")
-        if self.kind == "llama3" and not 0 < self.low_freq_factor < self.high_freq_factor:
+        low, high = self.low_freq_factor, self.high_freq_factor
+        if self.kind == "llama3" and not (low and high and 0 < low < high):
             raise ValueError(
-                "RoPE type 'llama3' needs 0 < low_freq_factor < high_freq_factor, not "
-                f"{self.low_freq_factor!r} and {self.high_freq_factor!r}"
+                f"RoPE type 'llama3' needs 0 < low_freq_factor < high_freq_factor, not {low!r} and {high!r}"
             )
         if self.kind == "yarn" and not self.beta_fast > self.beta_slow > 0:
             raise ValueError(
@@ -115,7 +115,7 @@ def rope_frequencies(rope: RopeConfig, head_dim: int) -> tuple[Float[np.ndarray,
     inverse = rope.theta ** (-np.arange(0, head_dim, 2, dtype=np.float64) / head_dim)
     attention_factor = 1.0
     if rope.kind == "linear":
-        inverse = inverse / rope.factor
+        inverse = inverse / (rope.factor or 1.0)
     elif rope.kind == "llama3":
         inverse = _llama3_frequencies(inverse, rope)
     elif rope.kind == "yarn":

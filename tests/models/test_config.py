@@ -1,10 +1,12 @@
 """Hugging Face's config.json: every spelling that is read, every field that is refused, what is written."""
 
+from typing import Any
+
 import pytest
 
 from jsparse.models import LlamaConfig, RopeConfig
 
-SIZES = {
+SIZES: dict[str, Any] = {
     "vocab_size": 100,
     "hidden_size": 64,
     "intermediate_size": 96,
@@ -15,8 +17,8 @@ SIZES = {
     "max_position_embeddings": 512,
 }
 LINEAR = RopeConfig(kind="linear", theta=10000.0, factor=4.0)
-YARN = {"factor": 4.0, "original_max_position_embeddings": 128}
-LLAMA3 = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+YARN: dict[str, Any] = {"factor": 4.0, "original_max_position_embeddings": 128}
+LLAMA3: dict[str, Any] = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
 
 
 pytestmark = pytest.mark.usefixtures("unchecked_types")
@@ -263,6 +265,7 @@ def test_extend_context_refuses_what_does_not_compound():
         assert config.extend_context(512) is config
         with pytest.raises(NotImplementedError, match=f"length=513.*'{rope.kind}'.*default, linear"):
             config.extend_context(513)
-    for length in (0, -1, 1.5, True):
+    bad: list[Any] = [0, -1, 1.5, True]
+    for length in bad:
         with pytest.raises(ValueError, match="length"):
             LlamaConfig(**SIZES).extend_context(length)

@@ -47,10 +47,10 @@ def test_which_layers_and_which_shapes(tiny_model):
 
 def test_linear_adds_the_formula():
     linear = Linear(6, 5, ("embed", "mlp"), std=1.0, rngs=nnx.Rngs(0), dtype=jnp.float32)
-    holder = nnx.Module()
-    holder.up_proj = linear
+    holder = nnx.Dict(up_proj=linear)
     add_lora(holder, rank=2, alpha=3, rngs=nnx.Rngs(1), targets=("up_proj",))
     randomize(holder)
+    assert linear.lora_a is not None and linear.lora_b is not None
     x = np.random.default_rng(0).standard_normal((4, 6))
     w, a, b = (np.asarray(v[...], np.float64) for v in (linear.kernel, linear.lora_a, linear.lora_b))
     np.testing.assert_allclose(linear(jnp.asarray(x, jnp.float32)), x @ w + 3 / 2 * x @ a @ b, atol=1e-5)
