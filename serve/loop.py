@@ -78,7 +78,7 @@ def prefill_chunk(
     ``hidden`` is that of each row's newest token: rows whose prompts end early keep theirs.
     """
     model = nnx.merge(graphdef, params)
-    chunk, state = _forward(model, state, tokens, counts, budget=None)
+    chunk, state = forward(model, state, tokens, counts, budget=None)
     newest = jnp.take_along_axis(chunk, jnp.maximum(counts - 1, 0)[:, None, None], axis=1)[:, 0]
     return state, jnp.where(counts[:, None] > 0, newest, hidden)
 
@@ -119,7 +119,7 @@ def decode_steps(
     def step(carry):
         i, state, out = carry
         running = (state.finish == RUNNING).astype(jnp.int32)
-        hidden, state = _forward(model, state, state.token[:, None], running, budget=budget)
+        hidden, state = forward(model, state, state.token[:, None], running, budget=budget)
         state, token = _choose(model, hidden[:, 0], state, rows)
         return i + 1, state, out.at[:, i].set(token)
 
@@ -128,7 +128,7 @@ def decode_steps(
     return state, out
 
 
-def _forward(model: Llama, state: DecodeState, tokens, counts, *, budget: int | None):
+def forward(model: Llama, state: DecodeState, tokens, counts, *, budget: int | None):
     """Hidden states of ``counts[b]`` new tokens a row, and the state with them in the cache."""
     layers = list(state.layers)
 

@@ -100,7 +100,7 @@ def test_cached_logits_are_the_masked_models_from_dirty_caches(model, prompts, s
     np.testing.assert_allclose(model.logits(hidden), expected[rows, lengths - 1], atol=1e-4)
 
     step = jax.jit(
-        lambda params, state, token: loop._forward(
+        lambda params, state, token: loop.forward(
             nnx.merge(graphdef, params), state, token, jnp.ones(4, jnp.int32), budget=budget
         )
     )
