@@ -33,21 +33,18 @@ class Checkpoints:
 
     def read_run(self, step: int) -> dict:
         """The description of the run that wrote ``step``."""
-        return self._manager.restore(step, args=ocp.args.Composite(run=ocp.args.JsonRestore())).run
+        return self._manager.restore(step, args=ocp.args.Composite(run=ocp.args.JsonRestore()))["run"]
 
     def restore(self, step: int, like: Any) -> Any:
         """The state of ``step``, with the structure, shapes, dtypes and devices of ``like``."""
         abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), like)
-        return self._manager.restore(
-            step, args=ocp.args.Composite(state=ocp.args.StandardRestore(abstract))
-        ).state
+        wanted = ocp.args.Composite(state=ocp.args.StandardRestore(abstract))
+        return self._manager.restore(step, args=wanted)["state"]
 
 
 @contextlib.contextmanager
 def open_checkpoints(directory: Path, *, writable: bool) -> Iterator[Checkpoints]:
-    """Open ``directory``. Only where it is opened ``writable`` is anything on disk made, removed or
-    changed.
-    """
+    """Open ``directory``; unless it is opened ``writable``, nothing on disk is made, removed or changed."""
     # Saving blocks: a run that says it reached a step has that step on disk, and no thread outlives the call.
     options = ocp.CheckpointManagerOptions(
         max_to_keep=KEPT, enable_async_checkpointing=False, create=writable, cleanup_tmp_directories=writable

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import optax
 
 
@@ -91,7 +92,7 @@ class FinetuneConfig:
             return
         if self.group_size is not None:
             _require_integers(self, 2, "group_size")
-        size = self.shifted_group_size
+        size = self.context // 4 if self.group_size is None else self.group_size
         if size < 2 or size % 2 or self.context % size:
             origin = " (context // 4, for none was given)" if self.group_size is None else ""
             raise ValueError(
@@ -122,7 +123,7 @@ class FinetuneConfig:
     def optimizer(self) -> optax.GradientTransformation:
         """AdamW on clipped gradients."""
         adamw = optax.adamw(
-            self.learning_rate_schedule(),
+            self._schedule(),
             b1=0.9,
             b2=0.95,
             weight_decay=self.weight_decay,
@@ -130,8 +131,11 @@ class FinetuneConfig:
         )
         return optax.chain(optax.clip_by_global_norm(self.max_grad_norm), adamw)
 
-    def learning_rate_schedule(self) -> optax.Schedule:
-        """Steps taken so far -> learning rate of the next."""
+    def learning_rate_at(self, step: int) -> float:
+        """The learning rate of a step, counted from 0."""
+        return float(jnp.asarray(self._schedule()(step)))
+
+    def _schedule(self) -> optax.Schedule:
         if self.schedule == "cosine":
             after = optax.cosine_decay_schedule(self.learning_rate, self.steps - self.warmup_steps, alpha=0.1)
         else:

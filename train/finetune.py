@@ -110,8 +110,8 @@ def _mask(config: FinetuneConfig, model_config: LlamaConfig) -> Mask | None:
     return None if group_size is None else shifted_head_masks(model_config.num_attention_heads, group_size)
 
 
-def _trained(config: FinetuneConfig):
-    """The filter of the parameters to train."""
+def _trained(config: FinetuneConfig) -> Any:
+    """Which parameters to train: a filter for ``nnx.split``."""
     if config.lora_rank is None:
         return nnx.Param
     return is_trained_with_lora if config.train_embeddings_and_norms else LoRAParam
@@ -130,10 +130,10 @@ def _train(
     """Take the steps that ``state`` has not taken; returns the last state and all lines of metrics.jsonl."""
     start = int(state.step)
     metrics = _metrics_until(config.output_folder / METRICS, start)
-    rate_at = config.learning_rate_schedule()
     take_step = None
     with open(config.output_folder / METRICS, "w", encoding="utf-8") as file, progress_bar(progress) as bar:
         file.writelines(json.dumps(line) + "\n" for line in metrics)
+        file.flush()
         task = bar.add_task("training", total=config.steps, completed=start, note="compiling")
         for step in range(start, config.steps):
             batch = batch_at(windows, step, batch_size=config.batch_size, seed=config.seed)
@@ -142,7 +142,7 @@ def _train(
                 take_step = jitted.lower(state, split.frozen, *batch).compile()
             began = time.perf_counter()
             state, result = take_step(state, split.frozen, *batch)
-            line = _metrics_line(step + 1, result, float(rate_at(step)), began)
+            line = _metrics_line(step + 1, result, config.learning_rate_at(step), began)
             metrics.append(line)
             file.write(json.dumps(line) + "\n")
             file.flush()

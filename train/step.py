@@ -1,7 +1,7 @@
 """One training step: what is trained, the loss, the optimizer, and the function that is compiled."""
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -43,10 +43,11 @@ class SplitModel(NamedTuple):
         return nnx.merge(self.graphdef, params, frozen)
 
 
-def split_model(model: Llama, is_trained: Callable[[tuple, nnx.Variable], bool]) -> tuple[PyTree, SplitModel]:
+def split_model(model: Llama, is_trained: Any) -> tuple[PyTree, SplitModel]:
     """The parameters to train, in float32 whatever the model computes in, and the model without them.
 
-    They may share memory with ``model``, which is not to be used any more once a step has donated them.
+    is_trained: a filter for ``nnx.split``. The parameters may share memory with ``model``, which is not to be
+    used any more once a step has donated them.
     """
     graphdef, params, frozen = nnx.split(model, is_trained, ...)
     abstract = jax.tree.map(lambda p: jax.ShapeDtypeStruct(p.shape, p.dtype), params)

@@ -1,5 +1,6 @@
 import dataclasses
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -57,15 +58,16 @@ def test_group_size_is_a_quarter_of_the_context_unless_given():
 
 def test_learning_rate_rises_then_stays_or_falls_to_a_tenth():
     config = dataclasses.replace(CONFIG, learning_rate=1.0, warmup_steps=4, steps=14)
-    constant = [float(config.learning_rate_schedule()(step)) for step in range(14)]
+    constant = [config.learning_rate_at(step) for step in range(14)]
     np.testing.assert_allclose(constant, [0.25, 0.5, 0.75, 1.0] + [1.0] * 10)
 
-    falling = dataclasses.replace(config, schedule="cosine").learning_rate_schedule()
+    falling = dataclasses.replace(config, schedule="cosine")
     expected = [0.1 + 0.9 * (1 + np.cos(np.pi * step / 10)) / 2 for step in range(11)]
-    np.testing.assert_allclose([float(falling(4 + step)) for step in range(11)], expected, rtol=1e-5)
+    np.testing.assert_allclose(
+        [falling.learning_rate_at(4 + step) for step in range(11)], expected, rtol=1e-5
+    )
 
-    at_once = dataclasses.replace(config, warmup_steps=0).learning_rate_schedule()
-    assert float(at_once(0)) == 1.0
+    assert dataclasses.replace(config, warmup_steps=0).learning_rate_at(0) == 1.0
     with pytest.raises(ValueError, match="warmup_steps=4 must be less than steps=4"):
         dataclasses.replace(config, schedule="cosine", steps=4)
 
@@ -75,12 +77,13 @@ def test_the_optimizer_clips_and_decays_matrices_only():
     optimizer = config.optimizer()
     params = {"matrix": np.ones((2, 2), np.float32), "norm": np.ones(2, np.float32)}
     zero = {name: np.zeros_like(value) for name, value in params.items()}
-    updates, state = optimizer.update(zero, optimizer.init(params), params)
+    updates: Any = optimizer.update(zero, optimizer.init(params), params)[0]
     np.testing.assert_allclose(updates["matrix"], -0.1 * 0.5, rtol=1e-6)
     np.testing.assert_allclose(updates["norm"], 0.0)
 
     # A gradient of norm 20 is scaled to 1; Adam's averages after one step are (1 - b1) g and (1 - b2) g².
     large = {"matrix": np.full((2, 2), 10.0, np.float32), "norm": np.zeros(2, np.float32)}
-    _, (_, (adam, *_)) = optimizer.update(large, optimizer.init(params), params)
+    state: Any = optimizer.update(large, optimizer.init(params), params)[1]
+    adam = state[1][0]
     np.testing.assert_allclose(adam.mu["matrix"], 0.1 * 0.5, rtol=1e-5)
     np.testing.assert_allclose(adam.nu["matrix"], 0.05 * 0.25, rtol=1e-5)

@@ -11,7 +11,7 @@ from jsparse.train.data import PADDING, batch_at, pack, read_documents
 from jsparse.train.loss import next_token_nll
 
 
-def read(*files, tokenizer=None, eos_token_id=256, vocab_size=257):
+def read(*files, tokenizer=None, eos_token_id: int | None = 256, vocab_size=257):
     tokenizer = tokenizer or byte_tokenizer()
     return read_documents(files, tokenizer, eos_token_id=eos_token_id, vocab_size=vocab_size)
 

@@ -1,3 +1,5 @@
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -84,12 +86,13 @@ def test_fewer_windows_score_the_first_tokens_only(model, tokens):
 
 
 def test_one_compilation_a_context_and_several_contexts(model, tokens):
-    before = _nll._cache_size()
+    compiled: Any = _nll
+    before = compiled._cache_size()
     results = perplexity_by_context(
         model, tokens, (12, 20), mask_for=lambda context: shifted_head_masks(2, context // 2)
     )
     evaluate_perplexity(model, tokens[:-3], context=12, mask=shifted_head_masks(2, 6))
-    assert _nll._cache_size() == before + 2
+    assert compiled._cache_size() == before + 2
     assert [(r.context, r.stride, r.tokens) for r in results] == [(12, 6, 60), (20, 10, 60)]
 
 
