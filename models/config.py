@@ -5,14 +5,13 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from jsparse.models.hf_config import MODEL_TYPES, fields_from_hf, fields_to_hf, require_size
+from jsparse.models.hf_config import MAX_LAYERS, MODEL_TYPES, fields_from_hf, fields_to_hf, require_size
 from jsparse.models.rope import RopeConfig
 
 _SIZES = (
     "vocab_size",
     "hidden_size",
     "intermediate_size",
-    "num_hidden_layers",
     "num_attention_heads",
     "max_position_embeddings",
 )
@@ -64,6 +63,7 @@ class LlamaConfig:
             )
         for field in _SIZES:
             require_size(field, getattr(self, field))
+        require_size("num_hidden_layers", self.num_hidden_layers, MAX_LAYERS)
         if self.num_key_value_heads is None:
             object.__setattr__(self, "num_key_value_heads", self.num_attention_heads)
         if self.head_dim is None:
@@ -84,10 +84,10 @@ class LlamaConfig:
             )
         if self.head_dim % 2:
             raise ValueError(f"head_dim must be even, for RoPE rotates pairs, not {self.head_dim}")
-        for field in ("rms_norm_eps", "initializer_range"):
+        for field, most in (("rms_norm_eps", math.inf), ("initializer_range", 1)):
             value = getattr(self, field)
-            if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
-                raise ValueError(f"{field} must be a positive number, not {value!r}")
+            if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= most:
+                raise ValueError(f"{field} must be a positive number, at most {most}, not {value!r}")
         for field in ("tie_word_embeddings", "attention_bias", "mlp_bias"):
             if not isinstance(getattr(self, field), bool):
                 raise ValueError(f"{field} must be true or false, not {getattr(self, field)!r}")
@@ -112,10 +112,10 @@ class LlamaConfig:
             raise ValueError(
                 f"sliding_windows has {len(windows)} entries for num_hidden_layers={self.num_hidden_layers}"
             )
+        for window in windows:
+            if window is not None:
+                require_size("a sliding window", window)
         used = {window for window in windows if window is not None}
-        for window in used:
-            if isinstance(window, bool) or not isinstance(window, int) or window < 1:
-                raise ValueError(f"a sliding window must be an integer >= 1 or None, not {window!r}")
         if used and self.model_type == "llama":
             raise ValueError("sliding_windows are for mistral, qwen2 and qwen3, not for llama")
         if len(used) > 1:

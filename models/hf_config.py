@@ -113,12 +113,13 @@ def fields_from_hf(fields: Mapping[str, Any]) -> dict[str, Any]:
     missing = [name for name in _REQUIRED if fields.get(name) is None]
     if missing:
         raise ValueError(f"the config lacks {', '.join(missing)}")
-    require_size("num_hidden_layers", fields["num_hidden_layers"])
 
     # null means "the default" except where it has a meaning of its own
     values = defaults | {name: fields[name] for name in (*_REQUIRED, *defaults) if name in fields}
     for name in ("rms_norm_eps", "tie_word_embeddings", "initializer_range", "max_position_embeddings"):
         values[name] = defaults[name] if values[name] is None else values[name]
+    require_size("num_hidden_layers", values["num_hidden_layers"], MAX_LAYERS)
+    require_size("max_position_embeddings", values["max_position_embeddings"])
     for name in ("attention_bias", "mlp_bias"):
         values[name] = False if values.get(name) is None else values[name]
     values["model_type"] = model_type
@@ -134,10 +135,13 @@ def fields_from_hf(fields: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in values.items() if value is not None}  # null: LlamaConfig's default
 
 
-def require_size(name: str, value: Any) -> None:
-    """Raise ValueError unless ``value`` is a positive integer."""
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise ValueError(f"{name} must be an integer >= 1, not {value!r}")
+MAX_LAYERS = 10_000  # far above any model, and below what a damaged config could make us allocate
+
+
+def require_size(name: str, value: Any, most: int = 2**31 - 1) -> None:
+    """Raise ValueError unless ``value`` is an integer from 1 to ``most``."""
+    if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= most:
+        raise ValueError(f"{name} must be an integer from 1 to {most}, not {value!r}")
 
 
 def token_ids(value: Any, name: str) -> tuple[int, ...]:
@@ -225,12 +229,13 @@ def _read_rope(name, entry, fields, max_position_embeddings):
         return readings[0]
 
     entry = {key: value for key, value in entry.items() if value is not None}
-    kinds = {entry.pop(key) for key in ("rope_type", "type") if key in entry} or {"default"}
-    if len(kinds) > 1:
-        raise ValueError(f"{name} has a type and a rope_type that disagree: {sorted(map(str, kinds))}")
-    kind = kinds.pop()
-    if kind not in ROPE_KINDS:
-        raise ValueError(f"{name} has RoPE type {kind!r}; allowed are {', '.join(ROPE_KINDS)}")
+    kinds = [entry.pop(key) for key in ("rope_type", "type") if key in entry] or ["default"]
+    for kind in kinds:
+        if kind not in ROPE_KINDS:
+            raise ValueError(f"{name} has RoPE type {kind!r}; allowed are {', '.join(ROPE_KINDS)}")
+    kind = kinds[0]
+    if kind != kinds[-1]:
+        raise ValueError(f"{name} has a rope_type {kinds[0]!r} and a type {kinds[1]!r}, which disagree")
 
     if entry.pop("partial_rotary_factor", 1) != 1:
         raise ValueError(f"{name} has a partial_rotary_factor; only 1 is supported")
@@ -246,9 +251,11 @@ def _read_rope(name, entry, fields, max_position_embeddings):
             raise ValueError(
                 f"original_max_position_embeddings={outside!r} disagrees with {inside!r} in {name}"
             )
-        entry["original_max_position_embeddings"] = max_position_embeddings if inside is None else inside
-        if kind == "yarn" and "factor" not in entry:
-            entry["factor"] = max_position_embeddings / entry["original_max_position_embeddings"]
+        original = max_position_embeddings if inside is None else inside
+        require_size("original_max_position_embeddings", original)
+        entry["original_max_position_embeddings"] = original
+        if kind == "yarn":
+            entry.setdefault("factor", max_position_embeddings / original)
     unknown = sorted(set(entry) - {*reads.required, *reads.optional})
     if unknown:
         raise ValueError(f"{name} has fields that RoPE type {kind!r} does not read: {', '.join(unknown)}")

@@ -128,11 +128,10 @@ class Llama(nnx.Module):
 
     @classmethod
     def from_pretrained(cls, directory: str | Path, *, dtype=None) -> "Llama":
-        """The model in a Hugging Face folder: ``config.json`` and safetensors, one file or shards with an
-        index.
+        """The model in a Hugging Face folder: ``config.json`` and safetensors, in one file or in shards.
 
-        ``dtype`` None keeps the dtype of the file. Stop tokens come from ``generation_config.json`` if it has
-        some.
+        ``dtype`` None keeps the dtype of the file. Stop tokens in ``generation_config.json`` win over those
+        of the config.
 
         Raises FileNotFoundError for a folder, config, weights or a shard that are not there (pickled weights
         do not count), ValueError for a config that cannot be represented and for tensors that do not fit it.
@@ -157,9 +156,14 @@ class Llama(nnx.Module):
         checkpoint.save(self.config, parameters, directory, max_shard_bytes=max_shard_bytes)
 
     def _check_tokens(self, tokens):
-        if tokens.ndim != 2 or not jnp.issubdtype(tokens.dtype, jnp.integer):
+        if not isinstance(tokens, jax.Array | np.ndarray):
+            raise TypeError(
+                f"tokens must be an array of integers of shape [B, T], not {type(tokens).__name__}"
+            )
+        if tokens.ndim != 2 or not tokens.size or not jnp.issubdtype(tokens.dtype, jnp.integer):
             raise ValueError(
-                f"tokens must be integers of shape [B, T], not {tokens.dtype}{list(tokens.shape)}"
+                "tokens must be an array of integers of shape [B, T], neither of them zero, "
+                f"not {tokens.dtype}{list(tokens.shape)}"
             )
         if isinstance(tokens, Tracer):
             return  # inside jit there is no value to look at; serve and train check on the host

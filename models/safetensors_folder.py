@@ -1,5 +1,6 @@
 """A folder of safetensors: one file, or shards with an index. Headers are checked before tensors are read."""
 
+import collections
 import dataclasses
 import json
 import os
@@ -130,8 +131,8 @@ def read_json(file: Path) -> dict[str, Any]:
 
 def _parse_json(text, file):
     def refuse_duplicates(pairs):
-        keys = [key for key, _ in pairs]
-        twice = sorted({key for key in keys if keys.count(key) > 1}) if len(set(keys)) < len(keys) else []
+        counts = collections.Counter(key for key, _ in pairs)
+        twice = [key for key, count in counts.items() if count > 1]
         if twice:
             raise ValueError(f"keys are there twice: {', '.join(twice)}")
         return dict(pairs)

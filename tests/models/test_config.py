@@ -78,7 +78,10 @@ def test_rope_spellings(fields, rope):
             {"rope_scaling": {"type": "linear", "factor": 2.0, "beta_fast": 32}},
             "'linear' does not read.*beta_fast",
         ),
-        ({"rope_scaling": {"type": "linear", "rope_type": "yarn", "factor": 2.0}}, "type and a rope_type"),
+        (
+            {"rope_scaling": {"type": "linear", "rope_type": "yarn", "factor": 2.0}},
+            "rope_type 'yarn' and a type 'linear', which disagree",
+        ),
         ({"rope_scaling": {"mrope_section": [1, 2]}}, "mrope_section"),
         ({"rope_scaling": ["linear"]}, "rope_scaling must be an object"),
         ({"rope_parameters": {"partial_rotary_factor": 0.5}}, "partial_rotary_factor"),
@@ -151,6 +154,118 @@ def test_several_problems_in_one_message():
 def test_sizes_must_be_positive_integers(field, bad):
     with pytest.raises(ValueError, match=field):
         from_hf(**{field: bad})
+
+
+BAD_VALUES: list[Any] = [
+    None,
+    -1,
+    0,
+    1.5,
+    float("nan"),
+    10**30,
+    True,
+    "x",
+    "",
+    [],
+    [None],
+    {},
+    {"type": []},
+    {"a": {}},
+]
+
+
+@pytest.mark.parametrize("model_type", ["llama", "mistral", "qwen2", "qwen3"])
+def test_a_bad_value_is_a_value_error_or_means_something(model_type):
+    """No field lets another exception out, and what is accepted can be written and read again."""
+    whole = {"model_type": model_type} | SIZES | from_hf(model_type).to_hf()
+    refusals = 0
+    for field in [
+        *whole,
+        "rope_scaling",
+        "rope_theta",
+        "max_window_layers",
+        "original_max_position_embeddings",
+    ]:
+        for value in BAD_VALUES:
+            try:
+                config = LlamaConfig.from_hf(whole | {field: value})
+            except ValueError:
+                refusals += 1
+            else:
+                assert LlamaConfig.from_hf(config.to_hf()) == config, (field, value)
+    for key in (
+        "type",
+        "factor",
+        "rope_theta",
+        "original_max_position_embeddings",
+        "beta_fast",
+        "truncate",
+        "mscale",
+    ):
+        for value in BAD_VALUES:
+            try:
+                from_hf(model_type, rope_scaling={"type": "yarn", **YARN, key: value})
+            except ValueError:
+                refusals += 1
+    assert refusals > 200
+
+
+# As published, less the fields that only name things.
+PUBLISHED = {
+    "Llama-2-7b": {
+        "hidden_act": "silu", "hidden_size": 4096, "intermediate_size": 11008,
+        "max_position_embeddings": 4096, "model_type": "llama", "num_attention_heads": 32,
+        "num_hidden_layers": 32, "num_key_value_heads": 32, "pretraining_tp": 1, "rms_norm_eps": 1e-05,
+        "rope_scaling": None, "tie_word_embeddings": False, "torch_dtype": "float16",
+        "transformers_version": "4.31.0.dev0", "vocab_size": 32000,
+    },
+    "Llama-3.2-1B": {
+        "attention_bias": False, "attention_dropout": 0.0, "bos_token_id": 128000,
+        "eos_token_id": 128001, "head_dim": 64, "hidden_act": "silu", "hidden_size": 2048,
+        "initializer_range": 0.02, "intermediate_size": 8192, "max_position_embeddings": 131072,
+        "mlp_bias": False, "model_type": "llama", "num_attention_heads": 32, "num_hidden_layers": 16,
+        "num_key_value_heads": 8, "pretraining_tp": 1, "rms_norm_eps": 1e-05,
+        "rope_scaling": {"factor": 32.0, "high_freq_factor": 4.0, "low_freq_factor": 1.0,
+        "original_max_position_embeddings": 8192, "rope_type": "llama3"}, "rope_theta": 500000.0,
+        "tie_word_embeddings": True, "torch_dtype": "bfloat16", "use_cache": True, "vocab_size": 128256,
+    },
+    "Mistral-7B-v0.1": {
+        "architectures": ["MistralForCausalLM"], "bos_token_id": 1, "eos_token_id": 2,
+        "hidden_act": "silu", "hidden_size": 4096, "initializer_range": 0.02, "intermediate_size": 14336,
+        "max_position_embeddings": 32768, "model_type": "mistral", "num_attention_heads": 32,
+        "num_hidden_layers": 32, "num_key_value_heads": 8, "rms_norm_eps": 1e-05, "rope_theta": 10000.0,
+        "sliding_window": 4096, "tie_word_embeddings": False, "vocab_size": 32000,
+    },
+    "Qwen2.5-0.5B": {
+        "attention_dropout": 0.0, "bos_token_id": 151643, "eos_token_id": 151643, "hidden_act": "silu",
+        "hidden_size": 896, "initializer_range": 0.02, "intermediate_size": 4864,
+        "max_position_embeddings": 32768, "max_window_layers": 24, "model_type": "qwen2",
+        "num_attention_heads": 14, "num_hidden_layers": 24, "num_key_value_heads": 2,
+        "rms_norm_eps": 1e-06, "rope_theta": 1000000.0, "sliding_window": 32768,
+        "tie_word_embeddings": True, "use_mrope": False, "use_sliding_window": False,
+        "vocab_size": 151936,
+    },
+    "Qwen3-0.6B": {
+        "attention_bias": False, "attention_dropout": 0.0, "bos_token_id": 151643,
+        "eos_token_id": 151645, "head_dim": 128, "hidden_act": "silu", "hidden_size": 1024,
+        "intermediate_size": 3072, "max_position_embeddings": 40960, "max_window_layers": 28,
+        "model_type": "qwen3", "num_attention_heads": 16, "num_hidden_layers": 28,
+        "num_key_value_heads": 8, "rms_norm_eps": 1e-06, "rope_scaling": None, "rope_theta": 1000000,
+        "sliding_window": None, "tie_word_embeddings": True, "use_sliding_window": False,
+        "vocab_size": 151936,
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_published_configs_are_read(name):
+    config = LlamaConfig.from_hf(PUBLISHED[name])
+    windows = set(config.sliding_windows)
+    assert windows == ({4096} if name == "Mistral-7B-v0.1" else {None})
+    assert config.head_dim == {"Llama-3.2-1B": 64, "Qwen2.5-0.5B": 64}.get(name, 128)
+    assert config.rope.kind == ("llama3" if name == "Llama-3.2-1B" else "default")
+    assert config.qkv_bias == (name == "Qwen2.5-0.5B")
+    assert LlamaConfig.from_hf(config.to_hf()) == config
 
 
 def test_null_and_absent():

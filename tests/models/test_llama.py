@@ -143,10 +143,14 @@ def test_ids_outside_the_vocabulary(bad, tiny_model):
 
 @pytest.mark.usefixtures("unchecked_types")
 def test_shape_and_dtype_refusals(tiny_model):
-    with pytest.raises(ValueError, match=r"tokens must be integers of shape \[B, T\], not int32\[40\]"):
+    with pytest.raises(ValueError, match=r"tokens must be an array of integers.*\[B, T\].*not int32\[40\]"):
         tiny_model(TOKENS[0])
-    with pytest.raises(ValueError, match="tokens must be integers.*float32"):
+    with pytest.raises(ValueError, match="tokens must be an array of integers.*float32"):
         tiny_model(TOKENS.astype(np.float32))
+    with pytest.raises(ValueError, match=r"neither of them zero.*\[1, 0\]"):
+        tiny_model(TOKENS[:1, :0])
+    with pytest.raises(TypeError, match="tokens must be an array.*list"):
+        tiny_model(TOKENS.tolist())
     with pytest.raises(ValueError, match=r"positions has shape \(40,\), tokens \(2, 40\)"):
         tiny_model(TOKENS, jnp.arange(40))
     with pytest.raises(ValueError, match=r"segment_ids has shape \(1, 40\), tokens \(2, 40\)"):

@@ -19,6 +19,8 @@ transformers = pytest.importorskip(
     "transformers", reason="the oracle needs transformers, from the extra `parity`"
 )
 
+transformers.utils.logging.disable_progress_bar()
+
 LENGTH = 700
 TOLERANCE = 1e-3
 SMALL = {
