@@ -1,8 +1,10 @@
 """Models: the Llama family in Flax NNX, RoPE, LoRA, Hugging Face checkpoints and tokenizers."""
 
+from jsparse.models.checkpoint import load_config as load_config
 from jsparse.models.config import LlamaConfig as LlamaConfig
 from jsparse.models.layers import LoRAParam as LoRAParam
 from jsparse.models.llama import Llama as Llama
+from jsparse.models.llama import Mask as Mask
 from jsparse.models.lora import add_lora as add_lora
 from jsparse.models.lora import has_lora as has_lora
 from jsparse.models.lora import merge_lora as merge_lora
