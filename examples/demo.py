@@ -1,0 +1,293 @@
+"""The whole idea in minutes on a CPU: train, extend with LongLoRA, measure, generate from a sparse cache.
+
+The text is the Python standard library's own sources, a byte a token. Every number is measured in the run.
+The model is far too small to write Python, and at a thousand tokens a sparse cache saves little time: what
+the demo shows is that each step works, and what it changes.
+"""
+
+import dataclasses
+import importlib.util
+import json
+import os
+import platform
+import shutil
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+from flax import nnx
+from rich.console import Console
+
+from jsparse.examples.compare import difference
+from jsparse.examples.corpus import standard_library_files
+from jsparse.examples.report import draw_plot, print_tables
+from jsparse.models import Llama, LlamaConfig, byte_tokenizer, load_tokenizer
+from jsparse.serve import CacheConfig, SamplingParams, decode_logits, generate
+from jsparse.train import FinetuneConfig, finetune, perplexity_by_context, read_documents, shifted_head_masks
+from jsparse.train.progress import progress_bar
+
+END_OF_TEXT = 256  # the byte tokenizer's one id that is no byte
+RESULTS = "demo.json"
+SINK = 16  # first tokens that a streaming head keeps
+PROMPTS = 4  # held-out modules that the logits are compared on
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DemoConfig:
+    """The sizes of the demo. The defaults take about five minutes on two CPU cores."""
+
+    output: Path = Path("demo")
+    """Where everything goes. What an earlier demo left there is replaced; another folder is refused."""
+    hidden_size: int = 128
+    """Of the model, with 4 heads on 2 KV heads."""
+    layers: int = 4
+    """Transformer layers."""
+    context: int = 256
+    """Tokens the base model is trained at."""
+    growth: int = 4
+    """How many times longer the context becomes."""
+    base_steps: int = 1500
+    """Training steps of the base model."""
+    extension_steps: int = 300
+    """LongLoRA steps at the long context."""
+    batch_tokens: int = 1024
+    """Tokens a training step, at either context."""
+    evaluation_tokens: int = 32768
+    """Held-out tokens that perplexity is measured on."""
+    prompt_tokens: int = 900
+    """Length of the prompt to generate from."""
+    new_tokens: int = 96
+    """Tokens to generate."""
+    budget: int = 256
+    """Tokens of the cache that a retrieval head of the sparse cache reads a step."""
+    window: int = 128
+    """Recent tokens that a streaming head keeps, besides the first 16."""
+    seed: int = 0
+    """Of the weights and of the order of the text."""
+
+    def __post_init__(self):
+        object.__setattr__(self, "output", Path(self.output))
+        if self.prompt_tokens + self.new_tokens > self.long_context:
+            raise ValueError(
+                f"prompt_tokens={self.prompt_tokens} and new_tokens={self.new_tokens} do not fit "
+                f"{self.long_context} tokens (context times growth)"
+            )
+
+    @property
+    def long_context(self) -> int:
+        return self.context * self.growth
+
+    @property
+    def contexts(self) -> list[int]:
+        """Where perplexity is measured: the context, doubled until the long one."""
+        contexts = [self.context]
+        while contexts[-1] * 2 < self.long_context:
+            contexts.append(contexts[-1] * 2)
+        return [*contexts, self.long_context]
+
+
+def run_demo(config: DemoConfig) -> dict:
+    """Run every step, print the tables, and return what ``demo.json`` in the output folder holds."""
+    if importlib.util.find_spec("matplotlib") is None:
+        raise NotImplementedError("the demo draws a plot with matplotlib: pip install 'jsparse[plot]'")
+    train_files, held_out_files = standard_library_files()
+    prepare_output(config.output)
+    console = Console(stderr=True)
+    started = time.perf_counter()
+
+    console.rule(f"1/5 train a byte-level Llama at {config.context} tokens")
+    base = train_base(config, train_files)
+    console.rule("2/5 import it again")
+    model = Llama.from_pretrained(base)
+    parameters = sum(x.size for x in jax.tree.leaves(nnx.state(model, nnx.Param)))
+    console.print(f"{base}: {parameters:,} parameters")
+    console.rule(f"3/5 extend it to {config.long_context} tokens with LongLoRA")
+    long = extend(config, base, train_files)
+    console.rule("4/5 perplexity on held-out modules")
+    documents = read_documents(held_out_files, load_tokenizer(base), eos_token_id=END_OF_TEXT, vocab_size=257)
+    perplexity = measure_perplexity(config, base, long, evaluation_text(config, documents))
+    console.rule(f"5/5 generate after {config.prompt_tokens} tokens, from a dense and from sparse caches")
+    generation = measure_generation(config, long, documents)
+
+    results = {
+        "settings": dataclasses.asdict(config) | {"output": str(config.output)},
+        "machine": machine(),
+        "parameters": parameters,
+        "training_files": [file.name for file in train_files],
+        "held_out_files": [file.name for file in held_out_files],
+        "contexts": config.contexts,
+        "perplexity": perplexity,
+        "generation": generation,
+        "seconds": round(time.perf_counter() - started, 1),
+    }
+    (config.output / RESULTS).write_text(json.dumps(results, indent=1) + "\n")
+    draw_plot(results, config.output / "demo.png")
+    print_tables(results)
+    return results
+
+
+def prepare_output(output: Path) -> None:
+    """Empty the output folder, if nothing is in it or an earlier demo wrote it; ValueError for any other."""
+    if output.exists() and (
+        not output.is_dir() or (any(output.iterdir()) and not (output / RESULTS).is_file())
+    ):
+        raise ValueError(f"output: {output} is there and no earlier demo wrote it; name a new folder")
+    shutil.rmtree(output, ignore_errors=True)
+    output.mkdir(parents=True)
+    (output / RESULTS).write_text("{}\n")  # so that a demo that was interrupted can be run again
+
+
+def train_base(config: DemoConfig, files: tuple[Path, ...]) -> Path:
+    """Train every parameter of a random model with full attention at the short context."""
+    start = config.output / "random"
+    llama = LlamaConfig(
+        vocab_size=257,
+        hidden_size=config.hidden_size,
+        intermediate_size=3 * config.hidden_size,
+        num_hidden_layers=config.layers,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=config.context,
+        tie_word_embeddings=True,
+        eos_token_ids=(END_OF_TEXT,),
+        initializer_range=0.08,  # 1 / sqrt(hidden_size), for so narrow a model
+    )
+    Llama(llama, rngs=nnx.Rngs(config.seed)).save_pretrained(start)
+    byte_tokenizer().save(str(start / "tokenizer.json"))
+    result = finetune(
+        FinetuneConfig(
+            model=start,
+            data=files,
+            output=config.output / "base",
+            context=config.context,
+            attention="full",
+            lora_rank=None,
+            steps=config.base_steps,
+            batch_size=max(1, config.batch_tokens // config.context),
+            learning_rate=2e-3,
+            schedule="cosine",
+            warmup_steps=min(20, config.base_steps - 1),
+            weight_decay=0.01,
+            checkpoint_every=config.base_steps,
+            seed=config.seed,
+        )
+    )
+    return result.output
+
+
+def extend(config: DemoConfig, base: Path, files: tuple[Path, ...]) -> Path:
+    """LongLoRA: interpolated positions, shifted groups, LoRA with embeddings and norms."""
+    result = finetune(
+        FinetuneConfig(
+            model=base,
+            data=files,
+            output=config.output / "long",
+            context=config.long_context,
+            attention="shifted",
+            lora_rank=8,
+            steps=config.extension_steps,
+            batch_size=max(1, config.batch_tokens // config.long_context),
+            learning_rate=1e-3,
+            schedule="cosine",
+            warmup_steps=min(10, config.extension_steps - 1),
+            checkpoint_every=config.extension_steps,
+            seed=config.seed + 1,
+        )
+    )
+    return result.output
+
+
+def evaluation_text(config: DemoConfig, documents: list[np.ndarray]) -> np.ndarray:
+    """Pieces of four long contexts from the start of every held-out module that long, one after another."""
+    piece = 4 * config.long_context
+    tokens = np.concatenate([document[:piece] for document in documents if len(document) >= piece])
+    return tokens[: config.evaluation_tokens]
+
+
+def measure_perplexity(
+    config: DemoConfig, base: Path, long: Path, tokens: np.ndarray
+) -> dict[str, list[float]]:
+    """Perplexity at every context length.
+
+    Of the base model, of the same with positions interpolated but not trained, and of the extended model
+    with full attention and with the pattern that it was trained with.
+    """
+    model, interpolated, extended = (Llama.from_pretrained(folder) for folder in (base, base, long))
+    interpolated.config = interpolated.config.extend_context(config.long_context)
+    group = config.long_context // 4
+    shifted = shifted_head_masks(model.config.num_attention_heads, group)
+    rows = {
+        "base": (model, None),
+        "base, positions interpolated": (interpolated, None),
+        "LongLoRA, full attention": (extended, None),
+        f"LongLoRA, shifted groups of {group}": (extended, shifted),
+    }
+    perplexity = {}
+    for name, (llama, mask) in rows.items():
+        results = perplexity_by_context(
+            llama, tokens, config.contexts, mask_for=lambda _, mask=mask: mask, batch_size=4
+        )
+        perplexity[name] = [result.perplexity for result in results]
+    return perplexity
+
+
+def cache_kinds(config: DemoConfig, streaming_heads: np.ndarray) -> dict[str, CacheConfig]:
+    """The caches to compare, the dense one first."""
+    dense = CacheConfig(budget=None, page_size=32, logical_page_size=16, capacity=config.long_context)
+    pages = dataclasses.replace(dense, budget=config.budget)
+    both = dataclasses.replace(pages, streaming_heads=streaming_heads, sink=SINK, window=config.window)
+    return {
+        "dense": dense,
+        f"pages, {config.budget} tokens": pages,
+        f"pages, {config.budget} tokens; half the KV heads stream {SINK} + {config.window}": both,
+    }
+
+
+def measure_generation(config: DemoConfig, long: Path, documents: list[np.ndarray]) -> dict[str, dict]:
+    """Speed, text and distance from the dense logits, for each kind of cache.
+
+    The prompts are from the middle of held-out modules. Speed and text are of the first prompt; logits are
+    compared over the true continuations of all of them.
+    """
+    model, tokenizer = Llama.from_pretrained(long), load_tokenizer(long)
+    needed = config.prompt_tokens + config.new_tokens
+    middles = [document[len(document) // 2 :] for document in documents]
+    texts = [tokens[:needed] for tokens in middles if len(tokens) >= needed][:PROMPTS]
+    prompts, continuations = zip(*(np.split(text, [config.prompt_tokens]) for text in texts), strict=True)
+
+    # Learned gates would say which heads can do with streaming (DuoAttention); here half of each layer's must.
+    kv_heads = model.config.num_key_value_heads
+    streaming_heads = np.tile(np.arange(kv_heads) < kv_heads // 2, (model.config.num_hidden_layers, 1))
+    caches = cache_kinds(config, streaming_heads)
+    sampling = SamplingParams(ignore_eos=True)
+    dense, measured = None, {}
+    with progress_bar(True) as bar:
+        task = bar.add_task("generating", total=len(caches) * (2 + len(prompts)), note="")
+        for name, cache in caches.items():
+            for _ in ("compiles", "counts"):
+                result = generate(model, [prompts[0]], config.new_tokens, sampling, cache)
+                bar.update(task, advance=1, note=name)
+            logits = []
+            for prompt, continuation in zip(prompts, continuations, strict=True):
+                logits.append(decode_logits(model, prompt, continuation, cache))
+                bar.update(task, advance=1)
+            dense = np.concatenate(logits) if dense is None else dense
+            measured[name] = {
+                "tokens_per_second": result.stats.decode_tokens_per_second,
+                "cache_bytes": result.stats.cache_bytes,
+                "text": tokenizer.decode(result.tokens[0]),
+                **difference(dense, np.concatenate(logits)),
+            }
+    return measured
+
+
+def machine() -> dict[str, str | int | None]:
+    """What the numbers were measured on."""
+    return {
+        "device": jax.devices()[0].device_kind,
+        "processor": platform.processor() or platform.machine(),
+        "cores": os.cpu_count(),
+        "python": platform.python_version(),
+        "jax": jax.__version__,
+    }

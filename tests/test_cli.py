@@ -1,0 +1,193 @@
+"""The command line: each command does its work, and bad input gives one line and exit code 2."""
+
+import importlib.metadata
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from flax import nnx
+
+import jsparse
+from jsparse.__main__ import main
+from jsparse.models import Llama, LlamaConfig, byte_tokenizer
+from jsparse.serve import CacheConfig, generate
+from jsparse.train import evaluate_perplexity
+
+TEXT = "def main():\n    return 0\n" * 20
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A folder with a tiny byte-level checkpoint in ``model``, a text file and a head pattern."""
+    folder = tmp_path_factory.mktemp("cli")
+    config = LlamaConfig(
+        vocab_size=257,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=64,
+        initializer_range=0.2,
+    )
+    Llama(config, rngs=nnx.Rngs(0)).save_pretrained(folder / "model")
+    byte_tokenizer().save(str(folder / "model" / "tokenizer.json"))
+    (folder / "text.txt").write_text(TEXT)
+    (folder / "latin1.txt").write_bytes(b"caf\xe9")
+    (folder / "empty.txt").write_text("")
+    jsparse.HeadPattern([[0.1, 0.9], [0.9, 0.1]]).save(folder / "pattern.tsv")
+    return folder
+
+
+def run(folder, capfd, *arguments):
+    """Exit code, stdout and stderr of ``jsparse <arguments>``, with {} standing for the folder."""
+    code = main([argument.replace("{}", str(folder)) for argument in arguments])
+    return code, *capfd.readouterr()
+
+
+def test_generate_prints_what_generate_gives(folder, capfd):
+    model, tokenizer = Llama.from_pretrained(folder / "model"), byte_tokenizer()
+    ids = generate(model, [tokenizer.encode("def main").ids], 12, cache=CacheConfig(budget=None)).tokens[0]
+    code, out, err = run(
+        folder, capfd, "generate", "--model", "{}/model", "--prompt", "def main", "--max-new-tokens", "12"
+    )
+    assert code == 0
+    assert out.rstrip("\n") == tokenizer.decode(ids).rstrip("\ufffd\n")
+    assert "prompt of 8 tokens" in err and "12 tokens" in err and "tokens/s" in err
+
+
+def test_generate_takes_a_prompt_file_and_a_sparse_cache(folder, capfd):
+    (folder / "prompt.txt").write_text(TEXT[:40])
+    options = (
+        "--budget 16 --page-size 16 --pattern {}/pattern.tsv --sink 4 --window 8 --temperature 0.8 --top-k 5"
+    )
+    command = ["generate", "--model", "{}/model", "--prompt-file", "{}/prompt.txt", "--max-new-tokens", "8"]
+    dense = run(folder, capfd, *command)
+    sparse = run(folder, capfd, *command, *options.split())
+    assert dense[0] == sparse[0] == 0
+    assert "prompt of 40 tokens" in sparse[2]
+    assert dense[1] != sparse[1]
+
+
+def test_evaluate_prints_and_writes_perplexity(folder, capfd):
+    code, out, _ = run(
+        folder,
+        capfd,
+        *("evaluate", "--model", "{}/model", "--data", "{}/text.txt", "{}/text.txt"),
+        *("--contexts", "16", "32", "--max-windows", "3", "--json", "{}/perplexity.json"),
+    )
+    assert code == 0
+    written = json.loads((folder / "perplexity.json").read_text())
+    tokens = np.array(byte_tokenizer().encode(TEXT * 2).ids)
+    for result, context in zip(written, (16, 32), strict=True):
+        expected = evaluate_perplexity(
+            Llama.from_pretrained(folder / "model"), tokens, context=context, max_windows=3
+        )
+        assert result["context"] == context and result["tokens"] == expected.tokens
+        assert result["perplexity"] == pytest.approx(expected.perplexity)
+        assert f"{expected.perplexity:.4f}" in out
+
+
+def test_shifted_attention_is_another_pattern(folder, capfd):
+    command = ["evaluate", "--model", "{}/model", "--data", "{}/text.txt", "--contexts", "32"]
+    full, shifted = run(folder, capfd, *command), run(folder, capfd, *command, "--attention", "shifted")
+    assert full[0] == shifted[0] == 0
+    assert full[1].splitlines()[-2] != shifted[1].splitlines()[-2]
+
+
+def test_finetune_writes_a_model_with_a_longer_context(folder, capfd):
+    code, out, _ = run(
+        folder,
+        capfd,
+        *(
+            "finetune",
+            "--model",
+            "{}/model",
+            "--data",
+            "{}/text.txt",
+            "--output",
+            "{}/longer",
+            "--context",
+            "128",
+        ),
+        *("--steps", "2", "--batch-size", "1", "--lora-rank", "2", "--learning-rate", "1e-3"),
+    )
+    assert code == 0 and "2 steps" in out
+    assert Llama.from_pretrained(folder / "longer").config.max_position_embeddings == 128
+
+
+GENERATE = "generate --model {}/model"
+EVALUATE = "evaluate --model {}/model --data {}/text.txt --contexts 32"
+
+
+@pytest.mark.parametrize(
+    ("command", "message"),
+    [
+        ("polish", "unknown command 'polish'; commands are finetune, generate, evaluate, demo"),
+        (GENERATE + " --prompt a --budget 100", "budget=100 must be a multiple of page_size=64"),
+        (GENERATE + " --prompt a --temperature -1", "temperature must be"),
+        (GENERATE + " --prompt a --pattern {}/text.txt", "line 1"),
+        (GENERATE + " --prompt a --max-new-tokens 100", "max_position_embeddings=64"),
+        (GENERATE + " --prompt-file {}/latin1.txt", "latin1.txt is not UTF-8"),
+        (GENERATE + " --prompt-file {}/empty.txt", "is empty"),
+        ("generate --model {}/nothing --prompt a", "nothing"),
+        ("evaluate --model {}/nothing --data {}/text.txt", "nothing"),
+        ("evaluate --model {}/model --data {}/nothing.txt", "nothing.txt does not exist"),
+        ("evaluate --model {}/model --data {}/latin1.txt", "latin1.txt is not UTF-8"),
+        (EVALUATE + " --json {}/no/such.json", "no/such.json does not exist"),
+        ("evaluate --model {}/model --data {}/text.txt --contexts 1", "context must be at least 2, not 1"),
+    ],
+)
+def test_bad_input_is_one_line(folder, capfd, command, message):
+    before = sorted(folder.rglob("*"))
+    code, out, err = run(folder, capfd, *command.split())
+    assert code == 2 and out == ""
+    assert err.startswith("jsparse: error: ") and err.count("\n") == 1
+    assert message in err
+    assert sorted(folder.rglob("*")) == before
+
+
+@pytest.mark.parametrize(
+    ("command", "message"),
+    [
+        (GENERATE + " --modle b --prompt a", "--modle"),
+        (GENERATE, "exactly one of --prompt and --prompt-file"),
+        (GENERATE + " --prompt a --prompt-file b", "exactly one of --prompt and --prompt-file"),
+        (GENERATE + " --prompt a --window 8", "--window is for streaming heads, which need a --pattern"),
+        (GENERATE + " --prompt a --top-k many", "--top-k"),
+        (
+            "finetune --model {}/model --data {}/text.txt --output {}/other --context 100 --group-size 30",
+            "group_size=30 does not fit context=100",
+        ),
+    ],
+)
+def test_options_that_do_not_fit_are_refused(folder, capfd, command, message):
+    before = sorted(folder.rglob("*"))
+    with pytest.raises(SystemExit) as exit:
+        main(command.replace("{}", str(folder)).split())
+    out, err = capfd.readouterr()
+    assert exit.value.code == 2 and out == ""
+    assert message in " ".join(err.replace("\u2502", " ").split())  # tyro draws a box around it
+    assert sorted(folder.rglob("*")) == before
+
+
+@pytest.mark.parametrize("command", ["finetune", "generate", "evaluate", "demo"])
+def test_every_command_describes_its_options(command, capfd):
+    with pytest.raises(SystemExit) as exit:
+        main([command, "--help"])
+    out = capfd.readouterr().out
+    assert exit.value.code == 0 and f"usage: jsparse {command}" in out and ">>>" not in out
+
+
+def test_help_lists_the_commands(capfd):
+    assert main([]) == main(["--help"]) == 0
+    out = capfd.readouterr().out
+    assert all(out.count(f"\n  {command} ") == 2 for command in ("finetune", "generate", "evaluate", "demo"))
+
+
+def test_it_runs_as_a_module_without_a_warning():
+    command = [sys.executable, "-W", "error", "-m", "jsparse", "--version"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert done.stdout == f"jsparse {importlib.metadata.version('jsparse')}\n" and done.stderr == ""
