@@ -6,4 +6,5 @@ from jsparse.serve.generate import GenerateStats as GenerateStats
 from jsparse.serve.generate import TokenEvent as TokenEvent
 from jsparse.serve.generate import generate as generate
 from jsparse.serve.generate import stream as stream
+from jsparse.serve.logits import decode_logits as decode_logits
 from jsparse.serve.sampling import SamplingParams as SamplingParams

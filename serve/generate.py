@@ -8,7 +8,6 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-from flax import nnx
 
 from jsparse.models import Llama, LlamaConfig
 from jsparse.serve import loop
@@ -156,39 +155,21 @@ class _Call(NamedTuple):
 
 def _run(model: Llama, request: _Request, *, steps_per_call: int) -> Iterator[_Call]:
     """Prefills, then decodes until every prompt has ended: the first tokens alone, then call by call."""
-    config, layout, count = model.config, request.layout, len(request.prompts)
-    graphdef, params = nnx.split(model)
-    dtype = model.embed_tokens.embedding[...].dtype
+    layout, count = request.layout, len(request.prompts)
+    structure, params = loop.split_model(model)
     rows = jax.device_put(request.rows)
-    state = loop.new_state(layout, kv_heads=config.num_key_value_heads, dim=config.head_dim, dtype=dtype)
+    state, hidden = loop.prefill(model, structure, params, request.prompts, layout)
     cache_bytes = sum(leaf.nbytes for leaf in jax.tree.leaves(state.layers))
-
-    hidden = jax.device_put(np.zeros((layout.batch, config.hidden_size), dtype))
-    for tokens, counts in _chunks(request.prompts, layout):
-        state, hidden = loop.prefill_chunk(graphdef, params, state, hidden, tokens, counts)
-    state, tokens = loop.first_token(graphdef, params, state, hidden, rows)
+    state, tokens = loop.first_token(structure, params, state, hidden, rows)
     yield _Call(np.asarray(tokens)[:count], np.asarray(state.finish)[:count], cache_bytes)
 
     while (np.asarray(state.finish)[:count] == loop.RUNNING).any():
         state, tokens = loop.decode_steps(
-            graphdef, params, state, rows, np.int32(steps_per_call), budget=layout.budget
+            structure, params, state, rows, np.int32(steps_per_call), budget=layout.budget
         )
         yield _Call(
             np.asarray(tokens)[:count, :steps_per_call], np.asarray(state.finish)[:count], cache_bytes
         )
-
-
-def _chunks(prompts: list[np.ndarray], layout: CacheLayout) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """The prompts as tokens ``[batch, prefill_chunk]`` after one another, and how many of them are real."""
-    chunk = layout.prefill_chunk
-    for start in range(0, max(map(len, prompts)), chunk):
-        tokens = np.zeros((layout.batch, chunk), np.int32)
-        counts = np.zeros(layout.batch, np.int32)
-        for row, prompt in enumerate(prompts):
-            piece = prompt[start : start + chunk]
-            tokens[row, : len(piece)] = piece
-            counts[row] = len(piece)
-        yield tokens, counts
 
 
 def _events(calls: Iterator[_Call]) -> Iterator[TokenEvent]:

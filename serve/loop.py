@@ -1,4 +1,4 @@
-"""The device side of generation: prefill one chunk, choose a first token, decode a number of steps.
+"""The device side of generation: prefill, choose a first token, decode a number of steps.
 
 These are the only functions that run the model. They are jitted once for a model's structure, a batch and a
 capacity, and donate their state: the cache is updated in place. ``generate`` and ``stream`` call the same
@@ -11,6 +11,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
@@ -23,6 +24,35 @@ from jsparse.serve.sampling import RowParams, sample
 MAX_STEPS = 32  # tokens a row that one call of decode_steps can return
 RUNNING, STOP, LENGTH, ERROR = range(4)  # values of DecodeState.finish
 FINISH_REASONS = {STOP: "stop", LENGTH: "length", ERROR: "error"}
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelStructure:
+    """A model without its arrays: the static argument of jitted functions.
+
+    Models of equal structure share what is compiled. The hash is computed once: for many layers it takes as
+    long as a decode step, and every call needs it.
+    """
+
+    graphdef: nnx.GraphDef
+    treedef: Any
+
+    def __hash__(self):
+        return self._hash
+
+    @functools.cached_property
+    def _hash(self):
+        return hash((self.graphdef, self.treedef))
+
+    def model(self, params: list[Array]) -> Llama:
+        return nnx.merge(self.graphdef, jax.tree.unflatten(self.treedef, params))
+
+
+def split_model(model: Llama) -> tuple[ModelStructure, list[Array]]:
+    """The structure and the arrays, which together make the model again."""
+    graphdef, state = nnx.split(model)
+    params, treedef = jax.tree.flatten(state)
+    return ModelStructure(graphdef, treedef), params
 
 
 @jax.tree_util.register_dataclass
@@ -64,10 +94,32 @@ def new_state(layout: CacheLayout, *, kv_heads: int, dim: int, dtype: Any) -> De
     return DecodeState(tuple(layers), page_table, *counters)
 
 
-@functools.partial(jax.jit, static_argnames="graphdef", donate_argnames=("state", "hidden"))
+def prefill(
+    model: Llama,
+    structure: ModelStructure,
+    params: list[Array],
+    prompts: list[np.ndarray],
+    layout: CacheLayout,
+) -> tuple[DecodeState, Float[Array, "B embed"]]:
+    """A new cache with the prompts in it, chunk by chunk, and the hidden state of each one's last token."""
+    config, dtype = model.config, model.embed_tokens.embedding[...].dtype
+    state = new_state(layout, kv_heads=config.num_key_value_heads, dim=config.head_dim, dtype=dtype)
+    hidden = jax.device_put(np.zeros((layout.batch, config.hidden_size), dtype))
+    for start in range(0, max(map(len, prompts)), layout.prefill_chunk):
+        tokens = np.zeros((layout.batch, layout.prefill_chunk), np.int32)
+        counts = np.zeros(layout.batch, np.int32)
+        for row, prompt in enumerate(prompts):
+            piece = prompt[start : start + layout.prefill_chunk]
+            tokens[row, : len(piece)] = piece
+            counts[row] = len(piece)
+        state, hidden = prefill_chunk(structure, params, state, hidden, tokens, counts)
+    return state, hidden
+
+
+@functools.partial(jax.jit, static_argnames="structure", donate_argnames=("state", "hidden"))
 def prefill_chunk(
-    graphdef: nnx.GraphDef,
-    params: Any,  # the nnx.State of the model
+    structure: ModelStructure,
+    params: list[Array],
     state: DecodeState,
     hidden: Float[Array, "B embed"],
     tokens: Int[Array, "B C"],
@@ -77,29 +129,29 @@ def prefill_chunk(
 
     ``hidden`` is that of each row's newest token: rows whose prompts end early keep theirs.
     """
-    model = nnx.merge(graphdef, params)
+    model = structure.model(params)
     chunk, state = forward(model, state, tokens, counts, budget=None)
     newest = jnp.take_along_axis(chunk, jnp.maximum(counts - 1, 0)[:, None, None], axis=1)[:, 0]
     return state, jnp.where(counts[:, None] > 0, newest, hidden)
 
 
-@functools.partial(jax.jit, static_argnames="graphdef", donate_argnames="state")
+@functools.partial(jax.jit, static_argnames="structure", donate_argnames="state")
 def first_token(
-    graphdef: nnx.GraphDef,
-    params: Any,  # the nnx.State of the model
+    structure: ModelStructure,
+    params: list[Array],
     state: DecodeState,
     hidden: Float[Array, "B embed"],
     rows: RowParams,
 ) -> tuple[DecodeState, Int[Array, "B 1"]]:
     """Chooses the token after each prompt, -1 where the logits are not finite."""
-    state, token = _choose(nnx.merge(graphdef, params), hidden, state, rows)
+    state, token = _choose(structure.model(params), hidden, state, rows)
     return state, token[:, None]
 
 
-@functools.partial(jax.jit, static_argnames=("graphdef", "budget"), donate_argnames="state")
+@functools.partial(jax.jit, static_argnames=("structure", "budget"), donate_argnames="state")
 def decode_steps(
-    graphdef: nnx.GraphDef,
-    params: Any,  # the nnx.State of the model
+    structure: ModelStructure,
+    params: list[Array],
     state: DecodeState,
     rows: RowParams,
     steps: Int[Array, ""],
@@ -110,7 +162,7 @@ def decode_steps(
 
     Returns the tokens of each step, -1 where a row had ended. ``steps`` is traced, ``budget`` static.
     """
-    model = nnx.merge(graphdef, params)
+    model = structure.model(params)
 
     def unfinished(carry):
         i, state, _ = carry

@@ -1,4 +1,4 @@
-"""Appending to the caches: any split of a prompt leaves what one append leaves, and old contents never show."""
+"""Appending to the caches: any split of a prompt leaves what one append leaves; old contents never show."""
 
 import functools
 

@@ -18,7 +18,7 @@ def random(*shape, seed=0):
 
 
 def dense(q, k, v, masks):
-    """Attention of one sequence in float64: q [T, Hq, D], k and v [S, Hk, D], a TokenMask for each KV head."""
+    """One sequence in float64: q [T, Hq, D], k and v [S, Hk, D], a TokenMask for each KV head."""
     q, k, v = (np.asarray(x, np.float64) for x in (q, k, v))
     q_len, q_heads, dim = q.shape
     kv_len, kv_heads, _ = k.shape
@@ -50,6 +50,9 @@ def nan_layer(batch, kv_heads, pages, streaming_heads, sink=3, window=5, logical
 
 
 step = jax.jit(attend_and_append, static_argnames="budget")
+append = jax.jit(append_paged)
+select = jax.jit(select_pages, static_argnames=("budget", "page_size"))
+decode = jax.jit(decode_attention, static_argnames="scale")
 
 
 def run(q, k, v, layer, table, lengths, chunk):
@@ -118,7 +121,7 @@ def paged_sequences(lengths, pages, kv_heads=2, seed=1):
         random(2, pages * PAGE, kv_heads, DIM, seed=seed + 1),
     )
     layer, table = nan_layer(2, kv_heads, pages, ())
-    cache = append_paged(layer.paged, jnp.array(k), jnp.array(v), table, jnp.zeros(2, jnp.int32), lengths)
+    cache = append(layer.paged, jnp.array(k), jnp.array(v), table, jnp.zeros(2, jnp.int32), lengths)
     return k, v, cache, table
 
 
@@ -133,7 +136,7 @@ def test_decode_reads_the_listed_pages_and_no_others():
             listed[[int(table[row, page]) for page in pages[row, head] if page >= 0], head] = True
     # What is not listed for a head is NaN.
     poisoned = jax.tree.map(lambda x: jnp.where(listed[:, :, None, None], x, jnp.nan), cache)
-    out = np.asarray(decode_attention(jnp.array(q), poisoned, lengths, table, pages=pages))
+    out = np.asarray(decode(jnp.array(q), poisoned, lengths, table, pages=pages))
     for row, length in enumerate([37, 22]):
         for head in range(2):
             seen = [p for p in range(length) if p // PAGE in pages[row, head]]
@@ -151,10 +154,10 @@ def test_a_budget_over_the_context_is_dense_to_the_bit():
     _, _, cache, table = paged_sequences(lengths, pages=6)
     q = jnp.array(random(2, 4, DIM))
     k_min, k_max = (x[table].swapaxes(1, 2) for x in (cache.k_min, cache.k_max))
-    pages = select_pages(q, k_min, k_max, lengths, budget=48, page_size=PAGE)
+    pages = select(q, k_min, k_max, lengths, budget=48, page_size=PAGE)
     assert pages.tolist() == [[[0, 1, 2, 3, 4, -1]] * 2, [[0, 1, 2, -1, -1, -1]] * 2]
-    selected = decode_attention(q, cache, lengths, table, pages=pages)
-    np.testing.assert_array_equal(selected, decode_attention(q, cache, lengths, table))
+    selected = decode(q, cache, lengths, table, pages=pages)
+    np.testing.assert_array_equal(selected, decode(q, cache, lengths, table))
 
 
 def test_a_small_budget_finds_the_needle():
@@ -163,7 +166,7 @@ def test_a_small_budget_finds_the_needle():
     k, v = 0.1 * random(1, 64, 1, DIM), random(1, 64, 1, DIM, seed=1)
     k[0, 19] = 8.0
     layer, table = nan_layer(1, 1, 8, ())
-    cache = append_paged(
+    cache = append(
         layer.paged, *map(jnp.array, (k[:, :63], v[:, :63])), table, jnp.array([0]), jnp.array([63])
     )
     layer = LayerKVCache(cache, None)
@@ -181,7 +184,7 @@ def test_many_blocks_of_pages_and_queries_at_any_offset():
     k, v = random(2, 1024, 1, DIM, seed=1), random(2, 1024, 1, DIM, seed=2)
     zeros = PagedKVCache.zeros(2 * 64, 1, DIM, page_size=16, logical_page_size=None, dtype=jnp.float32)
     table = jnp.array(np.random.default_rng(0).permutation(128).reshape(2, 64))
-    cache = append_paged(zeros, jnp.array(k), jnp.array(v), table, jnp.array([0, 0]), jnp.array(lengths))
+    cache = append(zeros, jnp.array(k), jnp.array(v), table, jnp.array([0, 0]), jnp.array(lengths))
     q = random(2, 9, 3, DIM)
     out = paged_attention(jnp.array(q), cache, table, jnp.array(lengths) - 9, jnp.array(lengths))
     for row, length in enumerate(lengths):
@@ -195,7 +198,7 @@ def test_bfloat16_caches_stay_within_rounding():
     k, v, cache, table = paged_sequences(lengths, pages=6)
     q = random(2, 4, DIM)
     narrow = jax.tree.map(lambda x: x.astype(jnp.bfloat16), cache)
-    out = decode_attention(jnp.array(q).astype(jnp.bfloat16), narrow, lengths, table)
+    out = decode(jnp.array(q).astype(jnp.bfloat16), narrow, lengths, table)
     assert out.dtype == jnp.bfloat16
     for row, length in enumerate([37, 22]):
         expected = dense(q[row, None], k[row, :length], v[row, :length], [causal()] * 2)[0]
@@ -208,8 +211,8 @@ def test_a_scale_replaces_the_default():
     k, v = jnp.array(random(1, 4, 1, DIM)), jnp.array(random(1, 4, 1, DIM, seed=1))
     ring = append_streaming(ring, k, v, jnp.array([0]), jnp.array([4]))
     q = jnp.array(random(1, 1, DIM, seed=2))
-    unscaled = decode_attention(q, ring, jnp.array([4]), scale=1.0)
-    np.testing.assert_allclose(unscaled, decode_attention(q * DIM**0.5, ring, jnp.array([4])), atol=1e-6)
+    unscaled = decode(q, ring, jnp.array([4]), scale=1.0)
+    np.testing.assert_allclose(unscaled, decode(q * DIM**0.5, ring, jnp.array([4])), atol=1e-6)
 
 
 def test_arguments_that_do_not_go_together_are_refused():

@@ -6,7 +6,8 @@ import pytest
 
 from jsparse.select import page_bounds, page_scores, select_pages
 
-# LServe (arXiv 2502.14866), figure 7: a query, and the bounds (max, min) of four logical pages with their scores.
+# LServe (arXiv 2502.14866), figure 7: a query, and the bounds (max, min) of four logical pages with their
+# scores.
 Q = [1, -2, 2, -2, 1, 1, 1, -3]
 GOLDEN = [
     ([2, 3, 2, 8, 4, 5, 2, 6], [-6, -1, -6, 1, -5, -6, -6, -2], 23),

@@ -36,7 +36,7 @@ def model():
 @pytest.fixture(scope="session")
 def one_layer():
     """The configuration of a model that compiles faster."""
-    return dataclasses.replace(CONFIG, num_hidden_layers=1, sliding_windows=None)
+    return dataclasses.replace(CONFIG, num_hidden_layers=1, sliding_windows=(None,))
 
 
 @pytest.fixture(scope="session")

@@ -10,7 +10,7 @@ from flax import nnx
 
 import jsparse
 from jsparse.models import Llama
-from jsparse.serve import CacheConfig, SamplingParams, generate, loop, stream
+from jsparse.serve import CacheConfig, SamplingParams, decode_logits, generate, loop, stream
 from jsparse.serve.config import plan_cache
 
 
@@ -42,6 +42,16 @@ def test_the_defaults_are_dense_up_to_their_budget(one_layer, prompts, uncached)
     for prompt, new in zip(prompts, result.tokens, strict=True):
         assert len(new) == 64
         assert_greedy(uncached, model, prompt, new)
+
+
+def test_decode_logits_are_the_uncached_models(model, cache, prompts, uncached):
+    prompt, continuation = np.array(prompts[3]), np.array(prompts[2])
+    logits = decode_logits(model, prompt, continuation, cache)
+    expected = uncached(model, [*prompts[3], *prompts[2]])[50:]
+    np.testing.assert_allclose(logits, expected, atol=1e-4)
+    for bad in (np.array([61]), np.array([-1]), np.array([], int)):
+        with pytest.raises(ValueError, match=r"continuation must be one id or more in \[0, vocab_size=61\)"):
+            decode_logits(model, prompt, bad, cache)
 
 
 def test_a_budget_reads_a_context_within_it_whole_and_a_longer_one_in_part(model, cache, prompts):
@@ -82,7 +92,7 @@ def test_cached_logits_are_the_masked_models_from_dirty_caches(model, prompts, s
     expected = np.asarray(oracle(model, jnp.array(padded)))
 
     layout = plan_cache(cache, model.config, [len(prompt) for prompt in prompts], 14)
-    graphdef, params = nnx.split(model)
+    structure, params = loop.split_model(model)
     state = loop.new_state(layout, kv_heads=2, dim=8, dtype=jnp.float32)
     # As if every page and ring were recycled from a broken sequence; pages lie anywhere.
     layers = jax.tree.map(lambda x: jnp.full_like(x, jnp.nan), state.layers)
@@ -92,7 +102,7 @@ def test_cached_logits_are_the_masked_models_from_dirty_caches(model, prompts, s
     for start in range(0, 50, 16):
         counts = np.array([max(0, min(16, len(prompt) - start)) for prompt in prompts], np.int32)
         state, hidden = loop.prefill_chunk(
-            graphdef, params, state, hidden, padded[:, start : start + 16].copy(), counts
+            structure, params, state, hidden, padded[:, start : start + 16].copy(), counts
         )
     lengths = np.array([len(prompt) for prompt in prompts])
     np.testing.assert_array_equal(state.lengths, lengths)
@@ -101,7 +111,7 @@ def test_cached_logits_are_the_masked_models_from_dirty_caches(model, prompts, s
 
     step = jax.jit(
         lambda params, state, token: loop.forward(
-            nnx.merge(graphdef, params), state, token, jnp.ones(4, jnp.int32), budget=budget
+            structure.model(params), state, token, jnp.ones(4, jnp.int32), budget=budget
         )
     )
     for i in range(steps):
@@ -242,18 +252,18 @@ def test_the_cache_is_donated_and_never_copied(model):
         2048, 2, budget=256, streaming_heads=[[True, False], [False, False]], sink=4, window=60
     )
     layout = plan_cache(cache, model.config, [8, 8], 4)
-    graphdef, params = nnx.split(model)
+    structure, params = loop.split_model(model)
     state = loop.new_state(layout, kv_heads=2, dim=8, dtype=jnp.float32)
     cache_bytes = sum(leaf.nbytes for leaf in jax.tree.leaves(state.layers))
     rows = loop.RowParams.of(
         [SamplingParams()] * 2, [0, 0], batch=2, max_new=4, vocab_size=61, eos_token_ids=()
     )
-    decode = loop.decode_steps.lower(graphdef, params, state, rows, np.int32(1), budget=256).compile()
+    decode = loop.decode_steps.lower(structure, params, state, rows, np.int32(1), budget=256).compile()
     tokens, counts, hidden = np.zeros((2, 512), np.int32), np.full(2, 8, np.int32), jnp.zeros((2, 32))
-    prefill = loop.prefill_chunk.lower(graphdef, params, state, hidden, tokens, counts).compile()
+    prefill = loop.prefill_chunk.lower(structure, params, state, hidden, tokens, counts).compile()
     for compiled in (decode, prefill):
         assert compiled.memory_analysis().alias_size_in_bytes >= cache_bytes
     assert decode.memory_analysis().temp_size_in_bytes < cache_bytes  # what it selects, and never the whole
-    after, _ = loop.decode_steps(graphdef, params, state, rows, np.int32(1), budget=256)
+    after, _ = loop.decode_steps(structure, params, state, rows, np.int32(1), budget=256)
     assert all(leaf.is_deleted() for leaf in jax.tree.leaves(state.layers))
     assert not any(leaf.is_deleted() for leaf in jax.tree.leaves((params, after)))

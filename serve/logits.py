@@ -1,0 +1,55 @@
+"""What a cache makes of given tokens: logits from the decode step, teacher-forced."""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Float32, Int
+
+from jsparse.models import Llama
+from jsparse.serve import loop
+from jsparse.serve.config import CacheConfig, plan_cache
+
+
+def decode_logits(
+    model: Llama, prompt: Int[np.ndarray, " P"], continuation: Int[np.ndarray, " T"], cache: CacheConfig
+) -> Float32[np.ndarray, "T vocab"]:
+    """Logits after each token of ``continuation``, fed to the decode step one by one after ``prompt``.
+
+    Whatever a cache makes of them, every cache sees the same tokens, so that the logits of a sparse and of a
+    dense one can be compared. Those that follow the prompt itself are left out: they come from the prefill,
+    which reads everything. Raises ``ValueError`` where a token is outside the vocabulary, a part is empty, or
+    both together are beyond the capacity.
+    """
+    for name, tokens in (("prompt", prompt), ("continuation", continuation)):
+        if tokens.size == 0 or tokens.min() < 0 or tokens.max() >= model.config.vocab_size:
+            raise ValueError(
+                f"{name} must be one id or more in [0, vocab_size={model.config.vocab_size}), not {tokens}"
+            )
+    layout = plan_cache(cache, model.config, [len(prompt)], len(continuation))
+    structure, params = loop.split_model(model)
+    state, _ = loop.prefill(model, structure, params, [prompt], layout)
+    return np.asarray(_forced(structure, params, state, continuation.astype(np.int32), budget=layout.budget))
+
+
+@functools.partial(jax.jit, static_argnames=("structure", "budget"))
+def _forced(
+    structure: loop.ModelStructure,
+    params: Any,
+    state: loop.DecodeState,
+    continuation: Int[Array, " T"],
+    *,
+    budget: int | None,
+) -> Float[Array, "T vocab"]:
+    model = structure.model(params)
+    batch = state.lengths.shape[0]
+    fed = (jnp.arange(batch) == 0).astype(jnp.int32)
+
+    def step(state, token):
+        tokens = jnp.full((batch, 1), token)
+        hidden, state = loop.forward(model, state, tokens, fed, budget=budget)
+        return state, model.logits(hidden[0, 0])
+
+    return jax.lax.scan(step, state, continuation)[1]
