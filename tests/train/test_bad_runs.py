@@ -46,7 +46,9 @@ def test_heads_that_cannot_be_halved(config, tmp_path):
     other = copy_of(
         config.model, tmp_path / "other", num_attention_heads=1, num_key_value_heads=1, head_dim=32
     )
-    check_refused(dataclasses.replace(config, model=other), ValueError, "num_heads must be even.* not 1")
+    check_refused(
+        dataclasses.replace(config, model=other), ValueError, "num_heads must be at least 2.* not 1"
+    )
 
 
 def test_a_rope_that_does_not_compound(config, tmp_path):

@@ -1,5 +1,6 @@
 import dataclasses
 import json
+import shutil
 import sys
 
 import jax
@@ -121,6 +122,15 @@ def test_a_finished_run_is_not_run_again(config, run):
     before = {path: content for path, (content, _) in snapshot(config.output).items()}
     assert finetune(config, progress=False) == run
     assert {path: content for path, (content, _) in snapshot(config.output).items()} == before
+
+
+def test_a_run_that_stopped_before_its_model_was_written_writes_it(config, run, tmp_path):
+    stopped = dataclasses.replace(config, output=tmp_path / "output")
+    shutil.copytree(config.output / "checkpoints", stopped.output / "checkpoints")
+    shutil.copy(config.output / "metrics.jsonl", stopped.output)
+    assert finetune(stopped, progress=False).losses == run.losses
+    for name in ("config.json", "model.safetensors", "tokenizer.json", "metrics.jsonl"):
+        assert (stopped.output / name).read_bytes() == (config.output / name).read_bytes()
 
 
 @pytest.mark.parametrize(
