@@ -227,7 +227,7 @@ def _attend(
             f"q has {q_heads} heads, which is no multiple of the {kv_heads} KV heads of the cache"
         )
     group = q_heads // kv_heads
-    scale = dim**-0.5 if scale is None else scale
+    factor = dim**-0.5 if scale is None else scale
     # The query heads of a KV head are rows of one product: [B, Hk, group * C, D].
     grouped = q.reshape(batch, chunk, kv_heads, group, dim).transpose(0, 2, 3, 1, 4)
     grouped = grouped.reshape(batch, kv_heads, group * chunk, dim)
@@ -240,7 +240,7 @@ def _attend(
         v = jnp.where(held[..., None], v, 0)
         visible = held[:, :, None] & mask(q_position[:, None, :, None], k_position[:, :, None])
         scores = jnp.einsum("bhqd,bhsd->bhqs", grouped, k.astype(q.dtype), preferred_element_type=jnp.float32)
-        scores = scores.reshape(batch, kv_heads, group, chunk, -1) * scale
+        scores = scores.reshape(batch, kv_heads, group, chunk, -1) * factor
         scores = jnp.where(visible[:, :, None], scores, -jnp.inf).reshape(batch, kv_heads, group * chunk, -1)
         new_largest = jnp.maximum(largest, scores.max(axis=-1))
         shift = jnp.where(new_largest == -jnp.inf, 0, new_largest)  # nothing seen yet: exp(-inf - 0) = 0

@@ -1,7 +1,6 @@
 """How large and how sparse the KV cache of a generation is, and the check that everything fits together."""
 
 import dataclasses
-import operator
 from typing import Any
 
 import numpy as np
@@ -163,10 +162,11 @@ def _power_of_two(n: int) -> int:
     return 1 << (n - 1).bit_length()
 
 
-def _require_integer(name: str, value: object, minimum: int, otherwise: str = "") -> None:
-    try:
-        valid = not isinstance(value, bool) and operator.index(value) >= minimum
-    except TypeError:
-        valid = False
-    if not valid:
+def is_integer(value: object) -> bool:
+    """Whether a value is an integer of Python or NumPy; True and False are not."""
+    return isinstance(value, int | np.integer) and not isinstance(value, bool)
+
+
+def _require_integer(name: str, value: Any, minimum: int, otherwise: str = "") -> None:
+    if not is_integer(value) or value < minimum:
         raise ValueError(f"{name} must be an integer >= {minimum}{otherwise}, not {value!r}")

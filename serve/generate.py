@@ -1,7 +1,6 @@
 """Text generation from a list of prompts: checks on the host, then prefill and decode on the device."""
 
 import dataclasses
-import operator
 import time
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
@@ -11,7 +10,7 @@ import numpy as np
 
 from jsparse.models import Llama, LlamaConfig
 from jsparse.serve import loop
-from jsparse.serve.config import CacheConfig, CacheLayout, plan_cache
+from jsparse.serve.config import CacheConfig, CacheLayout, is_integer, plan_cache
 from jsparse.serve.sampling import RowParams, SamplingParams
 
 
@@ -188,7 +187,7 @@ def _events(calls: Iterator[_Call]) -> Iterator[TokenEvent]:
 def _check(model: LlamaConfig, prompts, max_new_tokens, sampling, cache, seed) -> _Request:
     """Everything that can be wrong, before anything is launched."""
     prompts = _check_prompts(prompts, model.vocab_size)
-    if not _is_integer(max_new_tokens) or max_new_tokens < 1:
+    if not is_integer(max_new_tokens) or max_new_tokens < 1:
         raise ValueError(f"max_new_tokens must be an integer >= 1, not {max_new_tokens!r}")
     sampling = _one_each("sampling", sampling, SamplingParams, len(prompts))
     for params in sampling:
@@ -199,7 +198,7 @@ def _check(model: LlamaConfig, prompts, max_new_tokens, sampling, cache, seed) -
             )
     seeds = _one_each("seed", seed, int | np.integer, len(prompts))
     for one in seeds:
-        if isinstance(one, bool) or not 0 <= one < 2**32:
+        if not is_integer(one) or not 0 <= one < 2**32:
             raise ValueError(f"seed must be an integer from 0 to 2**32 - 1, not {one!r}")
     if not isinstance(cache, CacheConfig):
         raise TypeError(f"cache must be a CacheConfig, not {cache!r}")
@@ -225,12 +224,13 @@ def _check_prompts(prompts, vocab_size: int) -> list[np.ndarray]:
             raise ValueError(f"{name} must be a list of token ids, not {prompt!r}")
         if len(prompt) == 0:
             raise ValueError(f"{name} is empty; a prompt has at least one token id")
-        for place, token in enumerate(prompt):
-            if not _is_integer(token) or not 0 <= token < vocab_size:
+        tokens = prompt if isinstance(prompt, Sequence) else np.asarray(prompt).tolist()
+        for place, token in enumerate(tokens):
+            if not is_integer(token) or not 0 <= token < vocab_size:
                 raise ValueError(
                     f"{name}[{place}] is {token!r}; ids must be integers in [0, vocab_size={vocab_size})"
                 )
-        checked.append(np.array(prompt, np.int32))
+        checked.append(np.array(tokens, np.int32))
     return checked
 
 
@@ -246,10 +246,3 @@ def _one_each(name: str, value, kind, count: int) -> list:
             f"{name} has {len(values)} entries for {count} prompts; it must have one for each, or be one"
         )
     return values
-
-
-def _is_integer(value: Any) -> bool:
-    try:
-        return not isinstance(value, bool | np.bool_) and operator.index(value) is not None
-    except TypeError:
-        return False

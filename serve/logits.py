@@ -1,7 +1,6 @@
 """What a cache makes of given tokens: logits from the decode step, teacher-forced."""
 
 import functools
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -37,7 +36,7 @@ def decode_logits(
 @functools.partial(jax.jit, static_argnames=("structure", "budget"))
 def _forced(
     structure: loop.ModelStructure,
-    params: Any,
+    params: list[Array],
     state: loop.DecodeState,
     continuation: Int[Array, " T"],
     *,

@@ -2,7 +2,6 @@
 
 import dataclasses
 import math
-import operator
 from collections.abc import Sequence
 from typing import Any
 
@@ -10,6 +9,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
+
+from jsparse.serve.config import is_integer
 
 _MIN_TEMPERATURE = 1e-4  # below it float32 logits divided by it are all infinite or zero: that is greedy
 
@@ -45,7 +46,7 @@ class SamplingParams:
             raise ValueError(
                 f"temperature must be 0 (greedy) or at least {_MIN_TEMPERATURE}, not {self.temperature!r}"
             )
-        if not _is_index(self.top_k) or not 0 <= self.top_k < 2**31:
+        if not is_integer(self.top_k) or not 0 <= self.top_k < 2**31:
             raise ValueError(f"top_k must be an integer >= 0 (0: all tokens), not {self.top_k!r}")
         if not _is_number(self.top_p) or not 0 < self.top_p <= 1:
             raise ValueError(f"top_p must be a number in (0, 1], not {self.top_p!r}")
@@ -58,7 +59,7 @@ class SamplingParams:
                 f"stop_token_ids must be a sequence of ids, not {self.stop_token_ids!r}"
             ) from None
         for token in stop_token_ids:
-            if not _is_index(token) or token < 0:
+            if not is_integer(token) or token < 0:
                 raise ValueError(f"stop_token_ids must be integers >= 0, not {token!r}")
         object.__setattr__(self, "stop_token_ids", stop_token_ids)
 
@@ -159,10 +160,3 @@ def restrict(
 
 def _is_number(value: object) -> bool:
     return isinstance(value, int | float | np.integer | np.floating) and not isinstance(value, bool)
-
-
-def _is_index(value: Any) -> bool:
-    try:
-        return not isinstance(value, bool | np.bool_) and operator.index(value) is not None
-    except TypeError:
-        return False

@@ -28,6 +28,7 @@ CONFIG = LlamaConfig(
 @pytest.fixture(scope="session")
 def model():
     model = Llama(CONFIG, rngs=nnx.Rngs(0))
+    assert model.lm_head is not None
     kernel = model.lm_head.kernel
     kernel[...] = kernel[...].at[:, 60].set(0)  # its end token is never the most likely one
     return model
@@ -72,9 +73,9 @@ def compilations():
     """A list that grows with every compilation while the test runs."""
     seen = []
 
-    def listen(event, duration, **_):
+    def listen(event: str, duration_secs: float, **kwargs: str | int) -> None:
         if event == "/jax/core/compile/backend_compile_duration":
-            seen.append(duration)
+            seen.append(duration_secs)
 
     jax.monitoring.register_event_duration_secs_listener(listen)
     yield seen

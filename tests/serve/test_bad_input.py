@@ -17,8 +17,8 @@ PROMPTS = [
     ([[1], [2, -1]], r"prompts\[1\]\[1\] is -1"),
     ([[1.0]], r"prompts\[0\]\[0\] is 1.0"),
     ([[True]], r"prompts\[0\]\[0\] is True"),
-    ([np.array([[1, 2]])], r"prompts\[0\]\[0\] is array"),
-    ([np.array([0.5])], r"prompts\[0\]\[0\] is np.float64\(0.5\)"),
+    ([np.array([[1, 2]])], r"prompts\[0\]\[0\] is \[1, 2\]"),
+    ([np.array([0.5])], r"prompts\[0\]\[0\] is 0.5"),
 ]
 
 

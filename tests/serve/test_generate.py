@@ -225,9 +225,6 @@ def test_stream_tells_of_an_error(model, cache):
 def test_nothing_compiles_after_the_first_call(model, cache, prompts, compilations):
     generate(model, prompts, 40, cache=cache)
     compilations.clear()
-    sizes = [
-        f._cache_size() for f in (loop.prefill_chunk, loop.first_token, loop.decode_steps, loop.new_state)
-    ]
     generate(model, [prompt[::-1] + [3, 4, 5] for prompt in prompts], 11, cache=cache)
     generate(model, prompts[:1], 77, SamplingParams(temperature=0.5), cache, seed=9)
     sampling = [
@@ -240,17 +237,13 @@ def test_nothing_compiles_after_the_first_call(model, cache, prompts, compilatio
     same_structure = jax.tree.map(lambda x: np.asarray(x) * 2, nnx.state(model))
     generate(nnx.merge(nnx.graphdef(model), jax.device_put(same_structure)), prompts, 4, cache=cache)
     assert not compilations
-    assert sizes == [
-        f._cache_size() for f in (loop.prefill_chunk, loop.first_token, loop.decode_steps, loop.new_state)
-    ]
     jax.jit(lambda x: x + 1.25)(np.ones(3))
     assert compilations  # the counter counts
 
 
 def test_the_cache_is_donated_and_never_copied(model):
-    cache = CacheConfig(
-        2048, 2, budget=256, streaming_heads=[[True, False], [False, False]], sink=4, window=60
-    )
+    streams = [[True, False], [False, False]]
+    cache = CacheConfig(32768, 2, budget=256, streaming_heads=streams, sink=4, window=60, prefill_chunk=16)
     layout = plan_cache(cache, model.config, [8, 8], 4)
     structure, params = loop.split_model(model)
     state = loop.new_state(layout, kv_heads=2, dim=8, dtype=jnp.float32)
@@ -259,11 +252,12 @@ def test_the_cache_is_donated_and_never_copied(model):
         [SamplingParams()] * 2, [0, 0], batch=2, max_new=4, vocab_size=61, eos_token_ids=()
     )
     decode = loop.decode_steps.lower(structure, params, state, rows, np.int32(1), budget=256).compile()
-    tokens, counts, hidden = np.zeros((2, 512), np.int32), np.full(2, 8, np.int32), jnp.zeros((2, 32))
+    tokens, counts, hidden = np.zeros((2, 16), np.int32), np.full(2, 8, np.int32), jnp.zeros((2, 32))
     prefill = loop.prefill_chunk.lower(structure, params, state, hidden, tokens, counts).compile()
     for compiled in (decode, prefill):
-        assert compiled.memory_analysis().alias_size_in_bytes >= cache_bytes
-    assert decode.memory_analysis().temp_size_in_bytes < cache_bytes  # what it selects, and never the whole
+        memory = compiled.memory_analysis()
+        assert memory is not None and memory.alias_size_in_bytes >= cache_bytes
+        assert memory.temp_size_in_bytes < cache_bytes / 8  # a copy of one layer's keys would be more
     after, _ = loop.decode_steps(structure, params, state, rows, np.int32(1), budget=256)
     assert all(leaf.is_deleted() for leaf in jax.tree.leaves(state.layers))
     assert not any(leaf.is_deleted() for leaf in jax.tree.leaves((params, after)))
