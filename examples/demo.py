@@ -79,6 +79,11 @@ class DemoConfig:
         return self.context * self.growth
 
     @property
+    def group_size(self) -> int:
+        """Half the long context, LongLoRA's larger choice: few steps teach little about farther tokens."""
+        return self.long_context // 2
+
+    @property
     def contexts(self) -> list[int]:
         """Where perplexity is measured: the context, doubled until the long one."""
         contexts = [self.context]
@@ -185,6 +190,7 @@ def extend(config: DemoConfig, base: Path, files: tuple[Path, ...]) -> Path:
             output=config.output / "long",
             context=config.long_context,
             attention="shifted",
+            group_size=config.group_size,
             lora_rank=8,
             steps=config.extension_steps,
             batch_size=max(1, config.batch_tokens // config.long_context),
@@ -215,13 +221,12 @@ def measure_perplexity(
     """
     model, interpolated, extended = (Llama.from_pretrained(folder) for folder in (base, base, long))
     interpolated.config = interpolated.config.extend_context(config.long_context)
-    group = config.long_context // 4
-    shifted = shifted_head_masks(model.config.num_attention_heads, group)
+    shifted = shifted_head_masks(model.config.num_attention_heads, config.group_size)
     rows = {
         "base": (model, None),
         "base, positions interpolated": (interpolated, None),
         "LongLoRA, full attention": (extended, None),
-        f"LongLoRA, shifted groups of {group}": (extended, shifted),
+        f"LongLoRA, shifted groups of {config.group_size}": (extended, shifted),
     }
     perplexity = {}
     for name, (llama, mask) in rows.items():
@@ -256,7 +261,7 @@ def measure_generation(config: DemoConfig, long: Path, documents: list[np.ndarra
     texts = [tokens[:needed] for tokens in middles if len(tokens) >= needed][:PROMPTS]
     prompts, continuations = zip(*(np.split(text, [config.prompt_tokens]) for text in texts), strict=True)
 
-    # Learned gates would say which heads can do with streaming (DuoAttention); here half of each layer's must.
+    # Which heads stream without harm, learned gates would say (DuoAttention). Here half of each layer's must.
     kv_heads = model.config.num_key_value_heads
     streaming_heads = np.tile(np.arange(kv_heads) < kv_heads // 2, (model.config.num_hidden_layers, 1))
     caches = cache_kinds(config, streaming_heads)
