@@ -41,10 +41,11 @@ def folder(tmp_path_factory):
     return folder
 
 
-def run(folder, capfd, *arguments):
+def run(folder, capfd, *arguments: str) -> tuple[int, str, str]:
     """Exit code, stdout and stderr of ``jsparse <arguments>``, with {} standing for the folder."""
     code = main([argument.replace("{}", str(folder)) for argument in arguments])
-    return code, *capfd.readouterr()
+    out, err = capfd.readouterr()
+    return code, out, err
 
 
 def test_generate_prints_what_generate_gives(folder, capfd):

@@ -1,7 +1,11 @@
 """The rooms import one way only, always by their full names, and all of them are packed."""
 
 import ast
+import shutil
+import subprocess
+import sys
 import tomllib
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -106,3 +110,30 @@ def test_a_room_is_imported_as_part_of_the_package():
     import jsparse.models
 
     assert Path(jsparse.models.__file__).parent == ROOT / "models"
+
+
+@pytest.mark.slow
+def test_the_wheel_holds_every_module_and_the_license(tmp_path):
+    tree = tmp_path / "tree"  # a copy, for setuptools builds beside the sources
+    shutil.copytree(
+        ROOT, tree, ignore=shutil.ignore_patterns(".*", "build", "*.egg-info", "__pycache__", "demo")
+    )
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "wheel",
+        "-q",
+        "--no-deps",
+        "--wheel-dir",
+        str(tmp_path),
+        str(tree),
+    ]
+    subprocess.run(command, check=True)
+    (wheel,) = tmp_path.glob("*.whl")
+    names = [name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name]
+    sources = [path.relative_to(ROOT).as_posix() for path in source_files()]
+    assert sorted(names) == sorted(
+        path if path.startswith("jsparse/") else f"jsparse/{path}" for path in sources
+    )
+    assert any(name.endswith("licenses/LICENSE") for name in zipfile.ZipFile(wheel).namelist())
