@@ -23,6 +23,10 @@ class PagedKVCache:
 
     A page table ``[B, max_pages]`` says which page holds tokens ``i * page_size ...`` of a sequence. What a
     page held for an earlier owner is never read, so pages need no clearing.
+
+    >>> cache = PagedKVCache.zeros(8, 2, 16, page_size=64, logical_page_size=16, dtype=jnp.float32)
+    >>> cache.k.shape, cache.k_min.shape
+    ((8, 2, 64, 16), (8, 2, 4, 16))
     """
 
     k: Any  # arrays; Any because tree functions also put shapes, dtypes and placeholders here
@@ -67,6 +71,10 @@ class StreamingKVCache:
 
     - ``k``, ``v``: ``[B, Hk, sink + window, D]``. Position ``p`` lies in slot ``p`` where ``p < sink``,
       then in ``sink + (p - sink) % window``. Nothing else is allocated (StreamingLLM, DuoAttention).
+
+    >>> cache = StreamingKVCache.zeros(1, 2, 16, sink=2, window=3, dtype=jnp.float32)
+    >>> cache.positions(jnp.array([7])).tolist()  # after seven tokens
+    [[0, 1, 5, 6, 4]]
     """
 
     k: Any

@@ -76,6 +76,8 @@ def generate(
     ids outside the vocabulary, prompt and new tokens beyond the capacity or the model's positions, a cache
     configuration that does not fit the model.
 
+    >>> from flax import nnx
+    >>> from jsparse.models import Llama, LlamaConfig
     >>> config = LlamaConfig(
     ...     vocab_size=257, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4
     ... )
@@ -124,6 +126,8 @@ def stream(
 
     Yields the events of one step in the order of the prompts; those that have ended have none.
 
+    >>> from flax import nnx
+    >>> from jsparse.models import Llama, LlamaConfig
     >>> config = LlamaConfig(
     ...     vocab_size=257, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4
     ... )

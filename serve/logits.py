@@ -21,6 +21,15 @@ def decode_logits(
     dense one can be compared. Those that follow the prompt itself are left out: they come from the prefill,
     which reads everything. Raises ``ValueError`` where a token is outside the vocabulary, a part is empty, or
     both together are beyond the capacity.
+
+    >>> from flax import nnx
+    >>> from jsparse.models import LlamaConfig
+    >>> config = LlamaConfig(
+    ...     vocab_size=257, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4
+    ... )
+    >>> model = Llama(config, rngs=nnx.Rngs(0))
+    >>> decode_logits(model, np.array([1, 2, 3]), np.array([4, 5]), CacheConfig(budget=None)).shape
+    (2, 257)
     """
     for name, tokens in (("prompt", prompt), ("continuation", continuation)):
         if tokens.size == 0 or tokens.min() < 0 or tokens.max() >= model.config.vocab_size:
