@@ -147,7 +147,7 @@ def _generate(options: list[str]) -> None:
         }
     cache = CacheConfig(budget=command.budget, page_size=command.page_size, **streaming)
     sampling = SamplingParams(temperature=command.temperature, top_k=command.top_k, top_p=command.top_p)
-    prompt = _read_text(command.prompt_file) if command.prompt is None else command.prompt
+    prompt = _read_text(command.prompt_file) if command.prompt_file else command.prompt or ""
     tokenizer = load_tokenizer(command.model)
     model = Llama.from_pretrained(command.model)
 

@@ -2,7 +2,7 @@
 
 import functools
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, Literal, NamedTuple, overload
 
 import jax
 import jax.numpy as jnp
@@ -13,13 +13,40 @@ from jsparse.block_mask import BlockMask
 from jsparse.masks import TokenMask
 
 _IMPLEMENTATIONS = ("mosaic_gpu", "xla", "reference", "mosaic_gpu_interpret")
+Mask = TokenMask | Sequence[TokenMask] | BlockMask
 
 
+@overload
+def attention(
+    q: Array,
+    k: Array,
+    v: Array,
+    mask: Mask,
+    *,
+    scale: float | None = ...,
+    q_segment_ids: Array | None = ...,
+    kv_segment_ids: Array | None = ...,
+    implementation: str | None = ...,
+    return_lse: Literal[False] = ...,
+) -> Array: ...
+@overload
+def attention(
+    q: Array,
+    k: Array,
+    v: Array,
+    mask: Mask,
+    *,
+    scale: float | None = ...,
+    q_segment_ids: Array | None = ...,
+    kv_segment_ids: Array | None = ...,
+    implementation: str | None = ...,
+    return_lse: Literal[True],
+) -> tuple[Array, Array]: ...
 def attention(
     q: Float[Array, "B T Hq D"],
     k: Float[Array, "B S Hk D"],
     v: Float[Array, "B S Hk D"],
-    mask: TokenMask | Sequence[TokenMask] | BlockMask,
+    mask: Mask,
     *,
     scale: float | None = None,
     q_segment_ids: Int[Array, "B T"] | None = None,
@@ -79,7 +106,7 @@ def attention(
 
 
 class _Options(NamedTuple):
-    mask: BlockMask | jax.tree_util.PyTreeDef
+    mask: Any  # a BlockMask of known lists, or the tree structure of one whose lists are arguments
     scale: float
     implementation: str
 
@@ -107,7 +134,9 @@ def _blocked_forward(options, q, k, v, segment_ids, leaves):
 def _blocked_backward(options, residuals, cotangents):
     q, k, v, segment_ids, leaves, out, lse = residuals
     mask = options.block_mask(leaves)
-    gradients = xla.backward(q, k, v, mask, options.scale, *segment_ids, out, lse, *cotangents)
+    q_ids, kv_ids = segment_ids
+    d_out, d_lse = cotangents
+    gradients = xla.backward(q, k, v, mask, options.scale, q_ids, kv_ids, out, lse, d_out, d_lse)
     return *gradients, None, None
 
 
@@ -116,7 +145,8 @@ _blocked.defvjp(_blocked_forward, _blocked_backward)
 
 def default_block_sizes(q_len: int, kv_len: int) -> tuple[int, int]:
     """(block_q, block_kv) for token masks: 128, or the power of two that holds a shorter sequence."""
-    return tuple(min(128, max(16, 1 << (n - 1).bit_length())) for n in (q_len, kv_len))
+    block_q, block_kv = (min(128, max(16, 1 << (n - 1).bit_length())) for n in (q_len, kv_len))
+    return block_q, block_kv
 
 
 def _as_block_mask(mask, q_shape, k_shape) -> BlockMask:

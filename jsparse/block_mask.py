@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 from jaxtyping import Int
 
 from jsparse.masks import TokenMask
@@ -124,7 +125,7 @@ class BlockMask:
                 f"kv_count must be {list(shape[:-1])} for this kv_index, not {list(kv_count.shape)}"
             )
         capacity = shape[-1]
-        if not isinstance(kv_index, jax.core.Tracer) and not isinstance(kv_count, jax.core.Tracer):
+        if not isinstance(kv_index, Tracer) and not isinstance(kv_count, Tracer):
             kv_index, kv_count = np.asarray(kv_index, np.int32), np.asarray(kv_count, np.int32)
             _check_lists(kv_index, kv_count, nkv)
         starts = np.arange(0, np.prod(shape), capacity, dtype=np.int32).reshape(shape[:-1])

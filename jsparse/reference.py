@@ -17,7 +17,7 @@ def forward(q, k, v, mask: BlockMask, scale, q_segment_ids=None, kv_segment_ids=
     heads_per_kv = q.shape[2] // k.shape[2]
     k, v = (jnp.repeat(x.astype(dtype), heads_per_kv, axis=2) for x in (k, v))
     visible = visible_keys(mask, q.shape[2])
-    if q_segment_ids is not None:
+    if q_segment_ids is not None and kv_segment_ids is not None:
         visible = visible & (q_segment_ids[:, None, :, None] == kv_segment_ids[:, None, None, :])
 
     scores = scale * jnp.einsum("bthd,bshd->bhts", q.astype(dtype), k, precision="highest")

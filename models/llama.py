@@ -3,7 +3,6 @@
 import functools
 from collections.abc import Sequence
 from pathlib import Path
-from typing import cast
 
 import jax
 import jax.numpy as jnp
@@ -83,9 +82,7 @@ class Llama(nnx.Module):
         ids = None if segment_ids is None else jnp.asarray(segment_ids)
 
         def attend(layer, q, k, v):
-            return cast(
-                Array, jsparse.attention(q, k, v, masks[layer], q_segment_ids=ids, kv_segment_ids=ids)
-            )
+            return jsparse.attention(q, k, v, masks[layer], q_segment_ids=ids, kv_segment_ids=ids)
 
         return attend
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import inspect
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -9,6 +10,7 @@ import numpy as np
 import pytest
 
 from jsparse import BlockMask, TokenMask, attention, causal, shifted_groups, sliding_window, streaming
+from jsparse.attention import _attention
 
 IMPLEMENTATIONS = ["reference", "xla"]
 MIXED = [causal(), streaming(3, 20), shifted_groups(32, 16), sliding_window(1)]
@@ -18,7 +20,7 @@ MIXED = [causal(), streaming(3, 20), shifted_groups(32, 16), sliding_window(1)]
 class Case:
     """mask: token masks (one a query head), or a function that makes a BlockMask for the case."""
 
-    mask: object
+    mask: Any
     q_len: int = 70
     kv_len: int = 70
     batch: int = 2
@@ -91,7 +93,9 @@ def inputs(case, dtype=jnp.float32):
         return jnp.asarray(rng.normal(size=(case.batch, length, heads, case.dim)), dtype)
 
     q, k, v = draw(case.q_len, case.heads), draw(case.kv_len, case.kv_heads), draw(case.kv_len, case.kv_heads)
-    mask = case.mask(rng, case) if callable(case.mask) and not isinstance(case.mask, TokenMask) else case.mask
+    mask: Any = case.mask
+    if callable(mask) and not isinstance(mask, TokenMask):
+        mask = mask(rng, case)
     ids = np.sort(rng.integers(0, 3, (case.batch, max(case.q_len, case.kv_len))), axis=1).astype(np.int32)
     segments = {"q_segment_ids": ids[:, -case.q_len :], "kv_segment_ids": ids[:, -case.kv_len :]}
     options = {"scale": case.scale} | (
@@ -253,8 +257,9 @@ def test_memory_grows_with_the_length_and_not_with_its_square():
     def temporary_bytes(length):
         qkv = [jax.ShapeDtypeStruct((1, length, heads, 32), jnp.float32) for heads in (4, 2, 2)]
         masks = [causal()] * 2 + [streaming(64, 256)] * 2
-        step = jax.jit(jax.grad(lambda *qkv: attention(*qkv, masks).sum(), (0, 1, 2)))
-        return step.lower(*qkv).compile().memory_analysis().temp_size_in_bytes
+        step = jax.jit(jax.grad(lambda q, k, v: attention(q, k, v, masks).sum(), (0, 1, 2)))
+        analysis: Any = step.lower(*qkv).compile().memory_analysis()
+        return analysis.temp_size_in_bytes
 
     short, long = temporary_bytes(4096), temporary_bytes(16384)
     assert long < 4.5 * short
@@ -280,13 +285,12 @@ def test_composes_with_jit_vmap_checkpoint_and_scan():
 
 
 def test_a_second_call_compiles_nothing():
-    from jsparse.attention import _attention
-
+    compiled: Any = _attention
     (q, k, v), masks, _, _ = inputs(Case(MIXED))
     attention(q, k, v, masks)
-    before = _attention._cache_size()
-    attention(q + 1, k, v, list(masks))
-    assert _attention._cache_size() == before
+    before = compiled._cache_size()
+    attention(q + 1, k, v, [*MIXED])
+    assert compiled._cache_size() == before
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 import inspect
 import tracemalloc
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +13,9 @@ from jsparse import BlockMask, TokenMask, causal, streaming
 from jsparse.block_mask import transposed_lists
 
 token_masks = st.builds(
-    lambda sink, window, group: TokenMask(sink, window, *(group or (None, 0))),
+    lambda sink, window, group: (
+        TokenMask(sink, window, group[0], group[1]) if group else TokenMask(sink, window)
+    ),
     st.integers(0, 40),
     st.none() | st.integers(1, 40),
     st.none() | st.tuples(st.integers(1, 40), st.integers(0, 40)),
@@ -44,6 +47,7 @@ def test_lists_are_exactly_the_blocks_with_something_visible(masks, geometry):
     lists = lists_of(mask)
     q_len, kv_len, block_q, block_kv = mask.q_len, mask.kv_len, mask.block_q, mask.block_kv
     for head, token_mask in enumerate(masks):
+        row = mask.head_rows[head] if mask.head_rows else 0
         visible = token_mask(np.arange(q_len)[:, None] + kv_len - q_len, np.arange(kv_len))
         for i in range(mask.num_q_blocks):
             full, partial = set(), set()
@@ -53,7 +57,7 @@ def test_lists_are_exactly_the_blocks_with_something_visible(masks, geometry):
                     full.add(j)
                 elif block.any():
                     partial.add(j)
-            ours_full, ours_partial = lists[mask.head_rows[head], i]
+            ours_full, ours_partial = lists[row, i]
             assert len(ours_full) + len(ours_partial) == len(full) + len(partial)
             assert (set(ours_full), set(ours_partial)) == (full, partial)
 
@@ -118,7 +122,7 @@ def test_it_is_a_pytree_whose_lists_may_be_traced():
     np.testing.assert_array_equal(same.kv_index, mask.kv_index)
 
 
-GEOMETRY = {"q_len": 8, "kv_len": 12, "block_q": 4, "block_kv": 4}
+GEOMETRY: dict[str, Any] = {"q_len": 8, "kv_len": 12, "block_q": 4, "block_kv": 4}
 
 
 @pytest.mark.parametrize(
