@@ -237,7 +237,7 @@ def _demo(options: list[str]) -> None:
     config = _parse(DemoConfig, "demo", options)
     run_demo(config)
     print(f"model, plot and numbers are in {config.output}: try")
-    print(f"  jsparse generate --model {config.output / 'long'} --prompt 'def main('")
+    print(f"  jsparse generate --model {config.output / 'long'} --prompt 'import os' --temperature 0.7")
 
 
 _COMMANDS: dict[str, Callable[[list[str]], None]] = {

@@ -7,11 +7,10 @@ import sys
 
 import numpy as np
 import pytest
-from flax import nnx
 
 import jsparse
 from jsparse.__main__ import main
-from jsparse.models import Llama, LlamaConfig, byte_tokenizer
+from jsparse.models import Llama, byte_tokenizer
 from jsparse.serve import CacheConfig, generate
 from jsparse.train import evaluate_perplexity
 
@@ -19,21 +18,10 @@ TEXT = "def main():\n    return 0\n" * 20
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
+def folder(tmp_path_factory, save_tiny_model):
     """A folder with a tiny byte-level checkpoint in ``model``, a text file and a head pattern."""
     folder = tmp_path_factory.mktemp("cli")
-    config = LlamaConfig(
-        vocab_size=257,
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=64,
-        initializer_range=0.2,
-    )
-    Llama(config, rngs=nnx.Rngs(0)).save_pretrained(folder / "model")
-    byte_tokenizer().save(str(folder / "model" / "tokenizer.json"))
+    save_tiny_model(folder / "model")
     (folder / "text.txt").write_text(TEXT)
     (folder / "latin1.txt").write_bytes(b"caf\xe9")
     (folder / "empty.txt").write_text("")

@@ -7,10 +7,8 @@ import re
 from pathlib import Path
 
 import pytest
-from flax import nnx
 
 import jsparse
-from jsparse.models import Llama, LlamaConfig, byte_tokenizer
 
 ROOT = Path(__file__).parent.parent
 ROOMS = ["examples", "models", "pallas_kernels", "serve", "train"]
@@ -46,7 +44,7 @@ def test_there_are_examples():
 SMALLER = {"context=8192, steps=1000": "context=256, steps=2, batch_size=1", "budget=1024": "budget=64"}
 
 
-def test_readme(tmp_path, monkeypatch, capsys):
+def test_readme(save_tiny_model, tmp_path, monkeypatch, capsys):
     """Every Python block of the README, one after another, on a tiny checkpoint."""
     blocks = re.findall(r"^```python\n(.*?)^```", (ROOT / "README.md").read_text(), re.DOTALL | re.MULTILINE)
     source = "\n".join(blocks)
@@ -54,18 +52,8 @@ def test_readme(tmp_path, monkeypatch, capsys):
         assert large in source
         source = source.replace(large, small)
 
-    config = LlamaConfig(
-        vocab_size=257,
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=1,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=64,
-    )
     monkeypatch.chdir(tmp_path)
-    Llama(config, rngs=nnx.Rngs(0)).save_pretrained("my-llama")
-    byte_tokenizer().save("my-llama/tokenizer.json")
+    save_tiny_model(tmp_path / "my-llama")
     Path("book.txt").write_text("Call me Ishmael. " * 50)
 
     names: dict = {}

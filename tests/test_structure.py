@@ -8,7 +8,11 @@ import tomllib
 import zipfile
 from pathlib import Path
 
+import jax.numpy as jnp
+import jaxtyping
 import pytest
+
+import jsparse
 
 ROOT = Path(__file__).parent.parent
 
@@ -110,6 +114,11 @@ def test_a_room_is_imported_as_part_of_the_package():
     import jsparse.models
 
     assert Path(jsparse.models.__file__).parent == ROOT / "models"
+
+
+def test_shapes_are_checked_here():
+    with pytest.raises(jaxtyping.TypeCheckError):
+        jsparse.page_scores(jnp.ones(3), jnp.ones((2, 4)), jnp.ones((2, 4)))
 
 
 @pytest.mark.slow
