@@ -19,7 +19,7 @@ demo: $(VENV)/.installed-plot
 	$(VENV_PYTHON) -m jsparse demo
 
 test: $(VENV)/.installed-test
-	$(VENV_PYTHON) -m pytest
+	$(VENV_PYTHON) -m pytest --numprocesses 2 --dist loadfile
 
 lint: $(VENV)/.installed-lint
 	$(VENV_PYTHON) -m ruff check .
