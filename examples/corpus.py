@@ -24,7 +24,8 @@ def standard_library_files(smallest: int = 2_000) -> tuple[tuple[Path, ...], tup
         raise FileNotFoundError(
             f"{folder} holds {len(files)} modules in source form; the demo needs them as its text"
         )
-    held_out = tuple(files[HELD_OUT_EVERY - 1 :: HELD_OUT_EVERY])
+    # The demo's settings were tuned with other modules held out, so these measure what nobody looked at.
+    held_out = tuple(files[HELD_OUT_EVERY // 2 :: HELD_OUT_EVERY])
     return tuple(file for file in files if file not in held_out), held_out
 
 

@@ -40,8 +40,9 @@ class BlockMask:
     query head. ``head_rows`` None means that the query heads share the rows evenly and in order, which fits
     one row for all heads, one a KV head, or one a query head.
 
-    Lists made from token masks are NumPy arrays, known while tracing; lists from ``from_indices`` may be
-    traced. Two masks are equal only if they are the same object.
+    Lists made from token masks are NumPy arrays: known while tracing, and compiled in. Lists from
+    ``from_indices`` are JAX arrays, perhaps traced: other lists of the same capacity compile nothing. Two
+    masks are equal only if they are the same object.
     """
 
     kv_index: Any
@@ -126,14 +127,13 @@ class BlockMask:
             )
         capacity = shape[-1]
         if not isinstance(kv_index, Tracer) and not isinstance(kv_count, Tracer):
-            kv_index, kv_count = np.asarray(kv_index, np.int32), np.asarray(kv_count, np.int32)
-            _check_lists(kv_index, kv_count, nkv)
+            _check_lists(np.asarray(kv_index), np.asarray(kv_count), nkv)
         starts = np.arange(0, np.prod(shape), capacity, dtype=np.int32).reshape(shape[:-1])
         return BlockMask(
-            kv_index=kv_index.reshape(-1),
-            kv_start=starts,
-            kv_count=kv_count,
-            kv_full_count=np.zeros(shape[:-1], np.int32),
+            kv_index=jnp.asarray(kv_index, jnp.int32).reshape(-1),
+            kv_start=jnp.asarray(starts),
+            kv_count=jnp.asarray(kv_count, jnp.int32),
+            kv_full_count=jnp.zeros(shape[:-1], jnp.int32),
             q_len=q_len,
             kv_len=kv_len,
             block_q=block_q,
