@@ -200,6 +200,7 @@ def _write_json(file, content):
 def _move_into_place(staging, directory):
     new = sorted(staging.iterdir(), key=lambda file: file.suffix != ".safetensors")  # weights, then the rest
     for file in new:
+        shutil.copymode(staging / "config.json", file)  # safetensors makes its files private
         with file.open("rb+") as stream:
             os.fsync(stream.fileno())
     for file in new:

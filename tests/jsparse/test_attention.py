@@ -8,6 +8,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from jsparse import BlockMask, TokenMask, attention, causal, shifted_groups, sliding_window, streaming
 from jsparse.attention import _attention
@@ -191,6 +193,27 @@ def test_agrees_with_dense_float64(name, implementation):
     qkv, mask, options, cotangents = inputs(case)
     expected = dense(*qkv, visible_pairs(mask, case, options), case.scale, *cotangents)
     assert_close(run(qkv, mask, options, cotangents, implementation), expected, FLOAT32)
+
+
+@given(
+    masks=st.lists(
+        st.builds(
+            TokenMask, st.integers(0, 9), st.none() | st.integers(1, 30), st.none() | st.integers(1, 30)
+        ),
+        min_size=2,
+        max_size=2,
+    ),
+    q_len=st.integers(1, 40),
+    kv_len=st.integers(1, 40),
+    sizes=st.tuples(st.integers(1, 17), st.integers(1, 17)),
+    segments=st.booleans(),
+)
+@settings(max_examples=8)
+def test_random_masks_lengths_and_blocks(masks, q_len, kv_len, sizes, segments):
+    case = Case(blocks(masks, *sizes), q_len, kv_len, heads=2, segments=segments)
+    qkv, mask, options, cotangents = inputs(case)
+    expected = dense(*qkv, visible_pairs(mask, case, options), case.scale, *cotangents)
+    assert_close(run(qkv, mask, options, cotangents, "xla"), expected, FLOAT32)
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
