@@ -71,9 +71,8 @@ def backward(q, k, v, mask: BlockMask, scale, q_segment_ids, kv_segment_ids, out
     """The gradients of q, k and v."""
     # d_scores = weights * (d_weights - delta), where lse adds its own part to delta.
     delta = jnp.sum(out.astype(jnp.float32) * d_out.astype(jnp.float32), axis=-1) - d_lse
-    lse = jnp.where(
-        lse == -jnp.inf, jnp.inf, lse
-    )  # exp(score - inf) = 0: a query that sees nothing has no weights
+    # exp(score - inf) = 0: a query that sees nothing has no weights.
+    lse = jnp.where(lse == -jnp.inf, jnp.inf, lse)
     dq, dk, dv = (jnp.zeros(x.shape, jnp.float32) for x in (q, k, v))
     for part in _parts(mask, q.shape[2], k.shape[2]):
         queries = _query_items((q, d_out, lse, delta), part, mask, q_segment_ids)
@@ -204,7 +203,8 @@ def _over_lists(lists: _Lists, init, step, finish, *, chunk: int, mask_all: bool
 
         def visit(carry, first, last, masked):
             def body(t, carry):
-                entry = jnp.minimum(first + t, index.shape[0] - 1)
+                # Items whose list has ended look at a block of their own again, and not at another's.
+                entry = jnp.minimum(first + t, jnp.maximum(last - 1, begin))
                 return step(carry, items, index[entry], first + t < last, masked)
 
             return lax.fori_loop(0, jnp.max(last - first), body, carry)
