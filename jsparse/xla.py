@@ -256,7 +256,8 @@ def _visible(
         return listed
     q_position = queries.position[i][:, None, None] + np.arange(mask.block_q)[:, None]
     kv_position = keys.position[j][:, None, None] + np.arange(mask.block_kv)
-    visible = (token_mask(q_position, kv_position) & (kv_position < mask.kv_len))[:, None] & listed
+    # No mask shows a later key, and so none of the tail that fills up the last block.
+    visible = token_mask(q_position, kv_position)[:, None] & listed
     if queries.segment is not None:
         visible = visible & (queries.segment[i][..., :, None] == keys.segment[j][..., None, :])
     return visible

@@ -1,7 +1,6 @@
 """The Llama family: one model class, whose attention is an argument."""
 
 import functools
-from collections.abc import Sequence
 from pathlib import Path
 
 import jax
@@ -12,7 +11,7 @@ from jax.core import Tracer
 from jaxtyping import Array, Float, Int
 
 import jsparse
-from jsparse.block_mask import BlockMask
+from jsparse.attention import Mask as Mask
 from jsparse.models import checkpoint
 from jsparse.models.config import LlamaConfig
 from jsparse.models.layers import Attend, DecoderLayer, Embedding, Linear, RMSNorm
@@ -21,7 +20,6 @@ from jsparse.models.masking import layer_masks
 from jsparse.models.rope import rope_tables
 
 Tokens = Int[Array | np.ndarray, "B T"]
-Mask = jsparse.TokenMask | Sequence[jsparse.TokenMask] | BlockMask
 
 
 class Llama(nnx.Module):

@@ -34,8 +34,7 @@ def describe_run(config: FinetuneConfig, windows: Windows) -> dict:
     data.
 
     Names of files do not count, only what is in them. Nor does the number of steps, as long as no schedule
-    depends on
-    it: a run can be made longer.
+    depends on it: a run can be made longer.
     """
     described = {field: getattr(config, field) for field in _FIELDS}
     described["group_size"] = config.shifted_group_size
