@@ -1,0 +1,223 @@
+"""Block-sparse attention, forward: the lists drive TMA copies, two compute warpgroups share what they bring.
+
+Algorithm: FlashAttention-3 (arXiv 2407.08608): a memory warpgroup fills a ring of K and V tiles, two compute
+warpgroups take turns, so that the softmax of one runs beside the matrix products of the other. What is new is
+that the tiles are those of a list read at run time, and that only the list's partial blocks pay the element mask.
+"""
+
+import dataclasses
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from jsparse.pallas_kernels.lists import Heads, Lists
+from jsparse.pallas_kernels.masking import row_bounds, visible
+from jsparse.pallas_kernels.mosaic import multiply, multiply_add, release, tile_transforms
+
+ROWS = 64  # of queries a warpgroup holds: the height of one wgmma
+LOWEST = -1e30  # the running maximum of a row that has seen nothing: finite, since -inf - -inf is not a number
+
+
+@dataclasses.dataclass(frozen=True)
+class ForwardTiles:
+    """warpgroups: of ROWS queries each, on one list. tile_kv: keys a step. stages: tiles of K and of V in flight."""
+
+    warpgroups: int
+    tile_kv: int
+    stages: int
+
+
+def forward_tiles(head_dim: int, block_q: int, block_kv: int) -> ForwardTiles:
+    """The tiles for one shape: as many keys a step as divide the block and leave room for two stages."""
+    widest = 64 if head_dim == 256 else 128
+    return ForwardTiles(
+        warpgroups=2 if block_q % (2 * ROWS) == 0 else 1,
+        tile_kv=widest if block_kv % widest == 0 else 64,
+        stages=2,
+    )
+
+
+def forward(
+    q: Array,
+    k: Array,
+    v: Array,
+    lists: Lists,
+    heads: Heads,
+    *,
+    scale: float,
+    block_q: int,
+    block_kv: int,
+    segments: tuple[Array, Array] | None = None,
+    tiles: ForwardTiles | None = None,
+    interpret=None,
+) -> tuple[Array, Array]:
+    """out [B, T, Hq, D] in q's dtype, and lse [B, Hq, T rounded up to 128] float32 in base 2.
+
+    ``out = softmax(scale * q k') v`` over the keys that the lists and the heads' token masks show, and
+    ``lse = log2 sum exp(scale * q k')``; 0 and -inf where a query sees nothing.
+
+    q [B, T, Hq, D], k and v [B, S, Hk, D]. ``segments`` are (q_ids [B, T], kv_ids [B, S]): a query sees its own
+    segment. Lists are of key blocks, one for each ``block_q`` queries.
+    """
+    batch, q_len, q_heads, head_dim = q.shape
+    kv_len, kv_heads = k.shape[1], k.shape[2]
+    group = q_heads // kv_heads
+    tiles = tiles or forward_tiles(head_dim, block_q, block_kv)
+    warpgroups, tile_kv, stages = tiles.warpgroups, tiles.tile_kv, tiles.stages
+    rows = warpgroups * ROWS
+    steps_a_block, rows_a_block = block_kv // tile_kv, block_q // rows
+    num_tiles = pl.cdiv(q_len, rows)
+    padded = pl.cdiv(q_len, 128) * 128
+    batched = lists.start.shape[0] > 1
+    log2_scale = scale * math.log2(math.e)
+    if segments is not None:
+        segments = pad_segments(*segments, padded, pl.cdiv(kv_len, tile_kv) * tile_kv)
+
+    def kernel(q_ref, k_ref, v_ref, index_ref, start_ref, count_ref, full_ref, row_ref, mask_ref, *rest):
+        q_segment_ref, kv_segment_ref, out_ref, lse_ref = rest if segments else (None, None, *rest)
+        b, kv_head = lax.axis_index("batch"), lax.axis_index("kv_heads")
+        # The longest lists of a causal mask are the last: they start first.
+        tile = num_tiles - 1 - lax.axis_index("q")
+        head = kv_head * group + lax.axis_index("group")
+        where = (b if batched else 0, row_ref[head], lax.div(tile, rows_a_block))
+        start = start_ref[where]
+        steps = count_ref[where] * steps_a_block
+        full_steps = 0 if segments else full_ref[where] * steps_a_block
+
+        def first_key(step):
+            block = index_ref[start + lax.div(step, steps_a_block)]
+            return block * block_kv + lax.rem(step, steps_a_block) * tile_kv
+
+        def body(q_smem, k_smem, v_smem, lse_smem, q_segment_smem, kv_segment_smem, barriers):
+            q_ready, k_ready, v_ready, k_free, v_free, turn = barriers
+            warpgroup = lax.axis_index("warpgroup")
+
+            def take_turn():
+                if warpgroups == 2:
+                    plgpu.barrier_arrive(turn)
+                    plgpu.barrier_wait(turn)
+
+            @pl.when(warpgroup < warpgroups)
+            def _compute():
+                plgpu.set_max_registers(232, action="increase")
+                first = tile * rows + warpgroup * ROWS
+                q_tile, ready = q_smem.at[warpgroup], q_ready.at[warpgroup]
+                plgpu.copy_gmem_to_smem(q_ref.at[b, pl.ds(first, ROWS), head], q_tile, ready)
+                if segments:
+                    q_segment_tile = q_segment_smem.at[warpgroup]
+                    plgpu.copy_gmem_to_smem(q_segment_ref.at[b, pl.ds(first, ROWS)], q_segment_tile, ready)
+                plgpu.barrier_wait(ready)
+                by_row = plgpu.Layout.WGMMA.reduce(1)
+                q_segment = plgpu.layout_cast(q_segment_tile[...], by_row) if segments else None
+                bounds = row_bounds(first + kv_len - q_len, ROWS, [mask_ref[head, n] for n in range(4)])
+
+                def step(t, carry, masked):
+                    acc, top, total = carry
+                    slot = lax.rem(t, stages)
+                    plgpu.barrier_wait(k_ready.at[slot])
+                    scores = multiply(q_tile, k_smem.at[slot].transpose((1, 0)), interpret=interpret)
+                    take_turn()
+                    if masked:
+                        kv_segment = None
+                        if segments:
+                            kv_segment = plgpu.layout_cast(
+                                kv_segment_smem.at[slot][...], plgpu.Layout.WGMMA.reduce(0)
+                            )
+                        seen = visible(bounds, first_key(t), tile_kv, q_segment, kv_segment)
+                        scores = jnp.where(seen, scores, -jnp.inf)
+                    release(k_free.at[slot], interpret=interpret)
+                    new_top = jnp.maximum(top, scores.max(axis=1) * log2_scale)
+                    decay = jnp.exp2(top - new_top)
+                    weights = jnp.exp2(scores * log2_scale - lax.broadcast_in_dim(new_top, scores.shape, [0]))
+                    total = total * decay + weights.sum(axis=1)
+                    acc = acc * lax.broadcast_in_dim(decay, acc.shape, [0])
+                    weights = weights.astype(v.dtype)
+                    plgpu.barrier_wait(v_ready.at[slot])
+                    take_turn()
+                    acc = multiply_add(acc, weights, v_smem.at[slot], interpret=interpret)
+                    release(v_free.at[slot], interpret=interpret)
+                    return acc, new_top, total
+
+                carry = (
+                    plgpu.layout_cast(jnp.zeros((ROWS, head_dim), jnp.float32), plgpu.Layout.WGMMA),
+                    plgpu.layout_cast(jnp.full((ROWS,), LOWEST, jnp.float32), by_row),
+                    plgpu.layout_cast(jnp.zeros((ROWS,), jnp.float32), by_row),
+                )
+                pl.when(warpgroup == 1)(take_turn)  # from here on the second is half a step behind the first
+                carry = lax.fori_loop(0, full_steps, functools.partial(step, masked=False), carry)
+                acc, top, total = lax.fori_loop(full_steps, steps, functools.partial(step, masked=True), carry)
+                pl.when(warpgroup == 0)(take_turn)
+
+                inverse = jnp.where(total > 0, 1 / total, 0.0)
+                q_tile[...] = (acc * lax.broadcast_in_dim(inverse, acc.shape, [0])).astype(q.dtype)
+                lse_tile = lse_smem.at[warpgroup]
+                lse_tile[...] = jnp.where(total > 0, top + jnp.log(total) * math.log2(math.e), -jnp.inf)
+                plgpu.commit_smem()
+                plgpu.copy_smem_to_gmem(q_tile, out_ref.at[b, pl.ds(first, ROWS), head])
+                plgpu.copy_smem_to_gmem(lse_tile, lse_ref.at[b, head, pl.ds(first, ROWS)])
+                plgpu.wait_smem_to_gmem(0)
+
+            @pl.when(warpgroup == warpgroups)
+            def _memory():
+                plgpu.set_max_registers(40, action="decrease")
+
+                @pl.loop(0, steps)
+                def _(t):
+                    slot = lax.rem(t, stages)
+                    keys = pl.ds(first_key(t), tile_kv)
+                    pl.when(t >= stages)(lambda: plgpu.barrier_wait(k_free.at[slot]))
+                    plgpu.copy_gmem_to_smem(k_ref.at[b, keys, kv_head], k_smem.at[slot], k_ready.at[slot])
+                    if segments:
+                        ids = kv_segment_ref.at[b, keys]
+                        plgpu.copy_gmem_to_smem(ids, kv_segment_smem.at[slot], k_ready.at[slot])
+                    pl.when(t >= stages)(lambda: plgpu.barrier_wait(v_free.at[slot]))
+                    plgpu.copy_gmem_to_smem(v_ref.at[b, keys, kv_head], v_smem.at[slot], v_ready.at[slot])
+
+        transforms = tile_transforms(q.dtype)
+        loads = 2 if segments else 1
+        pl.run_scoped(
+            body,
+            plgpu.SMEM((warpgroups, ROWS, head_dim), q.dtype, transforms=transforms),
+            plgpu.SMEM((stages, tile_kv, head_dim), k.dtype, transforms=transforms),
+            plgpu.SMEM((stages, tile_kv, head_dim), v.dtype, transforms=transforms),
+            plgpu.SMEM((warpgroups, ROWS), jnp.float32),
+            plgpu.SMEM((warpgroups, ROWS), jnp.int32) if segments else None,
+            plgpu.SMEM((stages, tile_kv), jnp.int32) if segments else None,
+            (
+                plgpu.Barrier(num_arrivals=loads, num_barriers=warpgroups),
+                plgpu.Barrier(num_arrivals=loads, num_barriers=stages),
+                plgpu.Barrier(num_barriers=stages),
+                plgpu.Barrier(num_arrivals=warpgroups, num_barriers=stages),
+                plgpu.Barrier(num_arrivals=warpgroups, num_barriers=stages),
+                plgpu.Barrier(num_arrivals=2) if warpgroups == 2 else None,
+            ),
+            collective_axes="warpgroup",
+        )
+
+    out, lse = plgpu.kernel(
+        kernel,
+        out_type=[
+            jax.ShapeDtypeStruct(q.shape, q.dtype),
+            jax.ShapeDtypeStruct((batch, q_heads, padded), jnp.float32),
+        ],
+        grid=(batch, kv_heads, num_tiles, group),
+        # The last runs fastest: the heads that read the same keys run side by side.
+        grid_names=("batch", "kv_heads", "q", "group"),
+        num_threads=warpgroups + 1,
+        thread_name="warpgroup",
+        kernel_name="jsparse_forward",
+        compiler_params=plgpu.CompilerParams(approx_math=True),
+        **({} if interpret is None else {"interpret": interpret}),
+    )(q, k, v, *lists, *heads, *(segments or ()))
+    return out, lse
+
+
+def pad_segments(q_ids: Array, kv_ids: Array, q_len: int, kv_len: int) -> tuple[Array, Array]:
+    """Whole tiles of segment ids; the padding is of no importance, since no mask shows it."""
+    q_ids = jnp.pad(q_ids.astype(jnp.int32), ((0, 0), (0, q_len - q_ids.shape[1])))
+    return q_ids, jnp.pad(kv_ids.astype(jnp.int32), ((0, 0), (0, kv_len - kv_ids.shape[1])))

@@ -1,0 +1,47 @@
+"""Where a kernel's source differs between the GPU and Mosaic's interpreter on a CPU, and nothing else.
+
+All that the interpreter cannot run, or needs besides:
+
+- a matrix product whose left operand is in registers, and ``pl.run_state``, which hands an accumulator on:
+  ``multiply_add`` computes them with ``jnp.dot``;
+- a fence between such a product, which reads shared memory as ordinary loads do, and the TMA copy that overwrites
+  that memory. A real ``wgmma`` reads through the same proxy as TMA does and needs none: ``release``.
+
+Everything else, barriers, copies, masks, loops and products of two operands in shared memory, is interpreted as
+it is compiled.
+"""
+
+import jax.numpy as jnp
+from jax import Array
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+
+def multiply_add(acc: Array, left: Array, right, *, interpret) -> Array:
+    """``acc + left @ right``: acc [m, n] float32 and left [m, k] in registers, right [k, n] in shared memory."""
+    if interpret is not None:
+        return acc + jnp.dot(left, right[...], preferred_element_type=jnp.float32)
+    return pl.run_state(lambda ref: plgpu.wgmma(ref, left, right))(plgpu.ACC.init(acc))
+
+
+def multiply(left, right, *, interpret) -> Array:
+    """``left @ right`` in float32: left [m, k] and right [k, n] both in shared memory."""
+    del interpret
+
+    def product(acc):
+        plgpu.wgmma(acc, left, right)
+        return acc[...]
+
+    return pl.run_scoped(product, plgpu.ACC((left.shape[0], right.shape[1]), jnp.float32))
+
+
+def release(barrier, *, interpret) -> None:
+    """Tells the memory warpgroup that this one has read a buffer for the last time."""
+    if interpret is not None:
+        plgpu.commit_smem()
+    plgpu.barrier_arrive(barrier)
+
+
+def tile_transforms(dtype) -> tuple:
+    """The layout of a tile in shared memory that TMA writes and wgmma reads without bank conflicts."""
+    return plgpu.TilingTransform((8, 128 // jnp.dtype(dtype).itemsize)), plgpu.SwizzleTransform(128)
