@@ -16,11 +16,13 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from jsparse.pallas_kernels.lists import Heads, Lists
-from jsparse.pallas_kernels.masking import row_bounds, visible
-from jsparse.pallas_kernels.mosaic import multiply, multiply_add, release, tile_transforms
+from jsparse.pallas_kernels.masking import row_bounds, same_segment, visible
+from jsparse.pallas_kernels.mosaic import multiply, multiply_add, release, share_registers, tile_transforms
 
 ROWS = 64  # of queries a warpgroup holds: the height of one wgmma
-LOWEST = -1e30  # the running maximum of a row that has seen nothing: finite, since -inf - -inf is not a number
+LOWEST = (
+    -1e30
+)  # the running maximum of a row that has seen nothing: finite, since -inf - -inf is not a number
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,7 +89,7 @@ def forward(
         where = (b if batched else 0, row_ref[head], lax.div(tile, rows_a_block))
         start = start_ref[where]
         steps = count_ref[where] * steps_a_block
-        full_steps = 0 if segments else full_ref[where] * steps_a_block
+        full_steps = full_ref[where] * steps_a_block
 
         def first_key(step):
             block = index_ref[start + lax.div(step, steps_a_block)]
@@ -104,7 +106,7 @@ def forward(
 
             @pl.when(warpgroup < warpgroups)
             def _compute():
-                plgpu.set_max_registers(232, action="increase")
+                share_registers(warpgroups, compute=True)
                 first = tile * rows + warpgroup * ROWS
                 q_tile, ready = q_smem.at[warpgroup], q_ready.at[warpgroup]
                 plgpu.copy_gmem_to_smem(q_ref.at[b, pl.ds(first, ROWS), head], q_tile, ready)
@@ -112,7 +114,7 @@ def forward(
                     q_segment_tile = q_segment_smem.at[warpgroup]
                     plgpu.copy_gmem_to_smem(q_segment_ref.at[b, pl.ds(first, ROWS)], q_segment_tile, ready)
                 plgpu.barrier_wait(ready)
-                by_row = plgpu.Layout.WGMMA.reduce(1)
+                by_row, by_column = plgpu.Layout.WGMMA.reduce(1), plgpu.Layout.WGMMA.reduce(0)
                 q_segment = plgpu.layout_cast(q_segment_tile[...], by_row) if segments else None
                 bounds = row_bounds(first + kv_len - q_len, ROWS, [mask_ref[head, n] for n in range(4)])
 
@@ -122,14 +124,11 @@ def forward(
                     plgpu.barrier_wait(k_ready.at[slot])
                     scores = multiply(q_tile, k_smem.at[slot].transpose((1, 0)), interpret=interpret)
                     take_turn()
+                    if segments:
+                        kv_segment = plgpu.layout_cast(kv_segment_smem.at[slot][...], by_column)
+                        scores = jnp.where(same_segment(q_segment, kv_segment), scores, -jnp.inf)
                     if masked:
-                        kv_segment = None
-                        if segments:
-                            kv_segment = plgpu.layout_cast(
-                                kv_segment_smem.at[slot][...], plgpu.Layout.WGMMA.reduce(0)
-                            )
-                        seen = visible(bounds, first_key(t), tile_kv, q_segment, kv_segment)
-                        scores = jnp.where(seen, scores, -jnp.inf)
+                        scores = jnp.where(visible(bounds, first_key(t), tile_kv), scores, -jnp.inf)
                     release(k_free.at[slot], interpret=interpret)
                     new_top = jnp.maximum(top, scores.max(axis=1) * log2_scale)
                     decay = jnp.exp2(top - new_top)
@@ -150,7 +149,9 @@ def forward(
                 )
                 pl.when(warpgroup == 1)(take_turn)  # from here on the second is half a step behind the first
                 carry = lax.fori_loop(0, full_steps, functools.partial(step, masked=False), carry)
-                acc, top, total = lax.fori_loop(full_steps, steps, functools.partial(step, masked=True), carry)
+                acc, top, total = lax.fori_loop(
+                    full_steps, steps, functools.partial(step, masked=True), carry
+                )
                 pl.when(warpgroup == 0)(take_turn)
 
                 inverse = jnp.where(total > 0, 1 / total, 0.0)
@@ -164,7 +165,7 @@ def forward(
 
             @pl.when(warpgroup == warpgroups)
             def _memory():
-                plgpu.set_max_registers(40, action="decrease")
+                share_registers(warpgroups, compute=False)
 
                 @pl.loop(0, steps)
                 def _(t):

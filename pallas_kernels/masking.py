@@ -16,7 +16,7 @@ def row_bounds(first_position, rows: int, token_mask):
     return q, q - window, group_start, sink
 
 
-def visible(bounds, first_key, keys: int, q_segment=None, kv_segment=None):
+def visible(bounds, first_key, keys: int):
     """Which of ``keys`` keys from ``first_key`` on the rows see, bool [rows, keys]."""
     q, window_end, group_start, sink = bounds
     shape = (q.shape[0], keys)
@@ -25,7 +25,10 @@ def visible(bounds, first_key, keys: int, q_segment=None, kv_segment=None):
         return lax.broadcast_in_dim(x, shape, [0])
 
     k = first_key + plgpu.broadcasted_iota(jnp.int32, shape, 1, layout=plgpu.Layout.WGMMA)
-    seen = (k <= by_row(q)) & ((k < sink) | (k > by_row(window_end))) & (k >= by_row(group_start))
-    if q_segment is not None:
-        seen = seen & (by_row(q_segment) == lax.broadcast_in_dim(kv_segment, shape, [1]))
-    return seen
+    return ((k < sink) | (k > by_row(window_end))) & (k <= by_row(q)) & (k >= by_row(group_start))
+
+
+def same_segment(row_segment, column_segment):
+    """bool [rows, columns], from the segment ids of the rows and of the columns."""
+    shape = (row_segment.shape[0], column_segment.shape[0])
+    return lax.broadcast_in_dim(row_segment, shape, [0]) == lax.broadcast_in_dim(column_segment, shape, [1])

@@ -42,6 +42,13 @@ def release(barrier, *, interpret) -> None:
     plgpu.barrier_arrive(barrier)
 
 
+def share_registers(compute_warpgroups: int, *, compute: bool) -> None:
+    """Moves registers from the memory warpgroup to two compute warpgroups; one has as many as it can use."""
+    if compute_warpgroups == 2:
+        registers, action = (240, "increase") if compute else (24, "decrease")
+        plgpu.set_max_registers(registers, action=action)
+
+
 def tile_transforms(dtype) -> tuple:
     """The layout of a tile in shared memory that TMA writes and wgmma reads without bank conflicts."""
     return plgpu.TilingTransform((8, 128 // jnp.dtype(dtype).itemsize)), plgpu.SwizzleTransform(128)
