@@ -2,7 +2,7 @@
 
 Algorithm: FlashAttention-3 (arXiv 2407.08608): a memory warpgroup fills a ring of K and V tiles, two compute
 warpgroups take turns, so that the softmax of one runs beside the matrix products of the other. What is new is
-that the tiles are those of a list read at run time, and that only the list's partial blocks pay the element mask.
+that the tiles are those of a list read at run time, whose partial blocks alone pay the element mask.
 """
 
 import dataclasses
@@ -27,7 +27,7 @@ LOWEST = (
 
 @dataclasses.dataclass(frozen=True)
 class ForwardTiles:
-    """warpgroups: of ROWS queries each, on one list. tile_kv: keys a step. stages: tiles of K and of V in flight."""
+    """warpgroups: of ROWS queries each, on one list. tile_kv: keys a step. stages: tiles of K and V in flight."""
 
     warpgroups: int
     tile_kv: int
@@ -63,8 +63,8 @@ def forward(
     ``out = softmax(scale * q k') v`` over the keys that the lists and the heads' token masks show, and
     ``lse = log2 sum exp(scale * q k')``; 0 and -inf where a query sees nothing.
 
-    q [B, T, Hq, D], k and v [B, S, Hk, D]. ``segments`` are (q_ids [B, T], kv_ids [B, S]): a query sees its own
-    segment. Lists are of key blocks, one for each ``block_q`` queries.
+    q [B, T, Hq, D], k and v [B, S, Hk, D]. ``segments`` are (q_ids [B, T], kv_ids [B, S]): a query sees its
+    own segment. Lists are of key blocks, one for each ``block_q`` queries.
     """
     batch, q_len, q_heads, head_dim = q.shape
     kv_len, kv_heads = k.shape[1], k.shape[2]

@@ -8,8 +8,8 @@ from jax import Array
 class Lists(NamedTuple):
     """For each block of one side, the blocks of the other side to visit. All int32.
 
-    List ``(b, r, i)`` is ``index[start[b, r, i] :][: count[b, r, i]]``; its first ``full_count[b, r, i]`` blocks
-    need no element mask.
+    List ``(b, r, i)`` is ``index[start[b, r, i] :][: count[b, r, i]]``; its first ``full_count[b, r, i]``
+    blocks need no element mask.
     """
 
     index: Array  # [L], at least one entry

@@ -4,11 +4,11 @@ All that the interpreter cannot run, or needs besides:
 
 - a matrix product whose left operand is in registers, and ``pl.run_state``, which hands an accumulator on:
   ``multiply_add`` computes them with ``jnp.dot``;
-- a fence between such a product, which reads shared memory as ordinary loads do, and the TMA copy that overwrites
-  that memory. A real ``wgmma`` reads through the same proxy as TMA does and needs none: ``release``.
+- a fence between such a product, which reads shared memory as ordinary loads do, and the TMA copy that
+  overwrites that memory. A real ``wgmma`` reads through the same proxy as TMA and needs none: ``release``.
 
-Everything else, barriers, copies, masks, loops and products of two operands in shared memory, is interpreted as
-it is compiled.
+Everything else, barriers, copies, masks, loops and products of two operands in shared memory, is interpreted
+as it is compiled.
 """
 
 import jax.numpy as jnp
@@ -18,7 +18,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 
 def multiply_add(acc: Array, left: Array, right, *, interpret) -> Array:
-    """``acc + left @ right``: acc [m, n] float32 and left [m, k] in registers, right [k, n] in shared memory."""
+    """``acc + left @ right``: acc [m, n] float32 and left [m, k] in registers, right [k, n] in SMEM."""
     if interpret is not None:
         return acc + jnp.dot(left, right[...], preferred_element_type=jnp.float32)
     return pl.run_state(lambda ref: plgpu.wgmma(ref, left, right))(plgpu.ACC.init(acc))
