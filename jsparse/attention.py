@@ -8,8 +8,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from jsparse import reference, xla
+from jsparse import mosaic_gpu, reference, xla
 from jsparse.block_mask import BlockMask
+from jsparse.device import hopper
 from jsparse.masks import TokenMask
 
 _IMPLEMENTATIONS = ("mosaic_gpu", "xla", "reference", "mosaic_gpu_interpret")
@@ -67,14 +68,20 @@ def attention(
     - scale: 1 / sqrt(D) if None.
     - q_segment_ids [B, T], kv_segment_ids [B, S]: a query sees only keys of its own segment (packed
       documents). Both or neither.
-    - implementation: "xla" (any device, block-sparse), "reference" (dense, for tests), or None for the best
-      that applies. "mosaic_gpu" and "mosaic_gpu_interpret" are reserved for the GPU kernels and raise
-      NotImplementedError.
+    - implementation: "mosaic_gpu" (the kernels for Hopper GPUs: bfloat16 or float16, head_dim up to 256,
+      blocks of multiples of 64), "xla" (any device, block-sparse), "reference" (dense, for tests),
+      "mosaic_gpu_interpret" (the kernels' own source on a CPU, slowly, with a race detector, float32 too; for
+      tests), or None: the kernels where they can run, else XLA.
+
+    On a mesh in context (``jax.set_mesh``) the kernels run on each device's own sequences and heads. Mesh
+    axes of type Explicit split as q says; of those of type Auto, "data" and "fsdp" split the batch and
+    "tensor" the heads.
 
     Returns out [B, T, Hq, D] in q's dtype, and with ``return_lse`` also lse [B, T, Hq] float32, natural
     logarithm. A query that sees nothing has out 0 and lse -inf.
 
-    Raises ValueError, before anything runs, for shapes, dtypes, masks and names that do not fit.
+    Raises ValueError, before anything runs, for shapes, dtypes, masks and names that do not fit, and
+    NotImplementedError where the implementation asked for cannot take them, naming the limit.
 
     >>> import jsparse
     >>> q = jax.random.normal(jax.random.key(0), (1, 6, 4, 16))
@@ -87,20 +94,15 @@ def attention(
     True
     """
     _check_arrays(q, k, v, q_segment_ids, kv_segment_ids)
-    mask = _as_block_mask(mask, q.shape, k.shape)
-    if implementation is None:
-        implementation = "xla"
-    if implementation not in _IMPLEMENTATIONS:
+    if implementation is not None and implementation not in _IMPLEMENTATIONS:
         raise ValueError(f"implementation must be None or one of {_IMPLEMENTATIONS}, not {implementation!r}")
-    if implementation.startswith("mosaic_gpu"):
-        raise NotImplementedError(
-            f"implementation={implementation!r}: this version of jsparse has no GPU kernels yet"
-        )
+    scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
+    mask, implementation = _choose(implementation, mask, q, k, scale)
 
     # Lists known while tracing are compiled in; the others are arguments.
     traced = [x for x in jax.tree.leaves(mask) if isinstance(x, jax.Array)]
     leaves, structure = ((), mask) if not traced else jax.tree.flatten(mask)
-    options = _Options(structure, q.shape[-1] ** -0.5 if scale is None else float(scale), implementation)
+    options = _Options(structure, scale, implementation)
     out, lse = _attention(options, q, k, v, (q_segment_ids, kv_segment_ids), tuple(leaves))
     return (out, lse) if return_lse else out
 
@@ -109,6 +111,10 @@ class _Options(NamedTuple):
     mask: Any  # a BlockMask of known lists, or the tree structure of one whose lists are arguments
     scale: float
     implementation: str
+
+    @property
+    def interpret(self) -> bool:
+        return self.implementation == "mosaic_gpu_interpret"
 
     def block_mask(self, leaves) -> BlockMask:
         return self.mask if isinstance(self.mask, BlockMask) else jax.tree.unflatten(self.mask, leaves)
@@ -123,7 +129,10 @@ def _attention(options: _Options, q, k, v, segment_ids, leaves):
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _blocked(options: _Options, q, k, v, segment_ids, leaves):
-    return xla.forward(q, k, v, options.block_mask(leaves), options.scale, *segment_ids)
+    arguments = q, k, v, options.block_mask(leaves), options.scale, *segment_ids
+    if options.implementation == "xla":
+        return xla.forward(*arguments)
+    return mosaic_gpu.forward(*arguments, interpret=options.interpret)
 
 
 def _blocked_forward(options, q, k, v, segment_ids, leaves):
@@ -136,8 +145,10 @@ def _blocked_backward(options, residuals, cotangents):
     mask = options.block_mask(leaves)
     q_ids, kv_ids = segment_ids
     d_out, d_lse = cotangents
-    gradients = xla.backward(q, k, v, mask, options.scale, q_ids, kv_ids, out, lse, d_out, d_lse)
-    return *gradients, None, None
+    arguments = q, k, v, mask, options.scale, q_ids, kv_ids, out, lse, d_out, d_lse
+    if options.implementation == "xla":
+        return *xla.backward(*arguments), None, None
+    return *mosaic_gpu.backward(*arguments, interpret=options.interpret), None, None
 
 
 _blocked.defvjp(_blocked_forward, _blocked_backward)
@@ -149,7 +160,21 @@ def default_block_sizes(q_len: int, kv_len: int) -> tuple[int, int]:
     return block_q, block_kv
 
 
-def _as_block_mask(mask, q_shape, k_shape) -> BlockMask:
+def _choose(implementation, mask, q, k, scale) -> tuple[BlockMask, str]:
+    """The lists to follow and the implementation that follows them."""
+    portable = default_block_sizes(q.shape[1], k.shape[1])
+    if implementation in ("xla", "reference") or (implementation is None and not hopper()):
+        return _as_block_mask(mask, q.shape, k.shape, portable), implementation or "xla"
+    lists = _as_block_mask(mask, q.shape, k.shape, mosaic_gpu.block_sizes())
+    limit = mosaic_gpu.limit(q, lists, scale, interpret=implementation == "mosaic_gpu_interpret")
+    if limit is None:
+        return lists, implementation or "mosaic_gpu"
+    if implementation is None:
+        return _as_block_mask(mask, q.shape, k.shape, portable), "xla"
+    raise NotImplementedError(f"implementation={implementation!r}: {limit}")
+
+
+def _as_block_mask(mask, q_shape, k_shape, block_sizes: tuple[int, int]) -> BlockMask:
     (_, q_len, q_heads, _), (batch, kv_len, kv_heads, _) = q_shape, k_shape
     if isinstance(mask, BlockMask):
         if (mask.q_len, mask.kv_len) != (q_len, kv_len):
@@ -165,7 +190,7 @@ def _as_block_mask(mask, q_shape, k_shape) -> BlockMask:
             raise ValueError(f"mask has lists for {mask.kv_start.shape[0]} sequences, but q has {batch}")
         heads = mask.head_rows
     else:
-        block_q, block_kv = default_block_sizes(q_len, kv_len)
+        block_q, block_kv = block_sizes
         mask = BlockMask.from_token_masks(mask, q_len, kv_len, block_q=block_q, block_kv=block_kv)
         heads = mask.head_rows
     if heads is not None and len(heads) != q_heads:

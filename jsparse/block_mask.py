@@ -281,3 +281,12 @@ def transposed_lists(
     edges = xp.searchsorted(key, xp.arange(2 * num_kv_items + 1, dtype=key.dtype)).astype(np.int32)
     begin, middle, end = edges[:-1:2], edges[1::2], edges[2::2]
     return owner[ordered], begin, end - begin, middle - begin
+
+
+def offset_entries(index: Int[Any, " L"], start: Int[Any, " N"], offset: Int[Any, " N"]) -> Any:
+    """The entries of list n, raised by offset[n]: from block numbers to item numbers."""
+    if not np.any(offset):
+        return index
+    xp = np if isinstance(index, np.ndarray) and isinstance(start, np.ndarray) else jnp
+    owner = xp.searchsorted(start, xp.arange(index.shape[0], dtype=np.int32), side="right") - 1
+    return index + xp.asarray(offset)[owner]

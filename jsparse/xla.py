@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from jsparse.block_mask import BlockMask, transposed_lists
+from jsparse.block_mask import BlockMask, offset_entries, transposed_lists
 from jsparse.masks import TokenMask
 
 # Scores of one chunk: large enough to keep the cores busy, small enough to stay in the cache.
@@ -295,7 +295,7 @@ def _parts(mask: BlockMask, num_q_heads: int, num_kv_heads: int) -> list[_Part]:
             .astype(np.int32)
         )
         start, count, full_count = (x.reshape(-1) for x in (start, count, full_count))
-        lists = _Lists(_offset_entries(mask.kv_index, start, offset), start, count, full_count)
+        lists = _Lists(offset_entries(mask.kv_index, start, offset), start, count, full_count)
         q_heads, kv_heads = tuple(range(num_q_heads)), tuple(range(num_kv_heads))
         return [_Part(q_heads, kv_heads, mask.token_masks[0], lists, classes, batched)]
 
@@ -317,15 +317,6 @@ def _parts(mask: BlockMask, num_q_heads: int, num_kv_heads: int) -> list[_Part]:
         lists = _Lists(index, begin, count[row], full_count[row])
         parts.append(_Part(q_heads, kv_heads, mask.token_masks[row], lists, 1, False))
     return parts
-
-
-def _offset_entries(index, start, offset):
-    """The entries of list n, raised by offset[n]: from block numbers to item numbers."""
-    if not np.any(offset):
-        return index
-    xp = np if isinstance(index, np.ndarray) and isinstance(start, np.ndarray) else jnp
-    owner = xp.searchsorted(start, xp.arange(index.shape[0], dtype=np.int32), side="right") - 1
-    return index + xp.asarray(offset)[owner]
 
 
 def _query_items(arrays, part: _Part, mask: BlockMask, segment_ids) -> _Items:

@@ -352,9 +352,3 @@ def test_three_rows_do_not_fit_four_heads():
     )
     with pytest.raises(ValueError, match="mask has 3 rows, which 4 query heads on 2 KV heads cannot share"):
         attention(jnp.zeros((1, 8, 4, 16)), jnp.zeros((1, 8, 2, 16)), jnp.zeros((1, 8, 2, 16)), mask)
-
-
-def test_gpu_kernels_say_that_they_are_not_there_yet():
-    q = jnp.zeros((1, 8, 2, 16))
-    with pytest.raises(NotImplementedError, match="no GPU kernels yet"):
-        attention(q, q, q, causal(), implementation="mosaic_gpu")

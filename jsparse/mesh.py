@@ -1,0 +1,75 @@
+"""Running a function on each device's own sequences and heads."""
+
+from collections.abc import Callable
+
+import jax
+from jax.sharding import AxisType, PartitionSpec
+
+# Which mesh axes split what where the compiler chooses shardings (axes of type Auto), and no array tells.
+BATCH_AXES = ("data", "fsdp")
+HEAD_AXES = ("tensor",)
+
+
+def split_over_mesh(
+    run: Callable, operands: tuple, axes: tuple[str, ...], outputs: tuple[str, ...], *, num_heads: int
+):
+    """``run(*operands)``, by ``shard_map`` over the mesh in context (``jax.set_mesh``), or as it is without.
+
+    ``axes`` name the axes of each operand, one letter each: ``b`` is split over the devices that share the
+    batch, ``h`` over those that share the heads, all others are whole on every device; ``outputs`` likewise.
+    Operand 0 decides: its own sharding where the mesh axes are Explicit, ``BATCH_AXES`` and ``HEAD_AXES``
+    where they are Auto. Mesh axes that do not divide the batch, or ``num_heads``, KV heads, repeat the work.
+
+    Raises ValueError where operand 0 is explicitly sharded along another axis.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    kinds = dict(zip(mesh.axis_names, mesh.axis_types, strict=True))
+    free = {name for name, kind in kinds.items() if kind != AxisType.Manual}
+    if not free:
+        return run(*operands)
+    sizes = dict(zip(mesh.axis_names, mesh.axis_sizes, strict=True))
+    given = _explicit_axes(operands[0], axes[0])
+    lengths = {"b": operands[0].shape[axes[0].index("b")], "h": num_heads}
+    split = {}
+    for letter, names in (("b", BATCH_AXES), ("h", HEAD_AXES)):
+        auto = tuple(name for name in names if kinds.get(name) == AxisType.Auto)
+        split[letter] = _dividing(given[letter] + auto, sizes, lengths[letter])
+
+    def spec(letters, among):
+        parts = (tuple(name for name in split.get(letter, ()) if name in among) for letter in letters)
+        return PartitionSpec(*(part or None for part in parts))
+
+    # Types show how arrays lie along Explicit axes, and shard_map wants them to lie as it will cut them.
+    explicit = {name for name, kind in kinds.items() if kind == AxisType.Explicit}
+    if explicit:
+        operands = tuple(jax.reshard(x, spec(of, explicit)) for x, of in zip(operands, axes, strict=True))
+    return jax.shard_map(
+        run,
+        in_specs=tuple(spec(letters, free) for letters in axes),
+        out_specs=tuple(spec(letters, free) for letters in outputs),
+        axis_names=free,
+        check_vma=False,
+    )(*operands)
+
+
+def _dividing(names: tuple[str, ...], size: dict[str, int], length: int) -> tuple[str, ...]:
+    """The first of these mesh axes whose product divides the length."""
+    chosen: list[str] = []
+    for name in names:
+        if length % size[name] == 0:
+            chosen.append(name)
+            length //= size[name]
+    return tuple(chosen)
+
+
+def _explicit_axes(x, letters: str) -> dict[str, tuple[str, ...]]:
+    spec = jax.typeof(x).sharding.spec
+    given: dict[str, tuple[str, ...]] = {}
+    for letter, part in zip(letters, (*spec, *(None,) * (len(letters) - len(spec))), strict=True):
+        names = () if part is None else part if isinstance(part, tuple) else (part,)
+        if names and letter not in "bh":
+            raise ValueError(
+                f"q is sharded as {spec}, but a mesh splits only its batch and heads for the GPU kernels"
+            )
+        given[letter] = names
+    return given

@@ -1,0 +1,221 @@
+"""Attention on the Hopper kernels: what they can take, and how a BlockMask and whole arrays become theirs.
+
+Four things stand between ``attention`` and a kernel. A head_dim that no kernel has is padded with zeros.
+Lists and token masks become int32 arrays (``jsparse.pallas_kernels.lists``). An axis that ``jax.vmap`` maps
+is folded into the batch, since TMA knows five axes and no more. And on a mesh each device runs the kernel on
+its own sequences and heads (``shard_map``), since no compiler can look into a kernel to split it.
+"""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jsparse.block_mask import BlockMask, offset_entries, transposed_lists
+from jsparse.device import device_kind, hopper
+from jsparse.mesh import split_over_mesh
+from jsparse.pallas_kernels.lists import UNLIMITED, Heads, Lists
+
+_HEAD_DIMS = (64, 128, 256)
+_BLOCK = 64
+
+
+def limit(q, mask: BlockMask, scale: float, *, interpret: bool) -> str | None:
+    """Why the kernels cannot take this call, or None where they can."""
+    if interpret and jax.__version_info__ < (0, 12):
+        return (
+            f"jax {jax.__version__} cannot interpret the GPU kernels: that takes jax >= 0.12 (Python >= 3.12)"
+        )
+    if not interpret and jax.__version_info__ < (0, 11, 2):
+        return (
+            f"jax {jax.__version__} cannot compile the GPU kernels: that takes jax >= 0.11.2 (Python >= 3.12)"
+        )
+    if not interpret and not hopper():
+        return f"the GPU kernels are for Hopper (H100, H200), and this device is {device_kind()!r}"
+    if q.dtype not in (jnp.bfloat16, jnp.float16) and not (interpret and q.dtype == jnp.float32):
+        return f"the GPU kernels take bfloat16 and float16, not {q.dtype}"
+    if q.shape[-1] > _HEAD_DIMS[-1]:
+        return f"the GPU kernels take head_dim up to {_HEAD_DIMS[-1]}, not {q.shape[-1]}"
+    for name, size in (("block_q", mask.block_q), ("block_kv", mask.block_kv)):
+        if size % _BLOCK:
+            return f"the GPU kernels take blocks of a multiple of {_BLOCK} tokens, not {name}={size}"
+    if scale <= 0:
+        return f"the GPU kernels take a positive scale, not {scale}"
+    return None
+
+
+def block_sizes() -> tuple[int, int]:
+    """(block_q, block_kv) of lists made for token masks: two compute warpgroups of 64 queries share one."""
+    return 128, 128
+
+
+def forward(q, k, v, mask: BlockMask, scale, q_segment_ids, kv_segment_ids, *, interpret: bool):
+    """out [B, T, Hq, D] in q's dtype, lse [B, T, Hq] float32, natural logarithm."""
+    from jsparse.pallas_kernels import forward as kernel
+
+    def run(q, k, v, lists, heads, *segments):
+        return kernel.forward(
+            q, k, v, lists, heads, segments=segments or None, **_options(mask, scale, interpret)
+        )
+
+    out, lse = _launch(
+        run, mask, _row_lists(mask), _pad_heads(q, k, v), (), q_segment_ids, kv_segment_ids, ("bthd", "bht")
+    )
+    return out[..., : q.shape[-1]], lse[:, :, : mask.q_len].swapaxes(1, 2) * np.log(2)
+
+
+def backward(
+    q, k, v, mask: BlockMask, scale, q_segment_ids, kv_segment_ids, out, lse, d_out, d_lse, *, interpret: bool
+):
+    """The gradients of q, k and v."""
+    from jsparse.pallas_kernels import backward_keys, backward_queries
+
+    dim = q.shape[-1]
+    delta = jnp.sum(out.astype(jnp.float32) * d_out.astype(jnp.float32), axis=-1) - d_lse
+    # Rows that see nothing, and those that fill up the last tile, have no weights: exp2(score - inf) = 0.
+    padding = (0, 0), (0, 0), (0, -mask.q_len % 128)
+    base2 = jnp.where(lse == -jnp.inf, jnp.inf, lse / np.log(2)).swapaxes(1, 2)
+    base2 = jnp.pad(base2, padding, constant_values=jnp.inf)
+    rows = base2, jnp.pad(delta.swapaxes(1, 2), padding)
+    arrays = _pad_heads(q, k, v, d_out.astype(q.dtype))
+
+    def run(kernel, q, k, v, d_out, lse, delta, lists, heads, *segments):
+        return kernel(
+            q, k, v, d_out, lse, delta, lists, heads, segments=segments or None,
+            **_options(mask, scale, interpret),
+        )  # fmt: skip
+
+    def launch(kernel, lists, outputs):
+        return _launch(
+            lambda *args: run(kernel, *args),
+            mask,
+            lists,
+            arrays,
+            rows,
+            q_segment_ids,
+            kv_segment_ids,
+            outputs,
+        )
+
+    (dq,) = launch(lambda *a, **o: (backward_queries.backward_queries(*a, **o),), _row_lists(mask), ("bthd",))
+    dk, dv = launch(backward_keys.backward_keys, _column_lists(mask), ("bthd", "bthd"))
+    return dq[..., :dim], dk[..., :dim], dv[..., :dim]
+
+
+def _options(mask: BlockMask, scale: float, interpret: bool) -> dict:
+    return {
+        "scale": scale,
+        "block_q": mask.block_q,
+        "block_kv": mask.block_kv,
+        "interpret": interpreter() if interpret else None,
+    }
+
+
+def interpreter():
+    """How the kernels are interpreted: with the race detector, which costs little."""
+    from jax.experimental.pallas import mosaic_gpu as plgpu
+
+    return plgpu.InterpretGPUParams(detect_races=True)
+
+
+def _pad_heads(*arrays):
+    dim = arrays[0].shape[-1]
+    padding = next(size for size in _HEAD_DIMS if size >= dim) - dim
+    return tuple(jnp.pad(x, ((0, 0), (0, 0), (0, 0), (0, padding))) for x in arrays)
+
+
+def _row_lists(mask: BlockMask) -> Lists:
+    """For each block of queries, the blocks of keys; [1, R, nq] where all sequences share the lists."""
+    shape = (-1, *mask.kv_start.shape[-2:])
+    index = _not_empty(mask.kv_index)
+    return Lists(index, *(x.reshape(shape) for x in (mask.kv_start, mask.kv_count, mask.kv_full_count)))
+
+
+def _column_lists(mask: BlockMask) -> Lists:
+    """For each block of keys, the blocks of queries; [1 or B, R, nkv]."""
+    num_q, num_kv = mask.num_q_blocks, mask.num_kv_blocks
+    start, count, full_count = (x.reshape(-1) for x in (mask.kv_start, mask.kv_count, mask.kv_full_count))
+    num_rows = start.shape[0] // num_q
+    offset = (np.arange(start.shape[0]) // num_q * num_kv).astype(np.int32)
+    items = offset_entries(mask.kv_index, start, offset)
+    owner, *columns = transposed_lists(items, start, count, full_count, num_rows * num_kv)
+    shape = (-1, mask.kv_start.shape[-2], num_kv)
+    return Lists(_not_empty(owner % num_q), *(x.reshape(shape) for x in columns))
+
+
+def _not_empty(index):
+    return index if index.shape[0] else np.zeros(1, np.int32)
+
+
+def _heads(mask: BlockMask, num_q_heads: int) -> Heads:
+    num_rows = mask.kv_start.shape[-2]
+    rows = mask.head_rows or [head * num_rows // num_q_heads for head in range(num_q_heads)]
+    of_row = [
+        (
+            0 if m.window is None else m.sink,
+            UNLIMITED if m.window is None else min(m.window, UNLIMITED),
+            UNLIMITED if m.group_size is None else min(m.group_size, UNLIMITED),
+            m.group_shift,
+        )
+        for m in mask.token_masks
+    ]
+    return Heads(jnp.asarray(rows, jnp.int32), jnp.asarray([of_row[row] for row in rows], jnp.int32))
+
+
+def _launch(run: Callable, mask, lists: Lists, arrays, rows, q_ids, kv_ids, outputs: tuple[str, ...]):
+    """run(*arrays, *rows, lists, heads, *segments) with mapped axes folded away and the mesh's shares cut.
+
+    arrays are [B, T or S, H, D], rows [B, Hq, Tp]; outputs names the axes of what comes back.
+    """
+    lists = Lists(*(jnp.asarray(x, jnp.int32) for x in lists))
+    segments = () if q_ids is None else (q_ids, kv_ids)
+
+    @jax.custom_batching.custom_vmap
+    def call(arrays, rows, lists, segments):
+        q_heads, kv_heads, batch = arrays[0].shape[2], arrays[1].shape[2], arrays[0].shape[0]
+        heads = _heads(mask, q_heads)
+        per_sequence = "b" if lists.start.shape[0] == batch and batch > 1 else "."
+        operands = (*arrays, *rows, *lists, *heads, *segments)
+        axes = ("bthd",) * len(arrays) + ("bht",) * len(rows)
+        axes += (".", *(f"{per_sequence}..",) * 3) + ("h", "h.") + ("b.",) * len(segments)
+
+        def local(*operands):
+            before = len(arrays) + len(rows)
+            lists, heads = Lists(*operands[before : before + 4]), Heads(*operands[before + 4 : before + 6])
+            return run(*operands[:before], lists, heads, *operands[before + 6 :])
+
+        return split_over_mesh(local, operands, axes, outputs, num_heads=kv_heads)
+
+    @call.def_vmap
+    def fold(size, mapped, arrays, rows, lists, segments):
+        def merge(x, is_mapped):
+            x = x if is_mapped else jnp.broadcast_to(x, (size, *x.shape))
+            return x.reshape(-1, *x.shape[2:])
+
+        batch = arrays[0].shape[1 if mapped[0][0] else 0]
+        arrays, rows, segments = (
+            jax.tree.map(merge, values, flags)
+            for values, flags in ((arrays, mapped[0]), (rows, mapped[1]), (segments, mapped[3]))
+        )
+        results = call(arrays, rows, _fold_lists(lists, mapped[2], size, batch), segments)
+        return (
+            tuple(x.reshape(size, -1, *x.shape[1:]) for x in results),
+            (True,) * len(results),
+        )
+
+    return call(arrays, rows, lists, segments)
+
+
+def _fold_lists(lists: Lists, mapped: Lists, size: int, batch: int) -> Lists:
+    """The lists of ``size`` batches as those of one; lists that all sequences share stay shared."""
+    if not any(mapped) and lists.start.shape[0] == 1:
+        return lists
+    index, *rest = (
+        x if is_mapped else jnp.broadcast_to(x, (size, *x.shape))
+        for x, is_mapped in zip(lists, mapped, strict=True)
+    )
+    shift = jnp.arange(size, dtype=jnp.int32)[:, None, None, None] * index.shape[1]
+    rest = [rest[0] + shift, *rest[1:]]
+    rest = [jnp.broadcast_to(x, (size, batch, *x.shape[2:])).reshape(-1, *x.shape[2:]) for x in rest]
+    return Lists(index.reshape(-1), *rest)
