@@ -1,7 +1,9 @@
 """The conformance suite: every implementation of attention passes every case."""
 
 import dataclasses
+import functools
 import inspect
+import os
 from typing import Any
 
 import jax
@@ -14,7 +16,13 @@ from hypothesis import strategies as st
 from jsparse import BlockMask, TokenMask, attention, causal, shifted_groups, sliding_window, streaming
 from jsparse.attention import _attention
 
-IMPLEMENTATIONS = ["reference", "xla"]
+# On a machine with a GPU: JSPARSE_TEST_IMPLEMENTATION=mosaic_gpu, in half precision only.
+INTERPRETED = pytest.param(
+    "mosaic_gpu_interpret",
+    marks=pytest.mark.skipif(jax.__version_info__ < (0, 12), reason="jax < 0.12 cannot interpret Mosaic GPU"),
+)
+ON_DEVICE = os.environ.get("JSPARSE_TEST_IMPLEMENTATION")
+IMPLEMENTATIONS = [ON_DEVICE] if ON_DEVICE else ["reference", "xla", INTERPRETED]
 MIXED = [causal(), streaming(3, 20), shifted_groups(32, 16), sliding_window(1)]
 
 
@@ -31,19 +39,32 @@ class Case:
     dim: int = 16
     segments: bool = False
     scale: float | None = None
+    unit: int = 1  # block sizes are a multiple of this
+
+    def fit(self, implementation):
+        """The same case for kernels whose blocks are of 64 tokens: longer, and fewer sequences."""
+        if not implementation.startswith("mosaic_gpu"):
+            return self
+        batch = 2 if self.segments or getattr(self.mask, "batched", False) else 1
+        q_len, kv_len = (n if n == 1 or n > 128 else 2 * n for n in (self.q_len, self.kv_len))
+        return dataclasses.replace(self, q_len=q_len, kv_len=kv_len, batch=batch, unit=64)
 
 
 def blocks(masks, block_q, block_kv):
-    return lambda _, case: BlockMask.from_token_masks(
-        masks, case.q_len, case.kv_len, block_q=block_q, block_kv=block_kv
-    )
+    def make(_, case):
+        sizes = (-(-size // case.unit) * case.unit for size in (block_q, block_kv))
+        sizes = dict(zip(("block_q", "block_kv"), sizes, strict=True))
+        return BlockMask.from_token_masks(masks, case.q_len, case.kv_len, **sizes)
+
+    return make
 
 
 def chosen(rows, batched, token_mask=TokenMask()):
     """Random lists of random lengths, some of them empty."""
 
     def make(rng, case):
-        num_q_blocks, num_kv_blocks = -(-case.q_len // 16), -(-case.kv_len // 16)
+        size = max(16, case.unit)
+        num_q_blocks, num_kv_blocks = -(-case.q_len // size), -(-case.kv_len // size)
         shape = (case.batch,) * batched + (rows, num_q_blocks)
         index = np.argsort(rng.random((*shape, num_kv_blocks)), axis=-1)[..., :4]
         return BlockMask.from_indices(
@@ -51,11 +72,12 @@ def chosen(rows, batched, token_mask=TokenMask()):
             rng.integers(0, index.shape[-1] + 1, shape),
             q_len=case.q_len,
             kv_len=case.kv_len,
-            block_q=16,
-            block_kv=16,
+            block_q=size,
+            block_kv=size,
             token_mask=token_mask,
         )
 
+    make.batched = batched
     return make
 
 
@@ -189,10 +211,12 @@ BFLOAT16 = (2e-2,) * 5
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 @pytest.mark.parametrize("name", CASES)
 def test_agrees_with_dense_float64(name, implementation):
-    case = CASES[name]
-    qkv, mask, options, cotangents = inputs(case)
+    case = CASES[name].fit(implementation)
+    dtype = jnp.bfloat16 if implementation == "mosaic_gpu" else jnp.float32
+    qkv, mask, options, cotangents = inputs(case, dtype)
     expected = dense(*qkv, visible_pairs(mask, case, options), case.scale, *cotangents)
-    assert_close(run(qkv, mask, options, cotangents, implementation), expected, FLOAT32)
+    tolerances = FLOAT32 if dtype == jnp.float32 else BFLOAT16
+    assert_close(run(qkv, mask, options, cotangents, implementation), expected, tolerances)
 
 
 @given(
@@ -220,7 +244,7 @@ def test_random_masks_lengths_and_blocks(masks, q_len, kv_len, sizes, segments):
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
 @pytest.mark.parametrize("name", ["mixed masks in small blocks", "chosen a sequence and KV head"])
 def test_agrees_in_half_precision(name, dtype, implementation):
-    case = CASES[name]
+    case = CASES[name].fit(implementation)
     qkv, mask, options, cotangents = inputs(case, dtype)
     expected = dense(*qkv, visible_pairs(mask, case, options), case.scale, *cotangents)
     ours = run(qkv, mask, options, cotangents, implementation)
@@ -230,7 +254,10 @@ def test_agrees_in_half_precision(name, dtype, implementation):
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 def test_traced_lists_give_what_known_lists_give(implementation):
-    qkv, mask, options, cotangents = inputs(CASES["mixed masks in small blocks"])
+    case = CASES["mixed masks in small blocks"].fit(implementation)
+    qkv, mask, options, cotangents = inputs(
+        case, jnp.bfloat16 if implementation == "mosaic_gpu" else jnp.float32
+    )
     known = run(qkv, mask, options, cotangents, implementation)
     traced = run(qkv, jax.tree.map(jnp.asarray, mask), options, cotangents, implementation)
     assert_close(traced, known, FLOAT32)
@@ -238,11 +265,14 @@ def test_traced_lists_give_what_known_lists_give(implementation):
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 def test_a_query_that_sees_nothing_gives_zero_and_no_gradient(implementation):
-    case = Case(causal(), 40, 24)
-    qkv, mask, options, (d_out, d_lse) = inputs(case)
+    case = Case(causal(), 40, 24).fit(implementation)
+    dtype = jnp.bfloat16 if implementation == "mosaic_gpu" else jnp.float32
+    qkv, mask, options, (d_out, d_lse) = inputs(case, dtype)
     out, lse, dq, dk, dv = run(qkv, mask, options, (d_out, d_lse), implementation)
-    assert not out[:, :16].any() and np.isneginf(lse[:, :16]).all()
-    assert not dq[:, :16].any() and all(np.isfinite(x).all() for x in (dq, dk, dv))
+    blind = case.q_len - case.kv_len
+    assert not out[:, :blind].any() and np.isneginf(lse[:, :blind]).all()
+    assert not dq[:, :blind].any() and all(np.isfinite(x).all() for x in (dq, dk, dv))
+    assert out[:, blind:].any()
 
 
 @pytest.mark.parametrize(
@@ -255,24 +285,27 @@ def test_no_output_depends_on_a_later_token(masks):
     assert not np.triu(reach, 1).any() and np.diag(reach).all()
 
 
-def test_blocks_that_are_not_listed_are_not_read():
+@pytest.mark.parametrize("implementation", [name for name in IMPLEMENTATIONS if name != "reference"])
+def test_blocks_that_are_not_listed_are_not_read(implementation):
     """NaN in blocks 2 to 4 reaches the one query block that lists them, whatever the others' lists hold."""
-    (q, k, v), _, options, cotangents = inputs(Case(causal(), 96, 96))
+    size = 16 if implementation == "xla" else 64
+    dtype = jnp.bfloat16 if implementation == "mosaic_gpu" else jnp.float32
+    (q, k, v), _, options, cotangents = inputs(Case(causal(), 6 * size, 6 * size, batch=1, heads=2), dtype)
     index = np.array([[[0, 1, 3]] * 5 + [[4, 3, 2]]])
     counts = np.array([[1, 2, 1, 2, 2, 3]])  # of unequal lengths: the longest keeps the others waiting
-    mask = BlockMask.from_indices(index, counts, q_len=96, kv_len=96, block_q=16, block_kv=16)
+    mask = BlockMask.from_indices(index, counts, q_len=6 * size, kv_len=6 * size, block_q=size, block_kv=size)
 
     def poison(x):
-        return x.at[:, 32:80].set(jnp.nan)
+        return x.at[:, 2 * size : 5 * size].set(jnp.nan)
 
-    poisoned = run((q, poison(k), poison(v)), mask, options, cotangents, "xla")
-    clean = run((q, k, v), mask, options, cotangents, "xla")
+    poisoned = run((q, poison(k), poison(v)), mask, options, cotangents, implementation)
+    clean = run((q, k, v), mask, options, cotangents, implementation)
     for ours, expected in zip(poisoned[:3], clean[:3], strict=True):  # out, lse, dq
-        np.testing.assert_array_equal(ours[:, :80], expected[:, :80])
-        assert not np.isfinite(ours[:, 80:]).any()
+        np.testing.assert_array_equal(ours[:, : 5 * size], expected[:, : 5 * size])
+        assert not np.isfinite(ours[:, 5 * size :]).any()
     for ours, expected in zip(poisoned[3:], clean[3:], strict=True):  # dk, dv
-        np.testing.assert_array_equal(ours[:, :32], expected[:, :32])
-        assert not np.any(ours[:, 80:])
+        np.testing.assert_array_equal(ours[:, : 2 * size], expected[:, : 2 * size])
+        assert not np.any(ours[:, 5 * size :])
 
 
 def test_memory_grows_with_the_length_and_not_with_its_square():
@@ -288,22 +321,56 @@ def test_memory_grows_with_the_length_and_not_with_its_square():
     assert long < 16384**2  # a quarter of one T x T array of float32
 
 
-def test_composes_with_jit_vmap_checkpoint_and_scan():
-    qkv, masks, _, _ = inputs(Case(MIXED))
+@pytest.mark.parametrize("implementation", [name for name in IMPLEMENTATIONS if name != "reference"])
+def test_composes_with_jit_vmap_checkpoint_and_scan(implementation):
+    dtype = jnp.bfloat16 if implementation == "mosaic_gpu" else jnp.float32
+    qkv, masks, _, _ = inputs(Case([causal(), streaming(3, 20)], heads=2, kv_heads=1), dtype)
+    attend = functools.partial(attention, implementation=implementation)
 
     def loss(q, k, v):
-        return jnp.sum(attention(q, k, v, masks) ** 2)
+        return jnp.sum(attend(q, k, v, masks).astype(jnp.float32) ** 2)
 
-    expected = jax.grad(loss)(*qkv)
-    assert jnp.allclose(jax.jit(jax.grad(jax.checkpoint(loss)))(*qkv), expected, atol=1e-5)
+    def assert_same(ours):
+        for x, y in zip(ours, expected, strict=True):
+            np.testing.assert_allclose(x.reshape(y.shape), y, atol=1e-5)
+
+    expected = jax.grad(loss, (0, 1, 2))(*qkv)
+    assert_same(jax.jit(jax.grad(jax.checkpoint(loss), (0, 1, 2)))(*qkv))
 
     def one(q, k, v):
-        return attention(q[None], k[None], v[None], masks)[0]
+        return attend(q[None], k[None], v[None], masks)[0]
 
-    mapped = jax.grad(lambda *qkv: jnp.sum(jax.vmap(one)(*qkv) ** 2))(*qkv)
-    assert jnp.allclose(mapped, expected, atol=1e-5)
-    _, scanned = jax.lax.scan(lambda _, qkv: (None, jax.grad(loss)(*qkv)), None, tuple(x[None] for x in qkv))
-    assert jnp.allclose(scanned[0], expected, atol=1e-5)
+    assert_same(jax.grad(lambda *qkv: jnp.sum(jax.vmap(one)(*qkv).astype(jnp.float32) ** 2), (0, 1, 2))(*qkv))
+    grad_of_one = jax.grad(lambda *qkv: jnp.sum(one(*qkv).astype(jnp.float32) ** 2), (0, 1, 2))
+    assert_same(jax.vmap(grad_of_one)(*qkv))
+    body = lambda _, qkv: (None, jax.grad(loss, (0, 1, 2))(*qkv))  # noqa: E731
+    assert_same(jax.lax.scan(body, None, tuple(x[None] for x in qkv))[1])
+
+
+@pytest.mark.parametrize("implementation", ["xla", INTERPRETED])
+def test_vmap_over_chosen_lists(implementation):
+    """Lists, queries, or both mapped; lists for all sequences and lists a sequence."""
+    size = 64
+    rng = np.random.default_rng(0)
+    q = jnp.asarray(rng.normal(size=(2, 2, 2 * size, 2, 16)), jnp.float32)
+    index = jnp.asarray([[[[0, 1], [1, 0]]], [[[1, 0], [0, 1]]]])  # [2, R, nq, M]
+    count = jnp.asarray([[[1, 2]], [[0, 1]]])
+
+    def attend(q, index, count):
+        mask = BlockMask.from_indices(
+            index, count, q_len=2 * size, kv_len=2 * size, block_q=size, block_kv=size
+        )
+        return attention(q, q, q, mask, implementation=implementation)
+
+    def one_by_one(q, index, count):
+        return jnp.stack([attend(*x) for x in zip(q, index, count, strict=True)])
+
+    both = jax.vmap(attend)(q, index, count)
+    np.testing.assert_allclose(both, one_by_one(q, index, count), atol=1e-5)
+    lists_only = jax.vmap(attend, (None, 0, 0))(q[0], index, count)
+    np.testing.assert_allclose(lists_only, one_by_one(q[:1].repeat(2, 0), index, count), atol=1e-5)
+    a_sequence = jax.vmap(attend, (0, None, None))(q, index, count)
+    np.testing.assert_allclose(a_sequence, jnp.stack([attend(x, index, count) for x in q]), atol=1e-5)
 
 
 def test_a_second_call_compiles_nothing():
@@ -352,3 +419,22 @@ def test_three_rows_do_not_fit_four_heads():
     )
     with pytest.raises(ValueError, match="mask has 3 rows, which 4 query heads on 2 KV heads cannot share"):
         attention(jnp.zeros((1, 8, 4, 16)), jnp.zeros((1, 8, 2, 16)), jnp.zeros((1, 8, 2, 16)), mask)
+
+
+@pytest.mark.skipif(jax.__version_info__ < (0, 12), reason="jax < 0.12 cannot interpret Mosaic GPU")
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"implementation": "mosaic_gpu"}, r"for Hopper \(H100, H200\), and this device is 'cpu'"),
+        ({"dim": 320}, "take head_dim up to 256, not 320"),
+        ({"mask": blocks(causal(), 128, 48)}, "a multiple of 64 tokens, not block_kv=48"),
+        ({"scale": -1.0}, "take a positive scale, not -1.0"),
+    ],
+)
+def test_kernels_name_their_limits(change, message):
+    case = dataclasses.replace(Case(causal()), **{k: x for k, x in change.items() if k != "implementation"})
+    qkv, mask, options, _ = inputs(case)
+    implementation = change.get("implementation", "mosaic_gpu_interpret")
+    with pytest.raises(NotImplementedError, match=f"implementation='{implementation}': .*{message}"):
+        attention(*qkv, mask, implementation=implementation, **options)
+    assert attention(*qkv, mask, **options).shape == qkv[0].shape  # the choice falls on XLA
