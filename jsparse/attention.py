@@ -8,12 +8,13 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from jsparse import mosaic_gpu, reference, xla
+from jsparse import cudnn, mosaic_gpu, reference, xla
 from jsparse.block_mask import BlockMask
-from jsparse.device import hopper
+from jsparse.device import device_kind, hopper
 from jsparse.masks import TokenMask
+from jsparse.pallas_kernels.measured import cudnn_is_faster
 
-_IMPLEMENTATIONS = ("mosaic_gpu", "xla", "reference", "mosaic_gpu_interpret")
+_IMPLEMENTATIONS = ("mosaic_gpu", "xla", "cudnn", "reference", "mosaic_gpu_interpret")
 Mask = TokenMask | Sequence[TokenMask] | BlockMask
 
 
@@ -69,9 +70,10 @@ def attention(
     - q_segment_ids [B, T], kv_segment_ids [B, S]: a query sees only keys of its own segment (packed
       documents). Both or neither.
     - implementation: "mosaic_gpu" (the kernels for Hopper GPUs: bfloat16 or float16, head_dim up to 256,
-      blocks of multiples of 64), "xla" (any device, block-sparse), "reference" (dense, for tests),
-      "mosaic_gpu_interpret" (the kernels' own source on a CPU, slowly, with a race detector, float32 too; for
-      tests), or None: the kernels where they can run, else XLA.
+      blocks of multiples of 64), "xla" (any device, block-sparse), "cudnn" (dense, where every head is plain
+      causal), "reference" (dense, for tests), "mosaic_gpu_interpret" (the kernels' own source on a CPU,
+      slowly, with a race detector, float32 too; for tests), or None: on a GPU the kernels, or cuDNN where it
+      can serve and was measured to be faster; elsewhere, and where they cannot run, XLA.
 
     On a mesh in context (``jax.set_mesh``) the kernels run on each device's own sequences and heads. Mesh
     axes of type Explicit split as q says; of those of type Auto, "data" and "fsdp" split the batch and
@@ -97,7 +99,17 @@ def attention(
     if implementation is not None and implementation not in _IMPLEMENTATIONS:
         raise ValueError(f"implementation must be None or one of {_IMPLEMENTATIONS}, not {implementation!r}")
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
-    mask, implementation = _choose(implementation, mask, q, k, scale)
+
+    def limit(candidate, lists) -> str | None:
+        if candidate == "cudnn":
+            return cudnn.limit(q, k, lists, q_segment_ids, return_lse)
+        if candidate.startswith("mosaic_gpu"):
+            return mosaic_gpu.limit(q, lists, scale, interpret=candidate == "mosaic_gpu_interpret")
+        return None
+
+    mask, implementation = _choose(implementation, mask, q, k, limit)
+    if implementation == "cudnn":
+        return cudnn.attention(q, k, v, scale)
 
     # Lists known while tracing are compiled in; the others are arguments.
     traced = [x for x in jax.tree.leaves(mask) if isinstance(x, jax.Array)]
@@ -160,18 +172,24 @@ def default_block_sizes(q_len: int, kv_len: int) -> tuple[int, int]:
     return block_q, block_kv
 
 
-def _choose(implementation, mask, q, k, scale) -> tuple[BlockMask, str]:
-    """The lists to follow and the implementation that follows them."""
-    portable = default_block_sizes(q.shape[1], k.shape[1])
-    if implementation in ("xla", "reference") or (implementation is None and not hopper()):
-        return _as_block_mask(mask, q.shape, k.shape, portable), implementation or "xla"
-    lists = _as_block_mask(mask, q.shape, k.shape, mosaic_gpu.block_sizes())
-    limit = mosaic_gpu.limit(q, lists, scale, interpret=implementation == "mosaic_gpu_interpret")
-    if limit is None:
-        return lists, implementation or "mosaic_gpu"
-    if implementation is None:
-        return _as_block_mask(mask, q.shape, k.shape, portable), "xla"
-    raise NotImplementedError(f"implementation={implementation!r}: {limit}")
+def _choose(implementation, mask, q, k, limit) -> tuple[BlockMask, str]:
+    """The lists to follow, and the first of the implementations that can."""
+    candidates = _preferences(q) if implementation is None else (implementation,)
+    for candidate in candidates:
+        portable = default_block_sizes(q.shape[1], k.shape[1])
+        sizes = mosaic_gpu.block_sizes() if candidate.startswith("mosaic_gpu") else portable
+        lists = _as_block_mask(mask, q.shape, k.shape, sizes)
+        if limit(candidate, lists) is None:
+            return lists, candidate
+    raise NotImplementedError(f"implementation={candidate!r}: {limit(candidate, lists)}")
+
+
+def _preferences(q) -> tuple[str, ...]:
+    if not hopper():
+        return ("xla",)
+    if cudnn_is_faster(device_kind(), q.shape[-1], q.shape[1]):
+        return "cudnn", "mosaic_gpu", "xla"
+    return "mosaic_gpu", "xla"
 
 
 def _as_block_mask(mask, q_shape, k_shape, block_sizes: tuple[int, int]) -> BlockMask:

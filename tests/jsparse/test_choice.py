@@ -1,0 +1,78 @@
+"""Which implementation attention chooses for the device that a program is traced for."""
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax.sharding import AbstractDevice, AbstractMesh
+
+from jsparse import attention, causal, device, streaming
+from jsparse.pallas_kernels import measured
+
+pytestmark = pytest.mark.skipif(jax.__version_info__ < (0, 11, 2), reason="the kernels need jax >= 0.11.2")
+
+
+def on(kind):
+    abstract = AbstractDevice(device_kind=kind, platform="gpu", num_cores=132)
+    return jax.sharding.use_abstract_mesh(AbstractMesh((), (), abstract_device=abstract))
+
+
+def program(mask, dtype=jnp.bfloat16, implementation=None, dim=128):
+    q = jax.ShapeDtypeStruct((1, 512, 4, dim), dtype)
+    run = jax.jit(lambda q: attention(q, q, q, mask, implementation=implementation))
+    return str(run.trace(q).jaxpr)
+
+
+@pytest.mark.parametrize(
+    "kind, expected",
+    [
+        ("NVIDIA H200", True),
+        ("NVIDIA H100 80GB HBM3", True),
+        ("NVIDIA GH200 480GB", True),
+        ("NVIDIA A100-SXM4-80GB", False),
+        ("NVIDIA B200", False),
+        ("cpu", False),
+    ],
+)
+def test_kernels_are_chosen_on_hopper(kind, expected):
+    with on(kind):
+        assert device.hopper() is expected
+        assert ("jsparse_forward" in program(causal())) is expected
+
+
+def test_without_a_gpu_the_choice_is_xla():
+    assert not device.hopper()
+    assert "jsparse_forward" not in program(causal())
+
+
+def test_float32_falls_back_to_xla_and_an_explicit_choice_says_why():
+    with on("NVIDIA H200"):
+        assert "jsparse_forward" not in program(causal(), jnp.float32)
+        with pytest.raises(NotImplementedError, match="take bfloat16 and float16, not float32"):
+            program(causal(), jnp.float32, "mosaic_gpu")
+
+
+def test_cudnn_is_chosen_where_it_was_measured_to_be_faster(monkeypatch):
+    row = {"device": "NVIDIA H200", "head_dim": 128, "min_tokens": 512}
+    monkeypatch.setattr(measured, "_table", lambda: {"tiles": [], "cudnn_faster": [row]})
+    chosen = []
+    monkeypatch.setattr("jsparse.cudnn.attention", lambda q, k, v, scale: chosen.append("cudnn") or q)
+    for kind, mask, dim in (
+        ("NVIDIA H200", causal(), 128),
+        ("NVIDIA H100", causal(), 128),  # another device
+        ("NVIDIA H200", streaming(4, 64), 128),  # not plain causal
+        ("NVIDIA H200", causal(), 64),  # another head_dim
+    ):
+        with on(kind):
+            text = program(mask, dim=dim)
+        chosen.append("kernel" if "jsparse_forward" in text else "")
+    assert chosen == ["cudnn", "", "kernel", "kernel", "kernel"]
+
+
+def test_cudnn_names_its_limits():
+    q = jnp.zeros((1, 8, 2, 64), jnp.bfloat16)
+    with pytest.raises(NotImplementedError, match=r"takes causal\(\) for every head"):
+        attention(q, q, q, streaming(1, 4), implementation="cudnn")
+    with pytest.raises(NotImplementedError, match="as many queries as keys, not 4 and 8"):
+        attention(q[:, :4], q, q, causal(), implementation="cudnn")
+    with pytest.raises(NotImplementedError, match="no differentiable lse"):
+        attention(q, q, q, causal(), implementation="cudnn", return_lse=True)
