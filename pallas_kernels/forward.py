@@ -27,7 +27,7 @@ LOWEST = (
 
 @dataclasses.dataclass(frozen=True)
 class ForwardTiles:
-    """warpgroups: of ROWS queries each, on one list. tile_kv: keys a step. stages: tiles of K and V in flight."""
+    """warpgroups: of ROWS queries each, on one list; tile_kv: keys a step; stages: K and V tiles held."""
 
     warpgroups: int
     tile_kv: int
@@ -99,10 +99,19 @@ def forward(
             q_ready, k_ready, v_ready, k_free, v_free, turn = barriers
             warpgroup = lax.axis_index("warpgroup")
 
-            def take_turn():
+            # The tensor cores are one warpgroup's from its product of weights and values until its next
+            # product of queries and keys is under way. Meanwhile the other has time for its softmax.
+            def pass_turn():
                 if warpgroups == 2:
                     plgpu.barrier_arrive(turn)
+
+            def await_turn():
+                if warpgroups == 2:
                     plgpu.barrier_wait(turn)
+
+            def swap_turns():
+                pass_turn()
+                await_turn()
 
             @pl.when(warpgroup < warpgroups)
             def _compute():
@@ -122,8 +131,9 @@ def forward(
                     acc, top, total = carry
                     slot = lax.rem(t, stages)
                     plgpu.barrier_wait(k_ready.at[slot])
-                    scores = multiply(q_tile, k_smem.at[slot].transpose((1, 0)), interpret=interpret)
-                    take_turn()
+                    scores = multiply(
+                        q_tile, k_smem.at[slot].transpose((1, 0)), interpret=interpret, meanwhile=swap_turns
+                    )
                     if segments:
                         kv_segment = plgpu.layout_cast(kv_segment_smem.at[slot][...], by_column)
                         scores = jnp.where(same_segment(q_segment, kv_segment), scores, -jnp.inf)
@@ -136,8 +146,11 @@ def forward(
                     total = total * decay + weights.sum(axis=1)
                     acc = acc * lax.broadcast_in_dim(decay, acc.shape, [0])
                     weights = weights.astype(v.dtype)
+                    # Nothing of the softmax may slip into the turn that begins here.
+                    acc, new_top, total, weights = lax.optimization_barrier((acc, new_top, total, weights))
+                    pass_turn()
                     plgpu.barrier_wait(v_ready.at[slot])
-                    take_turn()
+                    await_turn()
                     acc = multiply_add(acc, weights, v_smem.at[slot], interpret=interpret)
                     release(v_free.at[slot], interpret=interpret)
                     return acc, new_top, total
@@ -147,12 +160,12 @@ def forward(
                     plgpu.layout_cast(jnp.full((ROWS,), LOWEST, jnp.float32), by_row),
                     plgpu.layout_cast(jnp.zeros((ROWS,), jnp.float32), by_row),
                 )
-                pl.when(warpgroup == 1)(take_turn)  # from here on the second is half a step behind the first
+                pl.when(warpgroup == 1)(swap_turns)  # from here on the second is half a step behind the first
                 carry = lax.fori_loop(0, full_steps, functools.partial(step, masked=False), carry)
                 acc, top, total = lax.fori_loop(
                     full_steps, steps, functools.partial(step, masked=True), carry
                 )
-                pl.when(warpgroup == 0)(take_turn)
+                pl.when(warpgroup == 0)(swap_turns)
 
                 inverse = jnp.where(total > 0, 1 / total, 0.0)
                 q_tile[...] = (acc * lax.broadcast_in_dim(inverse, acc.shape, [0])).astype(q.dtype)

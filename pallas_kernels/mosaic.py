@@ -11,6 +11,8 @@ Everything else, barriers, copies, masks, loops and products of two operands in 
 as it is compiled.
 """
 
+from collections.abc import Callable
+
 import jax.numpy as jnp
 from jax import Array
 from jax.experimental import pallas as pl
@@ -24,15 +26,35 @@ def multiply_add(acc: Array, left: Array, right, *, interpret) -> Array:
     return pl.run_state(lambda ref: plgpu.wgmma(ref, left, right))(plgpu.ACC.init(acc))
 
 
-def multiply(left, right, *, interpret) -> Array:
-    """``left @ right`` in float32: left [m, k] and right [k, n] both in shared memory."""
+def multiply(left, right, *, interpret, meanwhile: Callable[[], None] | None = None) -> Array:
+    """``left @ right`` in float32: left [m, k] and right [k, n] both in shared memory.
+
+    ``meanwhile`` is called while the product is under way.
+    """
     del interpret
 
     def product(acc):
         plgpu.wgmma(acc, left, right)
+        if meanwhile is not None:
+            meanwhile()
         return acc[...]
 
     return pl.run_scoped(product, plgpu.ACC((left.shape[0], right.shape[1]), jnp.float32))
+
+
+def multiply_registers(lefts: list[Array], rights: list, *, interpret) -> Array:
+    """The sum of ``left @ right`` in float32: each left [m, k] in registers, each right [k, n] in shared memory."""
+    if interpret is not None:
+        return sum(
+            jnp.dot(x, y[...], preferred_element_type=jnp.float32) for x, y in zip(lefts, rights, strict=True)
+        )
+
+    def product(acc):
+        for left, right in zip(lefts, rights, strict=True):
+            plgpu.wgmma(acc, left, right)
+        return acc[...]
+
+    return pl.run_scoped(product, plgpu.ACC((lefts[0].shape[0], rights[0].shape[1]), jnp.float32))
 
 
 def release(barrier, *, interpret) -> None:
@@ -49,6 +71,9 @@ def share_registers(compute_warpgroups: int, *, compute: bool) -> None:
         plgpu.set_max_registers(registers, action=action)
 
 
-def tile_transforms(dtype) -> tuple:
-    """The layout of a tile in shared memory that TMA writes and wgmma reads without bank conflicts."""
-    return plgpu.TilingTransform((8, 128 // jnp.dtype(dtype).itemsize)), plgpu.SwizzleTransform(128)
+def tile_transforms(dtype, swizzle: int = 128) -> tuple:
+    """The layout of a tile in shared memory that TMA writes and wgmma reads without bank conflicts.
+
+    ``swizzle``: the bytes of a row that stay together, 128, or 64 or 32 in a tile or a slice of so few.
+    """
+    return plgpu.TilingTransform((8, swizzle // jnp.dtype(dtype).itemsize)), plgpu.SwizzleTransform(swizzle)
