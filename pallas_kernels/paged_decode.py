@@ -1,0 +1,356 @@
+"""Attention of one query token a sequence to listed pages of keys and values, split over the list.
+
+Decoding reads much and computes little: a key meets only the few query heads of its group. So keys are the
+rows of the first matrix product (64 of them fill a wgmma), and the group's query heads, padded to 8, the
+columns of both::
+
+    S' = K Q'        [keys, heads]
+    O' += V' P'      [head_dim, heads]
+
+Each sequence and KV head has a list of pages, and ``splits`` thread blocks share it, so that one sequence
+fills the chip (FlashDecoding). A thread block is one warpgroup that lets TMA bring the next pages while it works;
+several fit an SM, and one works while another waits. What they find is float32, and combined outside.
+
+Pages hold bfloat16 or float16; or int8 or int4 codes with a scale and a zero a token and KV head, ``value =
+scale * (code - zero)`` (QServe, arXiv 2405.04532; LServe, arXiv 2502.14866). Codes enter the products as they
+are, which is exact; scales and zeros are applied to scores and weights, which are small::
+
+    s = scale * (codes . q - zero * sum(q))
+    o = sum_k (p_k scale_k) codes_k - sum_k (p_k scale_k) zero_k
+"""
+
+import dataclasses
+import functools
+import itertools
+import math
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from jsparse.pallas_kernels.mosaic import multiply, multiply_registers, tile_transforms
+
+HEAD_DIMS = (64, 128, 256)
+GROUPS = (8, 16)  # query heads of a KV head, rounded up
+MIN_PAGE = 8  # rows of the smallest tile that TMA copies
+SHARED_MEMORY = 227 * 1024  # bytes of an SM that its thread blocks share
+LOWEST = -1e30  # the first running maximum: finite, since -inf - -inf is not a number
+
+Pages = Array | tuple[Array, Array, Array]
+
+
+@dataclasses.dataclass(frozen=True)
+class DecodeTiles:
+    """keys: visited a step, 64 or 128. stages: steps in flight. resident: thread blocks that an SM holds."""
+
+    keys: int
+    stages: int
+    resident: int
+
+
+def decode_tiles(head_dim: int, bits: int, group: int = 8) -> DecodeTiles:
+    """The tiles for pages of ``bits`` an element.
+
+    Codes take longer to work on than to bring, so three thread blocks share an SM where registers allow it.
+    Each has as many stages as its part of the shared memory holds, six at most.
+    """
+    resident = {64: 3, 128: 3, 256: 1}[head_dim] if bits < 16 else {64: 2, 128: 2, 256: 1}[head_dim]
+    choices = (DecodeTiles(64, stages, resident) for stages in range(6, 1, -1))
+    return next(x for x in choices if shared_memory(x, head_dim, bits, group) * resident <= SHARED_MEMORY)
+
+
+def all_tiles() -> list[tuple[int, int, int, DecodeTiles]]:
+    """Every (head_dim, bits, group, tiles) that ``decode_tiles`` can return."""
+    choices = itertools.product(HEAD_DIMS, (16, 8, 4), GROUPS)
+    return [(*choice, decode_tiles(*choice)) for choice in choices]
+
+
+def shared_memory(tiles: DecodeTiles, head_dim: int, bits: int, group: int = 8) -> int:
+    """Bytes of an SM's shared memory that one thread block takes."""
+    columns = _columns(group)
+    buffers = [columns * head_dim * 2]  # q
+    buffers += [tiles.stages * tiles.keys * head_dim * bits // 8] * 2  # k and v
+    buffers += [tiles.keys * columns * 2]  # weights
+    buffers += [head_dim * columns * 4, columns * 4]  # out and lse
+    if bits < 16:
+        buffers += [tiles.stages * tiles.keys * 4] * 4  # scales and zeros
+        buffers += [tiles.keys * head_dim * 2, columns * 4]  # v as wgmma takes it; sums of q
+    # Each buffer begins at a whole KiB; barriers and reductions take another, and so does the system.
+    return sum(pl.cdiv(size, 1024) * 1024 for size in buffers) + 2048
+
+
+def num_splits(batch: int, kv_heads: int, steps: int, slots: int) -> int:
+    """How many thread blocks share a list of at most ``steps`` steps: one round of the chip's ``slots``."""
+    return max(min(slots // (batch * kv_heads), steps), 1)
+
+
+def shape_limit(q: Array, pool: Array, *, interpret: bool = False) -> str | None:
+    """Why the kernel cannot take queries [B, Hq, D] and pages [num_pages, Hk, page_size, D or D / 2]."""
+    group, head_dim, page_size = q.shape[1] // pool.shape[1], q.shape[2], pool.shape[2]
+    if q.dtype not in (jnp.bfloat16, jnp.float16) and not (interpret and q.dtype == jnp.float32):
+        return f"the decode kernel takes bfloat16 and float16 queries, not {q.dtype}"
+    if pool.dtype not in (q.dtype, jnp.int8):
+        return f"the decode kernel takes pages of the queries' {q.dtype} or int8 codes, not {pool.dtype}"
+    if head_dim not in HEAD_DIMS:
+        return f"the decode kernel takes head_dim {HEAD_DIMS}, not {head_dim}"
+    if page_size % MIN_PAGE or (page_size < 64 and 64 % page_size):
+        return (
+            f"the decode kernel takes pages of 8, 16, 32 or a multiple of 8 from 64 tokens, not {page_size}"
+        )
+    if group > GROUPS[-1]:
+        return f"the decode kernel takes up to {GROUPS[-1]} query heads a KV head, not {group}"
+    return None
+
+
+def paged_decode(
+    q: Array,
+    k: Pages,
+    v: Pages,
+    pages: Array,
+    used: Array,
+    *,
+    scale: float,
+    splits: int | None = None,
+    tiles: DecodeTiles | None = None,
+    interpret=None,
+) -> tuple[Array, Array]:
+    """Attention of one query a sequence to the pages listed for it: out [B, Hq, D] and lse [B, Hq], float32.
+
+    ``out = softmax(scale * q k') v`` over the listed keys and ``lse = log2 sum exp(scale * q k')``; 0 and
+    -inf where none is listed.
+
+    - q ``[B, Hq, D]``
+    - k, v ``[num_pages, Hk, page_size, D]`` of q's dtype; or (codes, scale, zero) with codes int8 of that
+      shape, or ``[..., D / 2]`` of two int4 codes a byte, dimension d low and d + D / 2 high; scale and zero
+      float32 ``[num_pages, Hk, page_size]``
+    - pages ``[B, 1 or Hk, n]`` int32: places in the pool, -1 for none
+    - used, of that shape: how many keys at the start of each page are meant
+
+    What a page holds beyond them has no effect, NaN included. ``shape_limit`` says which shapes it takes.
+    """
+    k, v = (tuple(x) if isinstance(x, tuple) else (x,) for x in (k, v))
+    quantised, pool = len(k) > 1, k[0]
+    batch, q_heads, head_dim = q.shape
+    _, kv_heads, page_size, stored_dim = pool.shape
+    group, halves = q_heads // kv_heads, head_dim // stored_dim
+    columns = _columns(group)
+    tiles = tiles or decode_tiles(head_dim, 16 if not quantised else 8 // halves, columns)
+    keys, stages = tiles.keys, tiles.stages
+    # A step visits `entries` whole pages, or one of the `pieces` of a page.
+    rows = min(page_size, keys)
+    entries, pieces = keys // rows, pl.cdiv(page_size, rows)
+    used = jnp.where(pages < 0, 0, used)
+    pages, used = (
+        jnp.pad(x, ((0, 0), (0, 0), (0, -x.shape[2] % entries))) for x in (jnp.maximum(pages, 0), used)
+    )
+    # Nothing is visited after the last key that is meant.
+    end = jnp.where(used > 0, jnp.arange(used.shape[2]) * pieces + pl.cdiv(used, rows), 0)
+    num_steps = pl.cdiv(end.max(axis=2), entries)
+    if splits is None:
+        splits = num_splits(batch, kv_heads, pages.shape[2] * pieces // entries, num_sms() * tiles.resident)
+    own_list = pages.shape[1] > 1
+    log2_scale = scale * math.log2(math.e)
+
+    def kernel(q_ref, sums_ref, pages_ref, used_ref, steps_ref, *refs):
+        pool_refs, (out_ref, lse_ref) = refs[:-2], refs[-2:]
+        b, head, split = (lax.axis_index(name) for name in ("batch", "kv_heads", "split"))
+        row = head if own_list else 0
+        first, last = (lax.div(steps_ref[b, row] * n, splits) for n in (split, split + 1))
+
+        def places(step):
+            """The page of each piece of a step, and where in it the piece begins."""
+            found = [step * entries + e for e in range(entries)]
+            return [(pages_ref[b, row, lax.div(n, pieces)], lax.rem(n, pieces) * rows) for n in found]
+
+        def lengths(step):
+            """How many keys of each piece are meant."""
+            found = [step * entries + e for e in range(entries)]
+            return [
+                jnp.clip(used_ref[b, row, lax.div(n, pieces)] - lax.rem(n, pieces) * rows, 0, rows)
+                for n in found
+            ]
+
+        def body(q_smem, sums_smem, pool_smem, values_smem, weights_smem, out_smem, lse_smem, q_ready, ready):
+            def fetch(step, found):
+                slot = lax.rem(step - first, stages)
+                for e, (page, start) in enumerate(found):
+                    for ref, smem in zip(pool_refs, pool_smem, strict=True):
+                        piece = smem.at[slot, pl.ds(e * rows, rows)]
+                        plgpu.copy_gmem_to_smem(ref.at[page, head, pl.ds(start, rows)], piece, ready.at[slot])
+
+            plgpu.copy_gmem_to_smem(q_ref.at[b, head], q_smem, q_ready)
+            if quantised:
+                plgpu.copy_gmem_to_smem(sums_ref.at[b, head], sums_smem, q_ready)
+            for n in range(stages):
+                pl.when(first + n < last)(lambda n=n: fetch(first + n, places(first + n)))
+            plgpu.barrier_wait(q_ready)
+            sums = _cast(sums_smem[...], _BY_HEAD) if quantised else None
+
+            def half(ref, n):
+                return ref.at[:, pl.ds(n * stored_dim, stored_dim)]
+
+            def step(t, carry):
+                acc, top, total, offset = carry
+                slot = lax.rem(t - first, stages)
+                coming, held = (
+                    places(jnp.minimum(t + stages, last - 1)),
+                    lengths(t),
+                )  # read before they are needed
+                plgpu.barrier_wait(ready.at[slot])
+                tile = [smem.at[slot] for smem in pool_smem]
+                k_tile, v_tile = tile[0], tile[len(k)]
+
+                if quantised:
+                    k_scale, k_zero, v_scale, v_zero = (
+                        _along_keys(_where(held, rows, _cast(ref[...], _BY_KEY), 0.0), columns)
+                        for ref in (*tile[1:3], *tile[4:6])
+                    )
+                    lefts = _values(k_tile[...], halves, q.dtype)
+                    rights = [half(q_smem, n).transpose((1, 0)) for n in range(halves)]
+                    scores = multiply_registers(lefts, rights, interpret=interpret)
+                    scores = k_scale * (scores - k_zero * _along_heads(sums, keys))
+                else:
+                    scores = multiply(k_tile, q_smem.transpose((1, 0)), interpret=interpret)
+                scores = _where(held, rows, _cast(scores * log2_scale, _MATRIX), -jnp.inf)
+                new_top = jnp.maximum(top, _cast(scores.max(axis=0), _BY_HEAD))
+                decay = jnp.exp2(top - new_top)
+                weights = jnp.exp2(scores - _along_heads(new_top, keys))
+                # Each thread adds up its own keys; they are summed at the very end.
+                total = total * _along_heads(decay, keys) + weights
+
+                if quantised:
+                    narrow = (weights * v_scale).astype(q.dtype)
+                    offset = offset * _along_heads(decay, keys) + narrow.astype(jnp.float32) * v_zero
+                    for n, values in enumerate(_values(v_tile[...], halves, q.dtype)):
+                        half(values_smem, n)[...] = values
+                    v_tile = values_smem
+                else:
+                    narrow = weights.astype(q.dtype)
+
+                    @pl.when(sum(held) < keys)
+                    def _():
+                        # A slot that holds no token may hold anything, and 0 * NaN is NaN.
+                        v_tile[...] = _where(held, rows, v_tile[...], 0)
+
+                weights_smem.transpose((1, 0))[...] = narrow
+                plgpu.commit_smem()
+                product = multiply(
+                    v_tile.transpose((1, 0)), weights_smem.transpose((1, 0)), interpret=interpret
+                )
+                acc = acc * _along_heads(decay, head_dim) + product
+                pl.when(t + stages < last)(lambda: fetch(t + stages, coming))
+                return acc, new_top, total, offset
+
+            def zeros(*shape):
+                return _cast(jnp.zeros(shape, jnp.float32), _MATRIX)
+
+            top = _cast(jnp.full((columns,), LOWEST, jnp.float32), _BY_HEAD)
+            carry = (
+                zeros(head_dim, columns),
+                top,
+                zeros(keys, columns),
+                zeros(keys, columns) if quantised else None,
+            )
+            acc, top, total, offset = lax.fori_loop(first, last, step, carry)
+
+            total = _cast(total.sum(axis=0), _BY_HEAD)
+            if quantised:
+                acc = acc - _along_heads(_cast(offset.sum(axis=0), _BY_HEAD), head_dim)
+            out_smem[...] = acc * _along_heads(jnp.where(total > 0, 1 / total, 0.0), head_dim)
+            lse_smem[...] = jnp.where(total > 0, top + jnp.log(total) * math.log2(math.e), -jnp.inf)
+            plgpu.commit_smem()
+            plgpu.copy_smem_to_gmem(out_smem, out_ref.at[b, head, split])
+            plgpu.copy_smem_to_gmem(lse_smem, lse_ref.at[b, head, split])
+            plgpu.wait_smem_to_gmem(0)
+
+        # What is cut in halves is laid out in pieces no wider than a half.
+        wide = tile_transforms(q.dtype, min(128, stored_dim * q.dtype.itemsize))
+        stored = tile_transforms(pool.dtype, min(128, stored_dim * pool.dtype.itemsize))
+        pl.run_scoped(
+            body,
+            plgpu.SMEM((columns, head_dim), q.dtype, transforms=wide),
+            plgpu.SMEM((columns,), jnp.float32) if quantised else None,
+            [
+                plgpu.SMEM((stages, keys, *x.shape[3:]), x.dtype, transforms=stored if x.ndim == 4 else ())
+                for x in (*k, *v)
+            ],
+            plgpu.SMEM((keys, head_dim), q.dtype, transforms=wide) if quantised else None,
+            plgpu.SMEM((columns, keys), q.dtype, transforms=wide),
+            plgpu.SMEM((head_dim, columns), jnp.float32),
+            plgpu.SMEM((columns,), jnp.float32),
+            plgpu.Barrier(num_arrivals=2 if quantised else 1),
+            plgpu.Barrier(num_arrivals=entries * len(k + v), num_barriers=stages),
+        )
+
+    grouped = q.reshape(batch, kv_heads, group, head_dim)
+    grouped = jnp.pad(grouped, ((0, 0), (0, 0), (0, columns - group), (0, 0)))
+    out, lse = plgpu.kernel(
+        kernel,
+        out_type=[
+            jax.ShapeDtypeStruct((batch, kv_heads, splits, head_dim, columns), jnp.float32),
+            jax.ShapeDtypeStruct((batch, kv_heads, splits, columns), jnp.float32),
+        ],
+        grid=(splits, kv_heads, batch),
+        grid_names=("split", "kv_heads", "batch"),
+        compiler_params=plgpu.CompilerParams(approx_math=True),
+        **({} if interpret is None else {"interpret": interpret}),
+    )(grouped, grouped.astype(jnp.float32).sum(axis=-1), pages, used, num_steps, *k, *v)
+    out, lse = combine(out, lse)
+    return out[:, :, :group].reshape(batch, q_heads, head_dim), lse[:, :, :group].reshape(batch, q_heads)
+
+
+def combine(out: Array, lse: Array) -> tuple[Array, Array]:
+    """The attention to all splits from that to each: out [..., splits, D, H] and lse [..., splits, H].
+
+    Returns out [..., H, D] and lse [..., H], float32: ``lse = log2 sum 2**lse_i`` and
+    ``out = sum 2**(lse_i - lse) out_i``, or -inf and 0 where no split saw a key.
+    """
+    top = lse.max(axis=-2)
+    top = jnp.where(top == -jnp.inf, 0.0, top)
+    weights = jnp.exp2(lse - top[..., None, :])
+    total = weights.sum(axis=-2)
+    out = (out * weights[..., None, :]).sum(axis=-3) / jnp.where(total == 0, 1.0, total)[..., None, :]
+    return out.swapaxes(-1, -2), top + jnp.log2(total)
+
+
+def num_sms() -> int:
+    """Multiprocessors of the device that is compiled for; an H200's where that is no GPU."""
+    abstract = jax.sharding.get_abstract_mesh().abstract_device
+    cores = jax.devices()[0].core_count if abstract is None and jax.default_backend() == "gpu" else None
+    return (cores if abstract is None else abstract.num_cores) or 132
+
+
+def _columns(group: int) -> int:
+    return pl.cdiv(group, 8) * 8
+
+
+_MATRIX = plgpu.Layout.WGMMA  # [keys or dimensions, heads]
+_BY_KEY, _BY_HEAD = _MATRIX.reduce(1), _MATRIX.reduce(0)
+_cast = plgpu.layout_cast
+
+
+def _along_keys(x: Array, columns: int) -> Array:
+    return lax.broadcast_in_dim(x, (x.shape[0], columns), [0])
+
+
+def _along_heads(x: Array, rows: int) -> Array:
+    return lax.broadcast_in_dim(x, (rows, x.shape[0]), [1])
+
+
+def _where(lengths: list, rows: int, x: Array, other: float) -> Array:
+    """x where its key, along the first axis, is one of the first ``lengths[e]`` of the e-th rows."""
+    key = lax.broadcasted_iota(jnp.int32, x.shape, 0)
+    inside = ((key >= e * rows) & (key < e * rows + length) for e, length in enumerate(lengths))
+    return jnp.where(functools.reduce(jnp.logical_or, inside), x, jnp.full_like(x, other))
+
+
+def _values(codes: Array, halves: int, dtype) -> list[Array]:
+    """The codes as floats: of int8 one array; of int4, two in a byte, the low halves and the high ones."""
+    if halves == 1:
+        return [codes.astype(dtype)]
+    # There are no shifts of 8 bits: the low one is made 8 + code, the high one 16 * code. All of it is exact.
+    low = (codes & jnp.int8(15)) ^ jnp.int8(8)
+    high = codes & jnp.int8(-16)
+    return [low.astype(dtype) - jnp.array(8, dtype), high.astype(dtype) * jnp.array(1 / 16, dtype)]
