@@ -8,8 +8,8 @@ columns of both::
     O' += V' P'      [head_dim, heads]
 
 Each sequence and KV head has a list of pages, and ``splits`` thread blocks share it, so that one sequence
-fills the chip (FlashDecoding). A thread block is one warpgroup that lets TMA bring the next pages while it works;
-several fit an SM, and one works while another waits. What they find is float32, and combined outside.
+fills the chip (FlashDecoding). A thread block is one warpgroup that lets TMA bring the next pages while it
+works; several fit an SM, and one works while another waits. What they find is float32, and combined outside.
 
 Pages hold bfloat16 or float16; or int8 or int4 codes with a scale and a zero a token and KV head, ``value =
 scale * (code - zero)`` (QServe, arXiv 2405.04532; LServe, arXiv 2502.14866). Codes enter the products as they
