@@ -14,7 +14,7 @@ as it is compiled.
 from collections.abc import Callable
 
 import jax.numpy as jnp
-from jax import Array
+from jax import Array, lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
@@ -55,6 +55,16 @@ def multiply_registers(lefts: list[Array], rights: list, *, interpret) -> Array:
         return acc[...]
 
     return pl.run_scoped(product, plgpu.ACC((lefts[0].shape[0], rights[0].shape[1]), jnp.float32))
+
+
+def anew(index):
+    """``index`` of a tile that a whole loop reads, made anew at each step of the loop.
+
+    The compiler moves what stays the same ahead of a loop, and the descriptors by which a tile's products find
+    their operands would fill up to 64 registers there. The number of a warpgroup comes from a shuffle, and that
+    it moves nowhere.
+    """
+    return index + lax.div(lax.axis_index("warpgroup"), 4)  # plus 0: a kernel has fewer than four
 
 
 def release(barrier, *, interpret) -> None:
