@@ -24,3 +24,25 @@ def device_kind() -> str:
 def hopper() -> bool:
     """Whether that is a Hopper GPU (compute capability 9.0), and this jax can compile our kernels for it."""
     return jax.__version_info__ >= (0, 11, 2) and _HOPPER.search(device_kind()) is not None
+
+
+def kernel_limit(*, interpret: bool) -> str | None:
+    """Why no GPU kernel can run here, interpreted on a CPU or compiled for the device; None where they can."""
+    if interpret:
+        if jax.__version_info__ < (0, 12):
+            return f"jax {jax.__version__} cannot interpret the GPU kernels; jax >= 0.12 can (Python >= 3.12)"
+        return None
+    if jax.__version_info__ < (0, 11, 2):
+        return f"jax {jax.__version__} cannot compile the GPU kernels; jax >= 0.11.2 can (Python >= 3.12)"
+    if not hopper():
+        return f"the GPU kernels are for Hopper (H100, H200), and this device is {device_kind()!r}"
+    if 12080 <= _cuda_version() < 12091:
+        return "CUDA 12.8.0 to 12.9.0 miscompile causal masks (jax refuses them too); 12.9.1 and later do not"
+    return None
+
+
+def _cuda_version() -> int:
+    """12091 for 12.9.1; 0 where jax has no CUDA plugin."""
+    from jax._src.lib import cuda_versions  # jax offers it nowhere else
+
+    return 0 if cuda_versions is None else cuda_versions.cuda_runtime_get_version()

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jsparse.block_mask import BlockMask, offset_entries, transposed_lists
-from jsparse.device import device_kind, hopper
+from jsparse.device import kernel_limit
 from jsparse.mesh import split_over_mesh
 from jsparse.pallas_kernels.lists import UNLIMITED, Heads, Lists
 
@@ -23,16 +23,8 @@ _BLOCK = 64
 
 def limit(q, mask: BlockMask, scale: float, *, interpret: bool) -> str | None:
     """Why the kernels cannot take this call, or None where they can."""
-    if interpret and jax.__version_info__ < (0, 12):
-        return (
-            f"jax {jax.__version__} cannot interpret the GPU kernels: that takes jax >= 0.12 (Python >= 3.12)"
-        )
-    if not interpret and jax.__version_info__ < (0, 11, 2):
-        return (
-            f"jax {jax.__version__} cannot compile the GPU kernels: that takes jax >= 0.11.2 (Python >= 3.12)"
-        )
-    if not interpret and not hopper():
-        return f"the GPU kernels are for Hopper (H100, H200), and this device is {device_kind()!r}"
+    if (reason := kernel_limit(interpret=interpret)) is not None:
+        return reason
     if q.dtype not in (jnp.bfloat16, jnp.float16) and not (interpret and q.dtype == jnp.float32):
         return f"the GPU kernels take bfloat16 and float16, not {q.dtype}"
     if q.shape[-1] > _HEAD_DIMS[-1]:

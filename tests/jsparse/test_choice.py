@@ -51,6 +51,14 @@ def test_float32_falls_back_to_xla_and_an_explicit_choice_says_why():
             program(causal(), jnp.float32, "mosaic_gpu")
 
 
+def test_a_cuda_that_miscompiles_masks_is_refused(monkeypatch):
+    with on("NVIDIA H200"):
+        for version, works in ((12060, True), (12080, False), (12090, False), (12091, True), (13000, True)):
+            monkeypatch.setattr(device, "_cuda_version", lambda version=version: version)
+            assert (device.kernel_limit(interpret=False) is None) is works
+            assert ("jsparse_forward" in program(causal())) is works
+
+
 def test_cudnn_is_chosen_where_it_was_measured_to_be_faster(monkeypatch):
     row = {"device": "NVIDIA H200", "head_dim": 128, "min_tokens": 512}
     monkeypatch.setattr(measured, "_table", lambda: {"tiles": [], "cudnn_faster": [row]})
