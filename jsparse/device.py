@@ -27,7 +27,7 @@ def hopper() -> bool:
 
 
 def kernel_limit(*, interpret: bool) -> str | None:
-    """Why no GPU kernel can run here, interpreted on a CPU or compiled for the device; None where they can."""
+    """Why no GPU kernel can run here, interpreted on a CPU or compiled; None where they can."""
     if interpret:
         if jax.__version_info__ < (0, 12):
             return f"jax {jax.__version__} cannot interpret the GPU kernels; jax >= 0.12 can (Python >= 3.12)"
