@@ -11,7 +11,8 @@ Everything else, barriers, copies, masks, loops and products of two operands in 
 as it is compiled.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from typing import Any
 
 import jax.numpy as jnp
 from jax import Array, lax
@@ -42,19 +43,21 @@ def multiply(left, right, *, interpret, meanwhile: Callable[[], None] | None = N
     return pl.run_scoped(product, plgpu.ACC((left.shape[0], right.shape[1]), jnp.float32))
 
 
-def multiply_registers(lefts: list[Array], rights: list, *, interpret) -> Array:
-    """The sum of ``left @ right`` in float32: each left [m, k] in registers, each right [k, n] in shared memory."""
+def multiply_registers(pairs: Iterable[tuple[Array, Any]], shape: tuple[int, int], *, interpret) -> Array:
+    """The sum of ``left @ right`` in float32, of that shape: left in registers, right in shared memory.
+
+    One product is under way at a time, so that the left operand of one more at most holds registers.
+    """
     if interpret is not None:
-        return sum(
-            jnp.dot(x, y[...], preferred_element_type=jnp.float32) for x, y in zip(lefts, rights, strict=True)
-        )
+        return sum(jnp.dot(left, right[...], preferred_element_type=jnp.float32) for left, right in pairs)
 
     def product(acc):
-        for left, right in zip(lefts, rights, strict=True):
+        for left, right in pairs:
             plgpu.wgmma(acc, left, right)
+            plgpu.wgmma_wait(0)
         return acc[...]
 
-    return pl.run_scoped(product, plgpu.ACC((lefts[0].shape[0], rights[0].shape[1]), jnp.float32))
+    return pl.run_scoped(product, plgpu.ACC(shape, jnp.float32))
 
 
 def anew(index):

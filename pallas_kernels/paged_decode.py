@@ -137,7 +137,7 @@ def paged_decode(
     group, halves = q_heads // kv_heads, head_dim // stored_dim
     columns = _columns(group)
     tiles = tiles or decode_tiles(head_dim, 16 if not quantised else 8 // halves, columns)
-    keys, stages = tiles.keys, tiles.stages
+    keys, stages, width = tiles.keys, tiles.stages, min(stored_dim, 128)
     # A step visits `entries` whole pages, or one of the `pieces` of a page.
     rows = min(page_size, keys)
     entries, pieces = keys // rows, pl.cdiv(page_size, rows)
@@ -188,8 +188,12 @@ def paged_decode(
             plgpu.barrier_wait(q_ready)
             sums = _cast(sums_smem[...], _BY_HEAD) if quantised else None
 
-            def half(ref, n):
-                return ref.at[:, pl.ds(n * stored_dim, stored_dim)]
+            def decoded(codes):
+                """The values of a tile of codes, some columns at a time, and where they go."""
+                for column in range(0, stored_dim, width):
+                    part = codes.at[:, pl.ds(column, width)][...]
+                    for n, values in enumerate(_values(part, halves, q.dtype)):
+                        yield values, pl.ds(n * stored_dim + column, width)
 
             def step(t, carry):
                 acc, top, total, offset = carry
@@ -207,9 +211,8 @@ def paged_decode(
                         _along_keys(_where(held, rows, _cast(ref[...], _BY_KEY), 0.0), columns)
                         for ref in (*tile[1:3], *tile[4:6])
                     )
-                    lefts = _values(k_tile[...], halves, q.dtype)
-                    rights = [half(q_smem, n).transpose((1, 0)) for n in range(halves)]
-                    scores = multiply_registers(lefts, rights, interpret=interpret)
+                    pairs = ((values, q_smem.at[:, at].transpose((1, 0))) for values, at in decoded(k_tile))
+                    scores = multiply_registers(pairs, (keys, columns), interpret=interpret)
                     scores = k_scale * (scores - k_zero * _along_heads(sums, keys))
                 else:
                     scores = multiply(k_tile, q_smem.transpose((1, 0)), interpret=interpret)
@@ -223,8 +226,8 @@ def paged_decode(
                 if quantised:
                     narrow = (weights * v_scale).astype(q.dtype)
                     offset = offset * _along_heads(decay, keys) + narrow.astype(jnp.float32) * v_zero
-                    for n, values in enumerate(_values(v_tile[...], halves, q.dtype)):
-                        half(values_smem, n)[...] = values
+                    for values, at in decoded(v_tile):
+                        values_smem.at[:, at][...] = values
                     v_tile = values_smem
                 else:
                     narrow = weights.astype(q.dtype)
