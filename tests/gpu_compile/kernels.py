@@ -1,0 +1,131 @@
+"""Every kernel at every choice of tiles that its chooser can return."""
+
+import dataclasses
+import functools
+import itertools
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from compile_only import compile_for, h200_mesh
+from jax import ShapeDtypeStruct as Shape
+from jax.sharding import NamedSharding, PartitionSpec
+
+from jsparse.pallas_kernels import backward_keys, backward_queries, forward, paged_decode
+from jsparse.pallas_kernels.lists import Heads, Lists
+
+HEAD_DIMS = (64, 128, 256)
+BLOCKS = (64, 128, 192, 384)  # one or three steps a block, whether the widest step is 64 or 128
+PAGES = (16, 64, 128)  # several to a step, one a step, several steps each
+BATCH, LENGTH, HEADS, KV_HEADS, LISTED = 2, 4096, 32, 8, 1000
+SHARED_MEMORY = 227 * 1024  # bytes that a thread block may ask for on compute capability 9.0
+
+COLUMNS = {"kernel": 17, "arrays": 42, "tiles": 50, "registers": 10, "spills": 7, "shared KiB": 11, "s": 6}
+
+
+class Case(NamedTuple):
+    """One kernel to compile: ``call(*shapes)``, and how the table names it."""
+
+    kernel: str
+    arrays: str
+    tiles: str
+    call: Callable
+    shapes: tuple
+
+
+def check(case: Case) -> tuple[list, list[str]]:
+    """A row of the table, and what is wrong."""
+    name = f"{case.kernel}, {case.arrays}, {case.tiles}"
+    mesh = h200_mesh()
+    whole = NamedSharding(mesh, PartitionSpec())
+    shapes = jax.tree.map(lambda x: Shape(x.shape, x.dtype, sharding=whole), case.shapes)
+    compiled = compile_for(mesh, jax.jit(case.call), *shapes)
+    (kernel,), (report,) = compiled.kernels, compiled.reports
+    wrong = [f"{name}: {warning}" for warning in compiled.warnings]
+    if report.stack or report.spills:
+        wrong.append(f"{name}: {report}")
+    if kernel.shared_memory > SHARED_MEMORY:
+        wrong.append(f"{name}: {kernel.shared_memory} bytes of shared memory, more than {SHARED_MEMORY}")
+    numbers = report.registers, report.spills, f"{kernel.shared_memory / 1024:.1f}", f"{compiled.seconds:.1f}"
+    return [*case[:3], *numbers], wrong
+
+
+def cases() -> list[Case]:
+    """All of them. Choosers are asked on the compiled device, for which choices may have been measured."""
+    with jax.set_mesh(h200_mesh()):
+        return [
+            *_attention_cases("forward", forward.forward_tiles, _forward),
+            *_attention_cases("backward_queries", backward_queries.queries_tiles, _backward_queries),
+            *_attention_cases("backward_keys", backward_keys.keys_tiles, _backward_keys),
+            *_decode_cases(),
+        ]
+
+
+def _attention_cases(name: str, choose: Callable, call: Callable) -> Iterator[Case]:
+    for head_dim in HEAD_DIMS:
+        choices: dict[Any, list] = {}
+        for blocks in itertools.product(BLOCKS, BLOCKS):
+            choices.setdefault(choose(head_dim, *blocks), []).append(blocks)
+        for tiles, blocks in choices.items():
+            # The smallest blocks that lead to this choice and the largest. float16 differs in one conversion.
+            shapes = (jnp.bfloat16, *blocks[0]), (jnp.bfloat16, *blocks[-1]), (jnp.float16, *blocks[-1])
+            for (dtype, block_q, block_kv), segments in itertools.product(shapes, (False, True)):
+                arrays = f"{jnp.dtype(dtype).name} {head_dim}, blocks {block_q} {block_kv}"
+                yield Case(
+                    name,
+                    arrays + ", segments" * segments,
+                    _fields(tiles),
+                    functools.partial(call, block_q=block_q, block_kv=block_kv),
+                    _attention_shapes(name, dtype, head_dim, block_q, block_kv, segments),
+                )
+
+
+def _attention_shapes(name, dtype, head_dim, block_q, block_kv, segments) -> tuple:
+    q = Shape((BATCH, LENGTH, HEADS, head_dim), dtype)
+    kv = Shape((BATCH, LENGTH, KV_HEADS, head_dim), dtype)
+    row = Shape((BATCH, HEADS, LENGTH), jnp.float32)
+    block = block_kv if name == "backward_keys" else block_q
+    entry = Shape((BATCH, HEADS, -(-LENGTH // block)), jnp.int32)
+    ids = Shape((BATCH, LENGTH), jnp.int32)
+    return (
+        (q, kv, kv) if name == "forward" else (q, kv, kv, q, row, row),
+        Lists(Shape((LISTED,), jnp.int32), entry, entry, entry),
+        Heads(Shape((HEADS,), jnp.int32), Shape((HEADS, 4), jnp.int32)),
+        (ids, ids) if segments else None,
+    )
+
+
+def _forward(arrays, lists, heads, segments, **blocks):
+    return forward.forward(*arrays, lists, heads, segments=segments, scale=0.125, **blocks)
+
+
+def _backward_queries(arrays, lists, heads, segments, **blocks):
+    return backward_queries.backward_queries(*arrays, lists, heads, segments=segments, scale=0.125, **blocks)
+
+
+def _backward_keys(arrays, lists, heads, segments, **blocks):
+    return backward_keys.backward_keys(*arrays, lists, heads, segments=segments, scale=0.125, **blocks)
+
+
+def _decode_cases() -> Iterator[Case]:
+    for head_dim, bits, group, tiles in paged_decode.all_tiles():
+        for dtype, page in (*((jnp.bfloat16, page) for page in PAGES), (jnp.float16, 64)):
+            q = Shape((BATCH, KV_HEADS * group, head_dim), dtype)
+            table = Shape((BATCH, KV_HEADS, LENGTH // page), jnp.int32)
+            pool = (BATCH * LENGTH // page, KV_HEADS, page)
+            if bits == 16:
+                pages = Shape((*pool, head_dim), dtype)
+            else:
+                codes = Shape((*pool, head_dim * bits // 8), jnp.int8)
+                pages = codes, Shape(pool, jnp.float32), Shape(pool, jnp.float32)
+            arrays = f"{jnp.dtype(dtype).name} {head_dim}, pages {page}, {bits} bits, group {group}"
+            yield Case("paged_decode", arrays, _fields(tiles), _paged_decode, (q, pages, pages, table, table))
+
+
+def _paged_decode(q, k, v, pages, used):
+    return paged_decode.paged_decode(q, k, v, pages, used, scale=0.125)
+
+
+def _fields(tiles: Any) -> str:
+    return ", ".join(f"{name} {value}" for name, value in dataclasses.asdict(tiles).items())

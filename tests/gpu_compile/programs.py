@@ -1,0 +1,196 @@
+"""A training step and a decode loop of an 8-billion-parameter Llama at 32k context: bytes a device."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from compile_only import MEMORY_BYTES, compile_for, h200_mesh
+from flax import nnx
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from jsparse.models import Llama, LlamaConfig, add_lora
+from jsparse.models.rope import RopeConfig
+from jsparse.serve import CacheConfig, SamplingParams, loop
+from jsparse.serve.config import plan_cache
+from jsparse.serve.sampling import RowParams
+from jsparse.train import FinetuneConfig
+from jsparse.train.longlora import is_trained_with_lora, shifted_head_masks
+from jsparse.train.step import TrainState, split_model, train_step
+
+CONTEXT = 32768
+LLAMA_3_1_8B = LlamaConfig(
+    vocab_size=128256,
+    hidden_size=4096,
+    intermediate_size=14336,
+    num_hidden_layers=32,
+    num_attention_heads=32,
+    num_key_value_heads=8,
+    max_position_embeddings=131072,
+    rms_norm_eps=1e-5,
+    rope=RopeConfig(
+        kind="llama3",
+        theta=500000.0,
+        factor=8.0,
+        low_freq_factor=1.0,
+        high_freq_factor=4.0,
+        original_max_position_embeddings=8192,
+    ),
+)
+
+# Where the named axes of a matrix lie in the mesh, whose axes split only the first that asks for them.
+# Vectors are whole on every device.
+RULES = {
+    "embed": ("fsdp",),
+    "heads": ("tensor",),
+    "kv_heads": ("tensor",),
+    "mlp": ("tensor",),
+    # Rows of the embedding first: split along embed it would hand that split on to all activations.
+    "vocab": ("tensor", "fsdp"),
+}
+BATCH = ("data", "fsdp")
+
+
+COLUMNS = {
+    "program": 13,
+    "devices": 19,
+    "batch": 7,
+    "arguments GB": 14,
+    "temporary GB": 14,
+    "peak GB": 9,
+    "of": 5,
+    "kernels": 9,
+    "calls": 7,
+    "s": 6,
+}
+
+
+class Case(NamedTuple):
+    """A program to compile for a mesh: how many calls of Mosaic kernels it must hold."""
+
+    program: str
+    devices: str
+    batch: str
+    make: Callable
+    mesh: dict[str, int]
+    kernel_calls: int
+
+
+class Program(NamedTuple):
+    """A jitted function and abstract arguments for it."""
+
+    call: Callable
+    shapes: tuple
+    static: dict
+
+
+def train_program(mesh: Mesh, batch: int) -> Program:
+    """LongLoRA's step: LoRA, embeddings and norms are trained, heads see shifted groups, layers are
+    rematerialized."""
+    config = FinetuneConfig(model="-", data="-", output="-", context=CONTEXT, batch_size=batch, remat=True)
+    splits = []
+
+    def make():
+        model = Llama(LLAMA_3_1_8B, rngs=nnx.Rngs(0), dtype=jnp.bfloat16)
+        add_lora(model, rank=config.lora_rank, alpha=config.lora_alpha, rngs=nnx.Rngs(0))
+        params, split = split_model(model, is_trained_with_lora)
+        splits.append(split)
+        return params, split.frozen
+
+    params, frozen = jax.eval_shape(make)
+    optimizer = config.optimizer()
+    state = TrainState(
+        _sharded(params, mesh),
+        _sharded(jax.eval_shape(optimizer.init, params), mesh),
+        _shape(mesh, (), jnp.int32),
+    )
+    tokens = _shape(mesh, (batch, CONTEXT), jnp.int32, BATCH)
+    masks = shifted_head_masks(LLAMA_3_1_8B.num_attention_heads, config.shifted_group_size)
+    step = train_step(splits[0], optimizer, masks, remat=True)
+    return Program(step, (state, _sharded(frozen, mesh), tokens, tokens), {})
+
+
+def decode_program(mesh: Mesh, batch: int) -> Program:
+    """The loop of decode steps: half of the KV heads stream, the others read 4096 tokens of chosen pages."""
+    kv_heads = LLAMA_3_1_8B.num_key_value_heads
+    streaming = np.zeros((LLAMA_3_1_8B.num_hidden_layers, kv_heads), bool)
+    streaming[:, ::2] = True
+    cache = CacheConfig(capacity=CONTEXT, batch=batch, streaming_heads=streaming)
+    layout = plan_cache(cache, LLAMA_3_1_8B, [CONTEXT - 1024] * batch, 1024)
+    graphdef, state = nnx.split(
+        nnx.eval_shape(lambda: Llama(LLAMA_3_1_8B, rngs=nnx.Rngs(0), dtype=jnp.bfloat16))
+    )
+    params, treedef = jax.tree.flatten(_sharded(state, mesh))
+    cached = jax.eval_shape(
+        lambda: loop.new_state(layout, kv_heads=kv_heads, dim=LLAMA_3_1_8B.head_dim, dtype=jnp.bfloat16)
+    )
+    cached = jax.tree.map(lambda x: _shape(mesh, x.shape, x.dtype, BATCH, *["tensor"][: x.ndim == 4]), cached)
+    rows = RowParams.of(
+        [SamplingParams()] * batch,
+        [0] * batch,
+        batch=batch,
+        max_new=1024,
+        vocab_size=LLAMA_3_1_8B.vocab_size,
+        eos_token_ids=(),
+    )
+    rows = jax.tree.map(lambda x: _shape(mesh, x.shape, x.dtype, BATCH), rows)
+    structure = loop.ModelStructure(graphdef, treedef)
+    return Program(
+        loop.decode_steps,
+        (structure, params, cached, rows, _shape(mesh, (), jnp.int32)),
+        {"budget": layout.budget},
+    )
+
+
+_LAYERS = LLAMA_3_1_8B.num_hidden_layers
+_TRAIN_CALLS = (
+    4 * _LAYERS
+)  # the forward kernel twice, for layers are rematerialized, and the two backward ones
+_DECODE_CALLS = 2 * _LAYERS  # over pages, and over the sink and ring of the streaming heads
+PROGRAMS = [
+    Case("train step", "1", "1", train_program, {}, _TRAIN_CALLS),
+    Case("train step", "8: fsdp 8", "8", train_program, {"fsdp": 8}, _TRAIN_CALLS),
+    Case("decode loop", "1", "16", decode_program, {}, _DECODE_CALLS),
+    Case("decode loop", "8: data 2, tensor 4", "64", decode_program, {"data": 2, "tensor": 4}, _DECODE_CALLS),
+]
+
+
+def check(case: Case) -> tuple[list, list[str]]:
+    """A row of the table, and what is wrong."""
+    name = f"{case.program}, {case.devices}"
+    mesh = h200_mesh(**case.mesh)
+    program = case.make(mesh, int(case.batch))
+    compiled = compile_for(mesh, program.call, *program.shapes, **program.static)
+    memory = compiled.program.memory_analysis()
+    arguments, temporary = memory.argument_size_in_bytes, memory.temp_size_in_bytes
+    # Results that are written over donated arguments count once.
+    peak = arguments + memory.output_size_in_bytes - memory.alias_size_in_bytes + temporary
+    calls = compiled.program.as_text().count('custom_call_target="mosaic_gpu')
+    wrong = [f"{name}: {warning}" for warning in compiled.warnings]
+    wrong += [f"{name}: {report}" for report in compiled.reports if report.stack or report.spills]
+    if peak > MEMORY_BYTES:
+        wrong.append(f"{name}: {peak / 1e9:.1f} GB a device do not fit into an H200")
+    if calls != case.kernel_calls:
+        wrong.append(f"{name}: {calls} calls of Mosaic kernels, expected {case.kernel_calls}")
+    sizes = [f"{size / 1e9:.1f}" for size in (arguments, temporary, peak)]
+    of = f"{MEMORY_BYTES / 1e9:.0f}"
+    return [*case[:3], *sizes, of, len(compiled.kernels), calls, f"{compiled.seconds:.0f}"], wrong
+
+
+def _sharded(tree: Any, mesh: Mesh) -> Any:
+    """Abstract parameters with the shardings that their logical axes have by RULES."""
+
+    def place(x, spec):
+        free = set(mesh.axis_names)
+        axes = []
+        for name in spec if x.ndim > 1 else ():
+            axes.append(tuple(axis for axis in RULES.get(name, ()) if axis in free))
+            free -= set(axes[-1])
+        return _shape(mesh, x.shape, x.dtype, *(axis or None for axis in axes))
+
+    return jax.tree.map(place, tree, nnx.get_partition_spec(tree))
+
+
+def _shape(mesh: Mesh, shape: tuple[int, ...], dtype: Any, *axes: Any) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, PartitionSpec(*axes)))

@@ -1,0 +1,63 @@
+"""Compiles the GPU kernels, and whole programs that call them, for H200s that need not be there.
+
+    python tests/gpu_compile/run.py [kernels | programs]
+
+Prints registers, spills and shared memory of every kernel at every choice of tiles, and the bytes a device
+that a training step and a decode loop need. Exits with 1 where anything spills, does not fit
+or does not compile.
+"""
+
+import concurrent.futures
+import multiprocessing
+import os
+import sys
+import time
+
+import kernels
+import programs
+
+
+def main(names: list[str]) -> int:
+    parts = {"programs": (programs, programs.PROGRAMS), "kernels": (kernels, kernels.cases())}
+    unknown = set(names) - set(parts)
+    if unknown:
+        raise SystemExit(f"unknown part {', '.join(unknown)}; allowed are {', '.join(parts)}")
+    began = time.perf_counter()
+    count, wrong = 0, []
+    # Processes of their own: what ptxas prints belongs to the one compilation that runs in them.
+    context = multiprocessing.get_context("spawn")
+    with concurrent.futures.ProcessPoolExecutor(os.cpu_count(), mp_context=context) as pool:
+        running = {
+            name: [pool.submit(module.check, job) for job in jobs]
+            for name, (module, jobs) in parts.items()
+            if not names or name in names
+        }
+        for name, futures in running.items():
+            module, jobs = parts[name]
+            _print_row(module.COLUMNS, list(module.COLUMNS))
+            for job, future in zip(jobs, futures, strict=True):
+                try:
+                    row, faults = future.result()
+                except concurrent.futures.process.BrokenProcessPool:
+                    raise  # the compiler aborted its process; what it said is above
+                except Exception as error:
+                    row, faults = [*job[:3]], [f"{', '.join(job[:3])}: {type(error).__name__}: {error}"]
+                _print_row(module.COLUMNS, row)
+                count, wrong = count + 1, wrong + faults
+            print(flush=True)
+    for fault in wrong:
+        print(f"WRONG: {fault}")
+    print(f"compiled {count} in {time.perf_counter() - began:.0f} s: {len(wrong) or 'nothing'} wrong")
+    return 1 if wrong or not count else 0
+
+
+def _print_row(columns: dict[str, int], values: list) -> None:
+    cells = (
+        f"{value:<{width}}" if isinstance(value, str) and n < 3 else f"{value:>{width}}"
+        for n, (value, width) in enumerate(zip(values, columns.values(), strict=False))
+    )
+    print("".join(cells), flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
