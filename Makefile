@@ -2,14 +2,17 @@
 #   make test PYTHON=python3.11 VENV=.venv-3.11    another interpreter, in an environment of its own
 
 VENV ?= .venv
+VENV_GPU ?= .venv-gpu
 PYTHON ?=
 VENV_PYTHON = $(VENV)/bin/python
 
-.PHONY: help demo test lint typecheck clean
+.PHONY: help demo test test-gpu-compile lint typecheck clean
 
 help:
 	@echo "make demo       train, extend, evaluate and generate with a small model on real text; results in demo/"
 	@echo "make test       the tests, without those marked slow"
+	@echo "make test-gpu-compile"
+	@echo "                compile the GPU kernels and whole programs for H200s; needs Python >= 3.12 and no GPU"
 	@echo "make lint       ruff: rules and format"
 	@echo "make typecheck  pyright, on the installed package and the tests"
 	@echo "make clean      remove what the targets above made"
@@ -20,6 +23,11 @@ demo: $(VENV)/.installed-plot
 
 test: $(VENV)/.installed-test
 	$(VENV_PYTHON) -m pytest --numprocesses 2 --dist loadfile
+
+# In an environment of its own: with the CUDA plugin installed, tests on a CPU would start by looking for a GPU.
+test-gpu-compile:
+	$(MAKE) --no-print-directory VENV=$(VENV_GPU) $(VENV_GPU)/.installed-gpu-compile
+	$(VENV_GPU)/bin/python tests/gpu_compile/run.py
 
 lint: $(VENV)/.installed-lint
 	$(VENV_PYTHON) -m ruff check .
@@ -33,7 +41,7 @@ typecheck: $(VENV)/.installed-lint $(VENV)/.installed-test
 	$(VENV_PYTHON) -m pyright --pythonpath $(VENV_PYTHON)
 
 clean:
-	rm -rf $(VENV) .venv-3.11 build demo *.egg-info .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(VENV_GPU) .venv-3.11 build demo *.egg-info .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # Installed once for each extra, and again when pyproject.toml changes.
