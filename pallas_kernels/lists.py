@@ -1,8 +1,8 @@
 """What the attention kernels read to know where to go: lists of blocks, and what each head sees in them."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-from jax import Array
+from jax import Array, lax
 
 
 class Lists(NamedTuple):
@@ -30,3 +30,21 @@ class Heads(NamedTuple):
 
 
 UNLIMITED = 1 << 30
+
+
+def walk(lists: Any, batch, row, tile, *, rows: int, block: int, step: int, listed_block: int) -> tuple:
+    """How a kernel follows the list of its ``tile`` of ``rows`` tokens, ``step`` tokens at a time.
+
+    lists: Lists of references, of blocks of ``listed_block`` tokens, one list for each ``block`` tokens.
+    Returns the number of steps, how many of them, the first, need no element mask, and ``first(t)``, the
+    first token of step t.
+    """
+    steps_a_block = listed_block // step
+    where = (batch if lists.start.shape[0] > 1 else 0, row, lax.div(tile, block // rows))
+    start = lists.start[where]
+
+    def first(t):
+        listed = lists.index[start + lax.div(t, steps_a_block)]
+        return listed * listed_block + lax.rem(t, steps_a_block) * step
+
+    return lists.count[where] * steps_a_block, lists.full_count[where] * steps_a_block, first

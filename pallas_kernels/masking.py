@@ -1,7 +1,7 @@
 """The element mask inside a kernel, on tiles of scores in the layout of a wgmma accumulator."""
 
 import jax.numpy as jnp
-from jax import lax
+from jax import Array, lax
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 
@@ -32,3 +32,33 @@ def same_segment(row_segment, column_segment):
     """bool [rows, columns], from the segment ids of the rows and of the columns."""
     shape = (row_segment.shape[0], column_segment.shape[0])
     return lax.broadcast_in_dim(row_segment, shape, [0]) == lax.broadcast_in_dim(column_segment, shape, [1])
+
+
+def key_bounds(first_key, rows: int, token_mask):
+    """What ``visible_to`` has to know of ``rows`` keys from ``first_key`` on: the queries that see a key.
+
+    They are one interval: from the key's own position to the end of its group or of the window, for a sink to
+    the end of its group.
+    """
+    sink, window, size, shift = token_mask
+    k = first_key + plgpu.broadcasted_iota(jnp.int32, (rows,), 0, layout=plgpu.Layout.WGMMA.reduce(1))
+    group_end = (lax.div(k + shift, size) + 1) * size - shift
+    return k, jnp.where(k < sink, group_end, jnp.minimum(group_end, k + window))
+
+
+def visible_to(bounds, first_position, queries: int):
+    """Which of ``queries`` queries from a position on see the keys, bool [keys, queries]."""
+    k, end = bounds
+    shape = (k.shape[0], queries)
+
+    def by_row(x):
+        return lax.broadcast_in_dim(x, shape, [0])
+
+    q = first_position + plgpu.broadcasted_iota(jnp.int32, shape, 1, layout=plgpu.Layout.WGMMA)
+    return (by_row(k) <= q) & (q < by_row(end))
+
+
+def pad_segments(q_ids: Array, kv_ids: Array, q_len: int, kv_len: int) -> tuple[Array, Array]:
+    """Whole tiles of segment ids; the padding is of no importance, since no mask shows it."""
+    q_ids = jnp.pad(q_ids.astype(jnp.int32), ((0, 0), (0, q_len - q_ids.shape[1])))
+    return q_ids, jnp.pad(kv_ids.astype(jnp.int32), ((0, 0), (0, kv_len - kv_ids.shape[1])))

@@ -1,0 +1,209 @@
+"""Block-sparse attention, backward: the gradient of the queries, by the forward kernel's walk over its lists.
+
+Algorithm: FlashAttention-2 (arXiv 2307.08691), algorithm 2, cut in two so that no sum crosses programs and
+the result is the same every time: this kernel makes dQ, ``backward_keys`` makes dK and dV. A memory warpgroup
+fills rings of K and V tiles, the compute warpgroups share what it brings.
+"""
+
+import dataclasses
+import functools
+import itertools
+import math
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from jsparse.pallas_kernels.lists import Heads, Lists, walk
+from jsparse.pallas_kernels.masking import pad_segments, row_bounds, same_segment, visible
+from jsparse.pallas_kernels.mosaic import (
+    anew,
+    multiply,
+    multiply_add,
+    release,
+    share_registers,
+    tile_transforms,
+)
+
+ROWS = 64  # of queries a warpgroup holds: the height of one wgmma
+
+
+@dataclasses.dataclass(frozen=True)
+class QueriesTiles:
+    """warpgroups: of ROWS queries each, on one list; tile_kv: keys a step; stages: tiles of K, of V held."""
+
+    warpgroups: int
+    tile_kv: int
+    k_stages: int
+    v_stages: int
+
+
+def queries_tiles(head_dim: int, block_q: int, block_kv: int) -> QueriesTiles:
+    """The tiles for one shape: as many keys a step as divide the block and leave room for two stages.
+
+    At head_dim 256 two warpgroups' queries and their gradients leave room for three tiles of 64 keys: V,
+    which a step reads only once and early, has the single stage.
+    """
+    widest = 64 if head_dim == 256 else 128
+    warpgroups = 2 if block_q % (2 * ROWS) == 0 else 1
+    return QueriesTiles(
+        warpgroups=warpgroups,
+        tile_kv=widest if block_kv % widest == 0 else 64,
+        k_stages=2,
+        v_stages=1 if head_dim == 256 and warpgroups == 2 else 2,
+    )
+
+
+def all_tiles() -> tuple[tuple[int, QueriesTiles], ...]:
+    """All that the chooser can return, each with its head_dim: what has to compile."""
+    shapes = itertools.product((64, 128, 256), (64, 128), (64, 128))
+    return tuple(dict.fromkeys((shape[0], queries_tiles(*shape)) for shape in shapes))
+
+
+def backward_queries(
+    q: Array,
+    k: Array,
+    v: Array,
+    d_out: Array,
+    lse: Array,
+    delta: Array,
+    lists: Lists,
+    heads: Heads,
+    *,
+    scale: float,
+    block_q: int,
+    block_kv: int,
+    segments: tuple[Array, Array] | None = None,
+    tiles: QueriesTiles | None = None,
+    interpret=None,
+) -> Array:
+    """dq [B, T, Hq, D] in q's dtype.
+
+    ``dq = scale * ds k``, where ``ds = p * (d_out v' - delta)``, over the keys that the lists and the heads'
+    token masks show, with the weights ``p`` of the forward pass; 0 where a query sees nothing.
+
+    q and d_out [B, T, Hq, D], k and v [B, S, Hk, D], of one dtype. lse and delta [B, Hq, T rounded up to 128]
+    float32: lse is that of ``forward``, but +inf where a query sees nothing and beyond T; delta is
+    ``sum(out * d_out)`` less the gradient of the natural lse. Lists, heads and segments are those of
+    ``forward``.
+    """
+    batch, q_len, q_heads, head_dim = q.shape
+    kv_len, kv_heads = k.shape[1], k.shape[2]
+    group = q_heads // kv_heads
+    tiles = tiles or queries_tiles(head_dim, block_q, block_kv)
+    warpgroups, tile_kv, k_stages, v_stages = tiles.warpgroups, tiles.tile_kv, tiles.k_stages, tiles.v_stages
+    rows = warpgroups * ROWS
+    num_tiles = pl.cdiv(q_len, rows)
+    log2_scale = scale * math.log2(math.e)
+    if segments is not None:
+        segments = pad_segments(*segments, lse.shape[2], pl.cdiv(kv_len, tile_kv) * tile_kv)
+
+    def kernel(q_ref, k_ref, v_ref, d_out_ref, lse_ref, delta_ref, *rest):
+        *list_refs, row_ref, mask_ref = rest[:6]
+        q_segment_ref, kv_segment_ref, dq_ref = rest[6:] if segments else (None, None, *rest[6:])
+        b, kv_head = lax.axis_index("batch"), lax.axis_index("kv_heads")
+        # The longest lists of a causal mask are the last: they start first.
+        tile = num_tiles - 1 - lax.axis_index("q")
+        head = kv_head * group + lax.axis_index("group")
+        steps, full_steps, first_key = walk(
+            Lists(*list_refs), b, row_ref[head], tile,
+            rows=rows, block=block_q, step=tile_kv, listed_block=block_kv,
+        )  # fmt: skip
+
+        def body(q_smem, d_out_smem, k_smem, v_smem, kv_segment_smem, barriers):
+            q_ready, k_ready, v_ready, k_free, v_free = barriers
+            warpgroup = lax.axis_index("warpgroup")
+
+            @pl.when(warpgroup < warpgroups)
+            def _compute():
+                share_registers(warpgroups, compute=True)
+                first = tile * rows + warpgroup * ROWS
+                queries, ready = pl.ds(first, ROWS), q_ready.at[warpgroup]
+                q_tile = q_smem.at[warpgroup]
+                plgpu.copy_gmem_to_smem(q_ref.at[b, queries, head], q_tile, ready)
+                plgpu.copy_gmem_to_smem(d_out_ref.at[b, queries, head], d_out_smem.at[warpgroup], ready)
+                by_row, by_column = plgpu.Layout.WGMMA.reduce(1), plgpu.Layout.WGMMA.reduce(0)
+                row_lse = plgpu.layout_cast(lse_ref[b, head, queries], by_row)
+                row_delta = plgpu.layout_cast(delta_ref[b, head, queries], by_row)
+                q_segment = plgpu.layout_cast(q_segment_ref[b, queries], by_row) if segments else None
+                bounds = row_bounds(first + kv_len - q_len, ROWS, [mask_ref[head, n] for n in range(4)])
+                plgpu.barrier_wait(ready)
+
+                def step(t, acc, masked):
+                    k_slot, v_slot = lax.rem(t, k_stages), lax.rem(t, v_stages)
+                    plgpu.barrier_wait(k_ready.at[k_slot])
+                    mine = anew(warpgroup)
+                    k_tile, v_tile = k_smem.at[k_slot], v_smem.at[anew(v_slot)]
+                    scores = multiply(q_smem.at[mine], k_tile.transpose((1, 0)), interpret=interpret)
+                    exponents = scores * log2_scale - lax.broadcast_in_dim(row_lse, scores.shape, [0])
+                    if segments:
+                        kv_segment = plgpu.layout_cast(kv_segment_smem.at[k_slot][...], by_column)
+                        exponents = jnp.where(same_segment(q_segment, kv_segment), exponents, -jnp.inf)
+                    if masked:
+                        exponents = jnp.where(visible(bounds, first_key(t), tile_kv), exponents, -jnp.inf)
+                    weights = jnp.exp2(exponents)
+                    plgpu.barrier_wait(v_ready.at[v_slot])
+                    d_weights = multiply(d_out_smem.at[mine], v_tile.transpose((1, 0)), interpret=interpret)
+                    release(v_free.at[v_slot], interpret=interpret)
+                    d_scores = weights * (d_weights - lax.broadcast_in_dim(row_delta, scores.shape, [0]))
+                    acc = multiply_add(acc, d_scores.astype(k.dtype), k_tile, interpret=interpret)
+                    release(k_free.at[k_slot], interpret=interpret)
+                    return acc
+
+                acc = plgpu.layout_cast(jnp.zeros((ROWS, head_dim), jnp.float32), plgpu.Layout.WGMMA)
+                acc = lax.fori_loop(0, full_steps, functools.partial(step, masked=False), acc)
+                acc = lax.fori_loop(full_steps, steps, functools.partial(step, masked=True), acc)
+
+                q_tile[...] = (acc * scale).astype(q.dtype)
+                plgpu.commit_smem()
+                plgpu.copy_smem_to_gmem(q_tile, dq_ref.at[b, queries, head])
+                plgpu.wait_smem_to_gmem(0)
+
+            @pl.when(warpgroup == warpgroups)
+            def _memory():
+                share_registers(warpgroups, compute=False)
+
+                @pl.loop(0, steps)
+                def _(t):
+                    k_slot, v_slot = lax.rem(t, k_stages), lax.rem(t, v_stages)
+                    keys = pl.ds(first_key(t), tile_kv)
+                    pl.when(t >= k_stages)(lambda: plgpu.barrier_wait(k_free.at[k_slot]))
+                    plgpu.copy_gmem_to_smem(k_ref.at[b, keys, kv_head], k_smem.at[k_slot], k_ready.at[k_slot])
+                    if segments:
+                        ids = kv_segment_ref.at[b, keys]
+                        plgpu.copy_gmem_to_smem(ids, kv_segment_smem.at[k_slot], k_ready.at[k_slot])
+                    pl.when(t >= v_stages)(lambda: plgpu.barrier_wait(v_free.at[v_slot]))
+                    plgpu.copy_gmem_to_smem(v_ref.at[b, keys, kv_head], v_smem.at[v_slot], v_ready.at[v_slot])
+
+        transforms = tile_transforms(q.dtype)
+        pl.run_scoped(
+            body,
+            plgpu.SMEM((warpgroups, ROWS, head_dim), q.dtype, transforms=transforms),
+            plgpu.SMEM((warpgroups, ROWS, head_dim), d_out.dtype, transforms=transforms),
+            plgpu.SMEM((k_stages, tile_kv, head_dim), k.dtype, transforms=transforms),
+            plgpu.SMEM((v_stages, tile_kv, head_dim), v.dtype, transforms=transforms),
+            plgpu.SMEM((k_stages, tile_kv), jnp.int32) if segments else None,
+            (
+                plgpu.Barrier(num_arrivals=2, num_barriers=warpgroups),
+                plgpu.Barrier(num_arrivals=2 if segments else 1, num_barriers=k_stages),
+                plgpu.Barrier(num_barriers=v_stages),
+                plgpu.Barrier(num_arrivals=warpgroups, num_barriers=k_stages),
+                plgpu.Barrier(num_arrivals=warpgroups, num_barriers=v_stages),
+            ),
+            collective_axes="warpgroup",
+        )
+
+    return plgpu.kernel(
+        kernel,
+        out_type=jax.ShapeDtypeStruct(q.shape, q.dtype),
+        grid=(batch, kv_heads, num_tiles, group),
+        # The last runs fastest: the heads that read the same keys run side by side.
+        grid_names=("batch", "kv_heads", "q", "group"),
+        num_threads=warpgroups + 1,
+        thread_name="warpgroup",
+        kernel_name="jsparse_backward_queries",
+        compiler_params=plgpu.CompilerParams(approx_math=True),
+        **({} if interpret is None else {"interpret": interpret}),
+    )(q, k, v, d_out, lse, delta, *lists, *heads, *(segments or ()))
