@@ -9,7 +9,6 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from compile_only import compile_for, h200_mesh
-from jax import ShapeDtypeStruct as Shape
 from jax.sharding import NamedSharding, PartitionSpec
 
 from jsparse.pallas_kernels import backward_keys, backward_queries, forward, paged_decode
@@ -39,7 +38,7 @@ def check(case: Case) -> tuple[list, list[str]]:
     name = f"{case.kernel}, {case.arrays}, {case.tiles}"
     mesh = h200_mesh()
     whole = NamedSharding(mesh, PartitionSpec())
-    shapes = jax.tree.map(lambda x: Shape(x.shape, x.dtype, sharding=whole), case.shapes)
+    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=whole), case.shapes)
     compiled = compile_for(mesh, jax.jit(case.call), *shapes)
     (kernel,), (report,) = compiled.kernels, compiled.reports
     wrong = [f"{name}: {warning}" for warning in compiled.warnings]
@@ -55,14 +54,15 @@ def cases() -> list[Case]:
     """All of them. Choosers are asked on the compiled device, for which choices may have been measured."""
     with jax.set_mesh(h200_mesh()):
         return [
-            *_attention_cases("forward", forward.forward_tiles, _forward),
-            *_attention_cases("backward_queries", backward_queries.queries_tiles, _backward_queries),
-            *_attention_cases("backward_keys", backward_keys.keys_tiles, _backward_keys),
+            *_attention_cases(forward.forward, forward.forward_tiles),
+            *_attention_cases(backward_queries.backward_queries, backward_queries.queries_tiles),
+            *_attention_cases(backward_keys.backward_keys, backward_keys.keys_tiles),
             *_decode_cases(),
         ]
 
 
-def _attention_cases(name: str, choose: Callable, call: Callable) -> Iterator[Case]:
+def _attention_cases(kernel: Callable, choose: Callable) -> Iterator[Case]:
+    name = kernel.__name__
     for head_dim in HEAD_DIMS:
         choices: dict[Any, list] = {}
         for blocks in itertools.product(BLOCKS, BLOCKS):
@@ -76,55 +76,50 @@ def _attention_cases(name: str, choose: Callable, call: Callable) -> Iterator[Ca
                     name,
                     arrays + ", segments" * segments,
                     _fields(tiles),
-                    functools.partial(call, block_q=block_q, block_kv=block_kv),
+                    functools.partial(_attention, kernel, block_q=block_q, block_kv=block_kv),
                     _attention_shapes(name, dtype, head_dim, block_q, block_kv, segments),
                 )
 
 
 def _attention_shapes(name, dtype, head_dim, block_q, block_kv, segments) -> tuple:
-    q = Shape((BATCH, LENGTH, HEADS, head_dim), dtype)
-    kv = Shape((BATCH, LENGTH, KV_HEADS, head_dim), dtype)
-    row = Shape((BATCH, HEADS, LENGTH), jnp.float32)
-    block = block_kv if name == "backward_keys" else block_q
-    entry = Shape((BATCH, HEADS, -(-LENGTH // block)), jnp.int32)
-    ids = Shape((BATCH, LENGTH), jnp.int32)
+    q = _shape((BATCH, LENGTH, HEADS, head_dim), dtype)
+    kv = _shape((BATCH, LENGTH, KV_HEADS, head_dim), dtype)
+    row = _shape((BATCH, HEADS, LENGTH), jnp.float32)
+    entry = _shape(
+        (BATCH, HEADS, -(-LENGTH // (block_kv if name == "backward_keys" else block_q))), jnp.int32
+    )
+    ids = _shape((BATCH, LENGTH), jnp.int32)
     return (
         (q, kv, kv) if name == "forward" else (q, kv, kv, q, row, row),
-        Lists(Shape((LISTED,), jnp.int32), entry, entry, entry),
-        Heads(Shape((HEADS,), jnp.int32), Shape((HEADS, 4), jnp.int32)),
+        Lists(_shape((LISTED,), jnp.int32), entry, entry, entry),
+        Heads(_shape((HEADS,), jnp.int32), _shape((HEADS, 4), jnp.int32)),
         (ids, ids) if segments else None,
     )
 
 
-def _forward(arrays, lists, heads, segments, **blocks):
-    return forward.forward(*arrays, lists, heads, segments=segments, scale=0.125, **blocks)
-
-
-def _backward_queries(arrays, lists, heads, segments, **blocks):
-    return backward_queries.backward_queries(*arrays, lists, heads, segments=segments, scale=0.125, **blocks)
-
-
-def _backward_keys(arrays, lists, heads, segments, **blocks):
-    return backward_keys.backward_keys(*arrays, lists, heads, segments=segments, scale=0.125, **blocks)
+def _attention(kernel: Callable, arrays, lists, heads, segments, **blocks: int):
+    return kernel(*arrays, lists, heads, segments=segments, scale=0.125, **blocks)
 
 
 def _decode_cases() -> Iterator[Case]:
     for head_dim, bits, group, tiles in paged_decode.all_tiles():
         for dtype, page in (*((jnp.bfloat16, page) for page in PAGES), (jnp.float16, 64)):
-            q = Shape((BATCH, KV_HEADS * group, head_dim), dtype)
-            table = Shape((BATCH, KV_HEADS, LENGTH // page), jnp.int32)
+            q = _shape((BATCH, KV_HEADS * group, head_dim), dtype)
+            table = _shape((BATCH, KV_HEADS, LENGTH // page), jnp.int32)
             pool = (BATCH * LENGTH // page, KV_HEADS, page)
-            if bits == 16:
-                pages = Shape((*pool, head_dim), dtype)
-            else:
-                codes = Shape((*pool, head_dim * bits // 8), jnp.int8)
-                pages = codes, Shape(pool, jnp.float32), Shape(pool, jnp.float32)
+            scale = _shape(pool, jnp.float32)
+            codes = _shape((*pool, head_dim * bits // 8), jnp.int8)
+            pages = _shape((*pool, head_dim), dtype) if bits == 16 else (codes, scale, scale)
             arrays = f"{jnp.dtype(dtype).name} {head_dim}, pages {page}, {bits} bits, group {group}"
             yield Case("paged_decode", arrays, _fields(tiles), _paged_decode, (q, pages, pages, table, table))
 
 
 def _paged_decode(q, k, v, pages, used):
     return paged_decode.paged_decode(q, k, v, pages, used, scale=0.125)
+
+
+def _shape(shape: tuple[int, ...], dtype: Any) -> Any:
+    return jax.ShapeDtypeStruct(shape, dtype)
 
 
 def _fields(tiles: Any) -> str:

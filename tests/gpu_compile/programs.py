@@ -88,25 +88,24 @@ class Program(NamedTuple):
 def train_program(mesh: Mesh, batch: int) -> Program:
     """LongLoRA's step: LoRA, embeddings and norms are trained, heads see shifted groups, layers are
     rematerialized."""
-    config = FinetuneConfig(model="-", data="-", output="-", context=CONTEXT, batch_size=batch, remat=True)
+    optimizer = FinetuneConfig(model="-", data="-", output="-", context=CONTEXT).optimizer()
     splits = []
 
     def make():
         model = Llama(LLAMA_3_1_8B, rngs=nnx.Rngs(0), dtype=jnp.bfloat16)
-        add_lora(model, rank=config.lora_rank, alpha=config.lora_alpha, rngs=nnx.Rngs(0))
+        add_lora(model, rank=8, alpha=16, rngs=nnx.Rngs(0))
         params, split = split_model(model, is_trained_with_lora)
         splits.append(split)
         return params, split.frozen
 
     params, frozen = jax.eval_shape(make)
-    optimizer = config.optimizer()
     state = TrainState(
         _sharded(params, mesh),
         _sharded(jax.eval_shape(optimizer.init, params), mesh),
         _shape(mesh, (), jnp.int32),
     )
     tokens = _shape(mesh, (batch, CONTEXT), jnp.int32, BATCH)
-    masks = shifted_head_masks(LLAMA_3_1_8B.num_attention_heads, config.shifted_group_size)
+    masks = shifted_head_masks(LLAMA_3_1_8B.num_attention_heads, CONTEXT // 4)
     step = train_step(splits[0], optimizer, masks, remat=True)
     return Program(step, (state, _sharded(frozen, mesh), tokens, tokens), {})
 
@@ -192,5 +191,5 @@ def _sharded(tree: Any, mesh: Mesh) -> Any:
     return jax.tree.map(place, tree, nnx.get_partition_spec(tree))
 
 
-def _shape(mesh: Mesh, shape: tuple[int, ...], dtype: Any, *axes: Any) -> jax.ShapeDtypeStruct:
+def _shape(mesh: Mesh, shape: tuple[int, ...], dtype: Any, *axes: Any) -> Any:
     return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, PartitionSpec(*axes)))
