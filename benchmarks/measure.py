@@ -1,0 +1,211 @@
+"""How implementations are compared: floors, agreement of outputs, alternated timings, ratios.
+
+What a benchmark reports of a peer is the ratio of the times of one round, median, least and largest over the
+rounds: in a round everyone runs right after the other, so that what slows the machine down slows both sides
+of a ratio.
+"""
+
+import dataclasses
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+
+@dataclasses.dataclass(frozen=True)
+class Ceilings:
+    """What a device can do at best, each a second: floating-point operations, bytes to and from memory (read
+    plus written), exponentials.
+    """
+
+    flops: float
+    bytes: float
+    exps: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Work:
+    """What a computation cannot do without. No operations at all: it is bound by memory, and its rate is in
+    bytes.
+    """
+
+    flops: float = 0.0
+    bytes: float = 0.0
+    exps: float = 0.0
+
+    def floor_us(self, ceilings: Ceilings) -> float:
+        """The time under which no implementation can stay: the largest of the three, which overlap at best.
+
+        >>> Work(flops=4e6, bytes=2e6).floor_us(Ceilings(flops=2e12, bytes=4e12, exps=1e12))
+        2.0
+        """
+        seconds = (
+            self.flops / ceilings.flops,
+            self.bytes / ceilings.bytes,
+            self.exps / ceilings.exps,
+        )
+        return 1e6 * max(seconds)
+
+    def rate(self, time_us: float) -> dict[str, float]:
+        """{"tflops": ...}, or {"gb_per_s": ...} for work that is bound by memory."""
+        if self.flops:
+            return {"tflops": self.flops / time_us / 1e6}
+        return {"gb_per_s": self.bytes / time_us / 1e3}
+
+
+@dataclasses.dataclass(frozen=True)
+class Contender:
+    """One implementation of a row, ready to run.
+
+    - launch() starts ``calls`` computations and may return before they end; wait(what it returned) returns
+      after.
+    - outputs() computes once, on the inputs that all contenders share, for the comparison: arrays [B, T, H,
+      D].
+    - same_work False: it computes something else that stands for comparison (dense attention), so that
+      outputs() is not compared.
+    """
+
+    name: str
+    launch: Callable[[], Any]
+    wait: Callable[[Any], Any]
+    outputs: Callable[[], Mapping[str, Any]]
+    work: Work
+    calls: int = 1
+    same_work: bool = True
+
+
+# Agreement ---------------------------------------------------------------------------------------------
+
+
+@jax.jit
+def _squares(x, y):
+    x, y = x.astype(jnp.float32), y.astype(jnp.float32)
+    return jnp.sum((x - y) ** 2, axis=-1), jnp.sum(y**2, axis=-1)
+
+
+def tile_error(x, y, *, tile: int = 128) -> float:
+    """The largest of ``|x - y| / |y|`` over tiles of ``tile`` tokens of one head: one wrong tile does not
+    hide.
+
+    x and y [B, T, H, D]. A tile that is all but zero is held against a thousandth of the usual norm of a
+    tile. NaN if anything is.
+
+    >>> x = jnp.ones((1, 256, 2, 4))
+    >>> tile_error(x, x), tile_error(x.at[:, 128:, 1].set(2.0), x)
+    (0.0, 1.0)
+    """
+    if x.shape != y.shape:
+        raise ValueError(f"outputs of unequal shapes cannot be compared: {x.shape} and {y.shape}")
+    difference, norm = (np.asarray(square, np.float64) for square in _squares(x, y))
+    starts = np.arange(0, difference.shape[1], tile)
+    difference, norm = (np.add.reduceat(square, starts, axis=1) for square in (difference, norm))
+    norm = np.maximum(norm, 1e-6 * norm.mean())
+    return float(np.sqrt(np.max(difference / np.where(norm == 0, 1, norm))))
+
+
+def agreement(outputs: Mapping[str, Mapping[str, Any]], ours: str) -> dict[str, float]:
+    """How far each contender is from ``ours``: the largest :func:`tile_error` of its arrays."""
+    return {
+        name: max(tile_error(arrays[key], outputs[ours][key]) for key in outputs[ours])
+        for name, arrays in outputs.items()
+        if name != ours
+    }
+
+
+def judge(errors: Mapping[str, float], tolerance: float) -> dict[str, str]:
+    """What is to be said of contenders that disagree with ours, by name; raises if all of them do.
+
+    Where ours agrees with one independent implementation at least, another that does not is taken to be wrong
+    itself and left out. Where nobody agrees with ours, nothing can be believed. Nor where there is nobody to
+    compare with.
+
+    >>> judge({"a": 0.003, "b": 0.4}, tolerance=0.02)
+    {'b': 'its outputs differ from ours by 0.4 (worst tile), and another peer agrees with ours'}
+    """
+    if not errors:
+        raise ArithmeticError("nothing to compare our outputs with: not timed")
+    wrong = {name: error for name, error in errors.items() if not error <= tolerance}  # NaN is wrong
+    if len(wrong) == len(errors):
+        listed = ", ".join(f"{name} by {error:.2g}" for name, error in wrong.items())
+        raise ArithmeticError(
+            f"wrong: our outputs differ from {listed} (relative, worst tile; allowed {tolerance}): not timed"
+        )
+    return {
+        name: f"its outputs differ from ours by {error:.2g} (worst tile), and another peer agrees with ours"
+        for name, error in wrong.items()
+    }
+
+
+# Timing ------------------------------------------------------------------------------------------------
+
+
+def time_us(contender: Contender, repeats: int, clock: Callable[[], float] = time.perf_counter) -> float:
+    """Microseconds a computation: ``repeats`` launches, one wait at the end, divided by the computations
+    launched.
+    """
+    started = clock()
+    for _ in range(repeats):
+        last = contender.launch()
+    contender.wait(last)
+    return (clock() - started) * 1e6 / (repeats * contender.calls)
+
+
+def alternate(
+    contenders: Sequence[Contender],
+    *,
+    rounds: int = 9,
+    target_s: float = 0.05,
+    seconds_left: Callable[[], float] = lambda: float("inf"),
+    clock: Callable[[], float] = time.perf_counter,
+) -> tuple[dict[str, list[float]], dict[str, str]]:
+    """Times in rounds A B C A B C ..., and the errors of contenders that failed on the way, by name.
+
+    Each timing takes about ``target_s``, so that the one wait in it (tens of microseconds) is lost in it. Two
+    untimed launches come first. When the time is used up, the rounds so far count, three at least.
+    """
+    times: dict[str, list[float]] = {contender.name: [] for contender in contenders}
+    repeats: dict[str, int] = {}
+    errors: dict[str, str] = {}
+
+    def run(contender: Contender, count: int) -> float | None:
+        try:
+            return time_us(contender, count, clock)
+        except Exception as error:  # of any library: the others go on
+            errors[contender.name] = describe(error)
+            times.pop(contender.name, None)
+            return None
+
+    for contender in contenders:
+        run(contender, 1)
+        once = run(contender, 1) if contender.name not in errors else None
+        if once is not None:
+            repeats[contender.name] = min(max(round(target_s * 1e6 / (once * contender.calls)), 1), 1000)
+    for done in range(rounds):
+        if done >= 3 and seconds_left() <= 0:
+            break
+        for contender in contenders:
+            if contender.name not in errors:
+                measured = run(contender, repeats[contender.name])
+                if measured is not None:
+                    times[contender.name].append(measured)
+    return times, errors
+
+
+def ratios(ours: Sequence[float], peer: Sequence[float]) -> dict[str, float]:
+    """ours / peer, round by round: the median, the least and the largest. Below 1: ours is faster.
+
+    >>> ratios([2.0, 3.0, 4.0], [4.0, 4.0, 4.0])
+    {'ratio_median': 0.75, 'ratio_min': 0.5, 'ratio_max': 1.0}
+    """
+    each = [a / b for a, b in zip(ours, peer, strict=True)]
+    return {"ratio_median": statistics.median(each), "ratio_min": min(each), "ratio_max": max(each)}
+
+
+def describe(error: BaseException) -> str:
+    """An exception in one line that fits a table's note."""
+    text = " ".join(str(error).split())
+    return f"{type(error).__name__}: {text}"[:300]

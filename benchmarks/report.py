@@ -1,0 +1,233 @@
+"""What a benchmark found: a JSON file, a table for the terminal, a plot, and a section of the README.
+
+The file is ``{"header": {...}, "results": [...]}``. A result has row, length, dtype and peer (the contender's
+name), and either ``error``, or ratio_median, ratio_min, ratio_max (our time / its time; 1 for our own),
+time_us, floor_us, tflops or gb_per_s, and same_work (False for dense attention that stands beside a sparse
+row).
+"""
+
+import itertools
+import json
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+NOT_YET = "not yet measured"
+
+
+def write(path: Path, header: Mapping[str, Any], results: Sequence[Mapping[str, Any]]) -> None:
+    """Writes the file whole or not at all: a run that is cut short leaves the last one."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = path.with_suffix(".tmp")
+    beside.write_text(json.dumps({"header": header, "results": results}, indent=1, ensure_ascii=False) + "\n")
+    os.replace(beside, path)
+
+
+def read(path: Path) -> dict[str, Any]:
+    document = json.loads(path.read_text())
+    if set(document) != {"header", "results"}:
+        raise ValueError(f"{path} is no file of results: it has {sorted(document)}, not header and results")
+    return document
+
+
+def by_row(results: Sequence[Mapping[str, Any]]) -> list[tuple[tuple[str, int], list[Mapping[str, Any]]]]:
+    """((row, length), results) in the order of the file."""
+    grouped = itertools.groupby(results, key=lambda result: (result["row"], result["length"]))
+    return [(key, list(group)) for key, group in grouped]
+
+
+def rate(result: Mapping[str, Any]) -> str:
+    return f"{result['tflops']:.0f} TFLOP/s" if "tflops" in result else f"{result['gb_per_s']:.0f} GB/s"
+
+
+def number(value: float) -> str:
+    """Three significant digits, without an exponent.
+
+    >>> number(12345.6), number(12.345), number(0.98765)
+    ('12,346', '12.3', '0.988')
+    """
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
+
+
+def ratio(result: Mapping[str, Any]) -> str:
+    """
+    >>> ratio({"ratio_median": 0.5, "ratio_min": 0.48, "ratio_max": 0.55})
+    '0.5 (0.48 to 0.55)'
+    """
+    return "{} ({} to {})".format(*(number(result[f"ratio_{name}"]) for name in ("median", "min", "max")))
+
+
+# Terminal ----------------------------------------------------------------------------------------------
+
+
+def print_table(
+    header: Mapping[str, Any], results: Sequence[Mapping[str, Any]], goals: Mapping[str, str]
+) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console(width=None if os.isatty(1) else 150)
+    table = Table(title="A SMOKE RUN: the numbers mean nothing" if header.get("smoke") else None)
+    for column in ("row", "length", "dtype", "contender"):
+        table.add_column(column)
+    for column in ("time µs", "rate", "floor µs", "× floor", "ours / its time", "goal"):
+        table.add_column(column, justify="right")
+    errors = []
+    for (row, length), group in by_row(results):
+        for i, result in enumerate(group):
+            name = [row, str(length), result["dtype"]] if i == 0 else [""] * 3
+            if "error" in result:
+                table.add_row(*name, result["peer"], "error", *[""] * 5)
+                errors.append(f"{row} {length} {result['peer']}: {result['error']}")
+                continue
+            own = i == 0
+            table.add_row(
+                *name,
+                result["peer"],
+                number(result["time_us"]),
+                rate(result),
+                number(result["floor_us"]) if own else "",
+                number(result["time_us"] / result["floor_us"]),
+                "" if own else ratio(result),
+                goals.get(row, "") if own else "",
+            )
+        table.add_section()
+    console.print(table)
+    for line in errors:
+        console.print(f"error: {line}", markup=False, highlight=False)
+    for line in notes(header):
+        console.print(line, markup=False, highlight=False)
+
+
+def notes(header: Mapping[str, Any]) -> list[str]:
+    """What a reader must know beside the numbers, a line each."""
+    lines = [
+        f"{header['device']}, {header['date']}, "
+        + ", ".join(f"{k} {v}" for k, v in header["versions"].items())
+    ]
+    if ceilings := header.get("ceilings"):
+        lines.append(
+            f"ceilings, measured: {ceilings['flops'] / 1e12:.0f} TFLOP/s (bf16 matrix product), "
+            f"{ceilings['bytes'] / 1e12:.2f} TB/s (device copy, read plus written)"
+        )
+    lines += [f"{suite}: {outcome['summary']}" for suite, outcome in header["conformance"].items()]
+    if header["left_out"]:
+        lines.append(f"LEFT OUT, the time was used up: {', '.join(header['left_out'])}")
+    return lines
+
+
+# Plot --------------------------------------------------------------------------------------------------
+
+
+def draw(header: Mapping[str, Any], results: Sequence[Mapping[str, Any]], path: Path) -> None:
+    """Bars of time over floor, a group a row; written as PNG and PDF beside ``path``."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg  # draws without a display or global state
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import FuncFormatter, NullFormatter
+
+    measured = [(key, [x for x in group if "error" not in x]) for key, group in by_row(results)]
+    measured = [(key, group) for key, group in measured if group]
+    if not measured:
+        return
+    bars = sum(len(group) for _, group in measured)
+    figure = Figure(figsize=(9, 1.4 + 0.26 * bars + 0.3 * len(measured)), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots()
+
+    place, ticks, labels = 0.0, [], []
+    for (row, length), group in measured:
+        for i, result in enumerate(group):
+            value = result["time_us"] / result["floor_us"]
+            color = "#1b6ca8" if i == 0 else "#b9c4cc" if result["same_work"] else "#e3d9c6"
+            axes.barh(place, value, height=0.82, color=color, edgecolor="white")
+            axes.text(
+                value * 1.04,
+                place,
+                f"{number(value)}  ({number(result['time_us'])} µs)",
+                va="center",
+                fontsize=8,
+            )
+            ticks.append(place)
+            labels.append(f"{row}, {length // 1024}k   {result['peer']}" if i == 0 else result["peer"])
+            place += 1
+        place += 0.7
+    axes.set_yticks(ticks, labels, fontsize=8.5)
+    for label, name in zip(axes.get_yticklabels(), labels, strict=True):
+        label.set_fontweight("bold" if "   " in name else "normal")
+    axes.invert_yaxis()
+    axes.set_xscale("log")
+    axes.axvline(1, color="black", linewidth=0.8)
+    low, high = axes.get_xlim()
+    axes.set_xlim(min(low, 0.8), high * 2.2)  # room for the numbers
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axes.xaxis.set_minor_formatter(NullFormatter())
+    axes.set_xlabel("time / floor of the row's work (1: no implementation can be faster)")
+    for side in ("top", "right"):
+        axes.spines[side].set_visible(False)
+    title = (
+        "SMOKE RUN: the numbers mean nothing"
+        if header.get("smoke")
+        else f"{header['device']}, {header['date']}"
+    )
+    axes.set_title(f"{title}\nblue: jsparse; grey: the same work; sand: dense attention", fontsize=9.5)
+    for suffix in (".png", ".pdf"):
+        figure.savefig(path.with_suffix(suffix), dpi=130)
+
+
+# README ------------------------------------------------------------------------------------------------
+
+BEGIN, END = "<!-- benchmarks/gpu.py --markdown writes from here -->", "<!-- to here -->"
+
+
+def markdown(document: Mapping[str, Any] | None, rows: Iterable[Any]) -> str:
+    """The README's table of the rows (name, about, goal); without results each says that it is not yet
+    measured.
+
+    Raises ValueError for the results of a smoke run.
+    """
+    rows = sorted(rows, key=lambda row: (int(row.name[1:].split("-")[0]), row.name))
+    if document is None:
+        lines = ["| row | what | goal on an H200 | |", "|---|---|---|---|"]
+        return "\n".join(lines + [f"| {row.name} | {row.about} | {row.goal} | {NOT_YET} |" for row in rows])
+    header = document["header"]
+    if header.get("smoke"):
+        raise ValueError("these are the results of a smoke run, whose numbers mean nothing")
+    about = {row.name: row for row in rows}
+    lines = [
+        f"`{header['command']}` measured, beside torch and cuDNN:",
+        "",
+        *(f"- {note}" for note in notes(header)),
+        "",
+        "| row | what | tokens | jsparse | × floor | our time / theirs, median (least to largest) | goal |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    seen = set()
+    order = [row.name for row in rows]
+    measured = sorted(by_row(document["results"]), key=lambda each: (order.index(each[0][0]), each[0][1]))
+    for (name, length), (own, *peers) in measured:
+        seen.add(name)
+        row = about[name]
+        start = f"| {name} | {row.about} | {length:,}"
+        if "error" in own:
+            lines.append(f"{start} | failed: {own['error'].replace('|', '/')} | | | {row.goal} |")
+            continue
+        others = [f"{peer['peer']}: " + ("failed" if "error" in peer else ratio(peer)) for peer in peers]
+        time, floors = f"{number(own['time_us'])} µs, {rate(own)}", number(own["time_us"] / own["floor_us"])
+        lines.append(f"{start} | {time} | {floors} | {'; '.join(others)} | {row.goal} |")
+    lines += [
+        f"| {row.name} | {row.about} | | {NOT_YET} | | | {row.goal} |" for row in rows if row.name not in seen
+    ]
+    return "\n".join(lines)
+
+
+def put_between(text: str, section: str) -> str:
+    """The text with what stands between the two marks replaced.
+
+    >>> put_between(f"a {BEGIN} old {END} b", "new") == f"a {BEGIN}\\n\\nnew\\n\\n{END} b"
+    True
+    """
+    if text.count(BEGIN) != 1 or text.count(END) != 1:
+        raise ValueError(f"the text must hold {BEGIN!r} and {END!r} once each")
+    before, rest = text.split(BEGIN)
+    return f"{before}{BEGIN}\n\n{section}\n\n{END}{rest.split(END)[1]}"
