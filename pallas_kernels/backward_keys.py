@@ -9,7 +9,6 @@ transposed, keys by queries: one product leaves the weights in the registers whe
 
 import dataclasses
 import functools
-import itertools
 import math
 
 import jax
@@ -59,12 +58,6 @@ def keys_tiles(head_dim: int, block_q: int, block_kv: int) -> KeysTiles:
         tile_q=widest if block_q % widest == 0 else 64,
         stages=2,
     )
-
-
-def all_tiles() -> tuple[tuple[int, KeysTiles], ...]:
-    """All that the chooser can return, each with its head_dim: what has to compile."""
-    shapes = itertools.product((64, 128, 256), (64, 128), (64, 128))
-    return tuple(dict.fromkeys((shape[0], keys_tiles(*shape)) for shape in shapes))
 
 
 def backward_keys(

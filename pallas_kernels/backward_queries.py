@@ -7,7 +7,6 @@ fills rings of K and V tiles, the compute warpgroups share what it brings.
 
 import dataclasses
 import functools
-import itertools
 import math
 
 import jax
@@ -54,12 +53,6 @@ def queries_tiles(head_dim: int, block_q: int, block_kv: int) -> QueriesTiles:
         k_stages=2,
         v_stages=1 if head_dim == 256 and warpgroups == 2 else 2,
     )
-
-
-def all_tiles() -> tuple[tuple[int, QueriesTiles], ...]:
-    """All that the chooser can return, each with its head_dim: what has to compile."""
-    shapes = itertools.product((64, 128, 256), (64, 128), (64, 128))
-    return tuple(dict.fromkeys((shape[0], queries_tiles(*shape)) for shape in shapes))
 
 
 def backward_queries(
