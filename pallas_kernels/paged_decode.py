@@ -30,7 +30,7 @@ from jax import Array, lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from jsparse.pallas_kernels.mosaic import multiply, multiply_registers, tile_transforms
+from jsparse.pallas_kernels.mosaic import anew, multiply, multiply_registers, tile_transforms
 
 HEAD_DIMS = (64, 128, 256)
 GROUPS = (8, 16)  # query heads of a KV head, rounded up
@@ -51,12 +51,13 @@ class DecodeTiles:
 
 
 def decode_tiles(head_dim: int, bits: int, group: int = 8) -> DecodeTiles:
-    """The tiles for pages of ``bits`` an element.
+    """The tiles for pages of ``bits`` an element and ``group`` query heads a KV head.
 
-    Codes take longer to work on than to bring, so three thread blocks share an SM where registers allow it.
-    Each has as many stages as its part of the shared memory holds, six at most.
+    Codes take longer to work on than to bring, so more thread blocks share an SM, as many as its registers
+    allow. Each has as many stages as its part of the shared memory holds, six at most.
     """
-    resident = {64: 3, 128: 3, 256: 1}[head_dim] if bits < 16 else {64: 2, 128: 2, 256: 1}[head_dim]
+    resident = {16: 1, 8: 1, 4: 2}[bits] if head_dim == 256 else {16: 2, 8: 3, 4: 3}[bits]
+    resident = min(resident, 3 if group <= 8 else 2)
     choices = (DecodeTiles(64, stages, resident) for stages in range(6, 1, -1))
     return next(x for x in choices if shared_memory(x, head_dim, bits, group) * resident <= SHARED_MEMORY)
 
@@ -180,7 +181,7 @@ def paged_decode(
                         piece = smem.at[slot, pl.ds(e * rows, rows)]
                         plgpu.copy_gmem_to_smem(ref.at[page, head, pl.ds(start, rows)], piece, ready.at[slot])
 
-            plgpu.copy_gmem_to_smem(q_ref.at[b, head], q_smem, q_ready)
+            plgpu.copy_gmem_to_smem(q_ref.at[b, head], q_smem.at[0], q_ready)
             if quantised:
                 plgpu.copy_gmem_to_smem(sums_ref.at[b, head], sums_smem, q_ready)
             for n in range(stages):
@@ -198,24 +199,23 @@ def paged_decode(
             def step(t, carry):
                 acc, top, total, offset = carry
                 slot = lax.rem(t - first, stages)
-                coming, held = (
-                    places(jnp.minimum(t + stages, last - 1)),
-                    lengths(t),
-                )  # read before they are needed
+                # Read before the wait, for what they say is needed after it.
+                coming, held = places(jnp.minimum(t + stages, last - 1)), lengths(t)
                 plgpu.barrier_wait(ready.at[slot])
                 tile = [smem.at[slot] for smem in pool_smem]
                 k_tile, v_tile = tile[0], tile[len(k)]
+                q_tile, weights_tile = q_smem.at[anew(0)], weights_smem.at[anew(0)]
 
                 if quantised:
                     k_scale, k_zero, v_scale, v_zero = (
                         _along_keys(_where(held, rows, _cast(ref[...], _BY_KEY), 0.0), columns)
                         for ref in (*tile[1:3], *tile[4:6])
                     )
-                    pairs = ((values, q_smem.at[:, at].transpose((1, 0))) for values, at in decoded(k_tile))
+                    pairs = ((values, q_tile.at[:, at].transpose((1, 0))) for values, at in decoded(k_tile))
                     scores = multiply_registers(pairs, (keys, columns), interpret=interpret)
                     scores = k_scale * (scores - k_zero * _along_heads(sums, keys))
                 else:
-                    scores = multiply(k_tile, q_smem.transpose((1, 0)), interpret=interpret)
+                    scores = multiply(k_tile, q_tile.transpose((1, 0)), interpret=interpret)
                 scores = _where(held, rows, _cast(scores * log2_scale, _MATRIX), -jnp.inf)
                 new_top = jnp.maximum(top, _cast(scores.max(axis=0), _BY_HEAD))
                 decay = jnp.exp2(top - new_top)
@@ -226,21 +226,22 @@ def paged_decode(
                 if quantised:
                     narrow = (weights * v_scale).astype(q.dtype)
                     offset = offset * _along_heads(decay, keys) + narrow.astype(jnp.float32) * v_zero
+                    values_tile = values_smem.at[anew(0)]
                     for values, at in decoded(v_tile):
-                        values_smem.at[:, at][...] = values
-                    v_tile = values_smem
+                        values_tile.at[:, at][...] = values
+                    v_tile = values_tile
                 else:
                     narrow = weights.astype(q.dtype)
 
                     @pl.when(sum(held) < keys)
                     def _():
                         # A slot that holds no token may hold anything, and 0 * NaN is NaN.
-                        v_tile[...] = _where(held, rows, v_tile[...], 0)
+                        v_tile[...] = _where(held, rows, v_tile[...], 0.0)
 
-                weights_smem.transpose((1, 0))[...] = narrow
+                weights_tile.transpose((1, 0))[...] = narrow
                 plgpu.commit_smem()
                 product = multiply(
-                    v_tile.transpose((1, 0)), weights_smem.transpose((1, 0)), interpret=interpret
+                    v_tile.transpose((1, 0)), weights_tile.transpose((1, 0)), interpret=interpret
                 )
                 acc = acc * _along_heads(decay, head_dim) + product
                 pl.when(t + stages < last)(lambda: fetch(t + stages, coming))
@@ -273,18 +274,19 @@ def paged_decode(
         stored = tile_transforms(pool.dtype, min(128, stored_dim * pool.dtype.itemsize))
         pl.run_scoped(
             body,
-            plgpu.SMEM((columns, head_dim), q.dtype, transforms=wide),
+            plgpu.SMEM((1, columns, head_dim), q.dtype, transforms=wide),
             plgpu.SMEM((columns,), jnp.float32) if quantised else None,
             [
                 plgpu.SMEM((stages, keys, *x.shape[3:]), x.dtype, transforms=stored if x.ndim == 4 else ())
                 for x in (*k, *v)
             ],
-            plgpu.SMEM((keys, head_dim), q.dtype, transforms=wide) if quantised else None,
-            plgpu.SMEM((columns, keys), q.dtype, transforms=wide),
+            plgpu.SMEM((1, keys, head_dim), q.dtype, transforms=wide) if quantised else None,
+            plgpu.SMEM((1, columns, keys), q.dtype, transforms=wide),
             plgpu.SMEM((head_dim, columns), jnp.float32),
             plgpu.SMEM((columns,), jnp.float32),
             plgpu.Barrier(num_arrivals=2 if quantised else 1),
             plgpu.Barrier(num_arrivals=entries * len(k + v), num_barriers=stages),
+            collective_axes="warpgroup",
         )
 
     grouped = q.reshape(batch, kv_heads, group, head_dim)
@@ -297,6 +299,9 @@ def paged_decode(
         ],
         grid=(splits, kv_heads, batch),
         grid_names=("split", "kv_heads", "batch"),
+        num_threads=1,
+        thread_name="warpgroup",
+        kernel_name="jsparse_paged_decode",
         compiler_params=plgpu.CompilerParams(approx_math=True),
         **({} if interpret is None else {"interpret": interpret}),
     )(grouped, grouped.astype(jnp.float32).sum(axis=-1), pages, used, num_steps, *k, *v)
