@@ -1,7 +1,7 @@
 """Attention over a KV cache: one token or a chunk a sequence, by online softmax over blocks of cached keys.
 
 How far the loops run follows the longest sequence at hand, not the capacity of the cache. Lengths are traced:
-a new length compiles nothing.
+a new length compiles nothing. On a Hopper GPU a kernel attends for single tokens; all else is portable XLA.
 """
 
 from collections.abc import Callable
@@ -10,10 +10,13 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from jsparse import mosaic_decode
 from jsparse.cache import LayerKVCache, PagedKVCache, StreamingKVCache, append_paged, append_streaming
+from jsparse.device import hopper
 from jsparse.masks import TokenMask, causal, streaming
 from jsparse.select import select_pages
 
+_IMPLEMENTATIONS = ("mosaic_gpu", "mosaic_gpu_interpret", "xla")
 _BLOCK_TOKENS = 512  # keys a step of the loop over pages: large enough for efficient products, small to hold
 
 
@@ -25,6 +28,7 @@ def decode_attention(
     *,
     pages: Int[Array, "B Hk n"] | None = None,
     scale: float | None = None,
+    implementation: str | None = None,
 ) -> Float[Array, "B Hq D"]:
     """Attention of the newest token of each sequence to the keys in its cache::
 
@@ -36,8 +40,14 @@ def decode_attention(
     head, -1 for no page, as :func:`jsparse.select.select_pages` makes them; other pages are not touched. A
     sequence of length 0 gives 0.
 
+    ``implementation``: "mosaic_gpu" is the kernel for Hopper GPUs (bfloat16 or float16; head_dim 64, 128 or
+    256; pages and rings of 8, 16, 32 or a multiple of 8 from 64 tokens; up to 16 query heads a KV head),
+    "mosaic_gpu_interpret" the same on a CPU, for tests (jax >= 0.12; float32 too), "xla" runs everywhere.
+    None takes the kernel where it can run, else XLA.
+
     Raises ``ValueError`` where query heads do not divide by KV heads, or where ``page_table`` and ``pages``
-    do not go with the kind of cache.
+    do not go with the kind of cache, and ``NotImplementedError`` where the implementation asked for cannot
+    take them, naming the limit.
 
     >>> from jsparse.cache import StreamingKVCache
     >>> cache = StreamingKVCache.zeros(1, 1, 4, sink=1, window=2, dtype=jnp.float32)
@@ -47,6 +57,13 @@ def decode_attention(
     if isinstance(cache, StreamingKVCache):
         if page_table is not None or pages is not None:
             raise ValueError("a StreamingKVCache has no pages: page_table and pages must be None")
+    elif page_table is None:
+        raise ValueError("a PagedKVCache needs page_table")
+    _check_heads(q.shape[1], cache.k.shape[1])
+    if _takes_kernel(implementation, q, cache):
+        interpret = implementation == "mosaic_gpu_interpret"
+        return mosaic_decode.decode(q, cache, lengths, page_table, pages, scale, interpret=interpret)
+    if isinstance(cache, StreamingKVCache):
         k_position = cache.positions(lengths)[:, None]
         # The ring holds what the mask shows and nothing more.
         return _attend(
@@ -58,11 +75,9 @@ def decode_attention(
             mask=causal(),
             scale=scale,
         )[:, 0]
-    if page_table is None:
-        raise ValueError("a PagedKVCache needs page_table")
-    return paged_attention(q[:, None], cache, page_table, lengths - 1, lengths, pages=pages, scale=scale)[
-        :, 0
-    ]
+    assert page_table is not None
+    out = paged_attention(q[:, None], cache, page_table, lengths - 1, lengths, pages=pages, scale=scale)
+    return out[:, 0]
 
 
 def paged_attention(
@@ -185,7 +200,10 @@ def attend_and_append(
             # [B, max_pages, Hk, L, D]: the bounds of a sequence's pages, in its own order
             k_min, k_max = (bounds[page_table].swapaxes(1, 2) for bounds in (paged.k_min, paged.k_max))
             pages = select_pages(q_part[:, 0], k_min, k_max, after, budget=budget, page_size=paged.page_size)
-        parts.append(paged_attention(q_part, paged, page_table, lengths, after, pages=pages))
+        if q.shape[1] == 1:
+            parts.append(decode_attention(q_part[:, 0], paged, after, page_table, pages=pages)[:, None])
+        else:
+            parts.append(paged_attention(q_part, paged, page_table, lengths, after))
         order += heads
         cache = LayerKVCache(paged, cache.streaming, cache.streaming_heads)
     if cache.streaming is not None:
@@ -200,6 +218,24 @@ def attend_and_append(
         cache = LayerKVCache(cache.paged, ring, cache.streaming_heads)
     out = parts[0] if len(parts) == 1 else jnp.concatenate(parts, axis=2)
     return _take_heads(out, [order.index(h) for h in range(len(order))], group), cache
+
+
+def _takes_kernel(implementation: str | None, q, cache: PagedKVCache | StreamingKVCache) -> bool:
+    if implementation is not None and implementation not in _IMPLEMENTATIONS:
+        raise ValueError(f"implementation must be None or one of {_IMPLEMENTATIONS}, not {implementation!r}")
+    if implementation == "xla" or (implementation is None and not hopper()):
+        return False
+    reason = mosaic_decode.limit(q, cache, interpret=implementation == "mosaic_gpu_interpret")
+    if reason is not None and implementation is not None:
+        raise NotImplementedError(f"implementation={implementation!r}: {reason}")
+    return reason is None
+
+
+def _check_heads(q_heads: int, kv_heads: int) -> None:
+    if q_heads % kv_heads:
+        raise ValueError(
+            f"q has {q_heads} heads, which is no multiple of the {kv_heads} KV heads of the cache"
+        )
 
 
 def _take_heads(x, heads: list[int], group: int = 1):
@@ -222,10 +258,7 @@ def _attend(
 ) -> Float[Array, "B C Hq D"]:
     """Online softmax over blocks ``load(i)``: k, v [B, Hk, S, D], positions [B, Hk or 1, S], -1: none."""
     batch, chunk, q_heads, dim = q.shape
-    if q_heads % kv_heads:
-        raise ValueError(
-            f"q has {q_heads} heads, which is no multiple of the {kv_heads} KV heads of the cache"
-        )
+    _check_heads(q_heads, kv_heads)
     group = q_heads // kv_heads
     factor = dim**-0.5 if scale is None else scale
     # The query heads of a KV head are rows of one product: [B, Hk, group * C, D].

@@ -127,7 +127,7 @@ def paged_decode(
       shape, or ``[..., D / 2]`` of two int4 codes a byte, dimension d low and d + D / 2 high; scale and zero
       float32 ``[num_pages, Hk, page_size]``
     - pages ``[B, 1 or Hk, n]`` int32: places in the pool, -1 for none
-    - used, of that shape: how many keys at the start of each page are meant
+    - used, of that shape: how many keys at the start of each page are meant; where 0, the page is ignored
 
     What a page holds beyond them has no effect, NaN included. ``shape_limit`` says which shapes it takes.
     """
@@ -142,10 +142,10 @@ def paged_decode(
     # A step visits `entries` whole pages, or one of the `pieces` of a page.
     rows = min(page_size, keys)
     entries, pieces = keys // rows, pl.cdiv(page_size, rows)
+    # An entry without keys is copied where its step has others: whatever it says, that is page 0.
     used = jnp.where(pages < 0, 0, used)
-    pages, used = (
-        jnp.pad(x, ((0, 0), (0, 0), (0, -x.shape[2] % entries))) for x in (jnp.maximum(pages, 0), used)
-    )
+    pages = jnp.where(used > 0, pages, 0)
+    pages, used = (jnp.pad(x, ((0, 0), (0, 0), (0, -x.shape[2] % entries))) for x in (pages, used))
     # Nothing is visited after the last key that is meant.
     end = jnp.where(used > 0, jnp.arange(used.shape[2]) * pieces + pl.cdiv(used, rows), 0)
     num_steps = pl.cdiv(end.max(axis=2), entries)

@@ -1,0 +1,59 @@
+"""Decoding on the Hopper kernel: what it can take, and how a cache becomes pages and the lists of them."""
+
+import jax.numpy as jnp
+
+from jsparse.cache import PagedKVCache, StreamingKVCache
+from jsparse.device import kernel_limit
+from jsparse.mesh import split_over_mesh
+from jsparse.mosaic_gpu import interpreter
+
+
+def limit(q, cache: PagedKVCache | StreamingKVCache, *, interpret: bool) -> str | None:
+    """Why the kernel cannot take this call, or None where it can."""
+    if (reason := kernel_limit(interpret=interpret)) is not None:
+        return reason
+    from jsparse.pallas_kernels.paged_decode import shape_limit
+
+    return shape_limit(q, cache.k, interpret=interpret)
+
+
+def decode(q, cache: PagedKVCache | StreamingKVCache, lengths, page_table, pages, scale, *, interpret: bool):
+    """``decode_attention`` by the kernel; on a mesh, each device's own sequences and heads."""
+    from jsparse.pallas_kernels.paged_decode import paged_decode
+
+    options = {
+        "scale": q.shape[-1] ** -0.5 if scale is None else scale,
+        "interpret": interpreter() if interpret else None,
+    }
+    streaming = isinstance(cache, StreamingKVCache)
+
+    def run(q, k, v, lengths, *lists):
+        listed = _ring_lists(k, lengths) if streaming else _page_lists(k, lengths, *lists)
+        out, _ = paged_decode(q, k, v, *listed, **options)
+        return (out.astype(q.dtype),)
+
+    # Sequences own rings; pages belong to all of them.
+    pool, lists, axes = ("bh..", (), ()) if streaming else (".h..", (page_table,), ("b.",))
+    if pages is not None:
+        lists, axes = (*lists, pages), (*axes, "bh.")
+    operands = (q, cache.k, cache.v, lengths, *lists)
+    letters = ("bhd", pool, pool, "b", *axes)
+    (out,) = split_over_mesh(run, operands, letters, ("bhd",), num_heads=cache.k.shape[1])
+    return out
+
+
+def _ring_lists(k, lengths):
+    """Slots fill in order, and all that hold a token are visible: a page a sequence, shared by its heads."""
+    page = jnp.arange(k.shape[0], dtype=jnp.int32)
+    return page[:, None, None], jnp.minimum(lengths, k.shape[2]).astype(jnp.int32)[:, None, None]
+
+
+def _page_lists(k, lengths, page_table, pages=None):
+    """The pages in the pool [B, 1 or Hk, n], and how many tokens of the sequence each holds."""
+    page_size = k.shape[2]
+    if pages is None:
+        pages, physical = jnp.arange(page_table.shape[1])[None, None], page_table[:, None]
+    else:
+        physical = jnp.take_along_axis(page_table[:, None], pages, axis=2, mode="clip")
+    used = jnp.clip(lengths[:, None, None] - pages * page_size, 0, page_size)
+    return physical.astype(jnp.int32), jnp.where(pages >= 0, used, 0).astype(jnp.int32)
