@@ -16,7 +16,7 @@ from jsparse.pallas_kernels.lists import Heads, Lists
 
 HEAD_DIMS = (64, 128, 256)
 BLOCKS = (64, 128, 192, 384)  # one or three steps a block, whether the widest step is 64 or 128
-PAGES = (16, 64, 128)  # several to a step, one a step, several steps each
+PAGES = (8, 64, 384)  # eight to a step, one a step, a ring of several steps
 BATCH, LENGTH, HEADS, KV_HEADS, LISTED = 2, 4096, 32, 8, 1000
 SHARED_MEMORY = 227 * 1024  # bytes that a thread block may ask for on compute capability 9.0
 

@@ -1,5 +1,7 @@
 """A training step and a decode loop of an 8-billion-parameter Llama at 32k context: bytes a device."""
 
+import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -124,7 +126,16 @@ def decode_program(mesh: Mesh, batch: int) -> Program:
     cached = jax.eval_shape(
         lambda: loop.new_state(layout, kv_heads=kv_heads, dim=LLAMA_3_1_8B.head_dim, dtype=jnp.bfloat16)
     )
-    cached = jax.tree.map(lambda x: _shape(mesh, x.shape, x.dtype, BATCH, *["tensor"][: x.ndim == 4]), cached)
+    place = functools.partial(_place, mesh=mesh)
+    layers = tuple(
+        dataclasses.replace(
+            layer,
+            paged=place(layer.paged, None, "tensor"),  # a page may belong to any sequence
+            streaming=place(layer.streaming, BATCH, "tensor"),
+        )
+        for layer in cached.layers
+    )
+    cached = dataclasses.replace(place(cached, BATCH), layers=layers)
     rows = RowParams.of(
         [SamplingParams()] * batch,
         [0] * batch,
@@ -133,11 +144,10 @@ def decode_program(mesh: Mesh, batch: int) -> Program:
         vocab_size=LLAMA_3_1_8B.vocab_size,
         eos_token_ids=(),
     )
-    rows = jax.tree.map(lambda x: _shape(mesh, x.shape, x.dtype, BATCH), rows)
     structure = loop.ModelStructure(graphdef, treedef)
     return Program(
         loop.decode_steps,
-        (structure, params, cached, rows, _shape(mesh, (), jnp.int32)),
+        (structure, params, cached, place(rows, BATCH), _shape(mesh, (), jnp.int32)),
         {"budget": layout.budget},
     )
 
@@ -189,6 +199,10 @@ def _sharded(tree: Any, mesh: Mesh) -> Any:
         return _shape(mesh, x.shape, x.dtype, *(axis or None for axis in axes))
 
     return jax.tree.map(place, tree, nnx.get_partition_spec(tree))
+
+
+def _place(tree: Any, *axes: Any, mesh: Mesh) -> Any:
+    return jax.tree.map(lambda x: _shape(mesh, x.shape, x.dtype, *axes), tree)
 
 
 def _shape(mesh: Mesh, shape: tuple[int, ...], dtype: Any, *axes: Any) -> Any:
