@@ -1,16 +1,42 @@
 """Attention over the caches against dense attention in float64, masked as the cache should show it."""
 
+import functools
+import os
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import AbstractDevice, AbstractMesh
 
+import jsparse.decode
 from jsparse.cache import LayerKVCache, PagedKVCache, StreamingKVCache, append_paged, append_streaming
 from jsparse.decode import attend_and_append, decode_attention, paged_attention
 from jsparse.masks import causal, streaming
+from jsparse.quantize import dequantize, quantize
 from jsparse.select import select_pages
 
+needs_kernels = pytest.mark.skipif(jax.__version_info__ < (0, 11, 2), reason="the kernels need jax >= 0.11.2")
 PAGE, LOGICAL, DIM = 8, 4, 8
+# On a machine with a GPU: JSPARSE_TEST_IMPLEMENTATION=mosaic_gpu, in half precision only.
+INTERPRETED = pytest.param(
+    "mosaic_gpu_interpret",
+    marks=pytest.mark.skipif(jax.__version_info__ < (0, 12), reason="jax < 0.12 cannot interpret Mosaic GPU"),
+)
+ON_DEVICE = os.environ.get("JSPARSE_TEST_IMPLEMENTATION")
+IMPLEMENTATIONS = [ON_DEVICE] if ON_DEVICE else ["xla", INTERPRETED]
+
+
+def fit(implementation):
+    """(dim, dtype, relative error) that an implementation is tested with; kernels take head_dim 64 and up."""
+    if implementation == "mosaic_gpu":
+        return 64, jnp.bfloat16, 2e-2
+    return (DIM if implementation == "xla" else 64), jnp.float32, 1e-5
+
+
+def assert_close(actual, expected, tolerance):
+    actual = np.asarray(actual, np.float64)
+    assert np.linalg.norm(actual - expected) <= tolerance * np.linalg.norm(expected)
 
 
 def random(*shape, seed=0):
@@ -32,18 +58,18 @@ def dense(q, k, v, masks):
     return out
 
 
-def nan_layer(batch, kv_heads, pages, streaming_heads, sink=3, window=5, logical=LOGICAL):
+def nan_layer(
+    batch, kv_heads, pages, streaming_heads, sink=3, window=5, logical=LOGICAL, dim=DIM, dtype=jnp.float32
+):
     """A layer's cache whose pools and rings hold NaN, as if recycled from a broken sequence."""
     paged = ring = None
     if len(streaming_heads) < kv_heads:
         retrieval = kv_heads - len(streaming_heads)
         paged = PagedKVCache.zeros(
-            batch * pages, retrieval, DIM, page_size=PAGE, logical_page_size=logical, dtype=jnp.float32
+            batch * pages, retrieval, dim, page_size=PAGE, logical_page_size=logical, dtype=dtype
         )
     if streaming_heads:
-        ring = StreamingKVCache.zeros(
-            batch, len(streaming_heads), DIM, sink=sink, window=window, dtype=jnp.float32
-        )
+        ring = StreamingKVCache.zeros(batch, len(streaming_heads), dim, sink=sink, window=window, dtype=dtype)
     layer = LayerKVCache(paged, ring, streaming_heads)
     table = np.random.default_rng(5).permutation(batch * pages).reshape(batch, pages)
     return jax.tree.map(lambda x: jnp.full_like(x, jnp.nan), layer), jnp.array(table)
@@ -52,7 +78,7 @@ def nan_layer(batch, kv_heads, pages, streaming_heads, sink=3, window=5, logical
 step = jax.jit(attend_and_append, static_argnames="budget")
 append = jax.jit(append_paged)
 select = jax.jit(select_pages, static_argnames=("budget", "page_size"))
-decode = jax.jit(decode_attention, static_argnames="scale")
+decode = jax.jit(decode_attention, static_argnames=("scale", "implementation"))
 
 
 def run(q, k, v, layer, table, lengths, chunk):
@@ -115,49 +141,90 @@ def test_a_ring_as_long_as_the_sequence_is_dense():
     np.testing.assert_allclose(outs[0], dense(q[0], k[0], v[0], [causal()] * 2), atol=2e-6)
 
 
-def paged_sequences(lengths, pages, kv_heads=2, seed=1):
+def paged_sequences(lengths, pages, kv_heads=2, seed=1, dim=DIM, dtype=jnp.float32):
     k, v = (
-        random(2, pages * PAGE, kv_heads, DIM, seed=seed),
-        random(2, pages * PAGE, kv_heads, DIM, seed=seed + 1),
+        jnp.array(random(2, pages * PAGE, kv_heads, dim, seed=seed), dtype),
+        jnp.array(random(2, pages * PAGE, kv_heads, dim, seed=seed + 1), dtype),
     )
-    layer, table = nan_layer(2, kv_heads, pages, ())
-    cache = append(layer.paged, jnp.array(k), jnp.array(v), table, jnp.zeros(2, jnp.int32), lengths)
+    layer, table = nan_layer(2, kv_heads, pages, (), dim=dim, dtype=dtype)
+    cache = append(layer.paged, k, v, table, jnp.zeros(2, jnp.int32), lengths)
     return k, v, cache, table
 
 
-def test_decode_reads_the_listed_pages_and_no_others():
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_decode_reads_the_listed_pages_and_no_others(implementation):
+    dim, dtype, tolerance = fit(implementation)
     lengths = jnp.array([37, 22])
-    k, v, cache, table = paged_sequences(lengths, pages=6)
-    q = random(2, 4, DIM)
-    pages = jnp.array([[[0, 3, 4], [1, 2, 4]], [[0, 2, -1], [1, 2, -1]]])
+    k, v, cache, table = paged_sequences(lengths, pages=6, dim=dim, dtype=dtype)
+    q = jnp.array(random(2, 4, dim), dtype)
+    pages = jnp.array([[[0, 3, 4], [1, 2, 4]], [[0, 2, -1], [-1, 2, 1]]])
     listed = np.zeros((12, 2), bool)
     for row in range(2):
         for head in range(2):
             listed[[int(table[row, page]) for page in pages[row, head] if page >= 0], head] = True
     # What is not listed for a head is NaN.
     poisoned = jax.tree.map(lambda x: jnp.where(listed[:, :, None, None], x, jnp.nan), cache)
-    out = np.asarray(decode(jnp.array(q), poisoned, lengths, table, pages=pages))
+    out = decode(q, poisoned, lengths, table, pages=pages, implementation=implementation)
+    assert out.dtype == dtype
+    expected = np.zeros((2, 4, dim))
     for row, length in enumerate([37, 22]):
         for head in range(2):
             seen = [p for p in range(length) if p // PAGE in pages[row, head].tolist()]
-            expected = dense(
-                q[row, None, 2 * head : 2 * head + 2],
-                k[row, seen, head, None],
-                v[row, seen, head, None],
+            group = slice(2 * head, 2 * head + 2)
+            expected[row, group] = dense(
+                q[row, None, group],
+                k[row, jnp.array(seen), head, None],
+                v[row, jnp.array(seen), head, None],
                 [causal()],
-            )
-            np.testing.assert_allclose(out[row, 2 * head : 2 * head + 2], expected[0], atol=2e-6)
+            )[0]
+    assert_close(out, expected, tolerance)
 
 
-def test_a_budget_over_the_context_is_dense_to_the_bit():
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_decode_without_a_list_reads_every_page_of_each_sequence(implementation):
+    dim, dtype, tolerance = fit(implementation)
+    lengths = jnp.array([41, 1])
+    k, v, cache, table = paged_sequences(lengths, pages=6, dim=dim, dtype=dtype)
+    table = table.at[1, 1:].set(10**6)  # no token, no page: these places of a table may hold anything
+    q = jnp.array(random(2, 4, dim), dtype)
+    out = decode(q, cache, lengths, table, implementation=implementation)
+    expected = [
+        dense(q[row, None], k[row, :n], v[row, :n], [causal()] * 2)[0] for row, n in enumerate([41, 1])
+    ]
+    assert_close(out, np.array(expected), tolerance)
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_decode_of_a_ring_sees_the_sink_and_the_window(implementation):
+    dim, dtype, tolerance = fit(implementation)
+    # Before the sink is full, before the ring is, after one turn and a bit more.
+    lengths = [0, 1, 3, 6, 8, 13, 20]
+    rows = len(lengths)
+    k, v = (jnp.array(random(rows, 20, 2, dim, seed=seed), dtype) for seed in (1, 2))
+    layer, _ = nan_layer(rows, 2, 1, (0, 1), dim=dim, dtype=dtype)
+    ring = append_streaming(layer.streaming, k, v, jnp.zeros(rows, jnp.int32), jnp.array(lengths))
+    q = jnp.array(random(rows, 6, dim), dtype)
+    out = decode(q, ring, jnp.array(lengths), implementation=implementation)
+    np.testing.assert_array_equal(out[0], np.zeros((6, dim)))
+    expected = [
+        dense(q[row, None], k[row, :n], v[row, :n], [streaming(3, 5)] * 2)[0]
+        for row, n in enumerate(lengths)
+        if n
+    ]
+    assert_close(out[1:], np.array(expected), tolerance)
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_a_budget_over_the_context_is_dense_to_the_bit(implementation):
+    dim, dtype, _ = fit(implementation)
     lengths = jnp.array([37, 22])
-    _, _, cache, table = paged_sequences(lengths, pages=6)
-    q = jnp.array(random(2, 4, DIM))
+    _, _, cache, table = paged_sequences(lengths, pages=6, dim=dim, dtype=dtype)
+    q = jnp.array(random(2, 4, dim), dtype)
     k_min, k_max = (x[table].swapaxes(1, 2) for x in (cache.k_min, cache.k_max))
     pages = select(q, k_min, k_max, lengths, budget=48, page_size=PAGE)
     assert pages.tolist() == [[[0, 1, 2, 3, 4, -1]] * 2, [[0, 1, 2, -1, -1, -1]] * 2]
-    selected = decode(q, cache, lengths, table, pages=pages)
-    np.testing.assert_array_equal(selected, decode(q, cache, lengths, table))
+    selected = decode(q, cache, lengths, table, pages=pages, implementation=implementation)
+    np.testing.assert_array_equal(selected, decode(q, cache, lengths, table, implementation=implementation))
 
 
 def test_a_small_budget_finds_the_needle():
@@ -193,26 +260,126 @@ def test_many_blocks_of_pages_and_queries_at_any_offset():
         )
 
 
-def test_bfloat16_caches_stay_within_rounding():
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+def test_caches_of_half_precision_stay_within_rounding(dtype, implementation):
+    dim, _, _ = fit(implementation)
     lengths = jnp.array([37, 22])
-    k, v, cache, table = paged_sequences(lengths, pages=6)
-    q = random(2, 4, DIM)
-    narrow = jax.tree.map(lambda x: x.astype(jnp.bfloat16), cache)
-    out = decode(jnp.array(q).astype(jnp.bfloat16), narrow, lengths, table)
-    assert out.dtype == jnp.bfloat16
+    k, v, cache, table = paged_sequences(lengths, pages=6, dim=dim, dtype=dtype)
+    q = jnp.array(random(2, 4, dim), dtype)
+    out = decode(q, cache, lengths, table, implementation=implementation)
+    assert out.dtype == dtype
     for row, length in enumerate([37, 22]):
-        expected = dense(q[row, None], k[row, :length], v[row, :length], [causal()] * 2)[0]
-        error = np.linalg.norm(np.asarray(out[row], np.float64) - expected) / np.linalg.norm(expected)
-        assert error < 2e-2
+        assert_close(out[row], dense(q[row, None], k[row, :length], v[row, :length], [causal()] * 2)[0], 2e-2)
 
 
-def test_a_scale_replaces_the_default():
-    ring = StreamingKVCache.zeros(1, 1, DIM, sink=0, window=4, dtype=jnp.float32)
-    k, v = jnp.array(random(1, 4, 1, DIM)), jnp.array(random(1, 4, 1, DIM, seed=1))
-    ring = append_streaming(ring, k, v, jnp.array([0]), jnp.array([4]))
-    q = jnp.array(random(1, 1, DIM, seed=2))
-    unscaled = decode(q, ring, jnp.array([4]), scale=1.0)
-    np.testing.assert_allclose(unscaled, decode(q * DIM**0.5, ring, jnp.array([4])), atol=1e-6)
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_a_scale_replaces_the_default(implementation):
+    dim, dtype, tolerance = fit(implementation)
+    ring = StreamingKVCache.zeros(1, 1, dim, sink=0, window=8, dtype=dtype)
+    k, v = jnp.array(random(1, 8, 1, dim), dtype), jnp.array(random(1, 8, 1, dim, seed=1), dtype)
+    ring = append_streaming(ring, k, v, jnp.array([0]), jnp.array([8]))
+    q = jnp.array(random(1, 1, dim, seed=2), dtype)
+    out = decode(q, ring, jnp.array([8]), scale=0.5, implementation=implementation)
+    assert_close(out, dense(q * 0.5 * dim**0.5, k[0], v[0], [causal()])[0], tolerance)
+
+
+@pytest.mark.parametrize("implementation", [x for x in IMPLEMENTATIONS if x != "xla"])
+@pytest.mark.parametrize("bits", [8, 4])
+def test_quantised_pages_are_attention_to_the_values_of_their_codes(bits, implementation):
+    from jsparse.mosaic_gpu import interpreter
+    from jsparse.pallas_kernels.paged_decode import paged_decode
+
+    dim, dtype, tolerance = fit(implementation)
+    k, v = (quantize(jnp.array(random(6, 2, 64, dim, seed=seed)) + 0.5, bits) for seed in (1, 2))
+    pages = jnp.array([[[4, 0, 2], [1, -1, 5]], [[3, -1, -1], [0, 1, 2]]], jnp.int32)
+    used = jnp.array([[[64, 64, 7], [64, 64, 33]], [[1, 0, 0], [64, 0, 64]]], jnp.int32)
+    q = jnp.array(random(2, 8, dim), dtype)
+    run = jax.jit(
+        functools.partial(
+            paged_decode, scale=dim**-0.5, interpret=interpreter() if implementation != "mosaic_gpu" else None
+        )
+    )
+    out, lse = run(q, tuple(k), tuple(v), pages, used)
+    k, v = (np.asarray(dequantize(x, bits), np.float64) for x in (k, v))
+    for row, head in np.ndindex(2, 2):
+        listed = [(p, n) for p, n in zip(pages[row, head], used[row, head], strict=True) if p >= 0]
+        keys, values = (np.concatenate([x[p, head, :n] for p, n in listed])[:, None] for x in (k, v))
+        group = slice(4 * head, 4 * head + 4)
+        assert_close(out[row, group], dense(q[row, None, group], keys, values, [causal()])[0], tolerance)
+        scores = np.asarray(q[row, group], np.float64) @ keys[:, 0].T / np.sqrt(dim)
+        assert_close(lse[row, group], np.log2(np.exp(scores).sum(-1)), tolerance)
+
+
+@pytest.mark.parametrize("implementation", [x for x in IMPLEMENTATIONS if x != "xla"])
+def test_single_tokens_of_a_layer_go_through_the_kernel(implementation, monkeypatch):
+    dim, dtype, tolerance = fit(implementation)
+    lengths, more, total = np.array([9, 15]), 2, 17
+    q, k, v = (jnp.array(random(2, total, n, dim, seed=n), dtype) for n in (6, 3, 3))
+    layer, table = nan_layer(2, 3, 4, (1,), dim=dim, dtype=dtype)
+    _, layer = step(
+        q[:, :15], k[:, :15], v[:, :15], layer, table, jnp.zeros(2, jnp.int32), jnp.array(lengths)
+    )
+    kernel = functools.partial(decode_attention, implementation=implementation)
+    monkeypatch.setattr(jsparse.decode, "decode_attention", kernel)
+    by_kernel = jax.jit(lambda *args: attend_and_append(*args))  # a function that was not traced before
+    row = np.arange(2)
+    for n in range(more):
+        pieces = (x[row, lengths + n][:, None] for x in (q, k, v))
+        out, layer = by_kernel(*pieces, layer, table, jnp.array(lengths + n), jnp.ones(2, jnp.int32))
+        for b in row:
+            end = int(lengths[b]) + n + 1
+            expected = dense(q[b, :end], k[b, :end], v[b, :end], [causal(), streaming(3, 5), causal()])[-1]
+            assert_close(out[b, 0], expected, tolerance)
+
+
+def traced(kind, chunk=1, dtype=jnp.bfloat16, dim=128, page=64, group=4):
+    """The program of one layer, half of whose KV heads stream, as it is traced for a device."""
+    q, k = (jnp.zeros((2, chunk, heads, dim), dtype) for heads in (2 * group, 2))
+    layer = LayerKVCache(
+        PagedKVCache.zeros(8, 1, dim, page_size=page, logical_page_size=16, dtype=dtype),
+        StreamingKVCache.zeros(2, 1, dim, sink=64, window=128, dtype=dtype),
+        (1,),
+    )
+    table, lengths, counts = jnp.zeros((2, 4), jnp.int32), jnp.array([3, 70]), jnp.ones(2, jnp.int32)
+    abstract = AbstractDevice(device_kind=kind, platform="gpu", num_cores=132)
+    with jax.sharding.use_abstract_mesh(AbstractMesh((), (), abstract_device=abstract)):
+        run = jax.jit(lambda *args: attend_and_append(*args, budget=2 * page))
+        return str(run.trace(q, k, k, layer, table, lengths, counts).jaxpr)
+
+
+@needs_kernels
+def test_single_tokens_on_hopper_take_the_kernel_where_their_shapes_fit():
+    kernel = "jsparse_paged_decode"
+    found = traced("NVIDIA H200")
+    assert found.count(f"name={kernel}") == 2  # pages, and the ring
+    assert kernel not in traced("NVIDIA H200", chunk=2)
+    assert kernel not in traced("NVIDIA H200", dtype=jnp.float32)
+    assert kernel not in traced("NVIDIA H200", dim=96)
+    assert kernel not in traced("NVIDIA H200", group=17)
+    assert traced("NVIDIA H200", page=48).count(f"name={kernel}") == 1  # the ring alone
+    assert kernel not in traced("NVIDIA B200")
+    assert kernel not in traced("cpu")
+
+
+@needs_kernels
+def test_an_implementation_that_cannot_run_says_why():
+    def call(implementation, dim=64, dtype=jnp.bfloat16, slots=64):
+        ring = StreamingKVCache.zeros(1, 1, dim, sink=0, window=slots, dtype=dtype)
+        decode_attention(jnp.zeros((1, 2, dim), dtype), ring, jnp.array([1]), implementation=implementation)
+
+    with pytest.raises(NotImplementedError, match="'mosaic_gpu': the GPU kernels are for Hopper .* 'cpu'"):
+        call("mosaic_gpu")
+    abstract = AbstractDevice(device_kind="NVIDIA H200", platform="gpu", num_cores=132)
+    with jax.sharding.use_abstract_mesh(AbstractMesh((), (), abstract_device=abstract)):
+        with pytest.raises(NotImplementedError, match=r"head_dim \(64, 128, 256\), not 96"):
+            call("mosaic_gpu", dim=96)
+        with pytest.raises(NotImplementedError, match="bfloat16 and float16 queries, not float32"):
+            call("mosaic_gpu", dtype=jnp.float32)
+        with pytest.raises(NotImplementedError, match="from 64 tokens, not 100"):
+            call("mosaic_gpu", slots=100)
+    with pytest.raises(ValueError, match="implementation must be None or one of .* not 'triton'"):
+        call("triton")
 
 
 def test_arguments_that_do_not_go_together_are_refused():
