@@ -1,5 +1,6 @@
 """What the program being traced will run on."""
 
+import os
 import re
 
 import jax
@@ -31,6 +32,12 @@ def kernel_limit(*, interpret: bool) -> str | None:
     if interpret:
         if jax.__version_info__ < (0, 12):
             return f"jax {jax.__version__} cannot interpret the GPU kernels; jax >= 0.12 can (Python >= 3.12)"
+        if (threads := _cpu_threads()) < 6:
+            # Each of a kernel's warpgroups blocks a thread of XLA's while it waits for the others.
+            return (
+                f"interpreting the GPU kernels would hang with XLA's {threads} threads, one a core: set the "
+                "environment variable PJRT_NPROC=8 before jax starts"
+            )
         return None
     if jax.__version_info__ < (0, 11, 2):
         return f"jax {jax.__version__} cannot compile the GPU kernels; jax >= 0.11.2 can (Python >= 3.12)"
@@ -39,6 +46,11 @@ def kernel_limit(*, interpret: bool) -> str | None:
     if 12080 <= _cuda_version() < 12091:
         return "CUDA 12.8.0 to 12.9.0 miscompile causal masks (jax refuses them too); 12.9.1 and later do not"
     return None
+
+
+def _cpu_threads() -> int:
+    named = os.environ.get("PJRT_NPROC") or os.environ.get("NPROC")
+    return int(named) if named else len(os.sched_getaffinity(0))
 
 
 def _cuda_version() -> int:

@@ -2,7 +2,9 @@
 
 import os
 
-os.environ.setdefault("JAX_PLATFORMS", "cpu")  # before anything imports jax
+# Before anything imports jax.
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ.setdefault("PJRT_NPROC", "8")  # interpreted GPU kernels: jsparse.device says why
 
 import hypothesis  # noqa: E402
 import pytest  # noqa: E402

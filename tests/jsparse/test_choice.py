@@ -8,7 +8,7 @@ from jax.sharding import AbstractDevice, AbstractMesh
 from jsparse import attention, causal, device, streaming
 from jsparse.pallas_kernels import measured
 
-pytestmark = pytest.mark.skipif(jax.__version_info__ < (0, 11, 2), reason="the kernels need jax >= 0.11.2")
+pytestmark = pytest.mark.skipif(jax.__version_info__ < (0, 12), reason="the interpreter needs jax >= 0.12")
 
 
 def on(kind):
@@ -57,6 +57,14 @@ def test_a_cuda_that_miscompiles_masks_is_refused(monkeypatch):
             monkeypatch.setattr(device, "_cuda_version", lambda version=version: version)
             assert (device.kernel_limit(interpret=False) is None) is works
             assert ("jsparse_forward" in program(causal())) is works
+
+
+def test_an_interpreter_that_would_hang_says_what_to_set(monkeypatch):
+    monkeypatch.delenv("NPROC", raising=False)
+    monkeypatch.setenv("PJRT_NPROC", "2")
+    q = jnp.zeros((1, 8, 2, 64))
+    with pytest.raises(NotImplementedError, match="hang with XLA's 2 threads.*PJRT_NPROC=8"):
+        attention(q, q, q, causal(), implementation="mosaic_gpu_interpret")
 
 
 def test_cudnn_is_chosen_where_it_was_measured_to_be_faster(monkeypatch):
