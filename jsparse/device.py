@@ -50,7 +50,7 @@ def kernel_limit(*, interpret: bool) -> str | None:
 
 def _cpu_threads() -> int:
     named = os.environ.get("PJRT_NPROC") or os.environ.get("NPROC")
-    return int(named) if named else len(os.sched_getaffinity(0))
+    return int(named) if named else os.cpu_count() or 1
 
 
 def _cuda_version() -> int:
