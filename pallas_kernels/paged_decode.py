@@ -23,6 +23,7 @@ import dataclasses
 import functools
 import itertools
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -131,8 +132,8 @@ def paged_decode(
 
     What a page holds beyond them has no effect, NaN included. ``shape_limit`` says which shapes it takes.
     """
-    k, v = (tuple(x) if isinstance(x, tuple) else (x,) for x in (k, v))
-    quantised, pool = len(k) > 1, k[0]
+    k_arrays, v_arrays = (x if isinstance(x, tuple) else (x,) for x in (k, v))
+    quantised, pool = len(k_arrays) > 1, k_arrays[0]
     batch, q_heads, head_dim = q.shape
     _, kv_heads, page_size, stored_dim = pool.shape
     group, halves = q_heads // kv_heads, head_dim // stored_dim
@@ -187,7 +188,7 @@ def paged_decode(
             for n in range(stages):
                 pl.when(first + n < last)(lambda n=n: fetch(first + n, places(first + n)))
             plgpu.barrier_wait(q_ready)
-            sums = _cast(sums_smem[...], _BY_HEAD) if quantised else None
+            sums: Any = _cast(sums_smem[...], _BY_HEAD) if quantised else None
 
             def decoded(codes):
                 """The values of a tile of codes, some columns at a time, and where they go."""
@@ -203,7 +204,7 @@ def paged_decode(
                 coming, held = places(jnp.minimum(t + stages, last - 1)), lengths(t)
                 plgpu.barrier_wait(ready.at[slot])
                 tile = [smem.at[slot] for smem in pool_smem]
-                k_tile, v_tile = tile[0], tile[len(k)]
+                k_tile, v_tile = tile[0], tile[len(k_arrays)]
                 q_tile, weights_tile = q_smem.at[anew(0)], weights_smem.at[anew(0)]
 
                 if quantised:
@@ -278,14 +279,14 @@ def paged_decode(
             plgpu.SMEM((columns,), jnp.float32) if quantised else None,
             [
                 plgpu.SMEM((stages, keys, *x.shape[3:]), x.dtype, transforms=stored if x.ndim == 4 else ())
-                for x in (*k, *v)
+                for x in (*k_arrays, *v_arrays)
             ],
             plgpu.SMEM((1, keys, head_dim), q.dtype, transforms=wide) if quantised else None,
             plgpu.SMEM((1, columns, keys), q.dtype, transforms=wide),
             plgpu.SMEM((head_dim, columns), jnp.float32),
             plgpu.SMEM((columns,), jnp.float32),
             plgpu.Barrier(num_arrivals=2 if quantised else 1),
-            plgpu.Barrier(num_arrivals=entries * len(k + v), num_barriers=stages),
+            plgpu.Barrier(num_arrivals=entries * 2 * len(k_arrays), num_barriers=stages),
             collective_axes="warpgroup",
         )
 
@@ -304,7 +305,7 @@ def paged_decode(
         kernel_name="jsparse_paged_decode",
         compiler_params=plgpu.CompilerParams(approx_math=True),
         **({} if interpret is None else {"interpret": interpret}),
-    )(grouped, grouped.astype(jnp.float32).sum(axis=-1), pages, used, num_steps, *k, *v)
+    )(grouped, grouped.astype(jnp.float32).sum(axis=-1), pages, used, num_steps, *k_arrays, *v_arrays)
     out, lse = combine(out, lse)
     return out[:, :, :group].reshape(batch, q_heads, head_dim), lse[:, :, :group].reshape(batch, q_heads)
 
