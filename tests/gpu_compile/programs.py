@@ -56,7 +56,7 @@ BATCH = ("data", "fsdp")
 
 COLUMNS = {
     "program": 13,
-    "devices": 19,
+    "devices": 22,
     "batch": 7,
     "arguments GB": 14,
     "temporary GB": 14,
