@@ -5,6 +5,7 @@ with the output of the one before as its query: one XLA program for JAX, one CUD
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -16,6 +17,8 @@ from peers import OURS, Maker, Setup, from_torch, load, random_normal, to_torch,
 from rows import BLOCK, Decode, Select, dense, page_lists, work
 
 import jsparse
+from jsparse.cache import PagedKVCache
+from jsparse.quantize import Quantized, dequantize, quantize
 
 
 def decode(row: Decode, setup: Setup) -> dict[str, Maker]:
@@ -23,23 +26,21 @@ def decode(row: Decode, setup: Setup) -> dict[str, Maker]:
     k, v = (random_normal(i, row.batch, row.kv_heads, row.length, row.dim) for i in (1, 2))
     lists = page_lists(row)
 
-    def ours(name: str, dtype: str) -> Maker:
-        def make() -> Contender:
-            cache, table = paged_cache(k, v, row, dtype)
+    lengths = jnp.full(row.batch, row.length, jnp.int32)
+    in_pool = Pool(row)
 
-            def step(q, pages, cache, table, lengths):
-                return jsparse.decode_attention(
-                    q, cache, lengths, table, pages=pages, implementation=setup.implementation
-                )
+    def paged(name: str, k, v) -> Contender:
+        def step(q, pages, cache, lengths):
+            return jsparse.decode_attention(
+                q, cache, lengths, in_pool.table, pages=pages, implementation=setup.implementation
+            )
 
-            data = cache, table, jnp.full(row.batch, row.length, jnp.int32)
-            of = dataclasses.replace(row, dtype=dtype)
-            return jax_chain(name, step, q, list(jnp.asarray(lists)), data, work(of))
-
-        return make
+        data = PagedKVCache(in_pool(k), in_pool(v)), lengths
+        of = dataclasses.replace(row, dtype="bfloat16")
+        return jax_chain(name, step, q, list(jnp.asarray(lists)), data, work(of))
 
     if row.dtype != "bfloat16":
-        return {OURS: ours(OURS, row.dtype), "jsparse, bfloat16": ours("jsparse, bfloat16", "bfloat16")}
+        return _quantised(row, setup, q, k, v, lists, in_pool, paged)
 
     fused = setup.fused
 
@@ -69,7 +70,7 @@ def decode(row: Decode, setup: Setup) -> dict[str, Maker]:
         return build
 
     return {
-        OURS: ours(OURS, row.dtype),
+        OURS: lambda: paged(OURS, k, v),
         "torch Flex": in_torch("torch Flex", flex_decode),
         f"gather + {fused}": gathered,
         "gather + torch SDPA": in_torch("gather + torch SDPA", gathered_sdpa),
@@ -78,19 +79,56 @@ def decode(row: Decode, setup: Setup) -> dict[str, Maker]:
     }
 
 
-def paged_cache(k, v, row: Decode, dtype: str) -> tuple[Any, jax.Array]:
-    """(cache, page table): keys and values [B, Hk, S, D] in pages that lie in the pool in random order."""
-    from jsparse.cache import PagedKVCache
+class Pool:
+    """Where the pages of all sequences lie: in one pool, in random order."""
 
-    pages = row.length // row.page
-    place = np.random.default_rng(1).permutation(row.batch * pages).astype(np.int32)  # of each page
+    def __init__(self, row: Decode):
+        pages = row.length // row.page
+        place = np.random.default_rng(1).permutation(row.batch * pages).astype(np.int32)
+        self.row, self.owner = row, np.argsort(place)
+        self.table = jnp.asarray(place.reshape(row.batch, pages))
 
-    @jax.jit
-    def scatter(x):
-        x = x.reshape(row.batch, row.kv_heads, pages, row.page, row.dim).swapaxes(1, 2)
-        return x.reshape(-1, row.kv_heads, row.page, row.dim)[jnp.argsort(place)]
+    def __call__(self, x):
+        """[B, Hk, S, ...] as [pages, Hk, page size, ...], or each array of a tuple."""
+        row = self.row
 
-    return PagedKVCache(scatter(k), scatter(v)), jnp.asarray(place.reshape(row.batch, pages))
+        @jax.jit
+        def gather(x):
+            x = x.reshape(row.batch, row.kv_heads, -1, row.page, *x.shape[3:]).swapaxes(1, 2)
+            return x.reshape(-1, *x.shape[2:])[self.owner]
+
+        return jax.tree.map(gather, x)
+
+
+def _quantised(row: Decode, setup: Setup, q, k, v, lists, in_pool: Pool, paged: Callable) -> dict[str, Maker]:
+    """The decode kernel on codes, and on pages that hold the values of the same codes in bfloat16."""
+    bits = {"int8": 8, "int4": 4}[row.dtype]
+    # A sequence at a time, for it is done in float32.
+    codes = [jax.lax.map(functools.partial(quantize, bits=bits), x) for x in (k, v)]
+
+    def ours() -> Contender:
+        if setup.implementation not in ("mosaic_gpu", "mosaic_gpu_interpret"):
+            raise NotImplementedError(f"implementation={setup.implementation!r} has no quantised pages")
+        from jsparse.mosaic_gpu import interpreter
+        from jsparse.pallas_kernels.paged_decode import paged_decode
+
+        interpret = interpreter() if setup.implementation == "mosaic_gpu_interpret" else None
+
+        def step(q, pages, k, v):
+            places = jnp.take_along_axis(in_pool.table[:, None], pages, axis=2)
+            used = jnp.full_like(places, row.page)
+            out, _ = paged_decode(q, k, v, places, used, scale=row.dim**-0.5, interpret=interpret)
+            return out.astype(q.dtype)
+
+        return jax_chain(OURS, step, q, list(jnp.asarray(lists)), tuple(in_pool(x) for x in codes), work(row))
+
+    def values() -> Contender:
+        def decoded(each: Quantized):
+            return jax.lax.map(lambda x: dequantize(x, bits).astype(q.dtype), each)
+
+        return paged("jsparse, bfloat16", *(decoded(x) for x in codes))
+
+    return {OURS: ours, "jsparse, bfloat16": values}
 
 
 def flex_decode(row: Decode, lists, k, v, setup: Setup) -> tuple[Callable, list]:
@@ -103,7 +141,7 @@ def flex_decode(row: Decode, lists, k, v, setup: Setup) -> tuple[Callable, list]
     def block_list(chosen):
         listed = torch.zeros(items, row.length // page, dtype=torch.bool, device=k.device)
         listed.scatter_(1, torch.tensor(chosen.reshape(items, -1), dtype=torch.int64, device=k.device), True)
-        return flex.create_block_mask(
+        mask = flex.create_block_mask(
             lambda b, h, q_index, kv_index: listed[b, kv_index // page],
             B=items,
             H=None,
@@ -111,6 +149,16 @@ def flex_decode(row: Decode, lists, k, v, setup: Setup) -> tuple[Callable, list]
             KV_LEN=row.length,
             device=k.device,
             BLOCK_SIZE=(BLOCK, page),
+        )
+        # One query does not fill a block, so that none counts as full; but no key in a listed page is masked.
+        return flex.BlockMask.from_kv_blocks(
+            torch.zeros_like(mask.kv_num_blocks),
+            mask.kv_indices,
+            full_kv_num_blocks=mask.kv_num_blocks,
+            full_kv_indices=mask.kv_indices,
+            BLOCK_SIZE=mask.BLOCK_SIZE,
+            mask_mod=mask.mask_mod,
+            seq_lengths=(1, row.length),
         )
 
     attend = torch.compile(flex.flex_attention, dynamic=False) if setup.gpu else flex.flex_attention
@@ -293,6 +341,6 @@ def captured(program: Callable) -> Callable:
         program()
     torch.cuda.current_stream().wait_stream(side)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    with torch.cuda.graph(graph, capture_error_mode="thread_local"):  # whatever JAX's threads do
         program()
     return graph.replay

@@ -68,15 +68,9 @@ def run_suite(
     if importlib.util.find_spec("pytest") is None or importlib.util.find_spec("hypothesis") is None:
         summary = "NOT RUN: pytest or hypothesis is not installed; nothing is known of this suite"
         return {"passed": False, "summary": summary, "tests": {}, "failures": []}
-    command = [
-        sys.executable,
-        "-m",
-        "pytest",
-        "-c",
-        os.devnull,
-        f"--rootdir={root}",
-        "--import-mode=importlib",
-    ]
+    # -P: the folder jsparse/ here is no whole package, and must not come before the installed one.
+    command = [sys.executable, "-P", "-m", "pytest", "-c", os.devnull, f"--rootdir={root}"]
+    command += ["--import-mode=importlib"]
     command += ["-p", "no:cacheprovider", "-v", "-rN", "--tb=short", "-k", implementation, tests]
     if importlib.util.find_spec("xdist") is not None and (cores := os.cpu_count() or 1) >= 8:
         command += ["--numprocesses", str(min(cores // 2, 6))]  # the tests mostly compile

@@ -72,7 +72,10 @@ def main(arguments: list[str] | None = None) -> int:
     results = run_rows(selected, options, header, end)
 
     report.print_table(header, results, {row.name: row.goal for row in selected})
-    report.draw(header, results, options.out)
+    try:
+        report.draw(header, results, options.out)
+    except ImportError as error:
+        print(f"no plot was drawn: {error} (pip install 'jsparse[plot]')")
     ended_well = all(suite["passed"] for suite in header["conformance"].values()) and not header["left_out"]
     return 0 if ended_well and not any("error" in result for result in results) else 1
 

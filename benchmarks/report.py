@@ -126,36 +126,33 @@ def draw(header: Mapping[str, Any], results: Sequence[Mapping[str, Any]], path: 
     from matplotlib.figure import Figure
     from matplotlib.ticker import FuncFormatter, NullFormatter
 
-    measured = [(key, [x for x in group if "error" not in x]) for key, group in by_row(results)]
-    measured = [(key, group) for key, group in measured if group]
-    if not measured:
-        return
-    bars = sum(len(group) for _, group in measured)
-    figure = Figure(figsize=(9, 1.4 + 0.26 * bars + 0.3 * len(measured)), layout="constrained")
+    groups = by_row(results)
+    figure = Figure(figsize=(9, 1.4 + 0.26 * len(results) + 0.2 * len(groups)), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots()
 
     place, ticks, labels = 0.0, [], []
-    for (row, length), group in measured:
+    for (row, length), group in groups:
         for i, result in enumerate(group):
-            value = result["time_us"] / result["floor_us"]
-            color = "#1b6ca8" if i == 0 else "#b9c4cc" if result["same_work"] else "#e3d9c6"
-            axes.barh(place, value, height=0.82, color=color, edgecolor="white")
-            axes.text(
-                value * 1.04,
-                place,
-                f"{number(value)}  ({number(result['time_us'])} µs)",
-                va="center",
-                fontsize=8,
-            )
             ticks.append(place)
-            labels.append(f"{row}, {length // 1024}k   {result['peer']}" if i == 0 else result["peer"])
+            tokens = f"{length // 1024}k" if length % 1024 == 0 else str(length)
+            labels.append(f"{row}, {tokens}   {result['peer']}" if i == 0 else result["peer"])
             place += 1
+            if "error" in result:
+                axes.text(1.05, ticks[-1], "failed", va="center", fontsize=8, color="#a33")
+                continue
+            value = result["time_us"] / result["floor_us"]
+            color = (
+                "#1b6ca8" if result["peer"] == "jsparse" else "#b9c4cc" if result["same_work"] else "#e3d9c6"
+            )
+            axes.barh(ticks[-1], value, height=0.82, color=color, edgecolor="white")
+            shown = f"{number(value)}  ({number(result['time_us'])} µs)"
+            axes.text(value * 1.04, ticks[-1], shown, va="center", fontsize=8)
         place += 0.7
     axes.set_yticks(ticks, labels, fontsize=8.5)
     for label, name in zip(axes.get_yticklabels(), labels, strict=True):
         label.set_fontweight("bold" if "   " in name else "normal")
-    axes.invert_yaxis()
+    axes.set_ylim(place - 0.7, -0.7)
     axes.set_xscale("log")
     axes.axvline(1, color="black", linewidth=0.8)
     low, high = axes.get_xlim()

@@ -38,7 +38,7 @@ def run(
     started: Callable[[Mapping[str, Any]], None],
     finished: Callable[[Sequence[Mapping[str, Any]]], None],
     seconds_left: Callable[[], float],
-    silence_s: float = 90.0,
+    silence_s: float = 100.0,
     environment: Mapping[str, str] | None = None,
 ) -> int:
     """Runs rows 0 to count - 1 in workers ``command(first row)``; returns how many rows were begun and ended.

@@ -10,11 +10,14 @@ import time
 from pathlib import Path
 from typing import Any
 
+import cache_peers
 import conformance
 import gpu
+import jax
 import jax.numpy as jnp
 import measure
 import numpy as np
+import peers
 import pytest
 import report
 import rows
@@ -512,7 +515,7 @@ def test_a_smoke_run_goes_from_the_command_to_the_results(tmp_path):
         "--smoke",
         "--no-tests",
         "--rows",
-        "G2,G10",
+        "G2,G7,G8,G10",
     ]
     run = subprocess.run([*command, "--out", str(out)], capture_output=True, text=True)
     document = report.read(out)
@@ -520,12 +523,35 @@ def test_a_smoke_run_goes_from_the_command_to_the_results(tmp_path):
     assert header["smoke"] and header["left_out"] == [] and header["device"] == "cpu", run.stdout + run.stderr
     assert not header["conformance"]["attention"]["passed"]
     assert run.returncode == 1  # nothing was tested
-    for name, peer in (("G2", "jax.nn, dense"), ("G10", "roll + jax.nn")):
+    others = {
+        "G2": "jax.nn, dense",
+        "G7": "gather + jax.nn",
+        "G8": "XLA, elementwise",
+        "G10": "roll + jax.nn",
+    }
+    for name, peer in others.items():
         for who in ("jsparse", peer):
             assert found[name, who]["time_us"] > 0, found
     assert "A SMOKE RUN" in run.stdout and (tmp_path / "smoke.png").exists()
     with pytest.raises(ValueError, match="smoke run"):
         report.markdown(document, rows.ROWS)
+
+
+@pytest.mark.skipif(jax.__version_info__ < (0, 12), reason="jax < 0.12 cannot interpret Mosaic GPU")
+@pytest.mark.parametrize(
+    "name, makers, other",
+    [
+        ("G4", peers.prefill, "jsparse, dense"),
+        ("G7", cache_peers.decode, "gather + jax.nn"),
+        ("G9-int4", cache_peers.decode, "jsparse, bfloat16"),
+    ],
+)
+def test_the_kernels_compute_in_a_row_what_another_does(name, makers, other):
+    made = makers(rows.shrunk(ROW[name]), peers.Setup("mosaic_gpu_interpret", gpu=False))
+    outputs = {who: made[who]().outputs() for who in (peers.OURS, other)}
+    (error,) = measure.agreement(outputs, peers.OURS).values()
+    assert error < gpu.TOLERANCE
+    assert all(np.linalg.norm(np.asarray(x, np.float32)) > 0 for x in outputs[peers.OURS].values())
 
 
 def test_without_a_gpu_it_says_so(tmp_path, monkeypatch, capsys):
