@@ -15,14 +15,12 @@ from jax import Array, lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from jsparse.pallas_kernels.lists import Heads, Lists
-from jsparse.pallas_kernels.masking import row_bounds, same_segment, visible
+from jsparse.pallas_kernels.lists import Heads, Lists, walk
+from jsparse.pallas_kernels.masking import pad_segments, row_bounds, same_segment, visible
 from jsparse.pallas_kernels.mosaic import multiply, multiply_add, release, share_registers, tile_transforms
 
 ROWS = 64  # of queries a warpgroup holds: the height of one wgmma
-LOWEST = (
-    -1e30
-)  # the running maximum of a row that has seen nothing: finite, since -inf - -inf is not a number
+LOWEST = -1e30  # the first running maximum: finite, since -inf - -inf is not a number
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,28 +70,23 @@ def forward(
     tiles = tiles or forward_tiles(head_dim, block_q, block_kv)
     warpgroups, tile_kv, stages = tiles.warpgroups, tiles.tile_kv, tiles.stages
     rows = warpgroups * ROWS
-    steps_a_block, rows_a_block = block_kv // tile_kv, block_q // rows
     num_tiles = pl.cdiv(q_len, rows)
     padded = pl.cdiv(q_len, 128) * 128
-    batched = lists.start.shape[0] > 1
     log2_scale = scale * math.log2(math.e)
     if segments is not None:
         segments = pad_segments(*segments, padded, pl.cdiv(kv_len, tile_kv) * tile_kv)
 
-    def kernel(q_ref, k_ref, v_ref, index_ref, start_ref, count_ref, full_ref, row_ref, mask_ref, *rest):
-        q_segment_ref, kv_segment_ref, out_ref, lse_ref = rest if segments else (None, None, *rest)
+    def kernel(q_ref, k_ref, v_ref, *rest):
+        *list_refs, row_ref, mask_ref = rest[:6]
+        q_segment_ref, kv_segment_ref, out_ref, lse_ref = rest[6:] if segments else (None, None, *rest[6:])
         b, kv_head = lax.axis_index("batch"), lax.axis_index("kv_heads")
         # The longest lists of a causal mask are the last: they start first.
         tile = num_tiles - 1 - lax.axis_index("q")
         head = kv_head * group + lax.axis_index("group")
-        where = (b if batched else 0, row_ref[head], lax.div(tile, rows_a_block))
-        start = start_ref[where]
-        steps = count_ref[where] * steps_a_block
-        full_steps = full_ref[where] * steps_a_block
-
-        def first_key(step):
-            block = index_ref[start + lax.div(step, steps_a_block)]
-            return block * block_kv + lax.rem(step, steps_a_block) * tile_kv
+        steps, full_steps, first_key = walk(
+            Lists(*list_refs), b, row_ref[head], tile,
+            rows=rows, block=block_q, step=tile_kv, listed_block=block_kv,
+        )  # fmt: skip
 
         def body(q_smem, k_smem, v_smem, lse_smem, q_segment_smem, kv_segment_smem, barriers):
             q_ready, k_ready, v_ready, k_free, v_free, turn = barriers
@@ -229,9 +222,3 @@ def forward(
         **({} if interpret is None else {"interpret": interpret}),
     )(q, k, v, *lists, *heads, *(segments or ()))
     return out, lse
-
-
-def pad_segments(q_ids: Array, kv_ids: Array, q_len: int, kv_len: int) -> tuple[Array, Array]:
-    """Whole tiles of segment ids; the padding is of no importance, since no mask shows it."""
-    q_ids = jnp.pad(q_ids.astype(jnp.int32), ((0, 0), (0, q_len - q_ids.shape[1])))
-    return q_ids, jnp.pad(kv_ids.astype(jnp.int32), ((0, 0), (0, kv_len - kv_ids.shape[1])))
