@@ -14,6 +14,10 @@ from jax.experimental import topologies
 from jax.sharding import Mesh
 from jaxlib.mlir import ir
 
+if jax.__version_info__ < (0, 11, 2):
+    raise SystemExit(
+        f"jax {jax.__version__} cannot compile the kernels: that takes >= 0.11.2, Python >= 3.12"
+    )
 jax.config.update("jax_platforms", "cpu")  # or the CUDA plugin looks for libraries that only running needs
 jax.config.update("jax_enable_compilation_cache", False)  # what comes from a cache is not compiled
 os.environ["MOSAIC_GPU_DUMP_PTXAS"] = "1"

@@ -8,11 +8,13 @@ or does not compile.
 """
 
 import concurrent.futures
+import doctest
 import multiprocessing
 import os
 import sys
 import time
 
+import compile_only
 import kernels
 import programs
 
@@ -24,6 +26,9 @@ def main(names: list[str]) -> int:
         raise SystemExit(f"unknown part {', '.join(unknown)}; allowed are {', '.join(parts)}")
     began = time.perf_counter()
     count, wrong = 0, []
+    examples = doctest.testmod(compile_only)
+    if examples.failed or not examples.attempted:
+        wrong.append("the reports of ptxas are not understood")
     # Processes of their own: what ptxas prints belongs to the one compilation that runs in them.
     context = multiprocessing.get_context("spawn")
     with concurrent.futures.ProcessPoolExecutor(os.cpu_count(), mp_context=context) as pool:
