@@ -127,12 +127,14 @@ def forward(
                     scores = multiply(
                         q_tile, k_smem.at[slot].transpose((1, 0)), interpret=interpret, meanwhile=swap_turns
                     )
+                    kv_segment = (
+                        plgpu.layout_cast(kv_segment_smem.at[slot][...], by_column) if segments else None
+                    )
+                    release(k_free.at[slot], interpret=interpret)
                     if segments:
-                        kv_segment = plgpu.layout_cast(kv_segment_smem.at[slot][...], by_column)
                         scores = jnp.where(same_segment(q_segment, kv_segment), scores, -jnp.inf)
                     if masked:
                         scores = jnp.where(visible(bounds, first_key(t), tile_kv), scores, -jnp.inf)
-                    release(k_free.at[slot], interpret=interpret)
                     new_top = jnp.maximum(top, scores.max(axis=1) * log2_scale)
                     decay = jnp.exp2(top - new_top)
                     weights = jnp.exp2(scores * log2_scale - lax.broadcast_in_dim(new_top, scores.shape, [0]))
