@@ -51,6 +51,23 @@ def test_float32_falls_back_to_xla_and_an_explicit_choice_says_why():
             program(causal(), jnp.float32, "mosaic_gpu")
 
 
+def test_kernels_trace_under_checkpoint_scan_and_vmap():
+    """What the interpreter cannot run, since jax.checkpoint takes none of its effects."""
+    x = jax.ShapeDtypeStruct((2, 3, 1, 256, 4, 64), jnp.bfloat16)  # two layers, three mapped batches
+
+    def loss(x):
+        def layer(y, x):
+            attend = jax.checkpoint(lambda x: attention(x, x, x, streaming(4, 64)))
+            return y + jax.vmap(attend)(x).sum(dtype=jnp.float32), None
+
+        return jax.lax.scan(layer, jnp.float32(0), x)[0]
+
+    with on("NVIDIA H200"):
+        text = str(jax.jit(jax.grad(loss)).trace(x).jaxpr)
+    for name in ("forward", "backward_queries", "backward_keys"):
+        assert f"name=jsparse_{name}" in text
+
+
 def test_a_cuda_that_miscompiles_masks_is_refused(monkeypatch):
     with on("NVIDIA H200"):
         for version, works in ((12060, True), (12080, False), (12090, False), (12091, True), (13000, True)):
