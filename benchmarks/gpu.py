@@ -28,6 +28,7 @@ import gc
 import importlib.metadata
 import os
 import platform
+import re
 import shutil
 import subprocess
 import sys
@@ -54,7 +55,11 @@ def main(arguments: list[str] | None = None) -> int:
     options = parse(arguments)
     if options.markdown:
         return write_readme(options.out)
-    selected = table.chosen_rows(options.rows, options.lengths)
+    try:
+        selected = table.chosen_rows(options.rows, options.lengths)
+    except ValueError as error:
+        print(error)
+        return 2
     if options.smoke:
         selected = [table.shrunk(row) for row in selected]
     if options.worker is not None:
@@ -67,7 +72,7 @@ def main(arguments: list[str] | None = None) -> int:
     header = describe_run(arguments)
     header |= {"smoke": options.smoke, "implementation": options.implementation}
     for suite, tests in conformance.SUITES.items():
-        header["conformance"][suite] = run_suite(suite, tests, options)
+        header["conformance"][suite] = run_suite(suite, tests, options, end - time.monotonic())
         print(f"conformance, {suite}: {header['conformance'][suite]['summary']}", flush=True)
     results = run_rows(selected, options, header, end)
 
@@ -84,13 +89,18 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="benchmarks/gpu.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    names = lambda text: text.split(",")  # noqa: E731
-    numbers = lambda text: [int(part) for part in text.split(",")]  # noqa: E731
-    parser.add_argument("--rows", type=names, help="for example G1,G9; all of them by default")
+
+    def numbers(text: str) -> list[int]:
+        return [int(part) for part in text.split(",")]
+
+    parser.add_argument("--rows", type=lambda text: text.split(","), help="for example G1,G9; all by default")
+    parser.add_argument("--lengths", type=numbers, help="for example 8192,32768; each row's own by default")
     parser.add_argument(
-        "--lengths", type=numbers, help="tokens, for example 8192,32768; each row's own by default"
+        "--out",
+        type=Path,
+        default=None,
+        help="the file of results; by default results/h200.json on an H200, or h200-part.json for a part",
     )
-    parser.add_argument("--out", type=Path, default=None, help="the file of results, .json")
     parser.add_argument(
         "--minutes", type=float, default=9.0, help="rows that do not fit are left out, and listed"
     )
@@ -102,17 +112,37 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--smoke", action="store_true", help="in miniature, on a CPU")
     parser.add_argument("--worker", type=int, default=None, help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
-    results = Path(__file__).resolve().parent / "results"
-    options.out = options.out or results / ("smoke.json" if options.smoke else "h200.json")
+    part = options.rows is not None or options.lengths is not None or options.no_tests
+    options.out = options.out or default_file(query_gpu("name"), options.smoke, part and not options.markdown)
     options.implementation = options.implementation or ("xla" if options.smoke else "mosaic_gpu")
     return options
 
 
-def run_suite(suite: str, tests: str, options: argparse.Namespace) -> dict[str, Any]:
+def default_file(gpu: str, smoke: bool, part: bool) -> Path:
+    """Named after the GPU, and after what was measured, so that a part never takes the place of the whole.
+
+    >>> default_file("NVIDIA H100 80GB HBM3", smoke=False, part=True).name
+    'h100-part.json'
+    """
+    model = re.search(r"\b[A-Z]+\d+\b", gpu)
+    name = "smoke" if smoke else model.group().lower() if model else "h200"
+    return Path(__file__).resolve().parent / "results" / f"{name}{'-part' if part and not smoke else ''}.json"
+
+
+def query_gpu(what: str) -> str:
+    """What nvidia-smi says of the first GPU, "" without one."""
+    if shutil.which("nvidia-smi") is None:
+        return ""
+    query = ["nvidia-smi", f"--query-gpu={what}", "--format=csv,noheader"]
+    return subprocess.run(query, capture_output=True, text=True).stdout.strip().split("\n")[0]
+
+
+def run_suite(suite: str, tests: str, options: argparse.Namespace, seconds_left: float) -> dict[str, Any]:
     if options.no_tests:
         return {"passed": False, "summary": "NOT RUN (--no-tests)", "tests": {}, "failures": []}
     where = "cpu" if options.smoke else "cuda"
-    return conformance.run_suite(tests, options.implementation, where, SUITE_SECONDS[suite])
+    seconds = min(SUITE_SECONDS[suite], seconds_left)
+    return conformance.run_suite(tests, options.implementation, where, seconds)
 
 
 def run_rows(
@@ -174,11 +204,8 @@ def describe_run(arguments: list[str] | None) -> dict[str, Any]:
             versions[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
             continue
-    if shutil.which("nvidia-smi"):
-        query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
-        versions["driver"] = (
-            subprocess.run(query, capture_output=True, text=True).stdout.strip().split("\n")[0]
-        )
+    if driver := query_gpu("driver_version"):
+        versions["driver"] = driver
     return {
         "command": " ".join(["python benchmarks/gpu.py", *given]),
         "date": datetime.date.today().isoformat(),
@@ -226,6 +253,8 @@ def work_through(selected: list[table.Row], options: argparse.Namespace) -> int:
         if any("error" in result and not result["error"].startswith(HARMLESS) for result in results):
             return 1
         gc.collect()
+        if setup.gpu and "torch" in sys.modules:
+            sys.modules["torch"].cuda.empty_cache()
     return 0
 
 

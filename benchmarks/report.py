@@ -72,7 +72,7 @@ def print_table(
     for column in ("row", "length", "dtype", "contender"):
         table.add_column(column)
     for column in ("time µs", "rate", "floor µs", "× floor", "ours / its time", "goal"):
-        table.add_column(column, justify="right")
+        table.add_column(column, justify="right", no_wrap=column != "goal")
     errors = []
     for (row, length), group in by_row(results):
         for i, result in enumerate(group):

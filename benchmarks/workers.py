@@ -47,7 +47,7 @@ def run(
     from the returned number on were not run, because the time was used up or because no worker could be
     started.
     """
-    row = 0
+    row, began = 0, time.monotonic()
     while row < count and seconds_left() > 0:
         said, doing, why = False, "starting", "the process ended"
         process = subprocess.Popen(
@@ -67,6 +67,7 @@ def run(
                     started(message)
                 elif "doing" in message:
                     doing = message["doing"]
+                    print(f"{time.monotonic() - began:4.0f} s  {doing}", flush=True)
                 else:
                     finished(message["done"])
                     row, doing = row + 1, ""
