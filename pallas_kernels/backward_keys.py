@@ -111,7 +111,8 @@ def backward_keys(
                 rows=rows, block=block_kv, step=tile_q, listed_block=block_q,
             )  # fmt: skip
 
-        def body(k_smem, v_smem, q_smem, d_out_smem, lse_smem, delta_smem, q_segment_smem, barriers):
+        def body(k_smem, v_smem, q_smem, d_out_smem, lse_smem, delta_smem, *rest):
+            kv_segment_smem, q_segment_smem, barriers = rest
             kv_ready, q_ready, d_out_ready, q_free, d_out_free, k_free = barriers
             warpgroup = lax.axis_index("warpgroup")
 
@@ -121,8 +122,9 @@ def backward_keys(
                 first = tile * rows + holder * ROWS
                 keys = pl.ds(first, ROWS)
                 by_row, by_column = plgpu.Layout.WGMMA.reduce(1), plgpu.Layout.WGMMA.reduce(0)
-                kv_segment = plgpu.layout_cast(kv_segment_ref[b, keys], by_row) if segments else None
                 plgpu.barrier_wait(kv_ready.at[holder])
+                if segments:
+                    kv_segment = plgpu.layout_cast(kv_segment_smem.at[holder][...], by_row)
 
                 def one_head(g, carry):
                     before, grads = carry
@@ -202,6 +204,9 @@ def backward_keys(
                     for ref, smem in ((k_ref, k_smem), (v_ref, v_smem)):
                         source = ref.at[b, keys, kv_head]
                         plgpu.copy_gmem_to_smem(source, smem.at[holder], kv_ready.at[holder])
+                    if segments:
+                        ids = kv_segment_ref.at[b, keys]
+                        plgpu.copy_gmem_to_smem(ids, kv_segment_smem.at[holder], kv_ready.at[holder])
 
                 def one_head(g, before):
                     head = kv_head * group + g
@@ -235,9 +240,10 @@ def backward_keys(
             plgpu.SMEM((stages, tile_q, head_dim), d_out.dtype, transforms=transforms),
             plgpu.SMEM((stages, tile_q), jnp.float32),
             plgpu.SMEM((stages, tile_q), jnp.float32),
+            plgpu.SMEM((holders, ROWS), jnp.int32) if segments else None,
             plgpu.SMEM((stages, tile_q), jnp.int32) if segments else None,
             (
-                plgpu.Barrier(num_arrivals=2, num_barriers=holders),
+                plgpu.Barrier(num_arrivals=3 if segments else 2, num_barriers=holders),
                 plgpu.Barrier(num_arrivals=3 if segments else 2, num_barriers=stages),
                 plgpu.Barrier(num_arrivals=2, num_barriers=stages),
                 plgpu.Barrier(num_arrivals=warpgroups, num_barriers=stages),

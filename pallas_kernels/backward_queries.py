@@ -105,7 +105,7 @@ def backward_queries(
             rows=rows, block=block_q, step=tile_kv, listed_block=block_kv,
         )  # fmt: skip
 
-        def body(q_smem, d_out_smem, k_smem, v_smem, kv_segment_smem, barriers):
+        def body(q_smem, d_out_smem, k_smem, v_smem, row_smem, segment_smem, barriers):
             q_ready, k_ready, v_ready, k_free, v_free = barriers
             warpgroup = lax.axis_index("warpgroup")
 
@@ -115,14 +115,20 @@ def backward_queries(
                 first = tile * rows + warpgroup * ROWS
                 queries, ready = pl.ds(first, ROWS), q_ready.at[warpgroup]
                 q_tile = q_smem.at[warpgroup]
+                lse_tile, delta_tile = row_smem.at[warpgroup, 0], row_smem.at[warpgroup, 1]
                 plgpu.copy_gmem_to_smem(q_ref.at[b, queries, head], q_tile, ready)
                 plgpu.copy_gmem_to_smem(d_out_ref.at[b, queries, head], d_out_smem.at[warpgroup], ready)
-                by_row, by_column = plgpu.Layout.WGMMA.reduce(1), plgpu.Layout.WGMMA.reduce(0)
-                row_lse = plgpu.layout_cast(lse_ref[b, head, queries], by_row)
-                row_delta = plgpu.layout_cast(delta_ref[b, head, queries], by_row)
-                q_segment = plgpu.layout_cast(q_segment_ref[b, queries], by_row) if segments else None
-                bounds = row_bounds(first + kv_len - q_len, ROWS, [mask_ref[head, n] for n in range(4)])
+                plgpu.copy_gmem_to_smem(lse_ref.at[b, head, queries], lse_tile, ready)
+                plgpu.copy_gmem_to_smem(delta_ref.at[b, head, queries], delta_tile, ready)
+                if segments:
+                    q_segment_tile = segment_smem.at[warpgroup, pl.ds(0, ROWS)]
+                    plgpu.copy_gmem_to_smem(q_segment_ref.at[b, queries], q_segment_tile, ready)
                 plgpu.barrier_wait(ready)
+                by_row, by_column = plgpu.Layout.WGMMA.reduce(1), plgpu.Layout.WGMMA.reduce(0)
+                row_lse = plgpu.layout_cast(lse_tile[...], by_row)
+                row_delta = plgpu.layout_cast(delta_tile[...], by_row)
+                q_segment = plgpu.layout_cast(q_segment_tile[...], by_row) if segments else None
+                bounds = row_bounds(first + kv_len - q_len, ROWS, [mask_ref[head, n] for n in range(4)])
 
                 def step(t, acc, masked):
                     k_slot, v_slot = lax.rem(t, k_stages), lax.rem(t, v_stages)
@@ -132,7 +138,7 @@ def backward_queries(
                     scores = multiply(q_smem.at[mine], k_tile.transpose((1, 0)), interpret=interpret)
                     exponents = scores * log2_scale - lax.broadcast_in_dim(row_lse, scores.shape, [0])
                     if segments:
-                        kv_segment = plgpu.layout_cast(kv_segment_smem.at[k_slot][...], by_column)
+                        kv_segment = plgpu.layout_cast(segment_smem.at[warpgroups + k_slot][...], by_column)
                         exponents = jnp.where(same_segment(q_segment, kv_segment), exponents, -jnp.inf)
                     if masked:
                         exponents = jnp.where(visible(bounds, first_key(t), tile_kv), exponents, -jnp.inf)
@@ -166,7 +172,7 @@ def backward_queries(
                     plgpu.copy_gmem_to_smem(k_ref.at[b, keys, kv_head], k_smem.at[k_slot], k_ready.at[k_slot])
                     if segments:
                         ids = kv_segment_ref.at[b, keys]
-                        plgpu.copy_gmem_to_smem(ids, kv_segment_smem.at[k_slot], k_ready.at[k_slot])
+                        plgpu.copy_gmem_to_smem(ids, segment_smem.at[warpgroups + k_slot], k_ready.at[k_slot])
                     pl.when(t >= v_stages)(lambda: plgpu.barrier_wait(v_free.at[v_slot]))
                     plgpu.copy_gmem_to_smem(v_ref.at[b, keys, kv_head], v_smem.at[v_slot], v_ready.at[v_slot])
 
@@ -177,9 +183,11 @@ def backward_queries(
             plgpu.SMEM((warpgroups, ROWS, head_dim), d_out.dtype, transforms=transforms),
             plgpu.SMEM((k_stages, tile_kv, head_dim), k.dtype, transforms=transforms),
             plgpu.SMEM((v_stages, tile_kv, head_dim), v.dtype, transforms=transforms),
-            plgpu.SMEM((k_stages, tile_kv), jnp.int32) if segments else None,
+            plgpu.SMEM((warpgroups, 2, ROWS), jnp.float32),
+            # One array for the ids of queries and of keys: each array takes a whole KiB, and few are left.
+            plgpu.SMEM((warpgroups + k_stages, tile_kv), jnp.int32) if segments else None,
             (
-                plgpu.Barrier(num_arrivals=2, num_barriers=warpgroups),
+                plgpu.Barrier(num_arrivals=5 if segments else 4, num_barriers=warpgroups),
                 plgpu.Barrier(num_arrivals=2 if segments else 1, num_barriers=k_stages),
                 plgpu.Barrier(num_barriers=v_stages),
                 plgpu.Barrier(num_arrivals=warpgroups, num_barriers=k_stages),
