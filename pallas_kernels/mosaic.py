@@ -63,9 +63,9 @@ def multiply_registers(pairs: Iterable[tuple[Array, Any]], shape: tuple[int, int
 def anew(index):
     """``index`` of a tile that a whole loop reads, made anew at each step of the loop.
 
-    The compiler moves what stays the same ahead of a loop, and the descriptors by which a tile's products find
-    their operands would fill up to 64 registers there. The number of a warpgroup comes from a shuffle, and that
-    it moves nowhere.
+    The compiler moves what stays the same ahead of a loop, and the descriptors by which a tile's products
+    find their operands would fill up to 64 registers there. The number of a warpgroup comes from a shuffle,
+    and that it moves nowhere.
     """
     return index + lax.div(lax.axis_index("warpgroup"), 4)  # plus 0: a kernel has fewer than four
 
@@ -89,4 +89,5 @@ def tile_transforms(dtype, swizzle: int = 128) -> tuple:
 
     ``swizzle``: the bytes of a row that stay together, 128, or 64 or 32 in a tile or a slice of so few.
     """
-    return plgpu.TilingTransform((8, swizzle // jnp.dtype(dtype).itemsize)), plgpu.SwizzleTransform(swizzle)
+    bits = 4 if dtype == jnp.int4 else 8 * jnp.dtype(dtype).itemsize
+    return plgpu.TilingTransform((8, 8 * swizzle // bits)), plgpu.SwizzleTransform(swizzle)

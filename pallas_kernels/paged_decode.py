@@ -132,14 +132,16 @@ def paged_decode(
 
     What a page holds beyond them has no effect, NaN included. ``shape_limit`` says which shapes it takes.
     """
-    k_arrays, v_arrays = (x if isinstance(x, tuple) else (x,) for x in (k, v))
-    quantised, pool = len(k_arrays) > 1, k_arrays[0]
     batch, q_heads, head_dim = q.shape
-    _, kv_heads, page_size, stored_dim = pool.shape
-    group, halves = q_heads // kv_heads, head_dim // stored_dim
+    k_arrays, v_arrays = (_unpacked(x, head_dim) if isinstance(x, tuple) else (x,) for x in (k, v))
+    quantised, pool = len(k_arrays) > 1, k_arrays[0]
+    packed = pool.dtype == jnp.int4
+    bits = (4 if packed else 8) if quantised else 16
+    _, kv_heads, page_size, _ = pool.shape
+    group = q_heads // kv_heads
     columns = _columns(group)
-    tiles = tiles or decode_tiles(head_dim, 16 if not quantised else 8 // halves, columns)
-    keys, stages, width = tiles.keys, tiles.stages, min(stored_dim, 128)
+    tiles = tiles or decode_tiles(head_dim, bits, columns)
+    keys, stages, width = tiles.keys, tiles.stages, min(head_dim, 128)
     # A step visits `entries` whole pages, or one of the `pieces` of a page.
     rows = min(page_size, keys)
     entries, pieces = keys // rows, pl.cdiv(page_size, rows)
@@ -155,8 +157,9 @@ def paged_decode(
     own_list = pages.shape[1] > 1
     log2_scale = scale * math.log2(math.e)
 
-    def kernel(q_ref, sums_ref, pages_ref, used_ref, steps_ref, *refs):
-        pool_refs, (out_ref, lse_ref) = refs[:-2], refs[-2:]
+    def kernel(q_ref, pages_ref, used_ref, steps_ref, *refs):
+        *refs, out_ref, lse_ref = refs
+        pool_refs, sums_ref = (refs[:-1], refs[-1]) if quantised else (refs, None)
         b, head, split = (lax.axis_index(name) for name in ("batch", "kv_heads", "split"))
         row = head if own_list else 0
         first, last = (lax.div(steps_ref[b, row] * n, splits) for n in (split, split + 1))
@@ -191,11 +194,10 @@ def paged_decode(
             sums: Any = _cast(sums_smem[...], _BY_HEAD) if quantised else None
 
             def decoded(codes):
-                """The values of a tile of codes, some columns at a time, and where they go."""
-                for column in range(0, stored_dim, width):
-                    part = codes.at[:, pl.ds(column, width)][...]
-                    for n, values in enumerate(_values(part, halves, q.dtype)):
-                        yield values, pl.ds(n * stored_dim + column, width)
+                """The values of a tile of codes, some columns at a time, and where they stand."""
+                for start in range(0, head_dim, width):
+                    at = pl.ds(start, width)
+                    yield codes.at[:, at][...].astype(q.dtype), at
 
             def step(t, carry):
                 acc, top, total, offset = carry
@@ -270,9 +272,8 @@ def paged_decode(
             plgpu.copy_smem_to_gmem(lse_smem, lse_ref.at[b, head, split])
             plgpu.wait_smem_to_gmem(0)
 
-        # What is cut in halves is laid out in pieces no wider than a half.
-        wide = tile_transforms(q.dtype, min(128, stored_dim * q.dtype.itemsize))
-        stored = tile_transforms(pool.dtype, min(128, stored_dim * pool.dtype.itemsize))
+        wide = tile_transforms(q.dtype)
+        stored = tile_transforms(pool.dtype, min(128, width * bits // 8))
         pl.run_scoped(
             body,
             plgpu.SMEM((1, columns, head_dim), q.dtype, transforms=wide),
@@ -291,7 +292,12 @@ def paged_decode(
         )
 
     grouped = q.reshape(batch, kv_heads, group, head_dim)
+    if packed:
+        grouped = _interleaved(grouped)
+    arrays = [*k_arrays, *v_arrays]
     grouped = jnp.pad(grouped, ((0, 0), (0, 0), (0, columns - group), (0, 0)))
+    if quantised:
+        arrays.append(grouped.astype(jnp.float32).sum(axis=-1))
     out, lse = plgpu.kernel(
         kernel,
         out_type=[
@@ -305,9 +311,11 @@ def paged_decode(
         kernel_name="jsparse_paged_decode",
         compiler_params=plgpu.CompilerParams(approx_math=True),
         **({} if interpret is None else {"interpret": interpret}),
-    )(grouped, grouped.astype(jnp.float32).sum(axis=-1), pages, used, num_steps, *k_arrays, *v_arrays)
-    out, lse = combine(out, lse)
-    return out[:, :, :group].reshape(batch, q_heads, head_dim), lse[:, :, :group].reshape(batch, q_heads)
+    )(grouped, pages, used, num_steps, *arrays)
+    out, lse = combine(out[..., :group], lse[..., :group])
+    if packed:
+        out = _in_order(out)
+    return out.reshape(q.shape), lse.reshape(batch, q_heads)
 
 
 def combine(out: Array, lse: Array) -> tuple[Array, Array]:
@@ -318,10 +326,27 @@ def combine(out: Array, lse: Array) -> tuple[Array, Array]:
     """
     top = lse.max(axis=-2)
     top = jnp.where(top == -jnp.inf, 0.0, top)
-    weights = jnp.exp2(lse - top[..., None, :])
-    total = weights.sum(axis=-2)
-    out = (out * weights[..., None, :]).sum(axis=-3) / jnp.where(total == 0, 1.0, total)[..., None, :]
-    return out.swapaxes(-1, -2), top + jnp.log2(total)
+    total = top + jnp.log2(jnp.exp2(lse - top[..., None, :]).sum(axis=-2))
+    weights = jnp.exp2(lse - jnp.where(total == -jnp.inf, 0.0, total)[..., None, :])
+    return (out * weights[..., None, :]).sum(axis=-3).swapaxes(-1, -2), total
+
+
+def _unpacked(quantized: tuple[Array, Array, Array], head_dim: int) -> tuple[Array, Array, Array]:
+    """Bytes of two int4 codes as an array of int4, which costs nothing; their dimensions are interleaved."""
+    codes, scale, zero = quantized
+    if codes.shape[-1] < head_dim:
+        codes = lax.bitcast_convert_type(codes, jnp.int4).reshape(*codes.shape[:-1], head_dim)
+    return codes, scale, zero
+
+
+def _interleaved(x: Array) -> Array:
+    """The last axis in the order of codes that share bytes: 0, D / 2, 1, D / 2 + 1 and so on."""
+    return x.reshape(*x.shape[:-1], 2, -1).swapaxes(-1, -2).reshape(x.shape)
+
+
+def _in_order(x: Array) -> Array:
+    """The reverse of :func:`_interleaved`."""
+    return x.reshape(*x.shape[:-1], -1, 2).swapaxes(-1, -2).reshape(x.shape)
 
 
 def num_sms() -> int:
@@ -353,13 +378,3 @@ def _where(lengths: list, rows: int, x: Array, other: float) -> Array:
     key = lax.broadcasted_iota(jnp.int32, x.shape, 0)
     inside = ((key >= e * rows) & (key < e * rows + length) for e, length in enumerate(lengths))
     return jnp.where(functools.reduce(jnp.logical_or, inside), x, jnp.full_like(x, other))
-
-
-def _values(codes: Array, halves: int, dtype) -> list[Array]:
-    """The codes as floats: of int8 one array; of int4, two in a byte, the low halves and the high ones."""
-    if halves == 1:
-        return [codes.astype(dtype)]
-    # There are no shifts of 8 bits: the low one is made 8 + code, the high one 16 * code. All of it is exact.
-    low = (codes & jnp.int8(15)) ^ jnp.int8(8)
-    high = codes & jnp.int8(-16)
-    return [low.astype(dtype) - jnp.array(8, dtype), high.astype(dtype) * jnp.array(1 / 16, dtype)]
