@@ -150,12 +150,11 @@ def flex_decode(row: Decode, lists, k, v, setup: Setup) -> tuple[Callable, list]
             device=k.device,
             BLOCK_SIZE=(BLOCK, page),
         )
-        # One query does not fill a block, so that none counts as full; but no key in a listed page is masked.
+        # Without lists of full blocks, of which there are none: where there are some, the kernel splits its
+        # work over the whole sequence and not over what is listed.
         return flex.BlockMask.from_kv_blocks(
-            torch.zeros_like(mask.kv_num_blocks),
+            mask.kv_num_blocks,
             mask.kv_indices,
-            full_kv_num_blocks=mask.kv_num_blocks,
-            full_kv_indices=mask.kv_indices,
             BLOCK_SIZE=mask.BLOCK_SIZE,
             mask_mod=mask.mask_mod,
             seq_lengths=(1, row.length),

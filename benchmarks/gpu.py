@@ -33,7 +33,7 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -111,6 +111,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--markdown", action="store_true", help="write the README's section from the results")
     parser.add_argument("--smoke", action="store_true", help="in miniature, on a CPU")
     parser.add_argument("--worker", type=int, default=None, help=argparse.SUPPRESS)
+    parser.add_argument("--without", action="append", default=[], help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
     part = options.rows is not None or options.lengths is not None or options.no_tests
     options.out = options.out or default_file(query_gpu("name"), options.smoke, part and not options.markdown)
@@ -151,7 +152,7 @@ def run_rows(
     """The results of the rows; the header gets the device, its ceilings and the rows that were left out."""
     results: list[dict[str, Any]] = []
 
-    def command(first: int) -> list[str]:
+    def command(first: int, without: Sequence[str]) -> list[str]:
         out = [
             sys.executable,
             __file__,
@@ -163,6 +164,7 @@ def run_rows(
         out += ["--implementation", options.implementation]
         out += ["--rows", ",".join(options.rows)] if options.rows else []
         out += ["--lengths", ",".join(map(str, options.lengths))] if options.lengths else []
+        out += [f"--without={peer}" for peer in without]
         return out + ["--smoke"] * options.smoke
 
     def save() -> None:
@@ -179,7 +181,7 @@ def run_rows(
     ended = workers.run(
         command,
         len(selected),
-        failed=lambda row, why: entry(selected[row], "jsparse", error=why),
+        failed=lambda row, peer, why: entry(selected[row], peer or "jsparse", error=why),
         started=lambda message: header.update(message),
         finished=finished,
         seconds_left=lambda: end - time.monotonic(),
@@ -246,9 +248,10 @@ def work_through(selected: list[table.Row], options: argparse.Namespace) -> int:
             "ceilings": {"flops": ceilings.flops, "bytes": ceilings.bytes, "exps": ceilings.exps},
         }
     )
-    for row in selected:
+    for i, row in enumerate(selected):
         workers.tell({"doing": f"{row.name}: its inputs"})
-        results = run_row(row, setup, ceilings, seconds_left=lambda: end - time.monotonic())
+        without = options.without if i == 0 else []
+        results = run_row(row, setup, ceilings, lambda: end - time.monotonic(), without)
         workers.tell({"done": results})
         if any("error" in result and not result["error"].startswith(HARMLESS) for result in results):
             return 1
@@ -281,7 +284,7 @@ def measure_ceilings(setup) -> Ceilings:
 
 
 def run_row(
-    row: table.Row, setup, ceilings: Ceilings, seconds_left: Callable[[], float]
+    row: table.Row, setup, ceilings: Ceilings, seconds_left: Callable[[], float], without: Sequence[str]
 ) -> list[dict[str, Any]]:
     """The row's results, ours first: built and run once each, compared, then timed in turns."""
     import cache_peers
@@ -297,9 +300,20 @@ def run_row(
                 makers = cache_peers.select(row, setup)
     except Exception as error:
         return [entry(row, peers.OURS, error=describe(error))]
+    makers = {name: make for name, make in makers.items() if name not in without}
     pace = {} if setup.gpu else {"rounds": 3, "target_s": 0.002}
     last_resort = setup.last_resort[0]
-    return compete(row, makers, peers.OURS, last_resort, ceilings, seconds_left, tell=workers.tell, **pace)
+    return compete(
+        row,
+        makers,
+        peers.OURS,
+        last_resort,
+        ceilings,
+        seconds_left,
+        tell=workers.tell,
+        check_device=peers.check_device,
+        **pace,
+    )
 
 
 def compete(
@@ -312,6 +326,7 @@ def compete(
     rounds: int = 9,
     target_s: float = 0.05,
     tell: Callable[[Mapping[str, Any]], None] = lambda message: None,
+    check_device: Callable[[], None] = lambda: None,
 ) -> list[dict[str, Any]]:
     """Every contender once, compared, and then timed in turns; ``last_resort`` only if nobody else can be
     compared with ours.
@@ -320,13 +335,20 @@ def compete(
     for name, make in makers.items():
         if name == last_resort and len(outputs) > 1:
             continue
-        tell({"doing": f"{row.name}: {name}, first run"})
+        whose = {} if name == ours else {"peer": name}
+        tell({"doing": f"{row.name}: {name}, first run"} | whose)
         try:
             built[name] = make()
             if built[name].same_work:
                 outputs[name] = built[name].outputs()
+            built[name].wait(built[name].launch())
         except Exception as error:
             errors[name] = describe(error)
+            if not errors[name].startswith(HARMLESS):
+                tell({"doing": f"{row.name}: {name}, which failed ({errors[name]})"} | whose)
+                check_device()  # or this worker ends here, and another goes on without the peer
+            if name == ours:
+                break  # nobody to compare with
     if ours not in errors:
         tell({"doing": f"{row.name}: comparing outputs"})
         try:

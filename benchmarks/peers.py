@@ -8,6 +8,7 @@ is imported inside makers, so that everything else works without it.
 import dataclasses
 import importlib
 import itertools
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -246,6 +247,13 @@ def flex_token_mask(mask: TokenMask) -> Callable:
         return seen
 
     return visible
+
+
+def check_device() -> None:
+    """Raises if the device computes no more, as after an illegal access, which all later calls report."""
+    jax.block_until_ready(jnp.zeros(8) + 1)
+    if "torch" in sys.modules:
+        torch_wait(None)
 
 
 # Arrays ------------------------------------------------------------------------------------------------

@@ -4,11 +4,11 @@ A worker is this benchmark once more, told where in the list of rows to begin. I
 its standard output, each behind a mark:
 
     {"device": ..., "ceilings": ...}       once, at the start
-    {"doing": "G4: torch Flex"}            before each step
+    {"doing": "G4: torch Flex", "peer": "torch Flex"}    before each step; with the peer whose step it is
     {"done": [results of the row]}         after each row; then it goes on with the next, or ends
 
-When it ends early, or says nothing for too long, the row in hand gets an error and a new worker goes on after
-it.
+When it ends early, or says nothing for too long, a new worker goes on. In the step of a peer, it tries the
+row again without that peer, which gets an error; otherwise the row gets one, and the next row is next.
 """
 
 import contextlib
@@ -31,27 +31,28 @@ def tell(message: Mapping[str, Any]) -> None:
 
 
 def run(
-    command: Callable[[int], Sequence[str]],
+    command: Callable[[int, Sequence[str]], Sequence[str]],
     count: int,
     *,
-    failed: Callable[[int, str], Mapping[str, Any]],
+    failed: Callable[[int, str | None, str], Mapping[str, Any]],
     started: Callable[[Mapping[str, Any]], None],
     finished: Callable[[Sequence[Mapping[str, Any]]], None],
     seconds_left: Callable[[], float],
     silence_s: float = 100.0,
     environment: Mapping[str, str] | None = None,
 ) -> int:
-    """Runs rows 0 to count - 1 in workers ``command(first row)``; returns how many rows were begun and ended.
+    """Runs rows 0 to count - 1 in workers ``command(first row, peers to leave out of it)``.
 
-    Each row ends in one call of ``finished`` with its results: the worker's, or ``[failed(row, why)]``. Rows
-    from the returned number on were not run, because the time was used up or because no worker could be
-    started.
+    Each row ends in one call of ``finished`` with its results: the worker's, and ``failed(row, peer, why)``
+    of peers that broke it; peer None stands for the row itself. Returns how many rows were ended: those from
+    this number on were not run, because the time was used up or because no worker could be started.
     """
     row, began = 0, time.monotonic()
+    without: dict[str, str] = {}  # peers that broke the row in hand, and how
     while row < count and seconds_left() > 0:
-        said, doing, why = False, "starting", "the process ended"
+        said, doing, peer, why = False, "starting", None, "the process ended"
         process = subprocess.Popen(
-            command(row),
+            command(row, tuple(without)),
             text=True,
             stdout=subprocess.PIPE,
             env=None if environment is None else {**os.environ, **environment},
@@ -66,11 +67,11 @@ def run(
                     said = True
                     started(message)
                 elif "doing" in message:
-                    doing = message["doing"]
+                    doing, peer = message["doing"], message.get("peer")
                     print(f"{time.monotonic() - began:4.0f} s  {doing}", flush=True)
                 else:
-                    finished(message["done"])
-                    row, doing = row + 1, ""
+                    finished([*message["done"], *(failed(row, *each) for each in without.items())])
+                    row, doing, without = row + 1, "", {}
                     if row == count:
                         break
         except TimeoutError as error:
@@ -81,8 +82,12 @@ def run(
             if not said:
                 print(f"no worker could be started: {why} (exit code {process.returncode})", flush=True)
                 break
-            finished([failed(row, f"while doing {doing}: {why} (exit code {process.returncode})")])
-            row += 1
+            why = f"while doing {doing}: {why} (exit code {process.returncode})"
+            if peer is not None and peer not in without:
+                without[peer] = why
+            else:
+                finished([failed(row, None, why), *(failed(row, *each) for each in without.items())])
+                row, without = row + 1, {}
     return row
 
 

@@ -262,7 +262,7 @@ def test_outputs_that_disagree_are_reported_and_not_timed():
     machine = Machine()
     found = compete([machine.contender("ours", 1e-6), machine.contender("peer", 1e-6, value=1.5)])
     assert [result["peer"] for result in found] == ["ours"] and "differ from peer" in found[0]["error"]
-    assert machine.log == []
+    assert machine.log == ["ours", "peer"]  # once, and never again
 
 
 def test_a_peer_that_fails_or_is_wrong_does_not_stop_the_row():
@@ -283,6 +283,24 @@ def test_a_peer_that_fails_or_is_wrong_does_not_stop_the_row():
     assert [result["peer"] for result in found if "error" not in result] == ["ours", "peer"]
 
 
+def test_a_peer_that_takes_the_device_with_it_ends_the_worker():
+    machine = Machine()
+
+    def illegal_access():
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    def check_device():
+        raise RuntimeError("nothing runs any more")
+
+    makers = {"ours": lambda: machine.contender("ours", 1e-6), "peer": illegal_access}
+    said = []
+    with pytest.raises(RuntimeError, match="nothing runs any more"):
+        gpu.compete(
+            ROW["G7"], makers, "ours", "", H200, lambda: 1e9, tell=said.append, check_device=check_device
+        )
+    assert said[-1]["peer"] == "peer" and "peer" not in said[0]
+
+
 def test_the_last_resort_steps_in_where_nobody_else_can():
     machine = Machine()
     found = compete([machine.contender("ours", 1e-6), machine.contender("last resort", 1e-6)])
@@ -299,6 +317,7 @@ first = int(sys.argv[1])
 print("a library's chatter", flush=True)
 tell({{"device": "thing", "ceilings": {{}}}})
 for row in range(first, 4):
+    peers = [peer for peer in ("good", "bad") if peer not in sys.argv[2:]]
     tell({{"doing": f"row {{row}}"}})
     if row == {bad}:
         {misdeed}
@@ -311,9 +330,9 @@ def run_workers(tmp_path, misdeed, bad=1, seconds_left=lambda: 1e9, silence_s=1.
     script.write_text(textwrap.dedent(WORKER).format(path=str(ROOT / "benchmarks"), bad=bad, misdeed=misdeed))
     results, devices = [], []
     ended = workers.run(
-        lambda first: [sys.executable, str(script), str(first)],
+        lambda first, without: [sys.executable, str(script), str(first), *without],
         4,
-        failed=lambda row, why: {"row": row, "error": why},
+        failed=lambda row, peer, why: {"row": row, "peer": peer, "error": why},
         started=devices.append,
         finished=results.extend,
         seconds_left=seconds_left,
@@ -334,6 +353,18 @@ def test_a_row_that_hangs_or_dies_costs_itself_only(tmp_path, misdeed, reason):
     assert len(devices) == 2
 
 
+def test_a_peer_that_breaks_a_row_is_left_out_of_it(tmp_path):
+    misdeed = """for peer in peers:
+            tell({"doing": f"row {row}, {peer}", "peer": peer})
+            if peer == "bad":
+                sys.exit(7)"""
+    ended, results, devices = run_workers(tmp_path, misdeed)
+    assert ended == 4 and len(devices) == 2
+    (broken,) = [result for result in results if "error" in result]
+    assert (broken["row"], broken["peer"]) == (1, "bad") and "row 1, bad" in broken["error"]
+    assert [result["row"] for result in results] == [0, 1, 1, 2, 3]  # the row itself has a result too
+
+
 def test_a_worker_may_end_after_a_row_and_another_goes_on(tmp_path):
     ended, results, devices = run_workers(tmp_path, 'tell({"done": [{"row": row}]}); sys.exit(1)')
     assert ended == 4 and results == [{"row": row} for row in range(4)] and len(devices) == 2
@@ -351,9 +382,9 @@ def test_a_worker_that_cannot_start_ends_the_run(tmp_path, capsys):
     script = tmp_path / "worker.py"
     script.write_text("raise SystemExit(3)")
     ended = workers.run(
-        lambda first: [sys.executable, str(script)],
+        lambda first, without: [sys.executable, str(script)],
         4,
-        failed=lambda row, why: {},
+        failed=lambda row, peer, why: {},
         started=lambda message: None,
         finished=lambda results: None,
         seconds_left=lambda: 1e9,
