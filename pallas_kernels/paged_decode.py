@@ -36,7 +36,8 @@ from jsparse.pallas_kernels.mosaic import anew, multiply, multiply_registers, ti
 HEAD_DIMS = (64, 128, 256)
 GROUPS = (8, 16)  # query heads of a KV head, rounded up
 MIN_PAGE = 8  # rows of the smallest tile that TMA copies
-SHARED_MEMORY = 227 * 1024  # bytes of an SM that its thread blocks share
+SHARED_MEMORY = 228 * 1024  # bytes of an SM that its thread blocks share
+SYSTEM_MEMORY = 1024  # bytes of them that the system takes for each
 LOWEST = -1e30  # the first running maximum: finite, since -inf - -inf is not a number
 
 Pages = Array | tuple[Array, Array, Array]
@@ -59,8 +60,9 @@ def decode_tiles(head_dim: int, bits: int, group: int = 8) -> DecodeTiles:
     """
     resident = {16: 1, 8: 1, 4: 2}[bits] if head_dim == 256 else {16: 2, 8: 3, 4: 3}[bits]
     resident = min(resident, 3 if group <= 8 else 2)
+    share = SHARED_MEMORY // resident - SYSTEM_MEMORY
     choices = (DecodeTiles(64, stages, resident) for stages in range(6, 1, -1))
-    return next(x for x in choices if shared_memory(x, head_dim, bits, group) * resident <= SHARED_MEMORY)
+    return next(x for x in choices if shared_memory(x, head_dim, bits, group) <= share)
 
 
 def all_tiles() -> list[tuple[int, int, int, DecodeTiles]]:
@@ -70,7 +72,7 @@ def all_tiles() -> list[tuple[int, int, int, DecodeTiles]]:
 
 
 def shared_memory(tiles: DecodeTiles, head_dim: int, bits: int, group: int = 8) -> int:
-    """Bytes of an SM's shared memory that one thread block takes."""
+    """Bytes of shared memory that one thread block asks for."""
     columns = _columns(group)
     buffers = [columns * head_dim * 2]  # q
     buffers += [tiles.stages * tiles.keys * head_dim * bits // 8] * 2  # k and v
@@ -79,8 +81,8 @@ def shared_memory(tiles: DecodeTiles, head_dim: int, bits: int, group: int = 8) 
     if bits < 16:
         buffers += [tiles.stages * tiles.keys * 4] * 4  # scales and zeros
         buffers += [tiles.keys * head_dim * 2, columns * 4]  # v as wgmma takes it; sums of q
-    # Each buffer begins at a whole KiB; barriers and reductions take another, and so does the system.
-    return sum(pl.cdiv(size, 1024) * 1024 for size in buffers) + 2048
+    # Each buffer begins at a whole KiB; reductions over keys take two more, and each barrier 8 bytes.
+    return sum(pl.cdiv(size, 1024) * 1024 for size in buffers) + 2048 + 8 * (tiles.stages + 1)
 
 
 def num_splits(batch: int, kv_heads: int, steps: int, slots: int) -> int:

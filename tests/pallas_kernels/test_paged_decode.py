@@ -21,6 +21,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jsparse.pallas_kernels.paged_decode import (
     HEAD_DIMS,
     SHARED_MEMORY,
+    SYSTEM_MEMORY,
     DecodeTiles,
     all_tiles,
     combine,
@@ -151,10 +152,9 @@ def test_ragged_lists_are_dense_attention_to_their_keys(form, page_size, dim):
     check(form, page_size, dim, group=2, splits=2)
 
 
-@pytest.mark.parametrize("group", [1, 3, 8, 16])
-def test_any_group_of_query_heads_shares_a_kv_head(group):
-    check("float", 64, 64, group, splits=1)
-    check("int4", 64, 64, group, splits=1)
+@pytest.mark.parametrize(("form", "group"), [("float", 1), ("float", 3), ("float", 16), ("int4", 8)])
+def test_any_group_of_query_heads_shares_a_kv_head(form, group):
+    check(form, 64, 64, group, splits=1)
 
 
 @pytest.mark.parametrize("form", ["float", "int8", "int4"])
@@ -163,17 +163,15 @@ def test_narrow_floats_stay_within_their_rounding(form, dtype):
     check(form, 64, 64, group=4, dtype=dtype, tolerance=NARROW, splits=2)
 
 
-@pytest.mark.parametrize("form", ["float", "int8"])
-@pytest.mark.parametrize("splits", [1, 3, 5, 11])
+@pytest.mark.parametrize(("form", "splits"), [("float", 1), ("float", 3), ("float", 11), ("int8", 5)])
 def test_any_number_of_splits_gives_the_same(form, splits):
     # Up to more splits than steps, where some find nothing.
     check(form, 64, 64, group=2, splits=splits)
 
 
-@pytest.mark.parametrize("form", ["float", "int8", "int4"])
-def test_two_tiles_of_keys_a_step_and_two_stages_of_many_steps(form):
-    check(form, 32, 64, group=2, splits=1, tiles=DecodeTiles(keys=128, stages=2, resident=1))
-    check(form, 128, 64, group=2, splits=1, tiles=DecodeTiles(keys=64, stages=2, resident=1))
+@pytest.mark.parametrize(("form", "keys"), [("float", 64), ("float", 128), ("int8", 64), ("int4", 128)])
+def test_other_tiles_give_the_same(form, keys):
+    check(form, 32, 64, group=2, splits=1, tiles=DecodeTiles(keys, stages=2, resident=1))
 
 
 @pytest.mark.parametrize("form", ["float", "int8", "int4"])
@@ -196,7 +194,7 @@ def test_heads_may_share_one_list():
     assert_close(actual, dense(q, *meant, pages, used), FLOAT32)
 
 
-@pytest.mark.parametrize("slots", [8, 32, 64, 72, 128])
+@pytest.mark.parametrize("slots", [8, 72, 128])
 def test_a_ring_is_a_pool_of_one_page_a_sequence(slots):
     # The last tile of 72 slots reaches beyond them; copies beyond an array bring zeros.
     (k, v), meant = pools(slots, 64, "float", num_pages=3)
@@ -279,7 +277,7 @@ def test_tiles_fit_the_shared_memory_they_are_made_for():
     assert len(set(listed)) == len(listed) == len(HEAD_DIMS) * 3 * 2
     for head_dim, bits, group, tiles in listed:
         assert tiles.keys == 64 and tiles.stages >= 2
-        assert tiles.resident * shared_memory(tiles, head_dim, bits, group) <= SHARED_MEMORY
+        assert tiles.resident * (shared_memory(tiles, head_dim, bits, group) + SYSTEM_MEMORY) <= SHARED_MEMORY
         assert decode_tiles(head_dim, bits, group) == tiles
 
 
