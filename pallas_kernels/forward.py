@@ -17,7 +17,14 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from jsparse.pallas_kernels.lists import Heads, Lists, walk
 from jsparse.pallas_kernels.masking import pad_segments, row_bounds, same_segment, visible
-from jsparse.pallas_kernels.mosaic import multiply, multiply_add, release, share_registers, tile_transforms
+from jsparse.pallas_kernels.mosaic import (
+    anew,
+    multiply,
+    multiply_add,
+    release,
+    share_registers,
+    tile_transforms,
+)
 
 ROWS = 64  # of queries a warpgroup holds: the height of one wgmma
 LOWEST = -1e30  # the first running maximum: finite, since -inf - -inf is not a number
@@ -125,7 +132,10 @@ def forward(
                     slot = lax.rem(t, stages)
                     plgpu.barrier_wait(k_ready.at[slot])
                     scores = multiply(
-                        q_tile, k_smem.at[slot].transpose((1, 0)), interpret=interpret, meanwhile=swap_turns
+                        q_smem.at[anew(warpgroup)],
+                        k_smem.at[slot].transpose((1, 0)),
+                        interpret=interpret,
+                        meanwhile=swap_turns,
                     )
                     kv_segment = (
                         plgpu.layout_cast(kv_segment_smem.at[slot][...], by_column) if segments else None
