@@ -69,8 +69,9 @@ def _attention_cases(kernel: Callable, choose: Callable) -> Iterator[Case]:
             choices.setdefault(choose(head_dim, *blocks), []).append(blocks)
         for tiles, blocks in choices.items():
             # The smallest blocks that lead to this choice and the largest. float16 differs in one conversion.
-            shapes = (jnp.bfloat16, *blocks[0]), (jnp.bfloat16, *blocks[-1]), (jnp.float16, *blocks[-1])
-            for (dtype, block_q, block_kv), segments in itertools.product(shapes, (False, True)):
+            small, large = (jnp.bfloat16, *blocks[0]), (jnp.bfloat16, *blocks[-1])
+            variants = [*itertools.product((small, large), (False, True)), ((jnp.float16, *blocks[-1]), True)]
+            for (dtype, block_q, block_kv), segments in variants:
                 arrays = f"{jnp.dtype(dtype).name} {head_dim}, blocks {block_q} {block_kv}"
                 yield Case(
                     name,
