@@ -13,8 +13,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from jsparse.block_mask import BlockMask, offset_entries, transposed_lists
-from jsparse.device import kernel_limit
+from jsparse.device import device_kind, kernel_limit
 from jsparse.mesh import split_over_mesh
+from jsparse.pallas_kernels import measured
 from jsparse.pallas_kernels.lists import UNLIMITED, Heads, Lists
 
 _HEAD_DIMS = (64, 128, 256)
@@ -44,16 +45,11 @@ def block_sizes() -> tuple[int, int]:
 
 def forward(q, k, v, mask: BlockMask, scale, q_segment_ids, kv_segment_ids, *, interpret: bool):
     """out [B, T, Hq, D] in q's dtype, lse [B, T, Hq] float32, natural logarithm."""
-    from jsparse.pallas_kernels import forward as kernel
+    from jsparse.pallas_kernels.forward import forward, forward_tiles
 
-    def run(q, k, v, lists, heads, *segments):
-        return kernel.forward(
-            q, k, v, lists, heads, segments=segments or None, **_options(mask, scale, interpret)
-        )
-
-    out, lse = _launch(
-        run, mask, _row_lists(mask), _pad_heads(q, k, v), (), q_segment_ids, kv_segment_ids, ("bthd", "bht")
-    )
+    arrays, segments = _pad_heads(q, k, v), _segments(q_segment_ids, kv_segment_ids)
+    kernel = _kernel(forward, forward_tiles, arrays[0].shape[-1], mask, scale, interpret)
+    out, lse = _launch(kernel, mask, _row_lists(mask), arrays, (), segments, ("bthd", "bht"))
     return out[..., : q.shape[-1]], lse[:, :, : mask.q_len].swapaxes(1, 2) * np.log(2)
 
 
@@ -61,47 +57,36 @@ def backward(
     q, k, v, mask: BlockMask, scale, q_segment_ids, kv_segment_ids, out, lse, d_out, d_lse, *, interpret: bool
 ):
     """The gradients of q, k and v."""
-    from jsparse.pallas_kernels import backward_keys, backward_queries
+    from jsparse.pallas_kernels.backward_keys import backward_keys, keys_tiles
+    from jsparse.pallas_kernels.backward_queries import backward_queries, queries_tiles
 
-    dim = q.shape[-1]
     delta = jnp.sum(out.astype(jnp.float32) * d_out.astype(jnp.float32), axis=-1) - d_lse
     # Rows that see nothing, and those that fill up the last tile, have no weights: exp2(score - inf) = 0.
     padding = (0, 0), (0, 0), (0, -mask.q_len % 128)
     base2 = jnp.where(lse == -jnp.inf, jnp.inf, lse / np.log(2)).swapaxes(1, 2)
     base2 = jnp.pad(base2, padding, constant_values=jnp.inf)
     rows = base2, jnp.pad(delta.swapaxes(1, 2), padding)
-    arrays = _pad_heads(q, k, v, d_out.astype(q.dtype))
+    arrays, segments = _pad_heads(q, k, v, d_out.astype(q.dtype)), _segments(q_segment_ids, kv_segment_ids)
 
-    def run(kernel, q, k, v, d_out, lse, delta, lists, heads, *segments):
-        return kernel(
-            q, k, v, d_out, lse, delta, lists, heads, segments=segments or None,
-            **_options(mask, scale, interpret),
-        )  # fmt: skip
-
-    def launch(kernel, lists, outputs):
-        return _launch(
-            lambda *args: run(kernel, *args),
-            mask,
-            lists,
-            arrays,
-            rows,
-            q_segment_ids,
-            kv_segment_ids,
-            outputs,
-        )
-
-    (dq,) = launch(lambda *a, **o: (backward_queries.backward_queries(*a, **o),), _row_lists(mask), ("bthd",))
-    dk, dv = launch(backward_keys.backward_keys, _column_lists(mask), ("bthd", "bthd"))
+    dim, padded = q.shape[-1], arrays[0].shape[-1]
+    kernel = _kernel(backward_queries, queries_tiles, padded, mask, scale, interpret)
+    (dq,) = _launch(kernel, mask, _row_lists(mask), arrays, rows, segments, ("bthd",))
+    kernel = _kernel(backward_keys, keys_tiles, padded, mask, scale, interpret)
+    dk, dv = _launch(kernel, mask, _column_lists(mask), arrays, rows, segments, ("bthd", "bthd"))
     return dq[..., :dim], dk[..., :dim], dv[..., :dim]
 
 
-def _options(mask: BlockMask, scale: float, interpret: bool) -> dict:
-    return {
-        "scale": scale,
-        "block_q": mask.block_q,
-        "block_kv": mask.block_kv,
-        "interpret": interpreter() if interpret else None,
-    }
+def _kernel(kernel: Callable, choose: Callable, head_dim: int, mask: BlockMask, scale, interpret) -> Callable:
+    """The kernel on arrays, lists, heads and segments alone; it gives a tuple."""
+    blocks = {"block_q": mask.block_q, "block_kv": mask.block_kv}
+    tiles = measured.tiles(kernel.__name__, device_kind(), choose, head_dim=head_dim, **blocks)
+    options = {"scale": scale, "tiles": tiles, "interpret": interpreter() if interpret else None} | blocks
+
+    def run(*operands, segments):
+        results = kernel(*operands, segments=segments or None, **options)
+        return results if isinstance(results, tuple) else (results,)
+
+    return run
 
 
 def interpreter():
@@ -155,29 +140,38 @@ def _heads(mask: BlockMask, num_q_heads: int) -> Heads:
     return Heads(jnp.asarray(rows, jnp.int32), jnp.asarray([of_row[row] for row in rows], jnp.int32))
 
 
-def _launch(run: Callable, mask, lists: Lists, arrays, rows, q_ids, kv_ids, outputs: tuple[str, ...]):
-    """run(*arrays, *rows, lists, heads, *segments) with mapped axes folded away and the mesh's shares cut.
+def _segments(q_ids, kv_ids) -> tuple:
+    return () if q_ids is None else (q_ids, kv_ids)
 
-    arrays are [B, T or S, H, D], rows [B, Hq, Tp]; outputs names the axes of what comes back.
+
+def _launch(kernel: Callable, mask, lists: Lists, arrays, rows, segments, outputs: tuple[str, ...]) -> tuple:
+    """What the kernel makes, with mapped axes folded away and the mesh's shares cut.
+
+    arrays are [B, T or S, H, D], rows [B, Hq, Tp], segments [B, T] and [B, S] or none; outputs names the axes
+    of what comes back.
     """
     lists = Lists(*(jnp.asarray(x, jnp.int32) for x in lists))
-    segments = () if q_ids is None else (q_ids, kv_ids)
 
     @jax.custom_batching.custom_vmap
     def call(arrays, rows, lists, segments):
-        q_heads, kv_heads, batch = arrays[0].shape[2], arrays[1].shape[2], arrays[0].shape[0]
-        heads = _heads(mask, q_heads)
-        per_sequence = "b" if lists.start.shape[0] == batch and batch > 1 else "."
-        operands = (*arrays, *rows, *lists, *heads, *segments)
-        axes = ("bthd",) * len(arrays) + ("bht",) * len(rows)
-        axes += (".", *(f"{per_sequence}..",) * 3) + ("h", "h.") + ("b.",) * len(segments)
+        heads = _heads(mask, arrays[0].shape[2])
+        operands = (arrays, rows, lists, heads, segments)
+        of_list = "b.." if lists.start.shape[0] == arrays[0].shape[0] > 1 else "..."
+        axes = (
+            ("bthd",) * len(arrays),
+            ("bht",) * len(rows),
+            Lists(".", of_list, of_list, of_list),
+            Heads("h", "h."),
+            ("b.",) * len(segments),
+        )
+        leaves, structure = jax.tree.flatten(operands)
 
-        def local(*operands):
-            before = len(arrays) + len(rows)
-            lists, heads = Lists(*operands[before : before + 4]), Heads(*operands[before + 4 : before + 6])
-            return run(*operands[:before], lists, heads, *operands[before + 6 :])
+        def run(*leaves):
+            arrays, rows, lists, heads, segments = jax.tree.unflatten(structure, leaves)
+            return kernel(*arrays, *rows, lists, heads, segments=segments)
 
-        return split_over_mesh(local, operands, axes, outputs, num_heads=kv_heads)
+        kv_heads = arrays[1].shape[2]
+        return split_over_mesh(run, tuple(leaves), tuple(jax.tree.leaves(axes)), outputs, num_heads=kv_heads)
 
     @call.def_vmap
     def fold(size, mapped, arrays, rows, lists, segments):

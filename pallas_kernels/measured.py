@@ -1,29 +1,34 @@
 """What was measured on a device, as data (measured.json), for the choices that arithmetic does not settle.
 
-- ``tiles``: ``{"kernel": "forward", "device": "NVIDIA H200", "head_dim": 128, "tiles": {"stages": 3}, "jax":
-  ..., "date": ..., "command": ...}``: fields of the kernel's tiles that replace the computed ones.
+- ``tiles``: ``{"kernel": "forward", "device": "NVIDIA H200", "shape": {"head_dim": 128, "block_q": 128,
+  "block_kv": 128}, "tiles": {"stages": 3}, "jax": ..., "date": ..., "command": ...}``: fields of the kernel's
+  tiles that replace what its chooser computes from that shape.
 - ``cudnn_faster``: ``{"device": ..., "head_dim": 128, "min_tokens": 4096, "jax": ..., "date": ..., "command":
   ...}``: from so many tokens on cuDNN's dense causal attention takes less time than ours.
 
 A device that has no rows was not measured, and gets the computed choices.
 """
 
+import dataclasses
 import functools
 import json
+from collections.abc import Callable
 from importlib import resources
-from typing import Any
+from typing import Any, TypeVar
+
+Tiles = TypeVar("Tiles")
 
 
-def tiles(kernel: str, device: str, head_dim: int) -> dict[str, int]:
-    """The fields that ran fastest, or {} where nothing was measured.
+def tiles(kernel: str, device: str, choose: Callable[..., Tiles], **shape: int) -> Tiles:
+    """``choose(**shape)``, the kernel's own choice, with the fields replaced that were measured to be faster.
 
-    >>> tiles("forward", "cpu", 128)
-    {}
+    >>> from jsparse.pallas_kernels.forward import forward_tiles
+    >>> tiles("forward", "cpu", forward_tiles, head_dim=128, block_q=128, block_kv=128)
+    ForwardTiles(warpgroups=2, tile_kv=128, stages=2)
     """
-    for row in _table()["tiles"]:
-        if (row["kernel"], row["device"], row["head_dim"]) == (kernel, device, head_dim):
-            return row["tiles"]
-    return {}
+    rows = _table()["tiles"]
+    faster = [x["tiles"] for x in rows if (x["kernel"], x["device"], x["shape"]) == (kernel, device, shape)]
+    return dataclasses.replace(choose(**shape), **(faster[0] if faster else {}))
 
 
 def cudnn_is_faster(device: str, head_dim: int, tokens: int) -> bool:

@@ -16,8 +16,8 @@ def on(kind):
     return jax.sharding.use_abstract_mesh(AbstractMesh((), (), abstract_device=abstract))
 
 
-def program(mask, dtype=jnp.bfloat16, implementation=None, dim=128):
-    q = jax.ShapeDtypeStruct((1, 512, 4, dim), dtype)
+def program(mask, dtype=jnp.bfloat16, implementation=None, dim=128, length=512):
+    q = jax.ShapeDtypeStruct((1, length, 4, dim), dtype)
     run = jax.jit(lambda q: attention(q, q, q, mask, implementation=implementation))
     return str(run.trace(q).jaxpr)
 
@@ -109,3 +109,26 @@ def test_cudnn_names_its_limits():
         attention(q[:, :4], q, q, causal(), implementation="cudnn")
     with pytest.raises(NotImplementedError, match="no differentiable lse"):
         attention(q, q, q, causal(), implementation="cudnn", return_lse=True)
+
+
+def test_measured_tiles_replace_the_computed_ones(monkeypatch):
+    shape = {"head_dim": 128, "block_q": 128, "block_kv": 128}
+    row = {
+        "kernel": "forward",
+        "device": "NVIDIA H200",
+        "shape": shape,
+        "tiles": {"tile_kv": 64, "stages": 4},
+    }
+    monkeypatch.setattr(measured, "_table", lambda: {"tiles": [row], "cudnn_faster": []})
+    seen = []
+
+    def kernel(q, k, v, lists, heads, *, tiles, **_):
+        seen.append((tiles.tile_kv, tiles.stages))
+        return q, jnp.zeros((q.shape[0], q.shape[2], q.shape[1]))
+
+    monkeypatch.setattr("jsparse.pallas_kernels.forward.forward", kernel)
+    kernel.__name__ = "forward"
+    for kind in ("NVIDIA H200", "NVIDIA H100"):
+        with on(kind):
+            program(causal(), implementation="mosaic_gpu", length=640)  # traced for the first time
+    assert seen == [(64, 4), (128, 2)]
