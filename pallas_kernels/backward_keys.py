@@ -10,6 +10,7 @@ transposed, keys by queries: one product leaves the weights in the registers whe
 import dataclasses
 import functools
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -101,7 +102,8 @@ def backward_keys(
 
     def kernel(q_ref, k_ref, v_ref, d_out_ref, lse_ref, delta_ref, *rest):
         *list_refs, row_ref, mask_ref = rest[:6]
-        q_segment_ref, kv_segment_ref, dk_ref, dv_ref = rest[6:] if segments else (None, None, *rest[6:])
+        segment_refs: Any = rest[6:8] if segments else (None, None)
+        (q_segment_ref, kv_segment_ref), (dk_ref, dv_ref) = segment_refs, rest[-2:]
         b, kv_head = lax.axis_index("batch"), lax.axis_index("kv_heads")
         tile = lax.axis_index("keys")  # the longest lists of a causal mask are the first
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -49,7 +50,7 @@ class Case:
     segments: bool = False
     chosen: bool = False
     scale: float | None = None
-    dtype: jnp.dtype = jnp.float32
+    dtype: Any = jnp.float32
 
 
 CASES = {
@@ -115,8 +116,8 @@ def solved(request):
         delta = np.einsum("bthd,bthd->bht", out, np.asarray(d_out, np.float64)) - d_lse
         base2 = np.where(seen.any(-1), lse / np.log(2), np.inf)
     padding = (0, 0), (0, 0), (0, -case.q_len % 128)
-    rows = np.pad(base2, padding, constant_values=np.inf), np.pad(delta, padding)
-    arrays = q, k, v, d_out, *(jnp.asarray(x, jnp.float32) for x in rows)
+    lse = jnp.asarray(np.pad(base2, padding, constant_values=np.inf), jnp.float32)
+    arrays = q, k, v, d_out, lse, jnp.asarray(np.pad(delta, padding), jnp.float32)
     options = {"scale": scale, "block_q": case.block_q, "block_kv": case.block_kv, "segments": segments}
     return case, arrays, options, listed, full, gradients
 
@@ -180,12 +181,13 @@ INTERPRETER = plgpu.InterpretGPUParams(detect_races=True)
 def test_queries(solved):
     case, arrays, options, listed, full, (dq, _, _) = solved
     lists = lists_of(listed, full)
-    check(case, backward_queries(*arrays, lists, heads_of(case), **options, interpret=INTERPRETER), dq)
+    got = backward_queries(*arrays, lists=lists, heads=heads_of(case), **options, interpret=INTERPRETER)
+    check(case, got, dq)
 
 
 def test_keys(solved):
     case, arrays, options, listed, full, (_, dk, dv) = solved
     lists = lists_of(listed.swapaxes(2, 3), full.swapaxes(2, 3))
-    got_dk, got_dv = backward_keys(*arrays, lists, heads_of(case), **options, interpret=INTERPRETER)
-    check(case, got_dk, dk)
-    check(case, got_dv, dv)
+    got = backward_keys(*arrays, transposed=lists, heads=heads_of(case), **options, interpret=INTERPRETER)
+    check(case, got[0], dk)
+    check(case, got[1], dv)
