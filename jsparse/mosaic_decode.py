@@ -2,10 +2,10 @@
 
 import jax.numpy as jnp
 
+from jsparse import mosaic_gpu
 from jsparse.cache import PagedKVCache, StreamingKVCache
 from jsparse.device import kernel_limit
 from jsparse.mesh import split_over_mesh
-from jsparse.mosaic_gpu import interpreter
 
 
 def limit(q, cache: PagedKVCache | StreamingKVCache, *, interpret: bool) -> str | None:
@@ -23,7 +23,7 @@ def decode(q, cache: PagedKVCache | StreamingKVCache, lengths, page_table, pages
 
     options = {
         "scale": q.shape[-1] ** -0.5 if scale is None else scale,
-        "interpret": interpreter() if interpret else None,
+        "interpret": mosaic_gpu.interpreter() if interpret else None,
     }
     streaming = isinstance(cache, StreamingKVCache)
 

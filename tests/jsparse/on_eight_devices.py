@@ -10,11 +10,14 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import jsparse
 from jsparse import BlockMask, causal, mosaic_gpu, streaming
+from jsparse.cache import PagedKVCache, StreamingKVCache
 
 
 def main(kind: str, mask: str) -> None:
     _make_interpreter_take_many_devices()
     mesh = jax.make_mesh((2, 2, 2), ("data", "fsdp", "tensor"), axis_types=(AxisType[kind],) * 3)
+    if mask == "decode":
+        return _decode(mesh)
     rng = np.random.default_rng(0)
     q, d_out = (jnp.asarray(rng.normal(size=(4, 100, 4, 64)), jnp.float32) for _ in range(2))
     k, v = (jnp.asarray(rng.normal(size=(4, 100, 2, 64)), jnp.float32) for _ in range(2))
@@ -42,6 +45,40 @@ def main(kind: str, mask: str) -> None:
     for x, y in zip(jax.tree.leaves(ours), jax.tree.leaves(expected), strict=True):
         assert x.sharding.is_equivalent_to(spread, 4), x.sharding
         np.testing.assert_allclose(jax.device_get(x), y, atol=1e-5)
+    print("agree on", jax.device_count(), "devices")
+
+
+def _decode(mesh) -> None:
+    """From pages, which any sequence may own, and from rings, which are split with the batch."""
+    rng = np.random.default_rng(0)
+    pool = [jnp.asarray(rng.normal(size=(16, 2, 16, 64)), jnp.float32) for _ in range(2)]
+    rings = [jnp.asarray(rng.normal(size=(4, 2, 32, 64)), jnp.float32) for _ in range(2)]
+    q = jnp.asarray(rng.normal(size=(4, 4, 64)), jnp.float32)
+    table, lengths = jnp.asarray(rng.permutation(16).reshape(4, 4)), jnp.array([64, 33, 5, 0])
+    # Each sequence and each KV head its own list.
+    pages = jnp.array([[[0, 3], [1, 2]], [[2, -1], [0, 1]], [[0, -1], [-1, -1]], [[-1, -1], [-1, 0]]])
+    batch, heads = ("data", "fsdp"), "tensor"
+    calls = (
+        (PagedKVCache(*pool), PartitionSpec(None, heads), (table,), {}),
+        (PagedKVCache(*pool), PartitionSpec(None, heads), (table,), {"pages": pages}),
+        (StreamingKVCache(*rings, sink=4), PartitionSpec(batch, heads), (), {}),
+    )
+    for cache, spec, lists, named in calls:
+        expected = jsparse.decode_attention(q, cache, lengths, *lists, **named, implementation="xla")
+        with jax.set_mesh(mesh):
+            spread = NamedSharding(mesh, PartitionSpec(batch, heads, None))
+            cache = jax.device_put(cache, NamedSharding(mesh, spec))
+            step = jax.jit(jsparse.decode_attention, static_argnames="implementation")
+            ours = step(
+                jax.device_put(q, spread),
+                cache,
+                lengths,
+                *lists,
+                **named,
+                implementation="mosaic_gpu_interpret",
+            )
+        assert ours.sharding.is_equivalent_to(spread, 3), ours.sharding
+        np.testing.assert_allclose(jax.device_get(ours), expected, atol=1e-5)
     print("agree on", jax.device_count(), "devices")
 
 

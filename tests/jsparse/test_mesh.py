@@ -8,7 +8,9 @@ import pytest
 
 
 @pytest.mark.skipif(jax.__version_info__ < (0, 12), reason="jax < 0.12 cannot interpret Mosaic GPU")
-@pytest.mark.parametrize("kind, mask", [("Auto", "heads"), ("Explicit", "sequences")])
+@pytest.mark.parametrize(
+    "kind, mask", [("Auto", "heads"), ("Explicit", "sequences"), ("Auto", "decode"), ("Explicit", "decode")]
+)
 def test_kernels_split_batch_and_heads_over_a_mesh(kind, mask):
     program = Path(__file__).parent / "on_eight_devices.py"
     environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=8"}
