@@ -209,7 +209,7 @@ def describe_run(arguments: list[str] | None) -> dict[str, Any]:
     if driver := query_gpu("driver_version"):
         versions["driver"] = driver
     return {
-        "command": " ".join(["python benchmarks/gpu.py", *given]),
+        "command": re.sub(r" --out[ =]\S+", "", " ".join(["python benchmarks/gpu.py", *given])),
         "date": datetime.date.today().isoformat(),
         "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores",
         "device": "unknown",
