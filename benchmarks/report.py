@@ -113,7 +113,7 @@ def notes(header: Mapping[str, Any]) -> list[str]:
         )
     lines += [f"{suite}: {outcome['summary']}" for suite, outcome in header["conformance"].items()]
     if header["left_out"]:
-        lines.append(f"LEFT OUT, the time was used up: {', '.join(header['left_out'])}")
+        lines.append(f"LEFT OUT, for lack of time or of a device: {', '.join(header['left_out'])}")
     return lines
 
 
@@ -126,6 +126,8 @@ def draw(header: Mapping[str, Any], results: Sequence[Mapping[str, Any]], path: 
     from matplotlib.figure import Figure
     from matplotlib.ticker import FuncFormatter, NullFormatter
 
+    if not results:
+        return
     groups = by_row(results)
     figure = Figure(figsize=(9, 1.4 + 0.26 * len(results) + 0.2 * len(groups)), layout="constrained")
     FigureCanvasAgg(figure)
