@@ -98,23 +98,23 @@ def attention(
     _check_arrays(q, k, v, q_segment_ids, kv_segment_ids)
     if implementation is not None and implementation not in _IMPLEMENTATIONS:
         raise ValueError(f"implementation must be None or one of {_IMPLEMENTATIONS}, not {implementation!r}")
-    scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
+    factor = q.shape[-1] ** -0.5 if scale is None else float(scale)
 
     def limit(candidate, lists) -> str | None:
         if candidate == "cudnn":
             return cudnn.limit(q, k, lists, q_segment_ids, return_lse)
         if candidate.startswith("mosaic_gpu"):
-            return mosaic_gpu.limit(q, lists, scale, interpret=candidate == "mosaic_gpu_interpret")
+            return mosaic_gpu.limit(q, lists, factor, interpret=candidate == "mosaic_gpu_interpret")
         return None
 
     mask, implementation = _choose(implementation, mask, q, k, limit)
     if implementation == "cudnn":
-        return cudnn.attention(q, k, v, scale)
+        return cudnn.attention(q, k, v, factor)
 
     # Lists known while tracing are compiled in; the others are arguments.
     traced = [x for x in jax.tree.leaves(mask) if isinstance(x, jax.Array)]
     leaves, structure = ((), mask) if not traced else jax.tree.flatten(mask)
-    options = _Options(structure, scale, implementation)
+    options = _Options(structure, factor, implementation)
     out, lse = _attention(options, q, k, v, (q_segment_ids, kv_segment_ids), tuple(leaves))
     return (out, lse) if return_lse else out
 

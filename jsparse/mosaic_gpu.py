@@ -160,8 +160,8 @@ def _launch(kernel: Callable, mask, lists: Lists, arrays, rows, segments, output
         axes = (
             ("bthd",) * len(arrays),
             ("bht",) * len(rows),
-            Lists(".", of_list, of_list, of_list),
-            Heads("h", "h."),
+            (".", of_list, of_list, of_list),
+            ("h", "h."),
             ("b.",) * len(segments),
         )
         leaves, structure = jax.tree.flatten(operands)

@@ -8,6 +8,7 @@ that the tiles are those of a list read at run time, whose partial blocks alone 
 import dataclasses
 import functools
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -85,7 +86,8 @@ def forward(
 
     def kernel(q_ref, k_ref, v_ref, *rest):
         *list_refs, row_ref, mask_ref = rest[:6]
-        q_segment_ref, kv_segment_ref, out_ref, lse_ref = rest[6:] if segments else (None, None, *rest[6:])
+        segment_refs: Any = rest[6:8] if segments else (None, None)
+        (q_segment_ref, kv_segment_ref), (out_ref, lse_ref) = segment_refs, rest[-2:]
         b, kv_head = lax.axis_index("batch"), lax.axis_index("kv_heads")
         # The longest lists of a causal mask are the last: they start first.
         tile = num_tiles - 1 - lax.axis_index("q")

@@ -12,10 +12,10 @@ class Lists(NamedTuple):
     blocks need no element mask.
     """
 
-    index: Array  # [L], at least one entry
-    start: Array  # [B or 1, R, n]
-    count: Array
-    full_count: Array
+    index: Any  # [L], at least one entry
+    start: Any  # [B or 1, R, n]
+    count: Any
+    full_count: Any
 
 
 class Heads(NamedTuple):

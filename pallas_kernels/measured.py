@@ -14,12 +14,10 @@ import functools
 import json
 from collections.abc import Callable
 from importlib import resources
-from typing import Any, TypeVar
-
-Tiles = TypeVar("Tiles")
+from typing import Any
 
 
-def tiles(kernel: str, device: str, choose: Callable[..., Tiles], **shape: int) -> Tiles:
+def tiles(kernel: str, device: str, choose: Callable[..., Any], **shape: int) -> Any:
     """``choose(**shape)``, the kernel's own choice, with the fields replaced that were measured to be faster.
 
     >>> from jsparse.pallas_kernels.forward import forward_tiles
@@ -41,4 +39,4 @@ def cudnn_is_faster(device: str, head_dim: int, tokens: int) -> bool:
 
 @functools.cache
 def _table() -> dict[str, list[dict[str, Any]]]:
-    return json.loads((resources.files(__package__) / "measured.json").read_text())
+    return json.loads((resources.files("jsparse.pallas_kernels") / "measured.json").read_text())

@@ -11,13 +11,16 @@ Everything else, barriers, copies, masks, loops and products of two operands in 
 as it is compiled.
 """
 
+import functools
 from collections.abc import Callable, Iterable
 from typing import Any
 
 import jax.numpy as jnp
 from jax import Array, lax
 from jax.experimental import pallas as pl
-from jax.experimental.pallas import mosaic_gpu as plgpu
+from jax.experimental.pallas import mosaic_gpu
+
+plgpu: Any = mosaic_gpu  # its types say less than what it takes
 
 
 def multiply_add(acc: Array, left: Array, right, *, interpret) -> Array:
@@ -49,7 +52,8 @@ def multiply_registers(pairs: Iterable[tuple[Array, Any]], shape: tuple[int, int
     One product is under way at a time, so that the left operand of one more at most holds registers.
     """
     if interpret is not None:
-        return sum(jnp.dot(left, right[...], preferred_element_type=jnp.float32) for left, right in pairs)
+        products = (jnp.dot(left, right[...], preferred_element_type=jnp.float32) for left, right in pairs)
+        return functools.reduce(jnp.add, products)
 
     def product(acc):
         for left, right in pairs:

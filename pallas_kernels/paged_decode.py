@@ -161,7 +161,8 @@ def paged_decode(
 
     def kernel(q_ref, pages_ref, used_ref, steps_ref, *refs):
         *refs, out_ref, lse_ref = refs
-        pool_refs, sums_ref = (refs[:-1], refs[-1]) if quantised else (refs, None)
+        sums_ref: Any = refs[-1] if quantised else None
+        pool_refs = refs[:-1] if quantised else refs
         b, head, split = (lax.axis_index(name) for name in ("batch", "kv_heads", "split"))
         row = head if own_list else 0
         first, last = (lax.div(steps_ref[b, row] * n, splits) for n in (split, split + 1))

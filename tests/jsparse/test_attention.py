@@ -435,8 +435,8 @@ def test_three_rows_do_not_fit_four_heads():
 )
 def test_kernels_name_their_limits(change, message):
     case = dataclasses.replace(Case(causal()), **{k: x for k, x in change.items() if k != "implementation"})
-    qkv, mask, options, _ = inputs(case)
+    (q, k, v), mask, _, _ = inputs(case)
     implementation = change.get("implementation", "mosaic_gpu_interpret")
     with pytest.raises(NotImplementedError, match=f"implementation='{implementation}': .*{message}"):
-        attention(*qkv, mask, implementation=implementation, **options)
-    assert attention(*qkv, mask, **options).shape == qkv[0].shape  # the choice falls on XLA
+        attention(q, k, v, mask, scale=case.scale, implementation=implementation)
+    assert attention(q, k, v, mask, scale=case.scale).shape == q.shape  # the choice falls on XLA
