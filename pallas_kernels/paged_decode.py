@@ -86,17 +86,30 @@ def shared_memory(tiles: DecodeTiles, head_dim: int, bits: int, group: int = 8) 
 
 
 def num_splits(batch: int, kv_heads: int, steps: int, slots: int) -> int:
-    """How many thread blocks share a list of at most ``steps`` steps: one round of the chip's ``slots``."""
-    return max(min(slots // (batch * kv_heads), steps), 1)
+    """How many thread blocks share a list of at most ``steps`` steps, on a chip that holds ``slots`` at once.
+
+    The fewest that keep it nine tenths as busy as any number would: the last round of blocks is rarely full.
+    """
+    lists = batch * kv_heads
+
+    def busy(splits):
+        rounds = lists * splits / slots
+        return rounds / math.ceil(rounds)
+
+    choices = range(1, min(steps, max(slots // lists, 8)) + 1)
+    most = max(busy(splits) for splits in choices)
+    return next(splits for splits in choices if busy(splits) >= 0.9 * most)
 
 
-def shape_limit(q: Array, pool: Array, *, interpret: bool = False) -> str | None:
-    """Why the kernel cannot take queries [B, Hq, D] and pages [num_pages, Hk, page_size, D or D / 2]."""
+def shape_limit(q: Array, k: Pages, *, interpret: bool = False) -> str | None:
+    """Why :func:`paged_decode` cannot take these queries and keys (values are like them), or None."""
+    pool, stored = (k[0], jnp.int8) if isinstance(k, tuple) else (k, q.dtype)
     group, head_dim, page_size = q.shape[1] // pool.shape[1], q.shape[2], pool.shape[2]
     if q.dtype not in (jnp.bfloat16, jnp.float16) and not (interpret and q.dtype == jnp.float32):
         return f"the decode kernel takes bfloat16 and float16 queries, not {q.dtype}"
-    if pool.dtype not in (q.dtype, jnp.int8):
-        return f"the decode kernel takes pages of the queries' {q.dtype} or int8 codes, not {pool.dtype}"
+    if pool.dtype != stored:
+        what = "int8 codes" if isinstance(k, tuple) else f"pages of the queries' {q.dtype}"
+        return f"the decode kernel takes {what}, not {pool.dtype}"
     if head_dim not in HEAD_DIMS:
         return f"the decode kernel takes head_dim {HEAD_DIMS}, not {head_dim}"
     if page_size % MIN_PAGE or (page_size < 64 and 64 % page_size):
