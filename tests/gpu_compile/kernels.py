@@ -11,7 +11,8 @@ import jax.numpy as jnp
 from compile_only import compile_for, h200_mesh
 from jax.sharding import NamedSharding, PartitionSpec
 
-from jsparse.pallas_kernels import backward_keys, backward_queries, forward, paged_decode
+from jsparse.device import device_kind
+from jsparse.pallas_kernels import backward_keys, backward_queries, forward, measured, paged_decode
 from jsparse.pallas_kernels.lists import Heads, Lists
 
 HEAD_DIMS = (64, 128, 256)
@@ -66,18 +67,20 @@ def _attention_cases(kernel: Callable, choose: Callable) -> Iterator[Case]:
     for head_dim in HEAD_DIMS:
         choices: dict[Any, list] = {}
         for blocks in itertools.product(BLOCKS, BLOCKS):
-            choices.setdefault(choose(head_dim, *blocks), []).append(blocks)
+            shape = {"head_dim": head_dim, "block_q": blocks[0], "block_kv": blocks[1]}
+            tiles = measured.tiles(name, device_kind(), choose, **shape)
+            choices.setdefault(tiles, []).append(blocks)
         for tiles, blocks in choices.items():
             # The smallest blocks that lead to this choice and the largest. float16 differs in one conversion.
             small, large = (jnp.bfloat16, *blocks[0]), (jnp.bfloat16, *blocks[-1])
             variants = [*itertools.product((small, large), (False, True)), ((jnp.float16, *blocks[-1]), True)]
-            for (dtype, block_q, block_kv), segments in variants:
+            for (dtype, block_q, block_kv), segments in dict.fromkeys(variants):
                 arrays = f"{jnp.dtype(dtype).name} {head_dim}, blocks {block_q} {block_kv}"
                 yield Case(
                     name,
                     arrays + ", segments" * segments,
                     _fields(tiles),
-                    functools.partial(_attention, kernel, block_q=block_q, block_kv=block_kv),
+                    functools.partial(_attention, kernel, block_q=block_q, block_kv=block_kv, tiles=tiles),
                     _attention_shapes(name, dtype, head_dim, block_q, block_kv, segments),
                 )
 
@@ -98,8 +101,8 @@ def _attention_shapes(name, dtype, head_dim, block_q, block_kv, segments) -> tup
     )
 
 
-def _attention(kernel: Callable, arrays, lists, heads, segments, **blocks: int):
-    return kernel(*arrays, lists, heads, segments=segments, scale=0.125, **blocks)
+def _attention(kernel: Callable, arrays, lists, heads, segments, **options: Any):
+    return kernel(*arrays, lists, heads, segments=segments, scale=0.125, **options)
 
 
 def _decode_cases() -> Iterator[Case]:
