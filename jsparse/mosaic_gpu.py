@@ -1,11 +1,13 @@
 """Attention on the Hopper kernels: what they can take, and how a BlockMask and whole arrays become theirs.
 
-Four things stand between ``attention`` and a kernel. A head_dim that no kernel has is padded with zeros.
-Lists and token masks become int32 arrays (``jsparse.pallas_kernels.lists``). An axis that ``jax.vmap`` maps
-is folded into the batch, since TMA knows five axes and no more. And on a mesh each device runs the kernel on
-its own sequences and heads (``shard_map``), since no compiler can look into a kernel to split it.
+Four things stand between ``attention`` and a kernel. A length that TMA cannot copy and a head_dim that no
+kernel has are padded with zeros. Lists and token masks become int32 arrays
+(``jsparse.pallas_kernels.lists``). An axis that ``jax.vmap`` maps is folded into the batch, since TMA knows
+five axes and no more. And on a mesh each device runs the kernel on its own sequences and heads
+(``shard_map``), since no compiler can look into a kernel to split it.
 """
 
+import math
 from collections.abc import Callable
 
 import jax
@@ -47,10 +49,10 @@ def forward(q, k, v, mask: BlockMask, scale, q_segment_ids, kv_segment_ids, *, i
     """out [B, T, Hq, D] in q's dtype, lse [B, T, Hq] float32, natural logarithm."""
     from jsparse.pallas_kernels.forward import forward, forward_tiles
 
-    arrays, segments = _pad_heads(q, k, v), _segments(q_segment_ids, kv_segment_ids)
+    arrays, segments = _pad(q, k, v), _segments(q_segment_ids, kv_segment_ids)
     kernel = _kernel(forward, forward_tiles, arrays[0].shape[-1], mask, scale, interpret)
     out, lse = _launch(kernel, mask, _row_lists(mask), arrays, (), segments, ("bthd", "bht"))
-    return out[..., : q.shape[-1]], lse[:, :, : mask.q_len].swapaxes(1, 2) * np.log(2)
+    return out[:, : mask.q_len, :, : q.shape[-1]], lse[:, :, : mask.q_len].swapaxes(1, 2) * np.log(2)
 
 
 def backward(
@@ -61,26 +63,27 @@ def backward(
     from jsparse.pallas_kernels.backward_queries import backward_queries, queries_tiles
 
     delta = jnp.sum(out.astype(jnp.float32) * d_out.astype(jnp.float32), axis=-1) - d_lse
-    # Rows that see nothing, and those that fill up the last tile, have no weights: exp2(score - inf) = 0.
-    padding = (0, 0), (0, 0), (0, -mask.q_len % 128)
+    # Rows that see nothing, and those that fill up the last block, have no weights: exp2(score - inf) = 0.
+    padding = (0, 0), (0, 0), (0, -mask.q_len % math.lcm(128, mask.block_q))
     base2 = jnp.where(lse == -jnp.inf, jnp.inf, lse / np.log(2)).swapaxes(1, 2)
     base2 = jnp.pad(base2, padding, constant_values=jnp.inf)
     rows = base2, jnp.pad(delta.swapaxes(1, 2), padding)
-    arrays, segments = _pad_heads(q, k, v, d_out.astype(q.dtype)), _segments(q_segment_ids, kv_segment_ids)
+    arrays, segments = _pad(q, k, v, d_out.astype(q.dtype)), _segments(q_segment_ids, kv_segment_ids)
 
     dim, padded = q.shape[-1], arrays[0].shape[-1]
     kernel = _kernel(backward_queries, queries_tiles, padded, mask, scale, interpret)
     (dq,) = _launch(kernel, mask, _row_lists(mask), arrays, rows, segments, ("bthd",))
     kernel = _kernel(backward_keys, keys_tiles, padded, mask, scale, interpret)
     dk, dv = _launch(kernel, mask, _column_lists(mask), arrays, rows, segments, ("bthd", "bthd"))
-    return dq[..., :dim], dk[..., :dim], dv[..., :dim]
+    return dq[:, : mask.q_len, :, :dim], dk[:, : mask.kv_len, :, :dim], dv[:, : mask.kv_len, :, :dim]
 
 
 def _kernel(kernel: Callable, choose: Callable, head_dim: int, mask: BlockMask, scale, interpret) -> Callable:
     """The kernel on arrays, lists, heads and segments alone; it gives a tuple."""
     blocks = {"block_q": mask.block_q, "block_kv": mask.block_kv}
     tiles = measured.tiles(kernel.__name__, device_kind(), choose, head_dim=head_dim, **blocks)
-    options = {"scale": scale, "tiles": tiles, "interpret": interpreter() if interpret else None} | blocks
+    options = {"scale": scale, "offset": mask.kv_len - mask.q_len, "tiles": tiles} | blocks
+    options["interpret"] = interpreter() if interpret else None
 
     def run(*operands, segments):
         results = kernel(*operands, segments=segments or None, **options)
@@ -96,10 +99,14 @@ def interpreter():
     return plgpu.InterpretGPUParams(detect_races=True)
 
 
-def _pad_heads(*arrays):
+def _pad(*arrays):
+    """Zeros up to 8 tokens, the height of a tile in shared memory, and to the next head_dim of the kernels.
+
+    No mask shows the added keys, and what the added queries see is cut off.
+    """
     dim = arrays[0].shape[-1]
-    padding = next(size for size in _HEAD_DIMS if size >= dim) - dim
-    return tuple(jnp.pad(x, ((0, 0), (0, 0), (0, 0), (0, padding))) for x in arrays)
+    columns = next(size for size in _HEAD_DIMS if size >= dim) - dim
+    return tuple(jnp.pad(x, ((0, 0), (0, -x.shape[1] % 8), (0, 0), (0, columns))) for x in arrays)
 
 
 def _row_lists(mask: BlockMask) -> Lists:

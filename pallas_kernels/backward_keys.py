@@ -74,6 +74,7 @@ def backward_keys(
     scale: float,
     block_q: int,
     block_kv: int,
+    offset: int | None = None,
     segments: tuple[Array, Array] | None = None,
     tiles: KeysTiles | None = None,
     interpret=None,
@@ -83,14 +84,15 @@ def backward_keys(
     ``dv = p' d_out`` and ``dk = scale * ds' q``, where ``ds = p * (d_out v' - delta)``, with the weights
     ``p`` of the forward pass, summed over the query heads of a group; 0 where no query sees a key.
 
-    q and d_out [B, T, Hq, D], k and v [B, S, Hk, D], of one dtype. lse and delta [B, Hq, T rounded up to 128]
-    float32: lse is that of ``forward``, but +inf where a query sees nothing and beyond T; delta is
-    ``sum(out * d_out)`` less the gradient of the natural lse. Lists are of query blocks, one for each
-    ``block_kv`` keys; heads and segments are those of ``forward``.
+    q and d_out [B, T, Hq, D], k and v [B, S, Hk, D], of one dtype. lse and delta [B, Hq, T rounded up to 128
+    and to whole blocks] float32: lse is that of ``forward``, but +inf where a query sees nothing and beyond
+    T; delta is ``sum(out * d_out)`` less the gradient of the natural lse. Lists are of query blocks, one for
+    each ``block_kv`` keys; heads, segments and offset are those of ``forward``.
     """
     batch, q_len, q_heads, head_dim = q.shape
     kv_len, kv_heads = k.shape[1], k.shape[2]
     group = q_heads // kv_heads
+    offset = kv_len - q_len if offset is None else offset
     tiles = tiles or keys_tiles(head_dim, block_q, block_kv)
     warpgroups, split, tile_q, stages = tiles.warpgroups, tiles.split, tiles.tile_q, tiles.stages
     holders = 1 if split else warpgroups  # of keys
@@ -147,7 +149,7 @@ def backward_keys(
                             q_segment = plgpu.layout_cast(q_segment_smem.at[slot][...], by_column)
                             exponents = jnp.where(same_segment(kv_segment, q_segment), exponents, -jnp.inf)
                         if masked:
-                            seen = visible_to(bounds, first_query(t) + kv_len - q_len, tile_q)
+                            seen = visible_to(bounds, first_query(t) + offset, tile_q)
                             exponents = jnp.where(seen, exponents, -jnp.inf)
                         weights = jnp.exp2(exponents)
                         plgpu.barrier_wait(d_out_ready.at[slot])

@@ -69,6 +69,7 @@ def backward_queries(
     scale: float,
     block_q: int,
     block_kv: int,
+    offset: int | None = None,
     segments: tuple[Array, Array] | None = None,
     tiles: QueriesTiles | None = None,
     interpret=None,
@@ -80,12 +81,13 @@ def backward_queries(
 
     q and d_out [B, T, Hq, D], k and v [B, S, Hk, D], of one dtype. lse and delta [B, Hq, T rounded up to 128]
     float32: lse is that of ``forward``, but +inf where a query sees nothing and beyond T; delta is
-    ``sum(out * d_out)`` less the gradient of the natural lse. Lists, heads and segments are those of
+    ``sum(out * d_out)`` less the gradient of the natural lse. Lists, heads, segments and offset are those of
     ``forward``.
     """
     batch, q_len, q_heads, head_dim = q.shape
     kv_len, kv_heads = k.shape[1], k.shape[2]
     group = q_heads // kv_heads
+    offset = kv_len - q_len if offset is None else offset
     tiles = tiles or queries_tiles(head_dim, block_q, block_kv)
     warpgroups, tile_kv, k_stages, v_stages = tiles.warpgroups, tiles.tile_kv, tiles.k_stages, tiles.v_stages
     rows = warpgroups * ROWS
@@ -130,7 +132,7 @@ def backward_queries(
                 row_lse = plgpu.layout_cast(lse_tile[...], by_row)
                 row_delta = plgpu.layout_cast(delta_tile[...], by_row)
                 q_segment = plgpu.layout_cast(q_segment_tile[...], by_row) if segments else None
-                bounds = row_bounds(first + kv_len - q_len, ROWS, [mask_ref[head, n] for n in range(4)])
+                bounds = row_bounds(first + offset, ROWS, [mask_ref[head, n] for n in range(4)])
 
                 def step(t, acc, masked):
                     k_slot, v_slot = lax.rem(t, k_stages), lax.rem(t, v_stages)

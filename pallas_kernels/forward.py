@@ -60,6 +60,7 @@ def forward(
     scale: float,
     block_q: int,
     block_kv: int,
+    offset: int | None = None,
     segments: tuple[Array, Array] | None = None,
     tiles: ForwardTiles | None = None,
     interpret=None,
@@ -70,11 +71,13 @@ def forward(
     ``lse = log2 sum exp(scale * q k')``; 0 and -inf where a query sees nothing.
 
     q [B, T, Hq, D], k and v [B, S, Hk, D]. ``segments`` are (q_ids [B, T], kv_ids [B, S]): a query sees its
-    own segment. Lists are of key blocks, one for each ``block_q`` queries.
+    own segment. Lists are of key blocks, one for each ``block_q`` queries. Query t stands at position
+    ``t + offset``, S - T by default. Compiled, T and S are less than 8 or multiples of 8 (TMA).
     """
     batch, q_len, q_heads, head_dim = q.shape
     kv_len, kv_heads = k.shape[1], k.shape[2]
     group = q_heads // kv_heads
+    offset = kv_len - q_len if offset is None else offset
     tiles = tiles or forward_tiles(head_dim, block_q, block_kv)
     warpgroups, tile_kv, stages = tiles.warpgroups, tiles.tile_kv, tiles.stages
     rows = warpgroups * ROWS
@@ -127,7 +130,7 @@ def forward(
                 plgpu.barrier_wait(ready)
                 by_row, by_column = plgpu.Layout.WGMMA.reduce(1), plgpu.Layout.WGMMA.reduce(0)
                 q_segment = plgpu.layout_cast(q_segment_tile[...], by_row) if segments else None
-                bounds = row_bounds(first + kv_len - q_len, ROWS, [mask_ref[head, n] for n in range(4)])
+                bounds = row_bounds(first + offset, ROWS, [mask_ref[head, n] for n in range(4)])
 
                 def step(t, carry, masked):
                     acc, top, total = carry
