@@ -12,6 +12,7 @@ from compile_only import MEMORY_BYTES, compile_for, h200_mesh
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from jsparse import attention, causal, streaming
 from jsparse.models import Llama, LlamaConfig, add_lora
 from jsparse.models.rope import RopeConfig
 from jsparse.serve import CacheConfig, SamplingParams, loop
@@ -152,10 +153,25 @@ def decode_program(mesh: Mesh, batch: int) -> Program:
     )
 
 
+def odd_program(mesh: Mesh, batch: int) -> Program:
+    """Attention and its gradient where TMA can copy neither the length nor the head_dim as they are."""
+    q = _shape(mesh, (batch, 4001, 8, 72), jnp.bfloat16)
+    k = _shape(mesh, (batch, 4100, 2, 72), jnp.bfloat16)
+    ids = _shape(mesh, (batch, 4001), jnp.int32), _shape(mesh, (batch, 4100), jnp.int32)
+    masks = [streaming(100, 300)] * 4 + [causal()] * 4
+
+    def loss(q, k, v, q_ids, kv_ids):
+        out = attention(q, k, v, masks, q_segment_ids=q_ids, kv_segment_ids=kv_ids)
+        return jnp.sum(out, dtype=jnp.float32)
+
+    return Program(jax.jit(jax.grad(loss, (0, 1, 2))), (q, k, k, *ids), {})
+
+
 _LAYERS = LLAMA_3_1_8B.num_hidden_layers
 _TRAIN_CALLS = 4 * _LAYERS  # forward, the same again to rematerialize, and the two kernels backward
 _DECODE_CALLS = 2 * _LAYERS  # over pages, and over the sink and ring of the streaming heads
 PROGRAMS = [
+    Case("odd sizes", "1", "2", odd_program, {}, 3),  # short: what is wrong here shows first
     Case("train step", "1", "1", train_program, {}, _TRAIN_CALLS),
     Case("train step", "8: fsdp 8", "8", train_program, {"fsdp": 8}, _TRAIN_CALLS),
     Case("decode loop", "1", "16", decode_program, {}, _DECODE_CALLS),

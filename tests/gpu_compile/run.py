@@ -3,8 +3,8 @@
     python tests/gpu_compile/run.py [kernels | programs]
 
 Prints registers, spills and shared memory of every kernel at every choice of tiles, and the bytes a device
-that a training step and a decode loop need. Exits with 1 where anything spills, does not fit
-or does not compile.
+that a training step and a decode loop need. Exits with 1 where anything spills, does not fit or does not
+compile.
 """
 
 import concurrent.futures
