@@ -22,7 +22,7 @@ demo: $(VENV)/.installed-plot
 	$(VENV_PYTHON) -m jsparse demo
 
 test: $(VENV)/.installed-test
-	$(VENV_PYTHON) -m pytest --numprocesses 2 --dist loadfile
+	$(VENV_PYTHON) -m pytest --numprocesses 2 --dist worksteal
 
 # In an environment of its own: with the CUDA plugin installed, tests on a CPU would start by looking for a GPU.
 test-gpu-compile:

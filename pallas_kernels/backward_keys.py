@@ -142,7 +142,7 @@ def backward_keys(
                         q_tile, d_out_tile = q_smem.at[slot], d_out_smem.at[slot]
                         plgpu.barrier_wait(q_ready.at[slot])
                         mine = anew(holder)
-                        scores = multiply(k_smem.at[mine], q_tile.transpose((1, 0)), interpret=interpret)
+                        scores = multiply(k_smem.at[mine], q_tile.transpose((1, 0)))
                         lse = plgpu.layout_cast(lse_smem.at[slot][...], by_column)
                         exponents = scores * log2_scale - lax.broadcast_in_dim(lse, scores.shape, [1])
                         if segments:
@@ -157,7 +157,7 @@ def backward_keys(
                             dv = multiply_add(dv, weights.astype(q.dtype), d_out_tile, interpret=interpret)
                         if make_dk:
                             d_out_columns = d_out_tile.transpose((1, 0))
-                            d_weights = multiply(v_smem.at[mine], d_out_columns, interpret=interpret)
+                            d_weights = multiply(v_smem.at[mine], d_out_columns)
                             delta = plgpu.layout_cast(delta_smem.at[slot][...], by_column)
                             d_scores = weights * (d_weights - lax.broadcast_in_dim(delta, scores.shape, [1]))
                         release(d_out_free.at[slot], interpret=interpret)

@@ -139,7 +139,7 @@ def backward_queries(
                     plgpu.barrier_wait(k_ready.at[k_slot])
                     mine = anew(warpgroup)
                     k_tile, v_tile = k_smem.at[k_slot], v_smem.at[anew(v_slot)]
-                    scores = multiply(q_smem.at[mine], k_tile.transpose((1, 0)), interpret=interpret)
+                    scores = multiply(q_smem.at[mine], k_tile.transpose((1, 0)))
                     exponents = scores * log2_scale - lax.broadcast_in_dim(row_lse, scores.shape, [0])
                     if segments:
                         kv_segment = plgpu.layout_cast(segment_smem.at[warpgroups + k_slot][...], by_column)
@@ -148,7 +148,7 @@ def backward_queries(
                         exponents = jnp.where(visible(bounds, first_key(t), tile_kv), exponents, -jnp.inf)
                     weights = jnp.exp2(exponents)
                     plgpu.barrier_wait(v_ready.at[v_slot])
-                    d_weights = multiply(d_out_smem.at[mine], v_tile.transpose((1, 0)), interpret=interpret)
+                    d_weights = multiply(d_out_smem.at[mine], v_tile.transpose((1, 0)))
                     release(v_free.at[v_slot], interpret=interpret)
                     d_scores = weights * (d_weights - lax.broadcast_in_dim(row_delta, scores.shape, [0]))
                     acc = multiply_add(acc, d_scores.astype(k.dtype), k_tile, interpret=interpret)

@@ -139,7 +139,6 @@ def forward(
                     scores = multiply(
                         q_smem.at[anew(warpgroup)],
                         k_smem.at[slot].transpose((1, 0)),
-                        interpret=interpret,
                         meanwhile=swap_turns,
                     )
                     kv_segment = (

@@ -30,12 +30,11 @@ def multiply_add(acc: Array, left: Array, right, *, interpret) -> Array:
     return pl.run_state(lambda ref: plgpu.wgmma(ref, left, right))(plgpu.ACC.init(acc))
 
 
-def multiply(left, right, *, interpret, meanwhile: Callable[[], None] | None = None) -> Array:
+def multiply(left, right, *, meanwhile: Callable[[], None] | None = None) -> Array:
     """``left @ right`` in float32: left [m, k] and right [k, n] both in shared memory.
 
     ``meanwhile`` is called while the product is under way.
     """
-    del interpret
 
     def product(acc):
         plgpu.wgmma(acc, left, right)

@@ -234,7 +234,7 @@ def paged_decode(
                     scores = multiply_registers(pairs, (keys, columns), interpret=interpret)
                     scores = k_scale * (scores - k_zero * _along_heads(sums, keys))
                 else:
-                    scores = multiply(k_tile, q_tile.transpose((1, 0)), interpret=interpret)
+                    scores = multiply(k_tile, q_tile.transpose((1, 0)))
                 scores = _where(held, rows, _cast(scores * log2_scale, _MATRIX), -jnp.inf)
                 new_top = jnp.maximum(top, _cast(scores.max(axis=0), _BY_HEAD))
                 decay = jnp.exp2(top - new_top)
@@ -259,9 +259,7 @@ def paged_decode(
 
                 weights_tile.transpose((1, 0))[...] = narrow
                 plgpu.commit_smem()
-                product = multiply(
-                    v_tile.transpose((1, 0)), weights_tile.transpose((1, 0)), interpret=interpret
-                )
+                product = multiply(v_tile.transpose((1, 0)), weights_tile.transpose((1, 0)))
                 acc = acc * _along_heads(decay, head_dim) + product
                 pl.when(t + stages < last)(lambda: fetch(t + stages, coming))
                 return acc, new_top, total, offset

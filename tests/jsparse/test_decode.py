@@ -402,3 +402,27 @@ def test_a_decode_step_holds_selected_pages_not_the_pool():
     )
     memory = lowered.compile().memory_analysis()
     assert memory is not None and memory.temp_size_in_bytes < pool.k.nbytes / 100
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("shared", [True, False])
+def test_vmap_over_batches(implementation, shared):
+    """Two batches, of one pool of pages or each of its own."""
+    dim, dtype, tolerance = fit(implementation)
+    q = jnp.asarray(random(2, 2, 4, dim), dtype)
+    k, v = (jnp.asarray(random(2, 8, 2, 16, dim, seed=seed), dtype) for seed in (1, 2))
+    table = jnp.asarray(np.random.default_rng(3).permutation(8).reshape(2, 2, 2))
+    lengths = jnp.array([[5, 30], [32, 17]])
+
+    def attend(q, k, v, lengths, table, implementation=implementation):
+        return decode_attention(q, PagedKVCache(k, v), lengths, table, implementation=implementation)
+
+    if shared:
+        k, v = k[0], v[0]
+    mapped = jax.vmap(attend, (0, None if shared else 0, None if shared else 0, 0, 0))(
+        q, k, v, lengths, table
+    )
+    for n in range(2):
+        pool = (k, v) if shared else (k[n], v[n])
+        alone = attend(q[n], *pool, lengths[n], table[n], implementation="xla")
+        assert_close(mapped[n], np.asarray(alone, np.float64), tolerance)

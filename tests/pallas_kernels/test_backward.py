@@ -21,6 +21,9 @@ from jsparse.pallas_kernels.backward_keys import backward_keys
 from jsparse.pallas_kernels.backward_queries import backward_queries
 from jsparse.pallas_kernels.lists import UNLIMITED, Heads, Lists
 
+# The conformance suite (tests/jsparse/test_attention.py) runs these kernels every time; here are more shapes.
+pytestmark = pytest.mark.slow
+
 FLOAT32 = 1e-5  # relative, norm-wise
 NARROW = 2e-2
 MIXED = (causal(), streaming(3, 40), shifted_groups(64, 32), sliding_window(1))
