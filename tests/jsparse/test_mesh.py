@@ -13,7 +13,11 @@ import pytest
 )
 def test_kernels_split_batch_and_heads_over_a_mesh(kind, mask):
     program = Path(__file__).parent / "on_eight_devices.py"
-    environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=8"}
+    # Threads for the warpgroups of all devices: jsparse.device says why.
+    environment = os.environ | {
+        "XLA_FLAGS": "--xla_force_host_platform_device_count=8",
+        "PJRT_NPROC": "64",
+    }
     done = subprocess.run(
         [sys.executable, program, kind, mask], env=environment, capture_output=True, text=True, timeout=500
     )
