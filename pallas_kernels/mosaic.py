@@ -1,14 +1,15 @@
-"""Where a kernel's source differs between the GPU and Mosaic's interpreter on a CPU, and nothing else.
+"""What the kernels share of Mosaic, and all that differs when its interpreter runs them on a CPU.
 
-All that the interpreter cannot run, or needs besides:
+The functions that take ``interpret`` differ, and nothing else does. The interpreter cannot run, or needs:
 
 - a matrix product whose left operand is in registers, and ``pl.run_state``, which hands an accumulator on:
-  ``multiply_add`` computes them with ``jnp.dot``;
+  ``multiply_add`` and ``multiply_registers`` compute them with ``jnp.dot``;
 - a fence between such a product, which reads shared memory as ordinary loads do, and the TMA copy that
   overwrites that memory. A real ``wgmma`` reads through the same proxy as TMA and needs none: ``release``.
 
-Everything else, barriers, copies, masks, loops and products of two operands in shared memory, is interpreted
-as it is compiled.
+Barriers, copies, masks, loops and products of two operands in shared memory are interpreted as they are
+compiled. What the interpreter does not know: TMA takes no tiled array whose rows are more than 8 and no
+multiple of 8, registers and shared memory are few, and a ``wgmma`` may still run when the next line does.
 """
 
 import functools
