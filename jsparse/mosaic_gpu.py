@@ -100,7 +100,7 @@ def interpreter():
 
 
 def _pad(*arrays):
-    """Zeros up to 8 tokens, the height of a tile in shared memory, and to the next head_dim of the kernels.
+    """Zeros up to a multiple of 8 tokens, a tile's height in shared memory, and to a kernel's next head_dim.
 
     No mask shows the added keys, and what the added queries see is cut off.
     """

@@ -32,7 +32,7 @@ ROWS = 64  # of queries a warpgroup holds: the height of one wgmma
 
 @dataclasses.dataclass(frozen=True)
 class QueriesTiles:
-    """warpgroups: of ROWS queries each, on one list; tile_kv: keys a step; stages: tiles of K, of V held."""
+    """warpgroups: of ROWS queries each, on one list; tile_kv: keys a step; stages: K and V tiles held."""
 
     warpgroups: int
     tile_kv: int
