@@ -22,6 +22,8 @@ from jsparse.pallas_kernels.lists import Heads, Lists, walk
 from jsparse.pallas_kernels.masking import key_bounds, pad_segments, same_segment, visible_to
 from jsparse.pallas_kernels.mosaic import (
     anew,
+    bring,
+    launch,
     multiply,
     multiply_add,
     release,
@@ -218,18 +220,20 @@ def backward_keys(
 
                     @pl.loop(0, steps)
                     def _(t):
-                        slot, queries = lax.rem(before + t, stages), pl.ds(first_query(t), tile_q)
-                        pl.when(before + t >= stages)(lambda: plgpu.barrier_wait(q_free.at[slot]))
-                        ready = q_ready.at[slot]
-                        plgpu.copy_gmem_to_smem(q_ref.at[b, queries, head], q_smem.at[slot], ready)
-                        plgpu.copy_gmem_to_smem(lse_ref.at[b, head, queries], lse_smem.at[slot], ready)
+                        queries = pl.ds(first_query(t), tile_q)
+                        with_q = [(lse_ref.at[b, head, queries], lse_smem)]
                         if segments:
-                            ids = q_segment_ref.at[b, queries]
-                            plgpu.copy_gmem_to_smem(ids, q_segment_smem.at[slot], ready)
-                        pl.when(before + t >= stages)(lambda: plgpu.barrier_wait(d_out_free.at[slot]))
-                        ready = d_out_ready.at[slot]
-                        plgpu.copy_gmem_to_smem(d_out_ref.at[b, queries, head], d_out_smem.at[slot], ready)
-                        plgpu.copy_gmem_to_smem(delta_ref.at[b, head, queries], delta_smem.at[slot], ready)
+                            with_q.append((q_segment_ref.at[b, queries], q_segment_smem))
+                        q_tile, d_out_tile = q_ref.at[b, queries, head], d_out_ref.at[b, queries, head]
+                        delta_tile = delta_ref.at[b, head, queries]
+                        bring(before + t, (q_tile, q_smem), *with_q, free=q_free, ready=q_ready)
+                        bring(
+                            before + t,
+                            (d_out_tile, d_out_smem),
+                            (delta_tile, delta_smem),
+                            free=d_out_free,
+                            ready=d_out_ready,
+                        )
 
                     return before + steps
 
@@ -257,15 +261,13 @@ def backward_keys(
             collective_axes="warpgroup",
         )
 
-    dk, dv = plgpu.kernel(
+    dk, dv = launch(
         kernel,
+        "backward_keys",
+        warpgroups=warpgroups + 1,
+        interpret=interpret,
         out_type=[jax.ShapeDtypeStruct(k.shape, k.dtype), jax.ShapeDtypeStruct(k.shape, k.dtype)],
         grid=(batch, kv_heads, num_tiles),
         grid_names=("batch", "kv_heads", "keys"),
-        num_threads=warpgroups + 1,
-        thread_name="warpgroup",
-        kernel_name="jsparse_backward_keys",
-        compiler_params=plgpu.CompilerParams(approx_math=True),
-        **({} if interpret is None else {"interpret": interpret}),
     )(q, k, v, d_out, lse, delta, *transposed, *heads, *(segments or ()))
     return dk, dv

@@ -20,6 +20,8 @@ from jsparse.pallas_kernels.lists import Heads, Lists, walk
 from jsparse.pallas_kernels.masking import pad_segments, row_bounds, same_segment, visible
 from jsparse.pallas_kernels.mosaic import (
     anew,
+    bring,
+    launch,
     multiply,
     multiply_add,
     release,
@@ -112,6 +114,7 @@ def backward_queries(
         def body(q_smem, d_out_smem, k_smem, v_smem, row_smem, segment_smem, barriers):
             q_ready, k_ready, v_ready, k_free, v_free = barriers
             warpgroup = lax.axis_index("warpgroup")
+            kv_segment_smem = segment_smem.at[pl.ds(warpgroups, k_stages)] if segments else None
 
             @pl.when(warpgroup < warpgroups)
             def _compute():
@@ -142,7 +145,7 @@ def backward_queries(
                     scores = multiply(q_smem.at[mine], k_tile.transpose((1, 0)))
                     exponents = scores * log2_scale - lax.broadcast_in_dim(row_lse, scores.shape, [0])
                     if segments:
-                        kv_segment = plgpu.layout_cast(segment_smem.at[warpgroups + k_slot][...], by_column)
+                        kv_segment = plgpu.layout_cast(kv_segment_smem.at[k_slot][...], by_column)
                         exponents = jnp.where(same_segment(q_segment, kv_segment), exponents, -jnp.inf)
                     if masked:
                         exponents = jnp.where(visible(bounds, first_key(t), tile_kv), exponents, -jnp.inf)
@@ -170,15 +173,10 @@ def backward_queries(
 
                 @pl.loop(0, steps)
                 def _(t):
-                    k_slot, v_slot = lax.rem(t, k_stages), lax.rem(t, v_stages)
                     keys = pl.ds(first_key(t), tile_kv)
-                    pl.when(t >= k_stages)(lambda: plgpu.barrier_wait(k_free.at[k_slot]))
-                    plgpu.copy_gmem_to_smem(k_ref.at[b, keys, kv_head], k_smem.at[k_slot], k_ready.at[k_slot])
-                    if segments:
-                        ids = kv_segment_ref.at[b, keys]
-                        plgpu.copy_gmem_to_smem(ids, segment_smem.at[warpgroups + k_slot], k_ready.at[k_slot])
-                    pl.when(t >= v_stages)(lambda: plgpu.barrier_wait(v_free.at[v_slot]))
-                    plgpu.copy_gmem_to_smem(v_ref.at[b, keys, kv_head], v_smem.at[v_slot], v_ready.at[v_slot])
+                    with_k = [(kv_segment_ref.at[b, keys], kv_segment_smem)] if segments else []
+                    bring(t, (k_ref.at[b, keys, kv_head], k_smem), *with_k, free=k_free, ready=k_ready)
+                    bring(t, (v_ref.at[b, keys, kv_head], v_smem), free=v_free, ready=v_ready)
 
         transforms = tile_transforms(q.dtype)
         pl.run_scoped(
@@ -200,15 +198,13 @@ def backward_queries(
             collective_axes="warpgroup",
         )
 
-    return plgpu.kernel(
+    return launch(
         kernel,
+        "backward_queries",
+        warpgroups=warpgroups + 1,
+        interpret=interpret,
         out_type=jax.ShapeDtypeStruct(q.shape, q.dtype),
         grid=(batch, kv_heads, num_tiles, group),
         # The last runs fastest: the heads that read the same keys run side by side.
         grid_names=("batch", "kv_heads", "q", "group"),
-        num_threads=warpgroups + 1,
-        thread_name="warpgroup",
-        kernel_name="jsparse_backward_queries",
-        compiler_params=plgpu.CompilerParams(approx_math=True),
-        **({} if interpret is None else {"interpret": interpret}),
     )(q, k, v, d_out, lse, delta, *lists, *heads, *(segments or ()))

@@ -20,6 +20,8 @@ from jsparse.pallas_kernels.lists import Heads, Lists, walk
 from jsparse.pallas_kernels.masking import pad_segments, row_bounds, same_segment, visible
 from jsparse.pallas_kernels.mosaic import (
     anew,
+    bring,
+    launch,
     multiply,
     multiply_add,
     release,
@@ -191,15 +193,10 @@ def forward(
 
                 @pl.loop(0, steps)
                 def _(t):
-                    slot = lax.rem(t, stages)
                     keys = pl.ds(first_key(t), tile_kv)
-                    pl.when(t >= stages)(lambda: plgpu.barrier_wait(k_free.at[slot]))
-                    plgpu.copy_gmem_to_smem(k_ref.at[b, keys, kv_head], k_smem.at[slot], k_ready.at[slot])
-                    if segments:
-                        ids = kv_segment_ref.at[b, keys]
-                        plgpu.copy_gmem_to_smem(ids, kv_segment_smem.at[slot], k_ready.at[slot])
-                    pl.when(t >= stages)(lambda: plgpu.barrier_wait(v_free.at[slot]))
-                    plgpu.copy_gmem_to_smem(v_ref.at[b, keys, kv_head], v_smem.at[slot], v_ready.at[slot])
+                    with_k = [(kv_segment_ref.at[b, keys], kv_segment_smem)] if segments else []
+                    bring(t, (k_ref.at[b, keys, kv_head], k_smem), *with_k, free=k_free, ready=k_ready)
+                    bring(t, (v_ref.at[b, keys, kv_head], v_smem), free=v_free, ready=v_ready)
 
         transforms = tile_transforms(q.dtype)
         loads = 2 if segments else 1
@@ -222,8 +219,11 @@ def forward(
             collective_axes="warpgroup",
         )
 
-    out, lse = plgpu.kernel(
+    out, lse = launch(
         kernel,
+        "forward",
+        warpgroups=warpgroups + 1,
+        interpret=interpret,
         out_type=[
             jax.ShapeDtypeStruct(q.shape, q.dtype),
             jax.ShapeDtypeStruct((batch, q_heads, padded), jnp.float32),
@@ -231,10 +231,5 @@ def forward(
         grid=(batch, kv_heads, num_tiles, group),
         # The last runs fastest: the heads that read the same keys run side by side.
         grid_names=("batch", "kv_heads", "q", "group"),
-        num_threads=warpgroups + 1,
-        thread_name="warpgroup",
-        kernel_name="jsparse_forward",
-        compiler_params=plgpu.CompilerParams(approx_math=True),
-        **({} if interpret is None else {"interpret": interpret}),
     )(q, k, v, *lists, *heads, *(segments or ()))
     return out, lse

@@ -5,7 +5,8 @@ The functions that take ``interpret`` differ, and nothing else does. The interpr
 - a matrix product whose left operand is in registers, and ``pl.run_state``, which hands an accumulator on:
   ``multiply_add`` and ``multiply_registers`` compute them with ``jnp.dot``;
 - a fence between such a product, which reads shared memory as ordinary loads do, and the TMA copy that
-  overwrites that memory. A real ``wgmma`` reads through the same proxy as TMA and needs none: ``release``.
+  overwrites that memory. A real ``wgmma`` reads through the same proxy as TMA and needs none: ``release``;
+- to be asked for: ``launch``.
 
 Barriers, copies, masks, loops and products of two operands in shared memory are interpreted as they are
 compiled. What the interpreter does not know: TMA takes no tiled array whose rows are more than 8 and no
@@ -74,6 +75,18 @@ def anew(index):
     return index + lax.div(lax.axis_index("warpgroup"), 4)  # plus 0: a kernel has fewer than four
 
 
+def bring(step, *copies: tuple[Any, Any], free, ready) -> None:
+    """Has TMA copy the tiles of one step, once every reader has released what was in their places.
+
+    Each copy is (the tile in global memory, the ring of buffers that takes it): buffer ``step % stages``.
+    """
+    stages = copies[0][1].shape[0]
+    slot = lax.rem(step, stages)
+    pl.when(step >= stages)(lambda: plgpu.barrier_wait(free.at[slot]))
+    for tile, ring in copies:
+        plgpu.copy_gmem_to_smem(tile, ring.at[slot], ready.at[slot])
+
+
 def release(barrier, *, interpret) -> None:
     """Tells the memory warpgroup that this one has read a buffer for the last time."""
     if interpret is not None:
@@ -95,3 +108,16 @@ def tile_transforms(dtype, swizzle: int = 128) -> tuple:
     """
     bits = 4 if dtype == jnp.int4 else 8 * jnp.dtype(dtype).itemsize
     return plgpu.TilingTransform((8, 8 * swizzle // bits)), plgpu.SwizzleTransform(swizzle)
+
+
+def launch(kernel: Callable, name: str, *, warpgroups: int, interpret, **options: Any) -> Callable:
+    """``plgpu.kernel`` with thread blocks of so many warpgroups, compiled or interpreted."""
+    return plgpu.kernel(
+        kernel,
+        num_threads=warpgroups,
+        thread_name="warpgroup",
+        kernel_name=f"jsparse_{name}",
+        compiler_params=plgpu.CompilerParams(approx_math=True),
+        **options,
+        **({} if interpret is None else {"interpret": interpret}),
+    )

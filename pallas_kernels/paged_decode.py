@@ -31,7 +31,7 @@ from jax import Array, lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from jsparse.pallas_kernels.mosaic import anew, multiply, multiply_registers, tile_transforms
+from jsparse.pallas_kernels.mosaic import anew, launch, multiply, multiply_registers, tile_transforms
 
 HEAD_DIMS = (64, 128, 256)
 GROUPS = (8, 16)  # query heads of a KV head, rounded up
@@ -312,19 +312,17 @@ def paged_decode(
     grouped = jnp.pad(grouped, ((0, 0), (0, 0), (0, columns - group), (0, 0)))
     if quantised:
         arrays.append(grouped.astype(jnp.float32).sum(axis=-1))
-    out, lse = plgpu.kernel(
+    out, lse = launch(
         kernel,
+        "paged_decode",
+        warpgroups=1,
+        interpret=interpret,
         out_type=[
             jax.ShapeDtypeStruct((batch, kv_heads, splits, head_dim, columns), jnp.float32),
             jax.ShapeDtypeStruct((batch, kv_heads, splits, columns), jnp.float32),
         ],
         grid=(splits, kv_heads, batch),
         grid_names=("split", "kv_heads", "batch"),
-        num_threads=1,
-        thread_name="warpgroup",
-        kernel_name="jsparse_paged_decode",
-        compiler_params=plgpu.CompilerParams(approx_math=True),
-        **({} if interpret is None else {"interpret": interpret}),
     )(grouped, pages, used, num_steps, *arrays)
     out, lse = combine(out[..., :group], lse[..., :group])
     if packed:
