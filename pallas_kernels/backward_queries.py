@@ -114,7 +114,7 @@ def backward_queries(
         def body(q_smem, d_out_smem, k_smem, v_smem, row_smem, segment_smem, barriers):
             q_ready, k_ready, v_ready, k_free, v_free = barriers
             warpgroup = lax.axis_index("warpgroup")
-            kv_segment_smem = segment_smem.at[pl.ds(warpgroups, k_stages)] if segments else None
+            kv_segment_smem: Any = segment_smem.at[pl.ds(warpgroups, k_stages)] if segments else None
 
             @pl.when(warpgroup < warpgroups)
             def _compute():
