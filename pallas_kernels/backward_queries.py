@@ -114,7 +114,6 @@ def backward_queries(
         def body(q_smem, d_out_smem, k_smem, v_smem, row_smem, segment_smem, barriers):
             q_ready, k_ready, v_ready, k_free, v_free = barriers
             warpgroup = lax.axis_index("warpgroup")
-            kv_segment_smem: Any = segment_smem.at[pl.ds(warpgroups, k_stages)] if segments else None
 
             @pl.when(warpgroup < warpgroups)
             def _compute():
@@ -145,7 +144,7 @@ def backward_queries(
                     scores = multiply(q_smem.at[mine], k_tile.transpose((1, 0)))
                     exponents = scores * log2_scale - lax.broadcast_in_dim(row_lse, scores.shape, [0])
                     if segments:
-                        kv_segment = plgpu.layout_cast(kv_segment_smem.at[k_slot][...], by_column)
+                        kv_segment = plgpu.layout_cast(segment_smem.at[warpgroups + k_slot][...], by_column)
                         exponents = jnp.where(same_segment(q_segment, kv_segment), exponents, -jnp.inf)
                     if masked:
                         exponents = jnp.where(visible(bounds, first_key(t), tile_kv), exponents, -jnp.inf)
@@ -174,7 +173,10 @@ def backward_queries(
                 @pl.loop(0, steps)
                 def _(t):
                     keys = pl.ds(first_key(t), tile_kv)
-                    with_k = [(kv_segment_ref.at[b, keys], kv_segment_smem)] if segments else []
+                    with_k = []
+                    if segments:
+                        ring = segment_smem.at[pl.ds(warpgroups, k_stages)]
+                        with_k.append((kv_segment_ref.at[b, keys], ring))
                     bring(t, (k_ref.at[b, keys, kv_head], k_smem), *with_k, free=k_free, ready=k_ready)
                     bring(t, (v_ref.at[b, keys, kv_head], v_smem), free=v_free, ready=v_ready)
 
