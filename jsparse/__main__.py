@@ -1,6 +1,7 @@
-"""The command line: ``jsparse finetune | generate | evaluate | demo``. The one module that knows every room.
+"""The command line: ``jsparse finetune | generate | evaluate | heads | demo``.
 
-Rooms are imported when a command needs them, so that ``--help`` answers at once.
+The one module that knows every room. Rooms are imported when a command needs them, so that ``--help`` answers
+at once.
 """
 
 import dataclasses
@@ -21,6 +22,7 @@ _USAGE = """usage: jsparse COMMAND [options]
   finetune   extend a model's context with LongLoRA, or train it
   generate   generate text from a prompt, with a dense or a sparse KV cache
   evaluate   perplexity of text files at several context lengths
+  heads      learn which KV heads need the whole context (DuoAttention)
   demo       all of it on a small model and real text, in a few minutes on a CPU
 
 jsparse COMMAND --help lists the options; jsparse --version prints the version."""
@@ -231,6 +233,21 @@ def _evaluate(options: list[str]) -> None:
         )
 
 
+def _heads(options: list[str]) -> None:
+    from jsparse.train import HeadsConfig, learn_heads
+
+    config = _parse(HeadsConfig, "heads", options)
+    result = learn_heads(config)
+    for layer, streams in enumerate(result.pattern.threshold(0.5)):
+        print(f"layer {layer}: {streams.sum()} of {streams.size} KV heads stream at sparsity 0.5")
+    path = result.output / "full_attention_heads.tsv"
+    print(f"the pattern is {path}: try")
+    print(
+        f"  jsparse generate --model {config.model} --pattern {path} --sparsity 0.5 "
+        f"--sink {config.sink} --window {config.window} --prompt 'import os'"
+    )
+
+
 def _demo(options: list[str]) -> None:
     from jsparse.examples.demo import DemoConfig, run_demo
 
@@ -245,6 +262,7 @@ _COMMANDS: dict[str, Callable[[list[str]], None]] = {
     "generate": _generate,
     "evaluate": _evaluate,
     "demo": _demo,
+    "heads": _heads,
 }
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 from jsparse.models.checkpoint import load_config as load_config
 from jsparse.models.config import LlamaConfig as LlamaConfig
+from jsparse.models.head_order import reorder_heads as reorder_heads
 from jsparse.models.layers import LoRAParam as LoRAParam
 from jsparse.models.llama import Llama as Llama
 from jsparse.models.llama import Mask as Mask

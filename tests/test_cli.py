@@ -180,3 +180,33 @@ def test_it_runs_as_a_module_without_a_warning():
     command = [sys.executable, "-W", "error", "-m", "jsparse", "--version"]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     assert done.stdout == f"jsparse {importlib.metadata.version('jsparse')}\n" and done.stderr == ""
+
+
+def test_heads_learns_a_pattern_that_generate_takes(folder, capfd):
+    save_longer_model(folder / "model", folder / "256")
+    (folder / "haystack.txt").write_text(TEXT)
+    settings = "--context 128 --min-context 100 --needles 1 --words 1 --sink 2 --window 8 --steps 2"
+    command = ("heads --model {}/256 --data {}/haystack.txt --output {}/learned " + settings).split()
+    code, out, err = run(folder, capfd, *command)
+    assert code == 0, err
+    scores = jsparse.HeadPattern.load(folder / "learned" / "full_attention_heads.tsv")
+    for layer, streams in enumerate(scores.threshold(0.5)):
+        assert f"layer {layer}: {streams.sum()} of 2 KV heads stream" in out
+
+    shown = out.splitlines()[-1].split()  # the line on how to use it, which is a command
+    assert shown[:2] == ["jsparse", "generate"] and "--pattern" in shown
+    words = shown[1 : shown.index("--prompt")]
+    assert run(folder, capfd, *words, "--prompt", "def", "--max-new-tokens", "3")[0] == 0
+
+    code, _, err = run(folder, capfd, *command)
+    assert code == 2 and "holds another pattern" in err
+    assert run(folder, capfd, "--help")[1].count("\n  heads ") == 1
+
+
+def save_longer_model(model, folder):
+    """A copy of the tiny checkpoint for 256 positions: a passkey takes more than its 64."""
+    folder.mkdir()
+    for file in model.iterdir():
+        (folder / file.name).write_bytes(file.read_bytes())
+    fields = json.loads((folder / "config.json").read_text()) | {"max_position_embeddings": 256}
+    (folder / "config.json").write_text(json.dumps(fields))

@@ -10,4 +10,7 @@ from jsparse.train.evaluate import evaluate_perplexity as evaluate_perplexity
 from jsparse.train.evaluate import perplexity_by_context as perplexity_by_context
 from jsparse.train.finetune import FinetuneResult as FinetuneResult
 from jsparse.train.finetune import finetune as finetune
+from jsparse.train.heads import HeadsConfig as HeadsConfig
+from jsparse.train.heads import HeadsResult as HeadsResult
+from jsparse.train.heads import learn_heads as learn_heads
 from jsparse.train.longlora import shifted_head_masks as shifted_head_masks

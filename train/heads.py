@@ -1,0 +1,309 @@
+"""Learned head patterns (DuoAttention): how much each KV head of a frozen model needs the whole context."""
+
+import dataclasses
+import functools
+import json
+import math
+from collections.abc import Sequence
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import nnx
+from jaxtyping import Array
+
+import jsparse
+from jsparse.models import Llama, LlamaConfig, load_config, load_tokenizer
+from jsparse.train.data import check_files, read_documents
+from jsparse.train.gates import gate_loss
+from jsparse.train.passkeys import Passkeys, check_passkeys_fit, passkey_batch
+from jsparse.train.progress import progress_bar
+
+PATTERN_FILE = "full_attention_heads.tsv"
+_ADAM = optax.scale_by_adam()  # which is AdamW where nothing decays; the learning rate is applied by _step
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class HeadsConfig:
+    """The settings of learning a head pattern; the defaults are DuoAttention's recipe.
+
+    Everything is checked when it is made: ValueError names the field, the value and what is allowed. That the
+    files are there and fit one another is checked by ``learn_heads``, before it starts.
+
+    >>> HeadsConfig(model="base", data="book.txt", output="pattern", context=32000).sample_lengths[:3]
+    (8000, 8489, 8979)
+    """
+
+    model: str | Path
+    """The checkpoint, which stays as it is: a Hugging Face folder with safetensors and a tokenizer.json."""
+    data: Sequence[str | Path]
+    """UTF-8 text files (one, or several) to hide passkeys in."""
+    output: str | Path
+    """A new folder, for the pattern (full_attention_heads.tsv), its config.json and losses.tsv."""
+    context: int
+    """Tokens of the longest sample: as many as the pattern is for, within the model's own context."""
+    min_context: int | None = None
+    """Tokens of the shortest sample. Default: context // 4."""
+    lengths: int = 50
+    """How many lengths samples have, evenly spaced from the longest to the shortest; 1: all the longest."""
+
+    sink: int = 128
+    """First tokens that a streaming head sees."""
+    window: int = 256
+    """Recent tokens that a streaming head sees, the query's own included."""
+    needles: int = 10
+    """Passkeys a sample."""
+    words: int = 32
+    """Random words a passkey."""
+    dtype: str | None = None
+    """To compute in: "float32", "bfloat16", or None for the checkpoint's. Gates are in float32."""
+    remat: bool = True
+    """Compute each layer again in the backward pass: less memory, more time."""
+
+    steps: int = 2000
+    """Optimizer steps."""
+    batch_size: int = 1
+    """Samples a step."""
+    learning_rate: float = 0.02
+    """AdamW's. It rises to this from a tenth in the first fifth of the steps, and falls back in the last."""
+    l1: float = 0.05
+    """What a gate that is open costs: this times the mean of all gates is added to the loss."""
+    seed: int = 0
+    """Of the samples."""
+
+    def __post_init__(self):
+        if not self.data_files:
+            raise ValueError("data must name at least one text file")
+        integers = {"context": 2, "lengths": 1, "sink": 0, "window": 1, "needles": 1, "words": 1}
+        integers |= {"steps": 1, "batch_size": 1, "seed": 0}
+        integers |= {} if self.min_context is None else {"min_context": 2}
+        for field, minimum in integers.items():
+            value = getattr(self, field)
+            if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
+                raise ValueError(f"{field} must be an integer >= {minimum}, not {value!r}")
+        for field, sign in (("learning_rate", ">"), ("l1", ">=")):
+            value = getattr(self, field)
+            number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+            if not number or value < 0 or (value == 0 and sign == ">"):
+                raise ValueError(f"{field} must be a number {sign} 0, not {value!r}")
+        if self.dtype not in (None, "float32", "bfloat16"):
+            raise ValueError(f"dtype must be one of None, 'float32', 'bfloat16', not {self.dtype!r}")
+        if self.shortest > self.context:
+            raise ValueError(f"min_context={self.shortest} must be at most context={self.context}")
+        if self.sink + self.window >= self.shortest:
+            origin = " (context // 4, for none was given)" if self.min_context is None else ""
+            raise ValueError(
+                f"sink={self.sink} and window={self.window} show all of a sample of min_context="
+                f"{self.shortest} tokens{origin}; their sum must be less, or nothing can be learned from it"
+            )
+
+    @property
+    def model_folder(self) -> Path:
+        return Path(self.model)
+
+    @property
+    def output_folder(self) -> Path:
+        return Path(self.output)
+
+    @property
+    def data_files(self) -> tuple[Path, ...]:
+        files = [self.data] if isinstance(self.data, str | Path) else self.data
+        return tuple(Path(file) for file in files)
+
+    @property
+    def shortest(self) -> int:
+        """``min_context`` with its default filled in."""
+        return self.context // 4 if self.min_context is None else self.min_context
+
+    @property
+    def sample_lengths(self) -> tuple[int, ...]:
+        """The lengths of the samples, from the shortest to the longest."""
+        # Counted from the longest, which is the one that stays where there is one only.
+        spaced = np.linspace(self.context, self.shortest, self.lengths).astype(int)
+        return tuple(sorted({int(length) for length in spaced}))
+
+    def learning_rate_at(self, step: int) -> float:
+        """The learning rate of a step, counted from 0."""
+        to_the_end = min(step, self.steps - 1 - step)  # the first one or the last
+        return self.learning_rate * min(0.1 + 0.9 * to_the_end / max(self.steps // 5, 1), 1.0)
+
+
+@dataclasses.dataclass(frozen=True)
+class HeadsResult:
+    """``pattern``: the gates, each in [0, 1]. ``losses``: one a step, before its update. ``output``: the
+    folder.
+    """
+
+    pattern: jsparse.HeadPattern
+    losses: tuple[float, ...]
+    output: Path
+
+
+def learn_heads(config: HeadsConfig, *, progress: bool = True) -> HeadsResult:
+    """Learn a gate for each KV head of ``config.model``, and write them to ``config.output`` as a pattern.
+
+    DuoAttention (arXiv 2410.10819): while the model itself is frozen, each KV head's attention is mixed from
+    full and streaming attention by its gate (``gates.mixed_attend``), and the gates are trained so that the
+    model still answers questions about passkeys as it does with full attention, with as little full attention
+    as possible (``gates.gate_loss``). Gates begin at 1, and AdamW moves them, back into [0, 1] after each
+    step (the original does so before each step, so that what it saves lies slightly outside). A head whose
+    gate stays high is a retrieval head.
+
+    data: text to hide the passkeys in (``jsparse.train.passkeys``), at least ``context`` tokens of it.
+
+    ``output`` becomes full_attention_heads.tsv (``HeadPattern.load`` reads it), config.json with the settings
+    (sink_size and recent_size by DuoAttention's names) and losses.tsv, with the two parts of each loss. They
+    are written at the end. The same settings give the same pattern.
+
+    In a layer whose own sliding window is shorter than a sample, full attention is that window. All its heads
+    stream already, and ``serve`` takes no streaming heads there.
+
+    progress: a progress bar, if stderr is a terminal.
+
+    Raises, before anything is computed: ValueError or FileNotFoundError for a checkpoint or data file that is
+    not there, cannot be used or does not fit the other settings; FileExistsError for an output folder that is
+    not empty. While learning: FloatingPointError naming the step where the loss or its gradient is not
+    finite; then nothing is written.
+    """
+    check_files(config.data_files)
+    _check_output(config)
+    model_config = load_config(config.model)
+    if config.context > model_config.max_position_embeddings:
+        raise ValueError(
+            f"context={config.context} must be at most the model's max_position_embeddings="
+            f"{model_config.max_position_embeddings}; finetune extends a model's context"
+        )
+    passkeys = _passkeys(config, model_config)
+    model = Llama.from_pretrained(config.model, dtype=config.dtype and jnp.dtype(config.dtype))
+    if model.embed_tokens.embedding[...].dtype == jnp.float16:
+        raise ValueError(
+            f"dtype must be float32 or bfloat16, for {config.model} is stored as float16, which overflows"
+        )
+    config.output_folder.mkdir(parents=True, exist_ok=True)  # a path that cannot be written fails now
+
+    gates, losses = _learn(config, model, passkeys, progress=progress)
+    pattern = jsparse.HeadPattern(gates)
+    _write(config, pattern, losses)
+    return HeadsResult(pattern, tuple(loss for loss, _, _ in losses), config.output_folder)
+
+
+def _learn(
+    config: HeadsConfig, model: Llama, passkeys: Passkeys, *, progress: bool
+) -> tuple[np.ndarray, list[tuple[float, float, float]]]:
+    """The gates after all steps, and for each step: loss, distance, mean gate."""
+    graphdef, frozen = nnx.split(model)
+    gates = jnp.ones((model.config.num_hidden_layers, model.config.num_key_value_heads), jnp.float32)
+    opt_state = _ADAM.init(gates)
+    losses = []
+    with progress_bar(progress) as bar:
+        task = bar.add_task("learning heads", total=config.steps, note="compiling")
+        for step in range(config.steps):
+            batch = passkey_batch(
+                passkeys,
+                config.sample_lengths,
+                context=config.context,
+                step=step,
+                batch_size=config.batch_size,
+                seed=config.seed,
+            )
+            mean_gate = float(gates.mean())
+            gates, opt_state, *metrics = _step(
+                graphdef,
+                frozen,
+                gates,
+                opt_state,
+                *batch,
+                config.l1,
+                config.learning_rate_at(step),
+                sink=config.sink,
+                window=config.window,
+                remat=config.remat,
+            )
+            loss, distance, grad_norm = map(float, metrics)
+            if not (math.isfinite(loss) and math.isfinite(grad_norm)):
+                raise FloatingPointError(
+                    f"step {step + 1}: loss is {loss} and the gradient's norm {grad_norm}; "
+                    f"nothing was written to {config.output}"
+                )
+            losses.append((loss, distance, mean_gate))
+            bar.update(task, advance=1, note=f"distance {distance:.4g}, mean gate {mean_gate:.3f}")
+    return np.asarray(gates), losses
+
+
+@functools.partial(jax.jit, static_argnames=("graphdef", "sink", "window", "remat"))
+def _step(
+    graphdef, frozen, gates, opt_state, tokens, is_answer, l1, learning_rate, *, sink, window, remat
+) -> tuple[Array, optax.OptState, Array, Array, Array]:
+    """One update: gates, opt_state, then the loss before it, its distance and the gradient's norm."""
+
+    def loss_fn(gates):
+        model = nnx.merge(graphdef, frozen)
+        return gate_loss(gates, model, tokens, is_answer, sink=sink, window=window, l1=l1, remat=remat)
+
+    (loss, distance), gradient = jax.value_and_grad(loss_fn, has_aux=True)(gates)
+    updates, opt_state = _ADAM.update(gradient, opt_state)
+    gates = jnp.clip(gates - learning_rate * updates, 0.0, 1.0)
+    return gates, opt_state, loss, distance, optax.tree.norm(gradient)
+
+
+def _passkeys(config: HeadsConfig, model_config: LlamaConfig) -> Passkeys:
+    """The haystack and the settings of the samples, after the check that they fit the sample lengths."""
+    tokenizer = load_tokenizer(config.model)
+    tokenizer.no_truncation()  # lengths saved in tokenizer.json must not change the samples
+    tokenizer.no_padding()
+
+    def encode(text: str) -> list[int]:
+        ids = tokenizer.encode(text, add_special_tokens=False).ids
+        if max(ids) >= model_config.vocab_size:
+            raise ValueError(
+                f"model: the tokenizer gives token id {max(ids)}, but the vocabulary has "
+                f"{model_config.vocab_size} entries: the tokenizer is not this model's"
+            )
+        return ids
+
+    ends = model_config.eos_token_ids
+    documents = read_documents(
+        config.data_files,
+        tokenizer,
+        eos_token_id=ends[0] if ends else None,
+        vocab_size=model_config.vocab_size,
+    )
+    haystack = np.concatenate(documents)
+    if len(haystack) < config.context:
+        raise ValueError(
+            f"data: {len(documents)} file(s) with {len(haystack)} tokens in all do not fill one sample of "
+            f"context={config.context} tokens; give more text or a shorter context"
+        )
+    start = tuple(tokenizer.encode("").ids)  # what the tokenizer puts before every text
+    passkeys = Passkeys(haystack, encode, config.needles, config.words, start)
+    check_passkeys_fit(passkeys, config.shortest)
+    return passkeys
+
+
+def _check_output(config: HeadsConfig) -> None:
+    output = config.output_folder
+    if output.exists() and not output.is_dir():
+        raise FileExistsError(f"output={output} is a file; it must be a folder, or not exist")
+    others = sorted(file.name for file in output.iterdir()) if output.exists() else []
+    if others:
+        holds = "holds another pattern" if PATTERN_FILE in others else "has other files"
+        raise FileExistsError(f"output={output} {holds} ({', '.join(others[:3])}); choose a new folder")
+
+
+def _write(
+    config: HeadsConfig, pattern: jsparse.HeadPattern, losses: list[tuple[float, float, float]]
+) -> None:
+    """The pattern last: where it is, the rest is too."""
+    settings = {"sink_size": config.sink, "recent_size": config.window} | dataclasses.asdict(config)
+    settings |= {"model": str(config.model), "data": [str(file) for file in config.data_files]}
+    settings["min_context"] = config.shortest
+    for field in ("sink", "window", "output"):
+        del settings[field]
+    folder = config.output_folder
+    (folder / "config.json").write_text(json.dumps(settings, indent=1) + "\n", encoding="utf-8")
+    lines = ["step\tloss\tdistance\tmean_gate\n"]
+    lines += [f"{step}\t{a:.6g}\t{b:.6g}\t{c:.6g}\n" for step, (a, b, c) in enumerate(losses, start=1)]
+    (folder / "losses.tsv").write_text("".join(lines), encoding="utf-8")
+    pattern.save(folder / PATTERN_FILE)
