@@ -3,6 +3,8 @@
 from jsparse.attention import attention as attention
 from jsparse.block_mask import BlockMask as BlockMask
 from jsparse.decode import decode_attention as decode_attention
+from jsparse.estimate import PooledBlocks as PooledBlocks
+from jsparse.estimate import VerticalSlash as VerticalSlash
 from jsparse.heads import HeadPattern as HeadPattern
 from jsparse.masks import TokenMask as TokenMask
 from jsparse.masks import causal as causal

@@ -99,23 +99,26 @@ class BlockMask:
         block_q: int,
         block_kv: int,
         token_mask: TokenMask = TokenMask(),
+        kv_full_count: Int[Any, "*R nq"] | None = None,
     ) -> "BlockMask":
         """The lists that a selector chose, at a fixed capacity of M blocks a list.
 
         kv_index [R, nq, M] or [B, R, nq, M]: block numbers, all different within a list; what stands at and
         after ``kv_count`` is not read. kv_count [R, nq] or [B, R, nq]. R rows: one for all heads, one a KV
-        head or one a query head. ``token_mask`` applies inside the listed blocks.
+        head or one a query head. ``token_mask`` applies inside the listed blocks, save the first
+        ``kv_full_count`` (of kv_count's shape; none if None) of each list: these every query of the block
+        sees whole, and their element mask is skipped.
 
         Raises ValueError for shapes that do not fit, and, where the arrays are not traced, for a count beyond
-        M, a block number out of range, or one listed twice. Traced lists cannot be checked: the caller
-        answers for them.
+        M, a block number out of range, one listed twice, or one called wholly visible that is not. Traced
+        lists cannot be checked: the caller answers for them.
 
         >>> index, count = np.array([[[0, -1], [1, 0]]]), np.array([[1, 2]])
         >>> BlockMask.from_indices(index, count, q_len=8, kv_len=8, block_q=4, block_kv=4).kv_start.tolist()
         [[0, 2]]
         """
         _check_geometry(q_len, kv_len, block_q, block_kv)
-        nq, nkv = -(-q_len // block_q), -(-kv_len // block_kv)
+        nq = -(-q_len // block_q)
         shape = tuple(kv_index.shape)
         if len(shape) not in (3, 4) or shape[-2] != nq or shape[-1] < 1:
             raise ValueError(
@@ -125,15 +128,22 @@ class BlockMask:
             raise ValueError(
                 f"kv_count must be {list(shape[:-1])} for this kv_index, not {list(kv_count.shape)}"
             )
+        if kv_full_count is None:
+            kv_full_count = np.zeros(shape[:-1], np.int32)
+        if tuple(kv_full_count.shape) != shape[:-1]:
+            raise ValueError(
+                f"kv_full_count must be {list(shape[:-1])} like kv_count, not {list(kv_full_count.shape)}"
+            )
         capacity = shape[-1]
-        if not isinstance(kv_index, Tracer) and not isinstance(kv_count, Tracer):
-            _check_lists(np.asarray(kv_index), np.asarray(kv_count), nkv)
+        lists = kv_index, kv_count, kv_full_count
+        if not any(isinstance(x, Tracer) for x in lists):
+            _check_lists(*(np.asarray(x) for x in lists), token_mask, q_len, kv_len, block_q, block_kv)
         starts = np.arange(0, np.prod(shape), capacity, dtype=np.int32).reshape(shape[:-1])
         return BlockMask(
             kv_index=jnp.asarray(kv_index, jnp.int32).reshape(-1),
             kv_start=jnp.asarray(starts),
             kv_count=jnp.asarray(kv_count, jnp.int32),
-            kv_full_count=jnp.zeros(shape[:-1], jnp.int32),
+            kv_full_count=jnp.asarray(kv_full_count, jnp.int32),
             q_len=q_len,
             kv_len=kv_len,
             block_q=block_q,
@@ -243,8 +253,8 @@ def _check_geometry(q_len, kv_len, block_q, block_kv):
             raise ValueError(f"{name} must be a positive integer, not {value!r}")
 
 
-def _check_lists(kv_index, kv_count, num_kv_blocks):
-    capacity = kv_index.shape[-1]
+def _check_lists(kv_index, kv_count, kv_full_count, token_mask, q_len, kv_len, block_q, block_kv):
+    capacity, num_kv_blocks = kv_index.shape[-1], -(-kv_len // block_kv)
     if kv_count.min() < 0 or kv_count.max() > capacity:
         raise ValueError(f"kv_count must lie in 0..{capacity}, not {kv_count.min()}..{kv_count.max()}")
     listed = np.arange(capacity) < kv_count[..., None]
@@ -254,6 +264,37 @@ def _check_lists(kv_index, kv_count, num_kv_blocks):
     in_order = np.sort(np.where(listed, kv_index, num_kv_blocks + np.arange(capacity)), axis=-1)
     if np.any(in_order[..., 1:] == in_order[..., :-1]):
         raise ValueError("kv_index lists a block twice for one query block")
+
+    wrong = (kv_full_count < 0) | (kv_full_count > kv_count)
+    if np.any(wrong):
+        raise ValueError(
+            f"kv_full_count must lie in 0..kv_count, not {kv_full_count[wrong][0]} of {kv_count[wrong][0]}"
+        )
+    q_block = np.broadcast_to(np.arange(kv_index.shape[-2])[:, None], kv_index.shape)
+    whole = _wholly_visible(token_mask, q_block, kv_index, q_len, kv_len, block_q, block_kv)
+    wrong = (np.arange(capacity) < kv_full_count[..., None]) & ~whole
+    if np.any(wrong):
+        raise ValueError(
+            f"kv_full_count calls block {kv_index[wrong][0]} wholly visible for query block "
+            f"{q_block[wrong][0]}, but {token_mask} hides a part of it"
+        )
+
+
+def _wholly_visible(mask, q_block, kv_block, q_len, kv_len, block_q, block_kv):
+    """Where every query of a block sees every key of another, elementwise over block numbers."""
+    first, last = q_block * block_q, np.minimum((q_block + 1) * block_q, q_len) - 1
+    first, last = first + kv_len - q_len, last + kv_len - q_len
+    low, high = kv_block * block_kv, (kv_block + 1) * block_kv - 1
+    # Causality hides the most from the first query, a window or a group from the last. A block that ends past
+    # the keys ends past the first query too.
+    whole = high <= first
+    if mask.window is not None:
+        start = last - mask.window + 1  # of the last query's window
+        whole = whole & ((high < mask.sink) | (low >= start) | (mask.sink >= start))
+    if mask.group_size is not None:
+        group = (low + mask.group_shift) // mask.group_size
+        whole = whole & (group == (last + mask.group_shift) // mask.group_size)
+    return whole
 
 
 def transposed_lists(

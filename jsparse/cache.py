@@ -5,11 +5,14 @@ cache never holds one buffer twice.
 """
 
 import dataclasses
+import functools
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
+
+from jsparse.quantize import dequantize, quantize
 
 
 @jax.tree_util.register_dataclass
@@ -17,9 +20,11 @@ from jaxtyping import Array, Bool, Float, Int
 class PagedKVCache:
     """Keys and values of retrieval heads, in pages that any sequence may own.
 
-    - ``k``, ``v``: ``[num_pages, Hk, page_size, D]``
-    - ``k_min``, ``k_max``: ``[num_pages, Hk, page_size / logical_page_size, D]``, the bounds of the keys of
-      each logical page, or None in a cache from which nothing is selected.
+    - ``k``, ``v``: ``[num_pages, Hk, page_size, D]``; or, with ``bits`` 8 or 4, that as
+      :class:`jsparse.quantize.Quantized`: the vectors of each token and KV head with scales of their own.
+    - ``bounds``: ``[num_pages, Hk, page_size / logical_page_size, 2 D]``, for each logical page the smallest
+      and then the largest value of each channel of its keys, before they are quantised; ``k_min`` and
+      ``k_max`` are its halves. None in a cache from which nothing is selected by them.
 
     A page table ``[B, max_pages]`` says which page holds tokens ``i * page_size ...`` of a sequence. What a
     page held for an earlier owner is never read, so pages need no clearing.
@@ -31,16 +36,32 @@ class PagedKVCache:
 
     k: Any  # arrays; Any because tree functions also put shapes, dtypes and placeholders here
     v: Any
-    k_min: Any = None
-    k_max: Any = None
+    bounds: Any = None  # one array, since they are read together
+    bits: int | None = dataclasses.field(default=None, metadata={"static": True})
+
+    @property
+    def num_pages(self) -> int:
+        return jax.tree.leaves(self.k)[0].shape[0]
+
+    @property
+    def num_heads(self) -> int:
+        return jax.tree.leaves(self.k)[0].shape[1]
 
     @property
     def page_size(self) -> int:
-        return self.k.shape[2]
+        return jax.tree.leaves(self.k)[0].shape[2]
 
     @property
     def logical_page_size(self) -> int | None:
-        return None if self.k_min is None else self.page_size // self.k_min.shape[2]
+        return None if self.bounds is None else self.page_size // self.bounds.shape[2]
+
+    @property
+    def k_min(self) -> Any:
+        return None if self.bounds is None else self.bounds[..., : self.bounds.shape[-1] // 2]
+
+    @property
+    def k_max(self) -> Any:
+        return None if self.bounds is None else self.bounds[..., self.bounds.shape[-1] // 2 :]
 
     @classmethod
     def zeros(
@@ -52,16 +73,41 @@ class PagedKVCache:
         page_size: int,
         logical_page_size: int | None,
         dtype: Any,
+        bits: int | None = None,
     ) -> "PagedKVCache":
-        """An empty pool; ``logical_page_size=None`` keeps no bounds. It must divide the page."""
+        """An empty pool; ``logical_page_size=None`` keeps no bounds. It must divide the page.
+
+        ``dtype`` is that of keys, values and bounds, and of the bounds alone where ``bits`` is 8 or 4.
+        """
         if logical_page_size is not None and (logical_page_size < 1 or page_size % logical_page_size):
             raise ValueError(f"logical_page_size={logical_page_size} must divide page_size={page_size}")
+        stored = jax.ShapeDtypeStruct((num_pages, kv_heads, page_size, dim), dtype)
+        if bits is not None:
+            stored = jax.eval_shape(functools.partial(quantize, bits=bits), stored)
         # Distinct arrays: a donated cache may not hold one buffer twice.
-        k, v = (jnp.zeros((num_pages, kv_heads, page_size, dim), dtype) for _ in range(2))
+        k, v = (jax.tree.map(lambda like: jnp.zeros(like.shape, like.dtype), stored) for _ in range(2))
         if logical_page_size is None:
-            return cls(k, v)
-        bounds = (num_pages, kv_heads, page_size // logical_page_size, dim)
-        return cls(k, v, jnp.zeros(bounds, dtype), jnp.zeros(bounds, dtype))
+            return cls(k, v, bits=bits)
+        bounds = (num_pages, kv_heads, page_size // logical_page_size, 2 * dim)
+        return cls(k, v, jnp.zeros(bounds, dtype), bits)
+
+    def stored(self, x: Float[Array, "*batch D"]) -> Any:
+        """Keys or values as the pool holds them."""
+        return x.astype(self.k.dtype) if self.bits is None else quantize(x, self.bits)
+
+    def restored(self, stored: Any, dtype: Any) -> Float[Array, "*batch D"]:
+        """The values that attention reads."""
+        return (stored if self.bits is None else dequantize(stored, self.bits)).astype(dtype)
+
+    def read(
+        self, pages: Int[Array, "B H n"], heads: Int[Array, " H"], dtype: Any
+    ) -> tuple[Float[Array, "B H n page D"], Float[Array, "B H n page D"]]:
+        """Keys and values of whole pages of the pool, each list for one KV head."""
+        index = pages, heads[:, None]
+        k, v = (
+            jax.tree.map(lambda pool: pool.at[index].get(mode="clip"), stored) for stored in (self.k, self.v)
+        )
+        return self.restored(k, dtype), self.restored(v, dtype)
 
 
 @jax.tree_util.register_dataclass
@@ -97,11 +143,37 @@ class StreamingKVCache:
 
     def positions(self, lengths: Int[Array, " B"]) -> Int[Array, "B S"]:
         """The position of the token that each slot holds after ``lengths`` tokens; -1 where it holds none."""
-        slot = jnp.arange(self.sink + self.window)
-        last = lengths[:, None] - 1
-        ring = last - (last - slot) % self.window  # the latest p <= last with p % window == slot % window
-        position = jnp.where(slot < self.sink, slot, ring)
-        return jnp.where((position <= last) & ((slot < self.sink) | (position >= self.sink)), position, -1)
+        return _ring_positions(lengths, self.sink, self.window)
+
+    def slots(self, positions: Int[Array, "*shape"]) -> Int[Array, "*shape"]:
+        """Where the tokens of these positions lie, while they do."""
+        ring = self.sink + (positions - self.sink) % self.window
+        return jnp.where(positions < self.sink, positions, ring)
+
+    def take(self, positions: Int[Array, "B n"]) -> tuple[Float[Array, "B Hk n D"], Float[Array, "B Hk n D"]]:
+        """Keys and values of tokens that lie here; for other positions anything."""
+        slot = self.slots(jnp.maximum(positions, 0))[:, None, :, None]
+        k, v = (jnp.take_along_axis(x, slot, axis=2) for x in (self.k, self.v))
+        return k, v
+
+    def narrowed(self, window: int, lengths: Int[Array, " B"]) -> "StreamingKVCache":
+        """The same tokens in a ring that is no longer than this one, of which the last ``window`` stay.
+
+        Prompts may see a longer window than new tokens do: what decoding never reads is not kept.
+        """
+        if window > self.window:
+            raise ValueError(f"window={window} must be at most the {self.window} of the ring")
+        if window == self.window:
+            return self
+        return StreamingKVCache(*self.take(_ring_positions(lengths, self.sink, window)), self.sink)
+
+
+def _ring_positions(lengths, sink: int, window: int):
+    slot = jnp.arange(sink + window)
+    last = lengths[:, None] - 1
+    ring = last - (last - slot) % window  # the latest p <= last of this slot
+    position = jnp.where(slot < sink, slot, ring)
+    return jnp.where((position <= last) & ((slot < sink) | (position >= sink)), position, -1)
 
 
 @jax.tree_util.register_dataclass
@@ -110,11 +182,13 @@ class LayerKVCache:
     """The cache of one attention layer, split by KV head: ``streaming_heads`` stream, all others are paged.
 
     ``paged`` is None in a layer that only streams, ``streaming`` is None in a layer that never does.
+    ``selected`` are the pages that were chosen last, ``[B, H, n]``, None where none are.
     """
 
     paged: PagedKVCache | None
     streaming: StreamingKVCache | None
     streaming_heads: tuple[int, ...] = dataclasses.field(default=(), metadata={"static": True})
+    selected: Any = None
 
 
 def append_paged(
@@ -135,14 +209,17 @@ def append_paged(
     valid = chunk < counts[:, None]
     # Tokens that are not valid get a page outside the pool, and mode="drop" leaves them out.
     slot = position % cache.page_size
-    page = _page_of(page_table, position // cache.page_size, valid, cache.k.shape[0])
-    k, v = k.astype(cache.k.dtype), v.astype(cache.v.dtype)
-    new_k = cache.k.at[page, :, slot].set(k, mode="drop")
-    new_v = cache.v.at[page, :, slot].set(v, mode="drop")
-    if cache.k_min is None:
-        return PagedKVCache(new_k, new_v)
-    k_min, k_max = _append_bounds(cache, k, page_table, lengths, counts)
-    return PagedKVCache(new_k, new_v, k_min, k_max)
+    page = _page_of(page_table, position // cache.page_size, valid, cache.num_pages)
+
+    def write(pool, new):
+        return pool.at[page, :, slot].set(new, mode="drop")
+
+    new_k = jax.tree.map(write, cache.k, cache.stored(k))
+    new_v = jax.tree.map(write, cache.v, cache.stored(v))
+    bounds = cache.bounds
+    if bounds is not None:
+        bounds = _append_bounds(cache, k.astype(bounds.dtype), page_table, lengths, counts)
+    return PagedKVCache(new_k, new_v, bounds, cache.bits)
 
 
 def _append_bounds(cache, k, page_table, lengths, counts):
@@ -160,20 +237,19 @@ def _append_bounds(cache, k, page_table, lengths, counts):
     unit = jnp.arange(units)
     logical = (lengths // size)[:, None] + unit
     written = valid.any(axis=2)[..., 0, 0]
-    page = _page_of(page_table, logical // logical_pages, written, cache.k.shape[0])
+    page = _page_of(page_table, logical // logical_pages, written, cache.num_pages)
     inside = logical % logical_pages
     begun = ((unit == 0) & (offset > 0)[:, None])[..., None, None]  # holds earlier tokens of this sequence
 
-    def merge(old, extreme, reduce, combine):
-        new = reduce(jnp.where(valid, aligned, extreme), axis=2)
-        before = jnp.where(begun, old.at[page, :, inside].get(mode="fill", fill_value=0), extreme)
-        return old.at[page, :, inside].set(combine(before, new), mode="drop")
+    def extremes(reduce, extreme):
+        return reduce(jnp.where(valid, aligned, jnp.array(extreme, k.dtype)), axis=2)
 
-    infinity = jnp.array(jnp.inf, k.dtype)
-    return (
-        merge(cache.k_min, infinity, jnp.min, jnp.minimum),
-        merge(cache.k_max, -infinity, jnp.max, jnp.maximum),
-    )
+    # The largest of -k is minus the smallest of k: one comparison serves both halves.
+    sign = jnp.where(jnp.arange(2 * k.shape[-1]) < k.shape[-1], -1, 1).astype(k.dtype)
+    new = jnp.concatenate([extremes(jnp.min, jnp.inf), extremes(jnp.max, -jnp.inf)], axis=-1)
+    old = cache.bounds.at[page, :, inside].get(mode="fill", fill_value=0)
+    before = jnp.where(begun, sign * old, -jnp.inf)
+    return cache.bounds.at[page, :, inside].set(sign * jnp.maximum(before, sign * new), mode="drop")
 
 
 def _page_of(
@@ -198,8 +274,7 @@ def append_streaming(
     position = lengths[:, None] + chunk
     last = (lengths + counts)[:, None] - 1
     kept = (chunk < counts[:, None]) & ((position < cache.sink) | (position > last - cache.window))
-    ring = cache.sink + (position - cache.sink) % cache.window
-    slot = jnp.where(kept, jnp.where(position < cache.sink, position, ring), cache.k.shape[2])
+    slot = jnp.where(kept, cache.slots(position), cache.k.shape[2])
     row = jnp.arange(k.shape[0])[:, None]
     return StreamingKVCache(
         cache.k.at[row, :, slot].set(k.astype(cache.k.dtype), mode="drop"),

@@ -57,14 +57,15 @@ class HeadPattern:
     def load(cls, path: str | os.PathLike) -> "HeadPattern":
         """Reads DuoAttention's TSV: a line a layer, a number a KV head, separated by tabs.
 
-        Raises ``ValueError`` naming the file and the line where an entry is no finite number or a line is of
-        another length than the first.
+        Raises ``ValueError`` naming the file and the line where an entry is no finite number, is no gate, or
+        a line is of another length than the first. Gates are meant for [0, 1], and learned ones lie a little
+        outside: they load as they are, and :meth:`threshold` clips. Beyond [-10, 10] there are none.
         """
         rows: list[list[float]] = []
         for number, line in enumerate(Path(path).read_text().splitlines(), start=1):
             if not line.strip():
                 continue
-            row = [_finite_number(text, f"{path}, line {number}") for text in line.strip().split("\t")]
+            row = [_gate(text, f"{path}, line {number}") for text in line.strip().split("\t")]
             if rows and len(row) != len(rows[0]):
                 raise ValueError(
                     f"{path}, line {number}: {len(row)} KV heads, but the first line has {len(rows[0])}"
@@ -80,11 +81,13 @@ class HeadPattern:
         Path(path).write_text("".join(line + "\n" for line in lines))
 
 
-def _finite_number(text: str, place: str) -> float:
+def _gate(text: str, place: str) -> float:
     try:
         value = float(text)
     except ValueError:
         value = float("nan")
     if not np.isfinite(value):
         raise ValueError(f"{place}: {text!r} is not a finite number")
+    if not -10 <= value <= 10:
+        raise ValueError(f"{place}: {text!r} is no gate; they lie in [0, 1] or little outside, in [-10, 10]")
     return value

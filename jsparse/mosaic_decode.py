@@ -1,11 +1,13 @@
 """Decoding on the Hopper kernel: what it can take, and how a cache becomes pages and the lists of them."""
 
+import jax
 import jax.numpy as jnp
 
 from jsparse import mosaic_gpu
 from jsparse.cache import PagedKVCache, StreamingKVCache
 from jsparse.device import kernel_limit
 from jsparse.mesh import split_over_mesh
+from jsparse.quantize import Quantized
 
 
 def limit(q, cache: PagedKVCache | StreamingKVCache, *, interpret: bool) -> str | None:
@@ -14,7 +16,7 @@ def limit(q, cache: PagedKVCache | StreamingKVCache, *, interpret: bool) -> str 
         return reason
     from jsparse.pallas_kernels.paged_decode import shape_limit
 
-    return shape_limit(q, cache.k, interpret=interpret)
+    return shape_limit(q, _pool(cache.k), interpret=interpret)
 
 
 def decode(q, cache: PagedKVCache | StreamingKVCache, lengths, page_table, pages, scale, *, interpret: bool):
@@ -26,31 +28,40 @@ def decode(q, cache: PagedKVCache | StreamingKVCache, lengths, page_table, pages
         "interpret": mosaic_gpu.interpreter() if interpret else None,
     }
     streaming = isinstance(cache, StreamingKVCache)
+    pools, structure = jax.tree.flatten((_pool(cache.k), _pool(cache.v)))
+    num_heads, slots = pools[0].shape[1:3]
 
-    def run(q, k, v, lengths, *lists):
-        listed = _ring_lists(k, lengths) if streaming else _page_lists(k, lengths, *lists)
+    def run(q, lengths, *arrays):
+        k, v = jax.tree.unflatten(structure, arrays[: len(pools)])
+        listed = (
+            _ring_lists(lengths, slots) if streaming else _page_lists(lengths, slots, *arrays[len(pools) :])
+        )
         out, _ = paged_decode(q, k, v, *listed, **options)
         return (out.astype(q.dtype),)
 
     # Sequences own rings; pages belong to all of them.
-    pool, lists, axes = ("bh..", (), ()) if streaming else (".h..", (page_table,), ("b.",))
+    owner, lists, axes = ("b", (), ()) if streaming else (".", (page_table,), ("b.",))
     if pages is not None:
         lists, axes = (*lists, pages), (*axes, "bh.")
-    operands = (q, cache.k, cache.v, lengths, *lists)
-    letters = ("bhd", pool, pool, "b", *axes)
-    (out,) = split_over_mesh(run, operands, letters, ("bhd",), num_heads=cache.k.shape[1])
+    operands = (q, lengths, *pools, *lists)
+    letters = ("bhd", "b", *(f"{owner}h".ljust(pool.ndim, ".") for pool in pools), *axes)
+    (out,) = split_over_mesh(run, operands, letters, ("bhd",), num_heads=num_heads)
     return out
 
 
-def _ring_lists(k, lengths):
+def _pool(stored):
+    """Pages as the kernel takes them: one array, or codes with their scales and zeros."""
+    return tuple(stored) if isinstance(stored, Quantized) else stored
+
+
+def _ring_lists(lengths, slots: int):
     """Slots fill in order, and all that hold a token are visible: a page a sequence, shared by its heads."""
-    page = jnp.arange(k.shape[0], dtype=jnp.int32)
-    return page[:, None, None], jnp.minimum(lengths, k.shape[2]).astype(jnp.int32)[:, None, None]
+    page = jnp.arange(lengths.shape[0], dtype=jnp.int32)
+    return page[:, None, None], jnp.minimum(lengths, slots).astype(jnp.int32)[:, None, None]
 
 
-def _page_lists(k, lengths, page_table, pages=None):
+def _page_lists(lengths, page_size: int, page_table, pages=None):
     """The pages in the pool [B, 1 or Hk, n], and how many tokens of the sequence each holds."""
-    page_size = k.shape[2]
     if pages is None:
         pages, physical = jnp.arange(page_table.shape[1])[None, None], page_table[:, None]
     else:

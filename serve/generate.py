@@ -3,15 +3,14 @@
 import dataclasses
 import time
 from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
-import jax
-import numpy as np
-
-from jsparse.models import Llama, LlamaConfig
+from jsparse.models import Llama
 from jsparse.serve import loop
-from jsparse.serve.config import CacheConfig, CacheLayout, is_integer, plan_cache
-from jsparse.serve.sampling import RowParams, SamplingParams
+from jsparse.serve.batch import Batch, TokenEvent
+from jsparse.serve.config import CacheConfig, plan_cache
+from jsparse.serve.request import Request, check_requests
+from jsparse.serve.sampling import SamplingParams
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,14 +45,6 @@ class GenerateResult:
     stats: GenerateStats
 
 
-class TokenEvent(NamedTuple):
-    """One new token of one prompt; ``finish_reason`` where it is the last. An error has no token."""
-
-    prompt: int
-    token: int | None
-    finish_reason: str | None
-
-
 def generate(
     model: Llama,
     prompts: Sequence[Any],
@@ -85,31 +76,33 @@ def generate(
     >>> [len(tokens) for tokens in result.tokens], result.finish_reasons
     ([5, 5], ['length', 'length'])
     """
-    request = _check(model.config, prompts, max_new_tokens, sampling, cache, seed)
-    count = len(request.prompts)
+    requests, batch = _start(model, prompts, max_new_tokens, sampling, cache, seed)
+    count = len(requests)
     tokens: list[list[int]] = [[] for _ in range(count)]
-    steps, finish, cache_bytes = 0, np.zeros(count, np.int32), 0
+    reasons, steps = [""] * count, 0
     start = first = time.perf_counter()
-    for number, call in enumerate(_run(model, request, steps_per_call=loop.MAX_STEPS)):
-        for row in range(count):
-            tokens[row] += [int(token) for token in call.tokens[row] if token >= 0]
-        finish, cache_bytes = call.finish, call.cache_bytes
+    for number, events in enumerate(_calls(batch, requests, steps=loop.MAX_STEPS)):
+        before = [len(row) for row in tokens]
+        for event in events:
+            if event.token is not None:
+                tokens[event.prompt].append(event.token)
+            reasons[event.prompt] = event.finish_reason or ""
         if number == 0:
             first = time.perf_counter()
         else:
-            steps += int((call.tokens >= 0).any(axis=0).sum())
+            steps += max(len(row) - old for row, old in zip(tokens, before, strict=True))
     new_tokens = sum(map(len, tokens))
     return GenerateResult(
         tokens,
-        [loop.FINISH_REASONS[int(code)] for code in finish],
+        reasons,
         GenerateStats(
             prefill_seconds=first - start,
             decode_seconds=time.perf_counter() - first,
             decode_steps=steps,
-            prompt_tokens=sum(map(len, request.prompts)),
+            prompt_tokens=sum(len(request.prompt) for request in requests),
             new_tokens=new_tokens,
             decoded_tokens=new_tokens - sum(map(bool, tokens)),
-            cache_bytes=cache_bytes,
+            cache_bytes=batch.cache_bytes,
         ),
     )
 
@@ -135,118 +128,22 @@ def stream(
     >>> [(event.prompt, event.finish_reason) for event in events]
     [(0, None), (0, 'length')]
     """
-    request = _check(model.config, prompts, max_new_tokens, sampling, cache, seed)
-    return _events(_run(model, request, steps_per_call=1))
+    requests, batch = _start(model, prompts, max_new_tokens, sampling, cache, seed)
+    return (event for events in _calls(batch, requests, steps=1) for event in events)
 
 
-@dataclasses.dataclass(frozen=True)
-class _Request:
-    """What was asked for, checked, as arrays of a shape that the layout decides."""
-
-    prompts: list[np.ndarray]
-    rows: RowParams
-    layout: CacheLayout
-
-
-class _Call(NamedTuple):
-    """What one call to the device gave: tokens [prompts, steps], -1 for none, and why prompts have ended."""
-
-    tokens: np.ndarray
-    finish: np.ndarray
-    cache_bytes: int
-
-
-def _run(model: Llama, request: _Request, *, steps_per_call: int) -> Iterator[_Call]:
-    """Prefills, then decodes until every prompt has ended: the first tokens alone, then call by call."""
-    layout, count = request.layout, len(request.prompts)
-    structure, params = loop.split_model(model)
-    rows = jax.device_put(request.rows)
-    state, hidden = loop.prefill(model, structure, params, request.prompts, layout)
-    cache_bytes = sum(leaf.nbytes for leaf in jax.tree.leaves(state.layers))
-    state, tokens = loop.first_token(structure, params, state, hidden, rows)
-    yield _Call(np.asarray(tokens)[:count], np.asarray(state.finish)[:count], cache_bytes)
-
-    while (np.asarray(state.finish)[:count] == loop.RUNNING).any():
-        state, tokens = loop.decode_steps(
-            structure, params, state, rows, np.int32(steps_per_call), budget=layout.budget
-        )
-        yield _Call(
-            np.asarray(tokens)[:count, :steps_per_call], np.asarray(state.finish)[:count], cache_bytes
-        )
-
-
-def _events(calls: Iterator[_Call]) -> Iterator[TokenEvent]:
-    ended: set[int] = set()
-    for call in calls:
-        for row in range(len(call.finish)):
-            if row in ended:
-                continue
-            reason = loop.FINISH_REASONS.get(int(call.finish[row]))
-            if reason is not None:
-                ended.add(row)
-            token = int(call.tokens[row, 0])
-            yield TokenEvent(row, None if token < 0 else token, reason)
-
-
-def _check(model: LlamaConfig, prompts, max_new_tokens, sampling, cache, seed) -> _Request:
-    """Everything that can be wrong, before anything is launched."""
-    prompts = _check_prompts(prompts, model.vocab_size)
-    if not is_integer(max_new_tokens) or max_new_tokens < 1:
-        raise ValueError(f"max_new_tokens must be an integer >= 1, not {max_new_tokens!r}")
-    sampling = _one_each("sampling", sampling, SamplingParams, len(prompts))
-    for params in sampling:
-        beyond = [token for token in params.stop_token_ids if token >= model.vocab_size]
-        if beyond:
-            raise ValueError(
-                f"stop_token_ids has {beyond[0]}; ids must be less than vocab_size={model.vocab_size}"
-            )
-    seeds = _one_each("seed", seed, int | np.integer, len(prompts))
-    for one in seeds:
-        if not is_integer(one) or not 0 <= one < 2**32:
-            raise ValueError(f"seed must be an integer from 0 to 2**32 - 1, not {one!r}")
+def _start(model, prompts, max_new_tokens, sampling, cache, seed) -> tuple[list[Request], Batch]:
+    """Everything that can be wrong is found before anything is launched."""
+    requests = check_requests(model.config, prompts, max_new_tokens, sampling, seed)
     if not isinstance(cache, CacheConfig):
         raise TypeError(f"cache must be a CacheConfig, not {cache!r}")
-    layout = plan_cache(cache, model, [len(prompt) for prompt in prompts], int(max_new_tokens))
-    rows = RowParams.of(
-        sampling,
-        seeds,
-        batch=layout.batch,
-        max_new=int(max_new_tokens),
-        vocab_size=model.vocab_size,
-        eos_token_ids=model.eos_token_ids,
-    )
-    return _Request(prompts, rows, layout)
+    lengths = [len(request.prompt) for request in requests]
+    layout = plan_cache(cache, model.config, lengths, [request.max_new for request in requests])
+    return requests, Batch(model, layout)
 
 
-def _check_prompts(prompts, vocab_size: int) -> list[np.ndarray]:
-    if isinstance(prompts, str) or not isinstance(prompts, Sequence | np.ndarray) or len(prompts) == 0:
-        raise ValueError(f"prompts must be a list of at least one list of token ids, not {prompts!r}")
-    checked = []
-    for number, prompt in enumerate(prompts):
-        name = f"prompts[{number}]"
-        if isinstance(prompt, str) or not isinstance(prompt, Sequence | np.ndarray | jax.Array):
-            raise ValueError(f"{name} must be a list of token ids, not {prompt!r}")
-        if len(prompt) == 0:
-            raise ValueError(f"{name} is empty; a prompt has at least one token id")
-        tokens = prompt if isinstance(prompt, Sequence) else np.asarray(prompt).tolist()
-        for place, token in enumerate(tokens):
-            if not is_integer(token) or not 0 <= token < vocab_size:
-                raise ValueError(
-                    f"{name}[{place}] is {token!r}; ids must be integers in [0, vocab_size={vocab_size})"
-                )
-        checked.append(np.array(tokens, np.int32))
-    return checked
-
-
-def _one_each(name: str, value, kind, count: int) -> list:
-    """``value`` for every prompt, or the list that it is."""
-    if isinstance(value, kind):
-        return [value] * count
-    values = list(value) if isinstance(value, Sequence | np.ndarray) and not isinstance(value, str) else None
-    if values is None or not all(isinstance(one, kind) for one in values):
-        raise TypeError(f"{name} must be one for all prompts or a list of one for each, not {value!r}")
-    if len(values) != count:
-        raise ValueError(
-            f"{name} has {len(values)} entries for {count} prompts; it must have one for each, or be one"
-        )
-    return values
+def _calls(batch: Batch, requests: list[Request], *, steps: int) -> Iterator[list[TokenEvent]]:
+    """The first tokens, then the others call by call, until every prompt has ended."""
+    yield batch.add(requests)
+    while batch.running:
+        yield batch.step(steps)

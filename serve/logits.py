@@ -9,7 +9,10 @@ from jaxtyping import Array, Float, Float32, Int
 
 from jsparse.models import Llama
 from jsparse.serve import loop
-from jsparse.serve.config import CacheConfig, plan_cache
+from jsparse.serve.batch import Batch
+from jsparse.serve.config import CacheConfig, Reading, plan_cache
+from jsparse.serve.request import Request
+from jsparse.serve.sampling import SamplingParams
 
 
 def decode_logits(
@@ -36,20 +39,21 @@ def decode_logits(
             raise ValueError(
                 f"{name} must be one id or more in [0, vocab_size={model.config.vocab_size}), not {tokens}"
             )
-    layout = plan_cache(cache, model.config, [len(prompt)], len(continuation))
-    structure, params = loop.split_model(model)
-    state, _ = loop.prefill(model, structure, params, [prompt], layout)
-    return np.asarray(_forced(structure, params, state, continuation.astype(np.int32), budget=layout.budget))
+    layout = plan_cache(cache, model.config, [len(prompt)], [len(continuation)])
+    batch = Batch(model, layout)
+    batch.add([Request(prompt.astype(np.int32), len(continuation), SamplingParams(ignore_eos=True), 0)])
+    tokens = continuation.astype(np.int32)
+    return np.asarray(_forced(batch.structure, batch.params, batch.state, tokens, reading=layout.reading))
 
 
-@functools.partial(jax.jit, static_argnames=("structure", "budget"))
+@functools.partial(jax.jit, static_argnames=("structure", "reading"))
 def _forced(
     structure: loop.ModelStructure,
     params: list[Array],
     state: loop.DecodeState,
     continuation: Int[Array, " T"],
     *,
-    budget: int | None,
+    reading: Reading,
 ) -> Float[Array, "T vocab"]:
     model = structure.model(params)
     batch = state.lengths.shape[0]
@@ -57,7 +61,7 @@ def _forced(
 
     def step(state, token):
         tokens = jnp.full((batch, 1), token)
-        hidden, state = loop.forward(model, state, tokens, fed, budget=budget)
+        hidden, state = loop.forward(model, state, tokens, fed, reading)
         return state, model.logits(hidden[0, 0])
 
     return jax.lax.scan(step, state, continuation)[1]

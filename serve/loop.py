@@ -7,7 +7,7 @@ ones.
 
 import dataclasses
 import functools
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -16,9 +16,10 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from jsparse.cache import LayerKVCache, PagedKVCache, StreamingKVCache
-from jsparse.decode import attend_and_append
+from jsparse.layer import attend_and_append
 from jsparse.models import Llama
-from jsparse.serve.config import CacheLayout
+from jsparse.select import Selection
+from jsparse.serve.config import CacheLayout, Reading
 from jsparse.serve.sampling import RowParams, sample
 
 MAX_STEPS = 32  # tokens a row that one call of decode_steps can return
@@ -55,6 +56,16 @@ def split_model(model: Llama) -> tuple[ModelStructure, list[Array]]:
     return ModelStructure(graphdef, treedef), params
 
 
+class ModelShape(NamedTuple):
+    """What of a model decides the shapes of its cache."""
+
+    q_heads: int
+    kv_heads: int
+    head_dim: int
+    hidden_size: int
+    dtype: Any
+
+
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class DecodeState:
@@ -66,57 +77,138 @@ class DecodeState:
     token: Any  # int32 [B]: the newest token, not in the cache yet
     generated: Any  # int32 [B]
     finish: Any  # int32 [B]: RUNNING, or why the row ended
+    selected_at: Any  # int32 [B]: the length at which pages were chosen last, 0 if never
 
 
-@functools.partial(jax.jit, static_argnames=("layout", "kv_heads", "dim", "dtype"))
-def new_state(layout: CacheLayout, *, kv_heads: int, dim: int, dtype: Any) -> DecodeState:
-    """An empty cache, in which row ``b`` owns the pages from ``b * pages`` on."""
+@functools.partial(jax.jit, static_argnames=("layout", "shape"))
+def new_state(layout: CacheLayout, shape: ModelShape) -> DecodeState:
+    """An empty batch: all rows free, and the pool of pages."""
+    state = _empty_rows(layout, shape, layout.batch, prefill=False)
+    layers = []
+    for number, layer in enumerate(state.layers):
+        heads = shape.kv_heads - len(layer.streaming_heads)
+        selection = layout.reading.selection_of(number)
+        paged = selected = None
+        if heads:
+            paged = PagedKVCache.zeros(
+                layout.num_pages,
+                heads,
+                shape.head_dim,
+                page_size=layout.page_size,
+                logical_page_size=None if selection is None else layout.logical_page_size,
+                dtype=shape.dtype,
+                bits=layout.kv_bits,
+            )
+            if selection is not None and selection.every > 1:
+                group = shape.q_heads // shape.kv_heads
+                selected = jnp.zeros((layout.batch, *_list_shape(layout, selection, heads, group)), jnp.int32)
+        layers.append(dataclasses.replace(layer, paged=paged, selected=selected))
+    return dataclasses.replace(state, layers=tuple(layers), finish=jnp.full(layout.batch, STOP, jnp.int32))
+
+
+@functools.partial(jax.jit, static_argnames=("layout", "shape", "rows"))
+def new_prefill_state(layout: CacheLayout, shape: ModelShape, rows: int) -> DecodeState:
+    """Empty rows for prompts: rings as long as prompts see, and no pool, which the running rows bring."""
+    return _empty_rows(layout, shape, rows, prefill=True)
+
+
+def _empty_rows(layout: CacheLayout, shape: ModelShape, rows: int, *, prefill: bool) -> DecodeState:
     layers = []
     for layer in layout.layers:
-        streaming_heads = len(layer.streaming_heads)
-        paged = streaming = None
-        if streaming_heads < kv_heads:
-            paged = PagedKVCache.zeros(
-                layout.batch * layout.pages,
-                kv_heads - streaming_heads,
-                dim,
-                page_size=layout.page_size,
-                logical_page_size=layout.logical_page_size,
-                dtype=dtype,
-            )
-        if streaming_heads:
+        streaming = None
+        if layer.streaming_heads:
             streaming = StreamingKVCache.zeros(
-                layout.batch, streaming_heads, dim, sink=layer.sink, window=layer.window, dtype=dtype
+                rows,
+                len(layer.streaming_heads),
+                shape.head_dim,
+                sink=layer.sink,
+                window=layer.prefill_window if prefill else layer.window,
+                dtype=shape.dtype,
             )
-        layers.append(LayerKVCache(paged, streaming, layer.streaming_heads))
-    page_table = jnp.arange(layout.batch * layout.pages, dtype=jnp.int32).reshape(layout.batch, layout.pages)
-    counters = [jnp.zeros(layout.batch, jnp.int32) for _ in range(4)]
-    return DecodeState(tuple(layers), page_table, *counters)
+        layers.append(LayerKVCache(None, streaming, layer.streaming_heads))
+    table = jnp.full((rows, layout.pages_of(layout.capacity)), layout.num_pages, jnp.int32)  # no page
+    return DecodeState(tuple(layers), table, *(jnp.zeros(rows, jnp.int32) for _ in range(5)))
+
+
+def _list_shape(layout: CacheLayout, selection: Selection, kv_heads: int, group: int) -> tuple[int, int]:
+    """How many lists of chosen pages a row has, and how long they are: as best_pages gives them."""
+    pages = layout.pages_of(layout.capacity)
+    count = min(selection.budget // layout.page_size, pages)
+    if selection.heads == "query":
+        return kv_heads * group, count
+    return kv_heads, min(count * group, pages) if selection.heads == "union" else count
+
+
+Pool = tuple[PagedKVCache | None, ...]  # the pages of each layer
+
+
+def pool_of(state: DecodeState) -> Pool:
+    return tuple(layer.paged for layer in state.layers)
+
+
+def with_pool(state: DecodeState, pool: Pool) -> DecodeState:
+    """The state on other pages, or on none: the running rows and new prompts take turns with one pool."""
+    layers = (
+        dataclasses.replace(layer, paged=paged) for layer, paged in zip(state.layers, pool, strict=True)
+    )
+    return dataclasses.replace(state, layers=tuple(layers))
+
+
+def join(state: DecodeState, joining: DecodeState, rows: Int[np.ndarray, " n"]) -> DecodeState:
+    """``state`` with the rows of ``joining``, and its pool; a row number beyond the batch takes no row."""
+    pool, none = pool_of(joining), (None,) * len(joining.layers)
+    return with_pool(_put_rows(with_pool(state, none), with_pool(joining, none), rows), pool)
+
+
+@functools.partial(jax.jit, donate_argnames="state")
+def _put_rows(state: DecodeState, joining: DecodeState, rows: Int[Array, " n"]) -> DecodeState:
+
+    def put(old, new):
+        return old.at[rows].set(new.astype(old.dtype), mode="drop")
+
+    layers = []
+    for old, new in zip(state.layers, joining.layers, strict=True):
+        ring = old.streaming
+        if ring is not None:
+            ring = jax.tree.map(put, ring, new.streaming.narrowed(ring.window, joining.lengths))
+        layers.append(dataclasses.replace(old, streaming=ring))
+    fields = (field.name for field in dataclasses.fields(state) if field.name != "layers")
+    return DecodeState(
+        tuple(layers), **{name: put(getattr(state, name), getattr(joining, name)) for name in fields}
+    )
+
+
+@functools.partial(jax.jit, donate_argnames="state")
+def stop(state: DecodeState, row: Int[Array, ""]) -> DecodeState:
+    """The state with one row ended."""
+    return dataclasses.replace(state, finish=state.finish.at[row].set(STOP))
 
 
 def prefill(
-    model: Llama,
     structure: ModelStructure,
     params: list[Array],
+    state: DecodeState,
     prompts: list[np.ndarray],
     layout: CacheLayout,
+    shape: ModelShape,
 ) -> tuple[DecodeState, Float[Array, "B embed"]]:
-    """A new cache with the prompts in it, chunk by chunk, and the hidden state of each one's last token."""
-    config, dtype = model.config, model.embed_tokens.embedding[...].dtype
-    state = new_state(layout, kv_heads=config.num_key_value_heads, dim=config.head_dim, dtype=dtype)
-    hidden = jax.device_put(np.zeros((layout.batch, config.hidden_size), dtype))
+    """The state with the prompts in it, chunk by chunk, and the hidden state of each one's last token."""
+    batch = state.lengths.shape[0]
+    hidden = jax.device_put(np.zeros((batch, shape.hidden_size), shape.dtype))
     for start in range(0, max(map(len, prompts)), layout.prefill_chunk):
-        tokens = np.zeros((layout.batch, layout.prefill_chunk), np.int32)
-        counts = np.zeros(layout.batch, np.int32)
+        tokens = np.zeros((batch, layout.prefill_chunk), np.int32)
+        counts = np.zeros(batch, np.int32)
         for row, prompt in enumerate(prompts):
             piece = prompt[start : start + layout.prefill_chunk]
             tokens[row, : len(piece)] = piece
             counts[row] = len(piece)
-        state, hidden = prefill_chunk(structure, params, state, hidden, tokens, counts)
+        state, hidden = prefill_chunk(
+            structure, params, state, hidden, tokens, counts, reading=layout.reading
+        )
     return state, hidden
 
 
-@functools.partial(jax.jit, static_argnames="structure", donate_argnames=("state", "hidden"))
+@functools.partial(jax.jit, static_argnames=("structure", "reading"), donate_argnames=("state", "hidden"))
 def prefill_chunk(
     structure: ModelStructure,
     params: list[Array],
@@ -124,13 +216,15 @@ def prefill_chunk(
     hidden: Float[Array, "B embed"],
     tokens: Int[Array, "B C"],
     counts: Int[Array, " B"],
+    *,
+    reading: Reading,
 ) -> tuple[DecodeState, Float[Array, "B embed"]]:
     """Takes the next ``counts[b]`` of ``C`` prompt tokens a row into the cache.
 
     ``hidden`` is that of each row's newest token: rows whose prompts end early keep theirs.
     """
     model = structure.model(params)
-    chunk, state = forward(model, state, tokens, counts, budget=None)
+    chunk, state = forward(model, state, tokens, counts, reading, prompt=True)
     newest = jnp.take_along_axis(chunk, jnp.maximum(counts - 1, 0)[:, None, None], axis=1)[:, 0]
     return state, jnp.where(counts[:, None] > 0, newest, hidden)
 
@@ -148,7 +242,7 @@ def first_token(
     return state, token[:, None]
 
 
-@functools.partial(jax.jit, static_argnames=("structure", "budget"), donate_argnames="state")
+@functools.partial(jax.jit, static_argnames=("structure", "reading"), donate_argnames="state")
 def decode_steps(
     structure: ModelStructure,
     params: list[Array],
@@ -156,11 +250,11 @@ def decode_steps(
     rows: RowParams,
     steps: Int[Array, ""],
     *,
-    budget: int | None,
+    reading: Reading,
 ) -> tuple[DecodeState, Int[Array, "B steps"]]:
     """Runs up to ``steps`` (at most MAX_STEPS) decode steps, fewer when every row ends before.
 
-    Returns the tokens of each step, -1 where a row had ended. ``steps`` is traced, ``budget`` static.
+    Returns the tokens of each step, -1 where a row had ended. ``steps`` is traced, ``reading`` static.
     """
     model = structure.model(params)
 
@@ -171,7 +265,7 @@ def decode_steps(
     def step(carry):
         i, state, out = carry
         running = (state.finish == RUNNING).astype(jnp.int32)
-        hidden, state = forward(model, state, state.token[:, None], running, budget=budget)
+        hidden, state = forward(model, state, state.token[:, None], running, reading)
         state, token = _choose(model, hidden[:, 0], state, rows)
         return i + 1, state, out.at[:, i].set(token)
 
@@ -180,19 +274,45 @@ def decode_steps(
     return state, out
 
 
-def forward(model: Llama, state: DecodeState, tokens, counts, *, budget: int | None):
-    """Hidden states of ``counts[b]`` new tokens a row, and the state with them in the cache."""
-    layers = list(state.layers)
+def forward(model: Llama, state: DecodeState, tokens, counts, reading: Reading, *, prompt: bool = False):
+    """Hidden states of ``counts[b]`` new tokens a row, and the state with them in the cache.
+
+    A ``prompt`` is read as ``reading.estimate`` says, new tokens as ``reading.selection`` does.
+    """
+    layers, select, selected_at = list(state.layers), None, state.selected_at
+    if reading.selection is not None and not prompt:
+        select, selected_at = _due(state, counts, reading.selection)
 
     def attend(layer, q, k, v):
         out, layers[layer] = attend_and_append(
-            q, k, v, layers[layer], state.page_table, state.lengths, counts, budget=budget
+            q,
+            k,
+            v,
+            layers[layer],
+            state.page_table,
+            state.lengths,
+            counts,
+            selection=None if prompt else reading.selection_of(layer),
+            select=select,
+            estimate=reading.estimate if prompt else None,
         )
         return out
 
     positions = state.lengths[:, None] + jnp.arange(tokens.shape[1], dtype=jnp.int32)
     hidden = model.hidden(tokens, positions, attend)
-    return hidden, dataclasses.replace(state, layers=tuple(layers), lengths=state.lengths + counts)
+    changed = {"layers": tuple(layers), "lengths": state.lengths + counts, "selected_at": selected_at}
+    return hidden, dataclasses.replace(state, **changed)
+
+
+def _due(state: DecodeState, counts, selection: Selection):
+    """Which rows choose pages at this step, and when each row last did.
+
+    A row counts its own tokens, from the first that is beyond the budget.
+    """
+    after = state.lengths + counts
+    due = (state.selected_at == 0) | (after - state.selected_at >= selection.every)
+    now = due & (after > selection.budget) & (counts > 0)
+    return now, jnp.where(now, after, state.selected_at)
 
 
 def _choose(model: Llama, hidden, state: DecodeState, rows: RowParams):

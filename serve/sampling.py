@@ -81,11 +81,11 @@ class RowParams:
         cls,
         sampling: list[SamplingParams],
         seeds: list[int],
+        max_new: list[int],
         *,
         batch: int,
-        max_new: int,
         vocab_size: int,
-        eos_token_ids: tuple[int, ...],
+        eos_token_ids: tuple[int, ...] = (),
     ) -> "RowParams":
         """NumPy arrays of ``batch`` rows; those beyond the sequences are greedy and never used."""
         rows = [*sampling, *[SamplingParams()] * (batch - len(sampling))]
@@ -100,7 +100,7 @@ class RowParams:
             top_p=np.array([params.top_p for params in rows], np.float32),
             seed=np.array([*seeds, *[0] * (batch - len(seeds))], np.uint32),
             stops=stops,
-            max_new=np.array([max_new] * len(sampling) + [0] * (batch - len(sampling)), np.int32),
+            max_new=np.array([*max_new, *[0] * (batch - len(max_new))], np.int32),
         )
 
 

@@ -41,7 +41,13 @@ def test_there_are_examples():
 
 
 # What makes the README's example small enough for a test; the rest runs as it stands.
-SMALLER = {"context=8192, steps=1000": "context=256, steps=2, batch_size=1", "budget=1024": "budget=64"}
+SMALLER = {
+    "context=8192, steps=1000": "context=256, steps=2, batch_size=1",
+    'output="pattern", context=8192': 'output="pattern", context=256, min_context=256, steps=2, '
+    "needles=1, words=1, sink=8, window=16",
+    "budget=1024": "budget=64",
+    "capacity=4096, batch=8": "capacity=256, batch=2",
+}
 
 
 def test_readme(save_tiny_model, tmp_path, monkeypatch, capsys):
@@ -60,5 +66,6 @@ def test_readme(save_tiny_model, tmp_path, monkeypatch, capsys):
     exec(compile(source, "README.md", "exec"), names)
     assert names["out"].shape == names["gradient"].shape == (1, 1024, 8, 64)
     assert len(names["result"].tokens[0]) == 100 and capsys.readouterr().out
+    assert len(names["events"]) == 200 and names["streams"].sum() == 2
     assert names["logits"].shape == (1, len("Call me"), 257)
     assert names["model"].config.max_position_embeddings == 256

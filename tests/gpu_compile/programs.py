@@ -119,13 +119,22 @@ def decode_program(mesh: Mesh, batch: int) -> Program:
     streaming = np.zeros((LLAMA_3_1_8B.num_hidden_layers, kv_heads), bool)
     streaming[:, ::2] = True
     cache = CacheConfig(capacity=CONTEXT, batch=batch, streaming_heads=streaming)
-    layout = plan_cache(cache, LLAMA_3_1_8B, [CONTEXT - 1024] * batch, 1024)
+    layout = plan_cache(cache, LLAMA_3_1_8B, [CONTEXT - 1024] * batch, [1024] * batch)
     graphdef, state = nnx.split(
         nnx.eval_shape(lambda: Llama(LLAMA_3_1_8B, rngs=nnx.Rngs(0), dtype=jnp.bfloat16))
     )
     params, treedef = jax.tree.flatten(_sharded(state, mesh))
     cached = jax.eval_shape(
-        lambda: loop.new_state(layout, kv_heads=kv_heads, dim=LLAMA_3_1_8B.head_dim, dtype=jnp.bfloat16)
+        lambda: loop.new_state(
+            layout,
+            loop.ModelShape(
+                LLAMA_3_1_8B.num_attention_heads,
+                kv_heads,
+                LLAMA_3_1_8B.head_dim,
+                LLAMA_3_1_8B.hidden_size,
+                jnp.bfloat16,
+            ),
+        )
     )
     place = functools.partial(_place, mesh=mesh)
     layers = tuple(
@@ -140,16 +149,15 @@ def decode_program(mesh: Mesh, batch: int) -> Program:
     rows = RowParams.of(
         [SamplingParams()] * batch,
         [0] * batch,
+        [1024] * batch,
         batch=batch,
-        max_new=1024,
         vocab_size=LLAMA_3_1_8B.vocab_size,
-        eos_token_ids=(),
     )
     structure = loop.ModelStructure(graphdef, treedef)
     return Program(
         loop.decode_steps,
         (structure, params, cached, place(rows, BATCH), _shape(mesh, (), jnp.int32)),
-        {"budget": layout.budget},
+        {"reading": layout.reading},
     )
 
 

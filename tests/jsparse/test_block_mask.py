@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jsparse import BlockMask, TokenMask, causal, streaming
+from jsparse import BlockMask, TokenMask, attention, causal, streaming
 from jsparse.block_mask import transposed_lists
 
 token_masks = st.builds(
@@ -122,6 +122,58 @@ def test_it_is_a_pytree_whose_lists_may_be_traced():
     np.testing.assert_array_equal(same.kv_index, mask.kv_index)
 
 
+def as_indices(mask):
+    """kv_index, kv_count, kv_full_count of a mask of one row, at a fixed capacity."""
+    lists = [full + rest for full, rest in lists_of(mask).values()]
+    index = np.full((1, len(lists), max(1, *map(len, lists))), -1)
+    for i, blocks in enumerate(lists):
+        index[0, i, : len(blocks)] = blocks
+    return index, mask.kv_count, mask.kv_full_count
+
+
+@given(mask=token_masks, geometry=geometries)
+@settings(max_examples=200)
+def test_wholly_visible_blocks_are_checked(mask, geometry):
+    index, count, full_count = as_indices(BlockMask.from_token_masks(mask, **geometry))
+    ours = BlockMask.from_indices(index, count, **geometry, token_mask=mask, kv_full_count=full_count)
+    np.testing.assert_array_equal(ours.kv_full_count, full_count)
+    for where in zip(*np.nonzero(full_count < count), strict=True):
+        one_more = full_count.copy()
+        one_more[where] += 1
+        with pytest.raises(
+            ValueError, match=f"calls block {index[where][one_more[where] - 1]} wholly visible"
+        ):
+            BlockMask.from_indices(index, count, **geometry, token_mask=mask, kv_full_count=one_more)
+
+
+@pytest.mark.parametrize("traced", [False, True])
+def test_attention_skips_the_element_mask_of_wholly_visible_blocks(traced):
+    geometry = {"q_len": 45, "kv_len": 61, "block_q": 8, "block_kv": 4}
+    token_mask = streaming(9, 25)
+    index, count, full_count = as_indices(BlockMask.from_token_masks(token_mask, **geometry))
+    assert full_count.any() and (full_count < count).any()
+    rng = np.random.default_rng(0)
+    q, k, v, d_out = (
+        jnp.asarray(rng.normal(size=(1, length, 2, 8)), jnp.float32) for length in (45, 61, 61, 45)
+    )
+
+    def gradients(full_count, implementation):
+        def loss(q, k, v, full_count):
+            lists = BlockMask.from_indices(
+                index, count, **geometry, token_mask=token_mask, kv_full_count=full_count
+            )
+            out = attention(q, k, v, lists, implementation=implementation)
+            return jnp.sum(out * d_out), out
+
+        step = jax.grad(loss, (0, 1, 2), has_aux=True)
+        return jax.tree.leaves((jax.jit(step) if traced else step)(q, k, v, full_count))
+
+    expected = gradients(full_count, "reference")
+    for full in (full_count, None):
+        for x, y in zip(gradients(full, "xla"), expected, strict=True):
+            np.testing.assert_allclose(x, y, atol=1e-5)
+
+
 GEOMETRY: dict[str, Any] = {"q_len": 8, "kv_len": 12, "block_q": 4, "block_kv": 4}
 
 
@@ -139,6 +191,22 @@ def test_bad_lists_are_refused(index, count, message):
     from_indices = inspect.unwrap(BlockMask.from_indices)  # our own message, not that of the shape checker
     with pytest.raises(ValueError, match=message):
         from_indices(np.array(index), np.array(count), **GEOMETRY)
+
+
+@pytest.mark.parametrize(
+    "full_count, message",
+    [
+        ([[1]], r"kv_full_count must be \[1, 2\] like kv_count, not \[1, 1\]"),
+        ([[0, 3]], "kv_full_count must lie in 0..kv_count, not 3 of 2"),
+        ([[-1, 0]], "kv_full_count must lie in 0..kv_count, not -1 of 1"),
+        ([[1, 2]], r"calls block 2 wholly visible for query block 1, but TokenMask\(.*\) hides a part of it"),
+    ],
+)
+def test_bad_full_counts_are_refused(full_count, message):
+    from_indices = inspect.unwrap(BlockMask.from_indices)  # our own message, not that of the shape checker
+    lists = np.array([[[0, 9], [1, 2]]]), np.array([[1, 2]])
+    with pytest.raises(ValueError, match=message):
+        from_indices(*lists, **GEOMETRY, kv_full_count=np.array(full_count))
 
 
 def test_padding_of_a_list_is_not_looked_at():

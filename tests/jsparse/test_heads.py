@@ -45,10 +45,11 @@ def test_duo_attentions_number_format_loads(tmp_path):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("1\t2\n3\n", "line 2: 1 KV heads, but the first line has 2"),
-        ("1\t2\n3\tmuch\n", "line 2: 'much' is not a finite number"),
+        ("1\t0\n1\n", "line 2: 1 KV heads, but the first line has 2"),
+        ("1\t0\n1\tmuch\n", "line 2: 'much' is not a finite number"),
         ("1\tnan\n", "line 1: 'nan' is not a finite number"),
         ("1\tinf\n", "line 1: 'inf' is not a finite number"),
+        ("0.5\t1\n37\t0\n", "line 2: '37' is no gate; they lie in"),
         ("1 2\n", "line 1: '1 2' is not a finite number"),
         ("", "empty"),
     ],

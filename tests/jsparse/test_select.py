@@ -4,7 +4,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jsparse.select import page_bounds, page_scores, select_pages
+from jsparse.select import page_bounds, page_scores
+from jsparse.select import select_pages as select_by_bounds
 
 # LServe (arXiv 2502.14866), figure 7: a query, and the bounds (max, min) of four logical pages with their
 # scores.
@@ -15,6 +16,11 @@ GOLDEN = [
     ([6, 6, 8, 7, 8, 8, 7, -1], [-7, -4, -7, -5, -5, -5, -8, -5], 78),
     ([2, 8, 0, 4, 4, 6, 6, 4], [-4, 0, -8, -5, -5, 0, 0, -7], 49),
 ]
+
+
+def select_pages(q, k_min, k_max, lengths, **options):
+    bounds = jnp.concatenate([jnp.asarray(k_min), jnp.asarray(k_max)], axis=-1)
+    return select_by_bounds(q, bounds, lengths, **options)
 
 
 def random(*shape, seed=0):

@@ -111,7 +111,7 @@ def test_sampling_params(fields, message):
         ({"capacity": 0}, "capacity must be an integer >= 1 or None, not 0"),
         ({"batch": 0}, "batch must be an integer >= 1 or None, not 0"),
         ({"batch": True}, "batch"),
-        ({"page_size": 0}, "page_size must be an integer >= 1, not 0"),
+        ({"page_size": 0}, "page_size must be an integer >= 1 or None, not 0"),
         ({"logical_page_size": 24}, "page_size=64 must be a multiple of logical_page_size=24"),
         ({"budget": 32}, "budget=32 must be a multiple of page_size=64"),
         ({"budget": 0}, "budget must be an integer >= 1 or None, not 0"),

@@ -91,9 +91,9 @@ def test_cached_logits_are_the_masked_models_from_dirty_caches(model, prompts, s
         padded[row, : len(sequence)] = sequence
     expected = np.asarray(oracle(model, jnp.array(padded)))
 
-    layout = plan_cache(cache, model.config, [len(prompt) for prompt in prompts], 14)
+    layout = plan_cache(cache, model.config, [len(prompt) for prompt in prompts], [14] * 4)
     structure, params = loop.split_model(model)
-    state = loop.new_state(layout, kv_heads=2, dim=8, dtype=jnp.float32)
+    state = loop.new_state(layout, loop.ModelShape(4, 2, 8, 32, jnp.float32))
     # As if every page and ring were recycled from a broken sequence; pages lie anywhere.
     layers = jax.tree.map(lambda x: jnp.full_like(x, jnp.nan), state.layers)
     shuffled = np.random.default_rng(2).permutation(64).reshape(4, 16).astype(np.int32)
@@ -102,7 +102,13 @@ def test_cached_logits_are_the_masked_models_from_dirty_caches(model, prompts, s
     for start in range(0, 50, 16):
         counts = np.array([max(0, min(16, len(prompt) - start)) for prompt in prompts], np.int32)
         state, hidden = loop.prefill_chunk(
-            structure, params, state, hidden, padded[:, start : start + 16].copy(), counts
+            structure,
+            params,
+            state,
+            hidden,
+            padded[:, start : start + 16].copy(),
+            counts,
+            reading=layout.reading,
         )
     lengths = np.array([len(prompt) for prompt in prompts])
     np.testing.assert_array_equal(state.lengths, lengths)
@@ -111,7 +117,7 @@ def test_cached_logits_are_the_masked_models_from_dirty_caches(model, prompts, s
 
     step = jax.jit(
         lambda params, state, token: loop.forward(
-            structure.model(params), state, token, jnp.ones(4, jnp.int32), budget=budget
+            structure.model(params), state, token, jnp.ones(4, jnp.int32), layout.reading
         )
     )
     for i in range(steps):
@@ -137,7 +143,8 @@ def test_bfloat16_models_have_bfloat16_caches(one_layer, prompts):
     result = generate(model, prompts, 3, SamplingParams(ignore_eos=True), cache)
     assert [len(new) for new in result.tokens] == [3] * 4
     keys_and_values, bounds, ring = 2 * 64 * 8, 2 * 16 * 8, 2 * 8 * 8
-    assert result.stats.cache_bytes == 4 * (keys_and_values + bounds + ring) * 2
+    chosen = 4 * 2 * 4  # two pages a row, as int32
+    assert result.stats.cache_bytes == 4 * (keys_and_values + bounds + ring) * 2 + chosen
 
 
 SAMPLED = SamplingParams(temperature=0.8, top_k=20, top_p=0.9)
@@ -244,20 +251,21 @@ def test_nothing_compiles_after_the_first_call(model, cache, prompts, compilatio
 def test_the_cache_is_donated_and_never_copied(model):
     streams = [[True, False], [False, False]]
     cache = CacheConfig(32768, 2, budget=256, streaming_heads=streams, sink=4, window=60, prefill_chunk=16)
-    layout = plan_cache(cache, model.config, [8, 8], 4)
+    layout = plan_cache(cache, model.config, [8, 8], [4, 4])
     structure, params = loop.split_model(model)
-    state = loop.new_state(layout, kv_heads=2, dim=8, dtype=jnp.float32)
+    state = loop.new_state(layout, loop.ModelShape(4, 2, 8, 32, jnp.float32))
     cache_bytes = sum(leaf.nbytes for leaf in jax.tree.leaves(state.layers))
-    rows = loop.RowParams.of(
-        [SamplingParams()] * 2, [0, 0], batch=2, max_new=4, vocab_size=61, eos_token_ids=()
-    )
-    decode = loop.decode_steps.lower(structure, params, state, rows, np.int32(1), budget=256).compile()
+    rows = loop.RowParams.of([SamplingParams()] * 2, [0, 0], [4, 4], batch=2, vocab_size=61)
+    reading = layout.reading
+    decode = loop.decode_steps.lower(structure, params, state, rows, np.int32(1), reading=reading).compile()
     tokens, counts, hidden = np.zeros((2, 16), np.int32), np.full(2, 8, np.int32), jnp.zeros((2, 32))
-    prefill = loop.prefill_chunk.lower(structure, params, state, hidden, tokens, counts).compile()
+    prefill = loop.prefill_chunk.lower(
+        structure, params, state, hidden, tokens, counts, reading=reading
+    ).compile()
     for compiled in (decode, prefill):
         memory = compiled.memory_analysis()
         assert memory is not None and memory.alias_size_in_bytes >= cache_bytes
         assert memory.temp_size_in_bytes < cache_bytes / 8  # a copy of one layer's keys would be more
-    after, _ = loop.decode_steps(structure, params, state, rows, np.int32(1), budget=256)
+    after, _ = loop.decode_steps(structure, params, state, rows, np.int32(1), reading=reading)
     assert all(leaf.is_deleted() for leaf in jax.tree.leaves(state.layers))
     assert not any(leaf.is_deleted() for leaf in jax.tree.leaves((params, after)))

@@ -49,7 +49,7 @@ def test_tokens_as_likely_as_the_last_one_kept_are_kept():
 
 def rows_of(params, seeds, vocab_size=8):
     return RowParams.of(
-        params, seeds, batch=len(params), max_new=1, vocab_size=vocab_size, eos_token_ids=(3,)
+        params, seeds, [1] * len(params), batch=len(params), vocab_size=vocab_size, eos_token_ids=(3,)
     )
 
 
@@ -106,6 +106,6 @@ def test_extreme_temperatures_stay_finite_or_nothing(temperature):
 
 def test_rows_hold_the_stop_tokens():
     params = [SamplingParams(stop_token_ids=[1, 5]), SamplingParams(ignore_eos=True, stop_token_ids=(2,))]
-    rows = RowParams.of(params, [1, 2], batch=3, max_new=9, vocab_size=8, eos_token_ids=(3,))
+    rows = RowParams.of(params, [1, 2], [9, 9], batch=3, vocab_size=8, eos_token_ids=(3,))
     assert [np.flatnonzero(row).tolist() for row in rows.stops[:2]] == [[1, 3, 5], [2]]
     assert rows.max_new.tolist() == [9, 9, 0] and rows.seed.tolist() == [1, 2, 0]

@@ -1,0 +1,130 @@
+"""Attention of a chunk of a prompt over a KV cache: the chunk beside what the cache holds, as one sequence.
+
+The keys of a chunk follow the cached ones in one array, so that :func:`jsparse.attention` does the work, with
+lists of blocks, on whatever implementation is best. A prompt in chunks gets what it gets in one piece.
+"""
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from jsparse.attention import attention
+from jsparse.cache import PagedKVCache, StreamingKVCache
+from jsparse.decode import paged_attention
+from jsparse.device import hopper
+from jsparse.estimate import PooledBlocks, VerticalSlash, all_blocks
+from jsparse.masks import sliding_window
+
+_BLOCK = 128  # tokens a block of lists, where nothing else says how many
+
+
+def paged_prefill(
+    q: Float[Array, "B C Hq D"],
+    k: Float[Array, "B C Hk D"],
+    v: Float[Array, "B C Hk D"],
+    cache: PagedKVCache,
+    page_table: Int[Array, "B max_pages"],
+    lengths: Int[Array, " B"],
+    counts: Int[Array, " B"],
+    *,
+    estimate: PooledBlocks | VerticalSlash | None = None,
+) -> Float[Array, "B C Hq D"]:
+    """Causal attention of a chunk to the ``lengths`` tokens in the pages before it, and to itself.
+
+    ``lengths[b]`` is a multiple of ``C`` where ``counts[b] > 0``; queries beyond ``counts`` get anything.
+    ``estimate`` lists the blocks that each head visits, None visits all. Keys and values are read as the
+    cache stores them, those of the chunk too: how a prompt is cut makes no difference.
+    """
+    if estimate is None and not (hopper() and k.shape[1] % _BLOCK == 0):
+        # No copies, and the time follows the tokens held, not the capacity. Kernels make up for both.
+        return paged_attention(q, cache, page_table, lengths, lengths + counts)
+    batch, chunk, kv_heads, _ = k.shape
+    block = _BLOCK if estimate is None else estimate.block
+    tokens = page_table.shape[1] * cache.page_size
+    cached = -(-tokens // block) * block
+    pages = jnp.broadcast_to(page_table[:, None], (batch, kv_heads, page_table.shape[1]))
+    held = cache.read(pages, jnp.arange(kv_heads), q.dtype)
+
+    def beside(held, new):
+        held = held.reshape(batch, kv_heads, tokens, -1).swapaxes(1, 2)
+        held = jnp.pad(held, ((0, 0), (0, cached - tokens), (0, 0), (0, 0)))
+        return jnp.concatenate([held, cache.restored(cache.stored(new), q.dtype)], axis=1)
+
+    valid = (jnp.arange(chunk) < counts[:, None])[:, :, None, None]
+    # What stands for no token may be NaN, and 0 * NaN is NaN.
+    k, v = beside(held[0], k), beside(held[1], jnp.where(valid, v, 0))
+    if estimate is None:
+        mask = all_blocks(batch, chunk, cached=cached, held=lengths, block=block)
+    else:
+        mask = estimate.block_mask(q, k, cached=cached, held=lengths, counts=counts)
+    return attention(q, k, v, mask)
+
+
+def streaming_prefill(
+    q: Float[Array, "B C Hq D"],
+    k: Float[Array, "B C Hk D"],
+    v: Float[Array, "B C Hk D"],
+    before: StreamingKVCache,
+    after: StreamingKVCache,
+    lengths: Int[Array, " B"],
+    counts: Int[Array, " B"],
+) -> Float[Array, "B C Hq D"]:
+    """Attention of a chunk of streaming heads to the ring before it, to itself, and to the sink.
+
+    ``before`` and ``after`` are the cache without and with the chunk. Every query sees exactly what
+    ``streaming(sink, window)`` shows it: the window in one piece, merged with the part of the sink that lies
+    before the window.
+    """
+    window, dtype = before.window, before.k.dtype
+    position = lengths[:, None] - window + jnp.arange(window)
+    k, v = (
+        jnp.concatenate([old.swapaxes(1, 2), new.astype(dtype)], axis=1).astype(q.dtype)
+        for old, new in zip(before.take(position), (k, v), strict=True)
+    )
+    # Segment 1 is the sequence; the ring of a short one has slots of no token, and so has the last chunk.
+    new = jnp.arange(q.shape[1]) < counts[:, None]
+    ids = jnp.concatenate([position >= 0, new], axis=1).astype(jnp.int32)
+    v = jnp.where(ids[:, :, None, None] > 0, v, 0)  # they may hold NaN, and 0 * NaN is NaN
+    out, lse = attention(
+        q,
+        k,
+        v,
+        sliding_window(window),
+        q_segment_ids=jnp.ones(q.shape[:2], jnp.int32),
+        kv_segment_ids=ids,
+        return_lse=True,
+    )
+    if before.sink == 0:
+        return out
+    sink_out, sink_lse = _attend_to_sink(q, after, lengths, counts)
+    return _merged(out, lse, sink_out, sink_lse).astype(q.dtype)
+
+
+def _attend_to_sink(q, cache: StreamingKVCache, lengths, counts):
+    """Attention to the tokens of the sink that the window does not show, and lse; float32, dense, small."""
+    batch, chunk, q_heads, dim = q.shape
+    kv_heads = cache.k.shape[1]
+    k, v = cache.k[:, :, : cache.sink], cache.v[:, :, : cache.sink]
+    token = jnp.arange(cache.sink)
+    held = token < (lengths + counts)[:, None]
+    v = jnp.where(held[:, None, :, None], v, 0)
+    grouped = q.reshape(batch, chunk, kv_heads, -1, dim)
+    scores = jnp.einsum("bchgd,bhsd->bhgcs", grouped, k.astype(q.dtype), preferred_element_type=jnp.float32)
+    position = lengths[:, None] + jnp.arange(chunk)
+    visible = (token <= (position - cache.window)[..., None]) & held[:, None]
+    scores = jnp.where(visible[:, None, None], scores * dim**-0.5, -jnp.inf)
+    top = jnp.maximum(scores.max(axis=-1), jnp.finfo(jnp.float32).min)  # finite where nothing is visible
+    weights = jnp.exp(scores - top[..., None])
+    total = weights.sum(axis=-1)
+    out = jnp.einsum("bhgcs,bhsd->bchgd", weights, v.astype(jnp.float32))
+    lse = (top + jnp.log(total)).transpose(0, 3, 1, 2).reshape(batch, chunk, q_heads)
+    total = jnp.where(total == 0, 1, total).transpose(0, 3, 1, 2)[..., None]
+    return (out / total).reshape(q.shape), lse
+
+
+def _merged(out, lse, other_out, other_lse):
+    """Attention to two sets of keys from that to each: out [B, C, H, D] and lse [B, C, H]."""
+    top = jnp.maximum(lse, other_lse)
+    top = jnp.where(top == -jnp.inf, 0, top)  # nothing seen: -inf - -inf is not a number
+    weight, other_weight = jnp.exp(lse - top), jnp.exp(other_lse - top)
+    total = jnp.maximum(weight + other_weight, jnp.finfo(jnp.float32).tiny)
+    return out * (weight / total)[..., None] + other_out * (other_weight / total)[..., None]

@@ -1,0 +1,185 @@
+"""Sequences that are decoded together, each of which may come and go at any time."""
+
+import dataclasses
+from typing import NamedTuple
+
+import jax
+import numpy as np
+
+from jsparse.models import Llama
+from jsparse.serve import loop
+from jsparse.serve.config import CacheConfig, CacheLayout, check_fit, layout_of
+from jsparse.serve.request import Request, check_requests
+from jsparse.serve.sampling import RowParams, SamplingParams
+
+
+class TokenEvent(NamedTuple):
+    """One new token of one prompt; ``finish_reason`` where it is the last. An error has no token."""
+
+    prompt: int
+    token: int | None
+    finish_reason: str | None
+
+
+class Batch:
+    """The rows of a cache and the pages that they share: continuous batching.
+
+    Prompts are added while others are under way, as long as a row and enough pages are free; each takes the
+    pages of its prompt and new tokens at once, so that nothing ever runs out later. Its row and pages are
+    free again when it ends or is removed. What a sequence generates depends on itself alone: neither on the
+    others, nor on what its pages held before.
+
+    ``cache`` is a CacheConfig whose ``capacity`` and ``batch`` are given. A prompt that is added is computed
+    apart from the running rows, which stand still meanwhile.
+
+    >>> from flax import nnx
+    >>> from jsparse.models import LlamaConfig
+    >>> config = LlamaConfig(
+    ...     vocab_size=257, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4
+    ... )
+    >>> batch = Batch(Llama(config, rngs=nnx.Rngs(0)), CacheConfig(capacity=128, batch=2))
+    >>> [event.prompt for event in batch.add_prompts([[1, 2, 3]], max_new_tokens=8)]
+    [0]
+    >>> events = batch.step(2) + batch.add_prompts([[4, 5]], max_new_tokens=8) + batch.step(1)
+    >>> [event.prompt for event in events], batch.running
+    ([0, 0, 1, 0, 1], 2)
+    """
+
+    def __init__(self, model: Llama, cache: CacheConfig | CacheLayout):
+        config = model.config
+        self.config = config
+        self.layout = layout_of(cache, config) if isinstance(cache, CacheConfig) else cache
+        self.structure, self.params = loop.split_model(model)
+        self._shape = loop.ModelShape(
+            config.num_attention_heads,
+            config.num_key_value_heads,
+            config.head_dim,
+            config.hidden_size,
+            model.embed_tokens.embedding[...].dtype,
+        )
+        self.state = loop.new_state(self.layout, self._shape)
+        self._rows = RowParams.of([], [], [], batch=self.layout.batch, vocab_size=config.vocab_size)
+        self._device_rows = None
+        self._free_pages = list(range(self.layout.num_pages))
+        self._pages: dict[int, list[int]] = {}  # of each row in use
+        self._prompts: dict[int, int] = {}  # row -> number of the prompt
+        self._next = 0
+
+    @property
+    def running(self) -> int:
+        """How many sequences have not ended."""
+        return len(self._prompts)
+
+    @property
+    def free_pages(self) -> int:
+        return len(self._free_pages)
+
+    @property
+    def cache_bytes(self) -> int:
+        return sum(leaf.nbytes for leaf in jax.tree.leaves(self.state.layers))
+
+    def add_prompts(
+        self,
+        prompts,
+        max_new_tokens: int = 64,
+        sampling=SamplingParams(temperature=0.0),  # noqa: B008, it is frozen
+        seed=0,
+    ) -> list[TokenEvent]:
+        """Takes prompts in and gives the first token of each. Arguments and errors are those of ``generate``.
+
+        Prompts are numbered through, in the order in which they come. ValueError where rows or pages are not
+        enough: nothing is added then.
+        """
+        return self.add(check_requests(self.config, prompts, max_new_tokens, sampling, seed))
+
+    def add(self, requests: list[Request]) -> list[TokenEvent]:
+        """:meth:`add_prompts` of requests that have been checked."""
+        layout = self.layout
+        lengths, max_new = [len(r.prompt) for r in requests], [r.max_new for r in requests]
+        free = [row for row in range(layout.batch) if row not in self._prompts]
+        check_fit(
+            layout, self.config, lengths, max_new, free_rows=len(free), free_pages=len(self._free_pages)
+        )
+        rows = free[: len(requests)]
+        # As many rows as a power of two: another number of prompts seldom compiles anew.
+        width = min(layout.batch, 1 << (len(requests) - 1).bit_length())
+        table = np.full((width, layout.pages_of(layout.capacity)), layout.num_pages, np.int32)  # none
+        for i, row in enumerate(rows):
+            count = layout.pages_of(lengths[i] + max_new[i])
+            pages, self._free_pages = self._free_pages[:count], self._free_pages[count:]
+            self._pages[row], self._prompts[row] = pages, self._next + i
+            table[i, :count] = pages
+        self._next += len(requests)
+        params = RowParams.of(
+            [r.sampling for r in requests],
+            [r.seed for r in requests],
+            max_new,
+            batch=width,
+            vocab_size=self.config.vocab_size,
+            eos_token_ids=self.config.eos_token_ids,
+        )
+        for old, new in zip(jax.tree.leaves(self._rows), jax.tree.leaves(params), strict=True):
+            old[rows] = new[: len(rows)]
+        self._device_rows = jax.device_put(self._rows)
+
+        joining = loop.new_prefill_state(layout, self._shape, width)
+        joining = loop.with_pool(dataclasses.replace(joining, page_table=table), loop.pool_of(self.state))
+        prompts = [r.prompt for r in requests]
+        joining, hidden = loop.prefill(self.structure, self.params, joining, prompts, layout, self._shape)
+        joining, tokens = loop.first_token(self.structure, self.params, joining, hidden, params)
+        finish = np.asarray(joining.finish)[: len(rows)]
+        places = np.array([*rows, *[layout.batch] * (width - len(rows))], np.int32)
+        self.state = loop.join(self.state, joining, places)
+        return self._events(rows, np.asarray(tokens), finish)
+
+    def step(self, steps: int = 1) -> list[TokenEvent]:
+        """Up to ``steps`` more tokens (at most 32) of every running sequence, fewer where all end before.
+
+        Events come in the order of the tokens, those of one step in the order of the prompts.
+        """
+        if not 1 <= steps <= loop.MAX_STEPS:
+            raise ValueError(f"steps must be from 1 to {loop.MAX_STEPS}, not {steps!r}")
+        if not self._prompts:
+            return []
+        self.state, tokens = loop.decode_steps(
+            self.structure,
+            self.params,
+            self.state,
+            self._device_rows,
+            np.int32(steps),
+            reading=self.layout.reading,
+        )
+        rows = sorted(self._prompts, key=self._prompts.__getitem__)
+        finish = np.asarray(self.state.finish)[rows]
+        return self._events(rows, np.asarray(tokens)[rows, :steps], finish)
+
+    def remove(self, prompt: int) -> None:
+        """Ends a sequence before its time. KeyError where no such prompt is running."""
+        rows = [row for row, number in self._prompts.items() if number == prompt]
+        if not rows:
+            raise KeyError(f"prompt {prompt} is not running; running are {sorted(self._prompts.values())}")
+        self.state = loop.stop(self.state, np.int32(rows[0]))
+        self._release(rows[0])
+
+    def _events(self, rows: list[int], tokens: np.ndarray, finish: np.ndarray) -> list[TokenEvent]:
+        """The events of ``tokens`` [rows, steps], -1 where there is none; rows that have ended are freed."""
+        events = []
+        given = (tokens[: len(rows)] >= 0).sum(axis=1)
+        for step in range(tokens.shape[1]):
+            for i, row in enumerate(rows):
+                reason = loop.FINISH_REASONS.get(int(finish[i]))
+                if step < given[i]:
+                    last = step == given[i] - 1 and reason not in (None, "error")
+                    events.append(
+                        TokenEvent(self._prompts[row], int(tokens[i, step]), reason if last else None)
+                    )
+                elif step == given[i] and reason == "error":
+                    events.append(TokenEvent(self._prompts[row], None, reason))
+        for i, row in enumerate(rows):
+            if finish[i] != loop.RUNNING:
+                self._release(row)
+        return events
+
+    def _release(self, row: int) -> None:
+        del self._prompts[row]
+        self._free_pages += self._pages.pop(row)

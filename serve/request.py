@@ -1,0 +1,76 @@
+"""What is asked for: prompts with their parameters, checked on the host before anything is launched."""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import jax
+import numpy as np
+
+from jsparse.models import LlamaConfig
+from jsparse.serve.config import is_integer
+from jsparse.serve.sampling import SamplingParams
+
+
+class Request(NamedTuple):
+    """One prompt, and how it is to be continued."""
+
+    prompt: np.ndarray  # int32
+    max_new: int
+    sampling: SamplingParams
+    seed: int
+
+
+def check_requests(model: LlamaConfig, prompts, max_new_tokens, sampling, seed) -> list[Request]:
+    """The requests that the arguments of ``generate`` make; ValueError or TypeError names what is wrong."""
+    prompts = _check_prompts(prompts, model.vocab_size)
+    if not is_integer(max_new_tokens) or max_new_tokens < 1:
+        raise ValueError(f"max_new_tokens must be an integer >= 1, not {max_new_tokens!r}")
+    sampling = _one_each("sampling", sampling, SamplingParams, len(prompts))
+    for params in sampling:
+        beyond = [token for token in params.stop_token_ids if token >= model.vocab_size]
+        if beyond:
+            raise ValueError(
+                f"stop_token_ids has {beyond[0]}; ids must be less than vocab_size={model.vocab_size}"
+            )
+    seeds = _one_each("seed", seed, int | np.integer, len(prompts))
+    for one in seeds:
+        if not is_integer(one) or not 0 <= one < 2**32:
+            raise ValueError(f"seed must be an integer from 0 to 2**32 - 1, not {one!r}")
+    return [
+        Request(prompt, int(max_new_tokens), params, int(one))
+        for prompt, params, one in zip(prompts, sampling, seeds, strict=True)
+    ]
+
+
+def _check_prompts(prompts, vocab_size: int) -> list[np.ndarray]:
+    if isinstance(prompts, str) or not isinstance(prompts, Sequence | np.ndarray) or len(prompts) == 0:
+        raise ValueError(f"prompts must be a list of at least one list of token ids, not {prompts!r}")
+    checked = []
+    for number, prompt in enumerate(prompts):
+        name = f"prompts[{number}]"
+        if isinstance(prompt, str) or not isinstance(prompt, Sequence | np.ndarray | jax.Array):
+            raise ValueError(f"{name} must be a list of token ids, not {prompt!r}")
+        if len(prompt) == 0:
+            raise ValueError(f"{name} is empty; a prompt has at least one token id")
+        tokens = prompt if isinstance(prompt, Sequence) else np.asarray(prompt).tolist()
+        for place, token in enumerate(tokens):
+            if not is_integer(token) or not 0 <= token < vocab_size:
+                raise ValueError(
+                    f"{name}[{place}] is {token!r}; ids must be integers in [0, vocab_size={vocab_size})"
+                )
+        checked.append(np.array(tokens, np.int32))
+    return checked
+
+
+def _one_each(name: str, value, kind, count: int) -> list:
+    """``value`` for every prompt, or the list that it is."""
+    if isinstance(value, kind):
+        return [value] * count
+    values = list(value) if isinstance(value, Sequence | np.ndarray) and not isinstance(value, str) else None
+    if values is None or not all(isinstance(one, kind) for one in values):
+        raise TypeError(f"{name} must be one for all prompts or a list of one for each, not {value!r}")
+    if len(values) != count:
+        raise ValueError(
+            f"{name} has {len(values)} entries for {count} prompts; it must have one for each, or be one"
+        )
+    return values
