@@ -12,7 +12,7 @@ from compile_only import MEMORY_BYTES, compile_for, h200_mesh
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from jsparse import attention, causal, streaming
+from jsparse import PooledBlocks, attention, causal, streaming
 from jsparse.models import Llama, LlamaConfig, add_lora
 from jsparse.models.rope import RopeConfig
 from jsparse.serve import CacheConfig, SamplingParams, loop
@@ -56,7 +56,7 @@ BATCH = ("data", "fsdp")
 
 
 COLUMNS = {
-    "program": 13,
+    "program": 18,
     "devices": 22,
     "batch": 7,
     "arguments GB": 14,
@@ -113,39 +113,9 @@ def train_program(mesh: Mesh, batch: int) -> Program:
     return Program(step, (state, _sharded(frozen, mesh), tokens, tokens), {})
 
 
-def decode_program(mesh: Mesh, batch: int) -> Program:
+def decode_program(mesh: Mesh, batch: int, **cache: Any) -> Program:
     """The loop of decode steps: half of the KV heads stream, the others read 4096 tokens of chosen pages."""
-    kv_heads = LLAMA_3_1_8B.num_key_value_heads
-    streaming = np.zeros((LLAMA_3_1_8B.num_hidden_layers, kv_heads), bool)
-    streaming[:, ::2] = True
-    cache = CacheConfig(capacity=CONTEXT, batch=batch, streaming_heads=streaming)
-    layout = plan_cache(cache, LLAMA_3_1_8B, [CONTEXT - 1024] * batch, [1024] * batch)
-    graphdef, state = nnx.split(
-        nnx.eval_shape(lambda: Llama(LLAMA_3_1_8B, rngs=nnx.Rngs(0), dtype=jnp.bfloat16))
-    )
-    params, treedef = jax.tree.flatten(_sharded(state, mesh))
-    cached = jax.eval_shape(
-        lambda: loop.new_state(
-            layout,
-            loop.ModelShape(
-                LLAMA_3_1_8B.num_attention_heads,
-                kv_heads,
-                LLAMA_3_1_8B.head_dim,
-                LLAMA_3_1_8B.hidden_size,
-                jnp.bfloat16,
-            ),
-        )
-    )
-    place = functools.partial(_place, mesh=mesh)
-    layers = tuple(
-        dataclasses.replace(
-            layer,
-            paged=place(layer.paged, None, "tensor"),  # a page may belong to any sequence
-            streaming=place(layer.streaming, BATCH, "tensor"),
-        )
-        for layer in cached.layers
-    )
-    cached = dataclasses.replace(place(cached, BATCH), layers=layers)
+    layout, state, structure, params = _serving(mesh, LLAMA_3_1_8B, batch, **cache)
     rows = RowParams.of(
         [SamplingParams()] * batch,
         [0] * batch,
@@ -153,11 +123,50 @@ def decode_program(mesh: Mesh, batch: int) -> Program:
         batch=batch,
         vocab_size=LLAMA_3_1_8B.vocab_size,
     )
-    structure = loop.ModelStructure(graphdef, treedef)
-    return Program(
-        loop.decode_steps,
-        (structure, params, cached, place(rows, BATCH), _shape(mesh, (), jnp.int32)),
-        {"reading": layout.reading},
+    rows = _place(rows, BATCH, mesh=mesh)
+    arguments = (structure, params, state, rows, _shape(mesh, (), jnp.int32))
+    return Program(loop.decode_steps, arguments, {"reading": layout.reading})
+
+
+def prefill_program(mesh: Mesh, batch: int, **cache: Any) -> Program:
+    """A chunk of prompts through two of the layers, half of whose KV heads stream over longer windows."""
+    model = dataclasses.replace(LLAMA_3_1_8B, num_hidden_layers=2, sliding_windows=(None, None))
+    layout, state, structure, params = _serving(mesh, model, batch, prefill_window=8192, **cache)
+    rings = jax.eval_shape(lambda: loop.new_prefill_state(layout, _model_shape(model), batch))
+    state = loop.with_pool(_place(rings, BATCH, mesh=mesh), loop.pool_of(state))
+    hidden = _shape(mesh, (batch, model.hidden_size), jnp.bfloat16, BATCH)
+    tokens = _shape(mesh, (batch, layout.prefill_chunk), jnp.int32, BATCH)
+    counts = _shape(mesh, (batch,), jnp.int32, BATCH)
+    arguments = (structure, params, state, hidden, tokens, counts)
+    return Program(loop.prefill_chunk, arguments, {"reading": layout.reading})
+
+
+def _serving(mesh: Mesh, model: LlamaConfig, batch: int, **cache: Any):
+    """(layout, state, structure, params) of a cache for 32k tokens a row."""
+    streaming = np.zeros((model.num_hidden_layers, model.num_key_value_heads), bool)
+    streaming[:, ::2] = True
+    config = CacheConfig(capacity=CONTEXT, batch=batch, streaming_heads=streaming, **cache)
+    layout = plan_cache(config, model, [CONTEXT - 1024] * batch, [1024] * batch)
+    graphdef, state = nnx.split(nnx.eval_shape(lambda: Llama(model, rngs=nnx.Rngs(0), dtype=jnp.bfloat16)))
+    params, treedef = jax.tree.flatten(_sharded(state, mesh))
+    cached = jax.eval_shape(lambda: loop.new_state(layout, _model_shape(model)))
+    place = functools.partial(_place, mesh=mesh)
+    layers = tuple(
+        dataclasses.replace(
+            layer,
+            paged=place(layer.paged, None, "tensor"),  # a page may belong to any sequence
+            streaming=place(layer.streaming, BATCH, "tensor"),
+            selected=place(layer.selected, BATCH, "tensor"),
+        )
+        for layer in cached.layers
+    )
+    cached = dataclasses.replace(place(cached, BATCH), layers=layers)
+    return layout, cached, loop.ModelStructure(graphdef, treedef), params
+
+
+def _model_shape(model: LlamaConfig) -> loop.ModelShape:
+    return loop.ModelShape(
+        model.num_attention_heads, model.num_key_value_heads, model.head_dim, model.hidden_size, jnp.bfloat16
     )
 
 
@@ -178,11 +187,17 @@ def odd_program(mesh: Mesh, batch: int) -> Program:
 _LAYERS = LLAMA_3_1_8B.num_hidden_layers
 _TRAIN_CALLS = 4 * _LAYERS  # forward, the same again to rematerialize, and the two kernels backward
 _DECODE_CALLS = 2 * _LAYERS  # over pages, and over the sink and ring of the streaming heads
+_PREFILL_CALLS = 2 * 2  # the same in two layers
+_quantised = functools.partial(decode_program, kv_bits=4)
+_estimated = functools.partial(prefill_program, prefill_estimate=PooledBlocks(4096))
 PROGRAMS = [
     Case("odd sizes", "1", "2", odd_program, {}, 3),  # short: what is wrong here shows first
     Case("train step", "1", "1", train_program, {}, _TRAIN_CALLS),
     Case("train step", "8: fsdp 8", "8", train_program, {"fsdp": 8}, _TRAIN_CALLS),
     Case("decode loop", "1", "16", decode_program, {}, _DECODE_CALLS),
+    Case("decode loop, int4", "1", "16", _quantised, {}, _DECODE_CALLS),
+    Case("prefill", "1", "4", prefill_program, {}, _PREFILL_CALLS),
+    Case("prefill, pooled", "1", "4", _estimated, {}, _PREFILL_CALLS),
     Case("decode loop", "8: data 2, tensor 4", "64", decode_program, {"data": 2, "tensor": 4}, _DECODE_CALLS),
 ]
 
