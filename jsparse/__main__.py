@@ -1,4 +1,4 @@
-"""The command line: ``jsparse finetune | generate | evaluate | heads | demo``.
+"""The command line: ``jsparse finetune | generate | evaluate | heads | bench | demo``.
 
 The one module that knows every room. Rooms are imported when a command needs them, so that ``--help`` answers
 at once.
@@ -23,6 +23,7 @@ _USAGE = """usage: jsparse COMMAND [options]
   generate   generate text from a prompt, with a dense or a sparse KV cache
   evaluate   perplexity of text files at several context lengths
   heads      learn which KV heads need the whole context (DuoAttention)
+  bench      measure the time of a token (bench decode) or of a prompt (bench prefill) by context length
   demo       all of it on a small model and real text, in a few minutes on a CPU
 
 jsparse COMMAND --help lists the options; jsparse --version prints the version."""
@@ -32,7 +33,7 @@ jsparse COMMAND --help lists the options; jsparse --version prints the version."
 class GenerateCommand:
     """Print the continuation of a prompt as it is generated; tokens a second go to stderr.
 
-    The cache is dense unless --budget or --pattern makes it sparse.
+    The cache is dense unless --budget, --pattern or --policy makes it sparse.
     """
 
     model: Path
@@ -53,23 +54,40 @@ class GenerateCommand:
     """Of the sampling."""
     budget: int | None = None
     """Tokens of the cache that a retrieval head reads a step, in whole pages; all of them by default."""
-    page_size: int = 64
-    """Tokens a page of the cache."""
+    policy: Literal["lserve", "dense", "streaming", "quest", "oracle", "random"] = "lserve"
+    """What decides which tokens those are; "streaming" lets every head stream, "quest" none."""
+    page_size: int | None = None
+    """Tokens a page of the cache: 64 by default, and 16 for Quest."""
+    kv_bits: Literal[8, 4] | None = None
+    """Keep pages as codes of so many bits; by default as the model computes."""
     pattern: Path | None = None
     """A head pattern (DuoAttention's full_attention_heads.tsv): its lowest scores become streaming heads."""
     sparsity: float | None = None
     """With --pattern: the fraction of the KV heads that stream (default 0.5)."""
     sink: int | None = None
-    """With --pattern: first tokens that a streaming head keeps (default 128)."""
+    """First tokens that a streaming head keeps (default 128)."""
     window: int | None = None
-    """With --pattern: recent tokens that a streaming head keeps (default 256)."""
+    """Recent tokens that a streaming head keeps (default 256)."""
+    prefill_window: int | None = None
+    """Recent tokens that a streaming head sees within the prompt (default: as --window)."""
 
     def __post_init__(self):
         if (self.prompt is None) == (self.prompt_file is None):
             raise ValueError("exactly one of --prompt and --prompt-file must be given")
-        for name in ("sparsity", "sink", "window"):
-            if self.pattern is None and getattr(self, name) is not None:
-                raise ValueError(f"--{name} is for streaming heads, which need a --pattern")
+        if self.pattern is None and self.sparsity is not None:
+            raise ValueError("--sparsity says how many heads of a --pattern stream, and none is given")
+        for name in ("sink", "window", "prefill_window"):
+            if self.pattern is None and self.policy != "streaming" and getattr(self, name) is not None:
+                option = name.replace("_", "-")
+                raise ValueError(
+                    f"--{option} is for streaming heads: give a --pattern, or --policy streaming"
+                )
+        if self.pattern is not None and self.policy in ("dense", "streaming", "quest"):
+            raise ValueError(f"--policy {self.policy} does not ask which heads of a --pattern stream")
+        if self.policy in ("quest", "oracle", "random") and self.budget is None:
+            raise ValueError(
+                f"--policy {self.policy} chooses what is read within a --budget, and none is given"
+            )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -134,24 +152,29 @@ def _finetune(options: list[str]) -> None:
 
 def _generate(options: list[str]) -> None:
     command = _parse(GenerateCommand, "generate", options)
+    import numpy as np
     from tokenizers.decoders import DecodeStream
 
     import jsparse
-    from jsparse.models import Llama, load_tokenizer
+    from jsparse.models import Llama, load_tokenizer, reorder_heads
     from jsparse.serve import CacheConfig, SamplingParams, stream
 
-    streaming = {}
+    given = ("policy", "budget", "page_size", "kv_bits", "prefill_window")
+    cache_options = {name: getattr(command, name) for name in given}
+    cache_options |= {
+        name: getattr(command, name) for name in ("sink", "window") if getattr(command, name) is not None
+    }
     if command.pattern is not None:
         sparsity = 0.5 if command.sparsity is None else command.sparsity
-        streaming["streaming_heads"] = jsparse.HeadPattern.load(command.pattern).threshold(sparsity)
-        streaming |= {
-            name: getattr(command, name) for name in ("sink", "window") if getattr(command, name) is not None
-        }
-    cache = CacheConfig(budget=command.budget, page_size=command.page_size, **streaming)
+        cache_options["streaming_heads"] = jsparse.HeadPattern.load(command.pattern).threshold(sparsity)
+    cache = CacheConfig(**cache_options)  # everything wrong with it is said before the model is loaded
     sampling = SamplingParams(temperature=command.temperature, top_k=command.top_k, top_p=command.top_p)
     prompt = _read_text(command.prompt_file) if command.prompt_file else command.prompt or ""
     tokenizer = load_tokenizer(command.model)
     model = Llama.from_pretrained(command.model)
+    if cache.streaming_heads is not None:
+        model, streams = reorder_heads(model, np.array(cache.streaming_heads))
+        cache = dataclasses.replace(cache, streaming_heads=streams)
 
     tokenizer.no_truncation()  # a length saved in tokenizer.json must not cut the prompt
     ids = tokenizer.encode(prompt).ids
@@ -248,6 +271,34 @@ def _heads(options: list[str]) -> None:
     )
 
 
+_BENCH_USAGE = """usage: jsparse bench KIND [options]
+
+  decode     milliseconds a token at several context lengths, for each policy of the cache
+  prefill    seconds to the first token of prompts of several lengths
+
+jsparse bench KIND --help lists the options."""
+
+
+def _bench(options: list[str]) -> None:
+    if not options or options[0] in ("-h", "--help"):
+        print(_BENCH_USAGE)
+        return
+    kind, *options = options
+    if kind == "decode":
+        from jsparse.serve.bench import DecodeBench, bench_decode
+
+        config = _parse(DecodeBench, "bench decode", options)
+        bench_decode(config)
+    elif kind == "prefill":
+        from jsparse.serve.bench import PrefillBench, bench_prefill
+
+        config = _parse(PrefillBench, "bench prefill", options)
+        bench_prefill(config)
+    else:
+        raise ValueError(f"unknown kind {kind!r} of benchmark; kinds are decode, prefill")
+    print(f"the numbers are in {config.output}")
+
+
 def _demo(options: list[str]) -> None:
     from jsparse.examples.demo import DemoConfig, run_demo
 
@@ -261,8 +312,9 @@ _COMMANDS: dict[str, Callable[[list[str]], None]] = {
     "finetune": _finetune,
     "generate": _generate,
     "evaluate": _evaluate,
-    "demo": _demo,
     "heads": _heads,
+    "bench": _bench,
+    "demo": _demo,
 }
 
 if __name__ == "__main__":

@@ -137,7 +137,8 @@ class BlockMask:
         capacity = shape[-1]
         lists = kv_index, kv_count, kv_full_count
         if not any(isinstance(x, Tracer) for x in lists):
-            _check_lists(*(np.asarray(x) for x in lists), token_mask, q_len, kv_len, block_q, block_kv)
+            index, count, full = (np.asarray(x) for x in lists)
+            _check_lists(index, count, full, token_mask, q_len, kv_len, block_q, block_kv)
         starts = np.arange(0, np.prod(shape), capacity, dtype=np.int32).reshape(shape[:-1])
         return BlockMask(
             kv_index=jnp.asarray(kv_index, jnp.int32).reshape(-1),

@@ -1,5 +1,7 @@
 """Decoding on the Hopper kernel: what it can take, and how a cache becomes pages and the lists of them."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 
@@ -49,7 +51,7 @@ def decode(q, cache: PagedKVCache | StreamingKVCache, lengths, page_table, pages
     return out
 
 
-def _pool(stored):
+def _pool(stored: Any) -> Any:
     """Pages as the kernel takes them: one array, or codes with their scales and zeros."""
     return tuple(stored) if isinstance(stored, Quantized) else stored
 

@@ -223,7 +223,7 @@ def layout_of(cache: CacheConfig, model: LlamaConfig) -> CacheLayout:
     selection = None
     # A budget that covers the capacity never selects.
     if cache.policy not in ("dense", "streaming") and cache.budget and cache.budget < cache.capacity:
-        score = {"oracle": "exact", "random": "random"}.get(cache.policy, "bounds")
+        score = "exact" if cache.policy == "oracle" else "random" if cache.policy == "random" else "bounds"
         every = cache.select_every or (1 if cache.policy == "quest" else 4)
         selection = Selection(cache.budget, every, cache.select_heads, score)
     if cache.kv_bits == 4 and model.head_dim % 2:

@@ -169,7 +169,7 @@ def _put_rows(state: DecodeState, joining: DecodeState, rows: Int[Array, " n"]) 
     layers = []
     for old, new in zip(state.layers, joining.layers, strict=True):
         ring = old.streaming
-        if ring is not None:
+        if ring is not None and new.streaming is not None:
             ring = jax.tree.map(put, ring, new.streaming.narrowed(ring.window, joining.lengths))
         layers.append(dataclasses.replace(old, streaming=ring))
     fields = (field.name for field in dataclasses.fields(state) if field.name != "layers")

@@ -50,7 +50,8 @@ def test_generate_prints_what_generate_gives(folder, capfd):
 def test_generate_takes_a_prompt_file_and_a_sparse_cache(folder, capfd):
     (folder / "prompt.txt").write_text(TEXT[:40])
     options = (
-        "--budget 16 --page-size 16 --pattern {}/pattern.tsv --sink 4 --window 8 --temperature 0.8 --top-k 5"
+        "--budget 16 --page-size 16 --pattern {}/pattern.tsv --sink 4 --window 8 --prefill-window 12 "
+        "--kv-bits 4 --temperature 0.8 --top-k 5"
     )
     command = ["generate", "--model", "{}/model", "--prompt-file", "{}/prompt.txt", "--max-new-tokens", "8"]
     dense = run(folder, capfd, *command)
@@ -114,7 +115,7 @@ EVALUATE = "evaluate --model {}/model --data {}/text.txt --contexts 32"
 @pytest.mark.parametrize(
     ("command", "message"),
     [
-        ("polish", "unknown command 'polish'; commands are finetune, generate, evaluate, demo"),
+        ("polish", "unknown command 'polish'; commands are finetune, generate, evaluate, heads, bench, demo"),
         (GENERATE + " --prompt a --budget 100", "budget=100 must be a multiple of page_size=64"),
         (GENERATE + " --prompt a --temperature -1", "temperature must be"),
         (GENERATE + " --prompt a --pattern {}/text.txt", "line 1"),
@@ -144,7 +145,10 @@ def test_bad_input_is_one_line(folder, capfd, command, message):
         (GENERATE + " --modle b --prompt a", "--modle"),
         (GENERATE, "exactly one of --prompt and --prompt-file"),
         (GENERATE + " --prompt a --prompt-file b", "exactly one of --prompt and --prompt-file"),
-        (GENERATE + " --prompt a --window 8", "--window is for streaming heads, which need a --pattern"),
+        (GENERATE + " --prompt a --window 8", "--window is for streaming heads: give a --pattern"),
+        (GENERATE + " --prompt a --sparsity 0.5", "--sparsity says how many heads of a --pattern stream"),
+        (GENERATE + " --prompt a --policy random", "--policy random chooses what is read within a --budget"),
+        (GENERATE + " --prompt a --policy dense --pattern p", "--policy dense does not ask which heads"),
         (GENERATE + " --prompt a --top-k many", "--top-k"),
         (
             "finetune --model {}/model --data {}/text.txt --output {}/other --context 100 --group-size 30",
@@ -210,3 +214,53 @@ def save_longer_model(model, folder):
         (folder / file.name).write_bytes(file.read_bytes())
     fields = json.loads((folder / "config.json").read_text()) | {"max_position_embeddings": 256}
     (folder / "config.json").write_text(json.dumps(fields))
+
+
+def test_bench_measures_decoding_and_prompts(folder, capfd):
+    save_longer_model(folder / "model", folder / "bench")
+    settings = "--model {}/bench --contexts 70 --sink 2 --window 8 --repeats 1"
+    decode = f"bench decode {settings} --output {{}}/decode --policies dense lserve --budget 64 --steps 2"
+    code, out, err = run(folder, capfd, *decode.split())
+    assert code == 0, err
+    assert "int4 pages" in out and "of dense" in out and "a step reads" in out and "/decode" in out
+    rows = json.loads((folder / "decode" / "results.json").read_text())["rows"]
+    assert [(row["context"], row["policy"]) for row in rows] == [(70, "dense"), (70, "lserve")]
+    assert (folder / "decode" / "decode.png").is_file()
+
+    prefill = f"bench prefill {settings} --output {{}}/prefill --variants streaming"
+    code, out, err = run(folder, capfd, *prefill.split())
+    assert code == 0, err
+    assert "tokens/s" in out and (folder / "prefill" / "results.json").is_file()
+
+    code, out, _ = run(folder, capfd, "bench")
+    assert code == 0 and out == run(folder, capfd, "bench", "--help")[1] and "\n  prefill " in out
+    code, out, err = run(folder, capfd, *decode.split())
+    assert code == 2 and out == "" and "has files (decode.png, results.json)" in err
+
+
+@pytest.mark.parametrize(
+    ("command", "message"),
+    [
+        ("bench decode", "--output"),
+        ("bench decode --output {}/new --policies lru", "lru"),
+        ("bench decode --output {}/new --budget 100", "budget=100 must be a multiple of page_size=64"),
+        ("bench decode --output {}/new --kv-bits 3", "--kv-bits"),
+        ("bench prefill --output {}/new --variants sparse", "sparse"),
+        ("bench prefill --output {}/new --contexts 0", "contexts must be integers >= 1, not 0"),
+    ],
+)
+def test_bench_refuses_options_that_do_not_fit(folder, capfd, command, message):
+    test_options_that_do_not_fit_are_refused(folder, capfd, command, message)
+
+
+@pytest.mark.parametrize(
+    ("command", "message"),
+    [
+        ("bench training", "unknown kind 'training' of benchmark; kinds are decode, prefill"),
+        ("bench decode --model {}/nothing --output {}/new", "nothing is not a checkpoint folder"),
+        ("bench prefill --model {}/model --output {}/new --contexts 64", "max_position_embeddings=64"),
+        ("bench decode --model {}/model --output {}/text.txt --contexts 8", "text.txt is a file"),
+    ],
+)
+def test_bench_refuses_what_it_cannot_measure(folder, capfd, command, message):
+    test_bad_input_is_one_line(folder, capfd, command, message)

@@ -59,8 +59,8 @@ def _decode(mesh) -> None:
     pages = jnp.array([[[0, 3], [1, 2]], [[2, -1], [0, 1]], [[0, -1], [-1, -1]], [[-1, -1], [-1, 0]]])
     batch, heads = ("data", "fsdp"), "tensor"
     calls = (
-        (PagedKVCache(*pool), PartitionSpec(None, heads), (table,), {}),
-        (PagedKVCache(*pool), PartitionSpec(None, heads), (table,), {"pages": pages}),
+        (PagedKVCache(pool[0], pool[1]), PartitionSpec(None, heads), (table,), {}),
+        (PagedKVCache(pool[0], pool[1]), PartitionSpec(None, heads), (table,), {"pages": pages}),
         (StreamingKVCache(*rings, sink=4), PartitionSpec(batch, heads), (), {}),
     )
     for cache, spec, lists, named in calls:

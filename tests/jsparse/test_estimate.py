@@ -202,7 +202,8 @@ def test_attention_of_a_chunk_is_that_of_the_whole(name, implementation):
     finite = slice(None) if implementation == "reference" else slice(ROOM, None)
     chunk[1][:, finite] = np.nan_to_num(chunk[1][:, finite], nan=7)
     chunk[2][:, finite] = np.nan_to_num(chunk[2][:, finite], nan=7)
-    out = attention(*(jnp.asarray(x) for x in chunk), mask, implementation=implementation)
+    q_part, k_part, v_part = (jnp.asarray(x) for x in chunk)
+    out = attention(q_part, k_part, v_part, mask, implementation=implementation)
     for b in range(BATCH):
         own = np.s_[held[b] : lengths[b]]
         np.testing.assert_allclose(out[b, : counts[b]], expected[b, own], atol=2e-6)

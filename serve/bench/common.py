@@ -1,0 +1,238 @@
+"""What the benchmarks of serving share: rows of results, timing in turns, checks, the model, the machine."""
+
+import dataclasses
+import datetime
+import json
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import jax
+import numpy as np
+from flax import nnx
+from jaxtyping import Bool
+
+from jsparse.models import Llama, LlamaConfig, load_config
+from jsparse.serve.config import Policy, is_integer
+from jsparse.serve.loop import ModelShape
+
+RESULTS = "results.json"
+Key = TypeVar("Key")
+
+# What is measured where no checkpoint is given: 32.5 million parameters, small enough that the cache counts.
+RANDOM_LLAMA = LlamaConfig(
+    vocab_size=8192,
+    hidden_size=512,
+    intermediate_size=1536,
+    num_hidden_layers=8,
+    num_attention_heads=8,
+    num_key_value_heads=2,
+    max_position_embeddings=1 << 20,
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Timing:
+    """The times of all rounds, in the order in which they came, with their median and the least of them."""
+
+    median: float
+    least: float
+    rounds: tuple[float, ...]
+
+    @classmethod
+    def of(cls, rounds: Sequence[float]) -> "Timing":
+        return cls(statistics.median(rounds), min(rounds), tuple(rounds))
+
+    def ratio_to(self, other: "Timing") -> float:
+        """The median over the rounds of the ratio of both times of a round.
+
+        In a round everything runs right after one another: what slows the machine down slows both.
+
+        >>> Timing.of([1.0, 10.0, 1.0]).ratio_to(Timing.of([2.0, 20.0, 4.0]))
+        0.5
+        """
+        return statistics.median(a / b for a, b in zip(self.rounds, other.rounds, strict=True))
+
+
+@dataclasses.dataclass(frozen=True)
+class DecodeRow:
+    """One policy at one context. Times are milliseconds a token of every row of the batch.
+
+    - ``decode``: whole decode steps, as ``generate`` runs them; ``ratio_to_dense`` is to those of "dense",
+      round by round, None where that was not measured.
+    - ``attention``: appending to the cache, choosing pages and attending, in all layers, without the model.
+    - ``selector``: choosing pages in the layers that do; one choice counts as a part of the tokens that use
+      it. None where nothing is chosen.
+    - ``reading``: retrieval heads attending to the pages chosen, in the same layers; where nothing is chosen,
+      to all pages in all layers, and None without retrieval heads.
+    - ``cache_bytes``: of the whole cache, and ``cache_bytes_per_token`` of its capacity; ``step_bytes``: what
+      a step reads of it, by arithmetic.
+    """
+
+    context: int
+    policy: Policy
+    decode: Timing
+    ratio_to_dense: float | None
+    attention: Timing
+    selector: Timing | None
+    reading: Timing | None
+    selector_to_reading: float | None
+    cache_bytes: int
+    cache_bytes_per_token: float
+    step_bytes: int
+
+
+@dataclasses.dataclass(frozen=True)
+class PrefillRow:
+    """One variant at one context: ``seconds`` to the first token, and how they compare with "dense"."""
+
+    context: int
+    variant: str
+    seconds: Timing
+    ratio_to_dense: float | None
+    cache_bytes: int
+
+
+def in_turns(
+    calls: Mapping[Key, Callable[[], float]], rounds: int, *, uncounted: int = 1
+) -> dict[Key, Timing]:
+    """What each call measures of itself, all of them once a round, after ``uncounted`` rounds that compile.
+
+    >>> in_turns({"a": lambda: 2.0}, rounds=2)
+    {'a': Timing(median=2.0, least=2.0, rounds=(2.0, 2.0))}
+    """
+    times: dict[Key, list[float]] = {name: [] for name in calls}
+    for _ in range(uncounted + rounds):
+        for name, call in calls.items():
+            times[name].append(call())
+    return {name: Timing.of(measured[uncounted:]) for name, measured in times.items()}
+
+
+def milliseconds(call: Callable[[], Any]) -> tuple[float, Any]:
+    """How long a call takes until its arrays are there, and what it returns."""
+    start = time.perf_counter()
+    result = jax.block_until_ready(call())
+    return 1e3 * (time.perf_counter() - start), result
+
+
+def check_list(name: str, values: tuple, minimum: int | None = None) -> None:
+    """ValueError for no entry, for one that comes twice, and for integers below ``minimum``."""
+    if not values:
+        raise ValueError(f"{name} must have at least one entry, not {values!r}")
+    for value in values:
+        if minimum is not None and (not is_integer(value) or value < minimum):
+            raise ValueError(f"{name} must be integers >= {minimum}, not {value!r}")
+        if values.count(value) > 1:
+            raise ValueError(f"{name} has {value!r} more than once; an entry is measured once")
+
+
+def check_integers(config: Any, **most: int | None) -> None:
+    """ValueError where a field is no integer from 1 to the most given for it."""
+    for name, limit in most.items():
+        value = getattr(config, name)
+        if not is_integer(value) or value < 1 or (limit is not None and value > limit):
+            allowed = ">= 1" if limit is None else f"from 1 to {limit}"
+            raise ValueError(f"{name} must be an integer {allowed}, not {value!r}")
+
+
+def check_sparsity(sparsity: float) -> None:
+    if isinstance(sparsity, bool) or not 0 <= sparsity <= 1:
+        raise ValueError(f"sparsity must be a number from 0 to 1, not {sparsity!r}")
+
+
+def check_output(output: Path) -> None:
+    """FileExistsError unless the folder is empty or not there: no result is overwritten."""
+    if output.exists() and not output.is_dir():
+        raise FileExistsError(f"output={output} is a file; it must be a folder, or not exist")
+    others = sorted(file.name for file in output.iterdir()) if output.exists() else []
+    if others:
+        raise FileExistsError(f"output={output} has files ({', '.join(others[:3])}); choose a new folder")
+
+
+def model_config(folder: Path | None, contexts: tuple[int, ...], new_tokens: int) -> LlamaConfig:
+    """The configuration of a checkpoint, or of the random model; no weights.
+
+    ValueError where a context and ``new_tokens`` after it are more than the model has positions.
+    """
+    config = RANDOM_LLAMA if folder is None else load_config(folder)
+    longest = max(contexts)
+    if longest + new_tokens > config.max_position_embeddings:
+        raise ValueError(
+            f"contexts has {longest}, which with {new_tokens} new tokens is more than the model's "
+            f"max_position_embeddings={config.max_position_embeddings}"
+        )
+    return config
+
+
+def load_model(folder: Path | None) -> Llama:
+    if folder is None:
+        return Llama(RANDOM_LLAMA, rngs=nnx.Rngs(0))
+    return Llama.from_pretrained(folder)
+
+
+def shape_of(model: Llama) -> ModelShape:
+    config = model.config
+    return ModelShape(
+        config.num_attention_heads,
+        config.num_key_value_heads,
+        config.head_dim,
+        config.hidden_size,
+        model.embed_tokens.embedding[...].dtype,
+    )
+
+
+def last_heads_stream(config: LlamaConfig, sparsity: float) -> Bool[np.ndarray, "layers kv_heads"]:
+    """True for the last heads of each layer, that fraction of them; False where the layer has a window.
+
+    A layer with a sliding window of its own streams in any case, by that window.
+    """
+    kv_heads = config.num_key_value_heads
+    streams = np.arange(kv_heads) >= kv_heads - round(sparsity * kv_heads)
+    free = np.array([window is None for window in config.sliding_windows])
+    return free[:, None] & streams
+
+
+def describe_model(folder: Path | None, model: Llama) -> dict[str, Any]:
+    config = model.config
+    return {
+        "name": "Llama with random weights" if folder is None else folder.name,
+        "parameters": sum(x.size for x in jax.tree.leaves(nnx.state(model, nnx.Param))),
+        "dtype": shape_of(model).dtype.name,
+        "layers": config.num_hidden_layers,
+        "query_heads": config.num_attention_heads,
+        "kv_heads": config.num_key_value_heads,
+        "head_dim": config.head_dim,
+    }
+
+
+def describe_machine() -> dict[str, str | int | None]:
+    """What the numbers were measured on, and when."""
+    return {
+        "device": jax.devices()[0].device_kind,
+        "machine": platform.machine(),
+        "processor": platform.processor() or platform.machine(),
+        "cores": os.cpu_count(),
+        "python": platform.python_version(),
+        "jax": jax.__version__,
+        "date": datetime.date.today().isoformat(),
+    }
+
+
+def write_results(config: Any, kind: str, model: dict[str, Any], **tables: Sequence[Any]) -> None:
+    """Writes settings, model, machine and the rows of each table, which are dataclasses, as JSON."""
+    settings = {
+        name: str(value) if isinstance(value, Path) else value
+        for name, value in dataclasses.asdict(config).items()
+    }
+    results = {
+        "command": f"jsparse bench {kind}",
+        "settings": settings,
+        "model": model,
+        "machine": describe_machine(),
+    }
+    results |= {name: [dataclasses.asdict(row) for row in rows] for name, rows in tables.items()}
+    (config.output / RESULTS).write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")

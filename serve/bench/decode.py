@@ -1,0 +1,155 @@
+"""``jsparse bench decode``: the time of a token against the length of the context, for each policy."""
+
+import dataclasses
+import functools
+import sys
+from pathlib import Path
+from typing import Any, Literal
+
+from jsparse.models import Llama, LlamaConfig
+from jsparse.serve import loop
+from jsparse.serve.bench import common
+from jsparse.serve.bench.cache_bytes import bytes_table, nbytes, step_bytes
+from jsparse.serve.bench.common import DecodeRow, in_turns
+from jsparse.serve.bench.filled_cache import FilledCache, endless_rows
+from jsparse.serve.bench.report import draw_decode, model_name, print_bytes, print_decode
+from jsparse.serve.config import CacheConfig, CacheLayout, Policy, layout_of
+from jsparse.serve.loop import ModelShape
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DecodeBench:
+    """Measure decoding: milliseconds a token at each context length, with each way to read the cache.
+
+    Prompts are not computed. The cache holds random keys and values instead, as many as the context is long:
+    no step takes longer or shorter for their values, but text and logits mean nothing. Which pages are listed
+    is as random, so that quality is not measured here.
+    """
+
+    output: Path
+    """A new folder for results.json and decode.png."""
+    model: Path | None = None
+    """A Hugging Face folder; by default a Llama of 32.5 million random weights in 8 layers of 2 KV heads."""
+    contexts: tuple[int, ...] = (1024, 2048, 4096, 8192, 16384, 32768, 65536, 131072)
+    """Tokens that the cache holds."""
+    policies: tuple[Policy, ...] = ("dense", "streaming", "quest", "lserve")
+    """What decides which tokens are read."""
+    budget: int = 2048
+    """Tokens that a retrieval head reads, in whole pages; a cache that is no larger is read whole."""
+    sparsity: float = 0.5
+    """The fraction of the KV heads of each layer that stream (its last ones), where the policy lets them."""
+    sink: int = 128
+    """First tokens that a streaming head keeps."""
+    window: int = 256
+    """Recent tokens that a streaming head keeps."""
+    kv_bits: Literal[8, 4] | None = None
+    """Keep the pages as codes of 8 or 4 bits."""
+    batch: int = 1
+    """Sequences, all of the same length."""
+    steps: int = 16
+    """Tokens a timed call, at most 32. It begins by choosing pages; a choice serves 4 tokens, Quest's one."""
+    repeats: int = 7
+    """Rounds, in which everything is measured in turn; the median counts."""
+
+    def __post_init__(self):
+        object.__setattr__(self, "output", Path(self.output))
+        common.check_list("contexts", self.contexts, minimum=1)
+        common.check_list("policies", self.policies)
+        common.check_integers(self, budget=None, batch=None, steps=loop.MAX_STEPS, repeats=None)
+        common.check_sparsity(self.sparsity)
+        for policy in self.policies:
+            self.cache(policy)
+
+    def cache(self, policy: Policy, **sizes: Any) -> CacheConfig:
+        """The cache of one policy, all sizes but those of the benchmark left open."""
+        return CacheConfig(
+            policy=policy,
+            budget=self.budget,
+            sink=self.sink,
+            window=self.window,
+            kv_bits=self.kv_bits,
+            batch=self.batch,
+            **sizes,
+        )
+
+    def layout(self, model: LlamaConfig, policy: Policy, context: int) -> CacheLayout:
+        """A cache of as many whole pages as the context and the timed steps take."""
+        cache = self.cache(policy, streaming_heads=common.last_heads_stream(model, self.sparsity))
+        page, _ = cache.page_sizes()
+        capacity = -(-(context + self.steps) // page) * page
+        return layout_of(dataclasses.replace(cache, capacity=capacity), model)
+
+
+def bench_decode(config: DecodeBench) -> list[DecodeRow]:
+    """Measures, prints tables, and writes results.json (after each context) and decode.png.
+
+    Raises ``ValueError`` or ``OSError`` for settings that do not fit one another or the model, and for an
+    output folder with something in it, before weights are read; ``FloatingPointError`` where logits are not
+    finite, so that steps would be missing.
+    """
+    common.check_output(config.output)
+    llama = common.model_config(config.model, config.contexts, config.steps)
+    layouts: dict[int, dict[Policy, CacheLayout]] = {
+        context: {policy: config.layout(llama, policy, context) for policy in config.policies}
+        for context in config.contexts
+    }
+    config.output.mkdir(parents=True, exist_ok=True)
+    model = common.load_model(config.model)
+    about, shape = common.describe_model(config.model, model), common.shape_of(model)
+    table = bytes_table(shape, sink=config.sink, window=config.window)
+    rows: list[DecodeRow] = []
+    for context, of_policy in layouts.items():
+        rows += _measure(config, model, shape, context, of_policy)
+        common.write_results(config, "decode", about, rows=rows, bytes=table)
+        times = ", ".join(f"{row.policy} {row.decode.median:.2f}" for row in rows if row.context == context)
+        print(f"context {context}, ms a token: {times}", file=sys.stderr)
+    print_bytes(table, about)
+    pages = "" if config.kv_bits is None else f", int{config.kv_bits} pages"
+    what, machine = f"{model_name(about)}, batch {config.batch}{pages}", common.describe_machine()
+    print_decode(rows, what, machine)
+    draw_decode(rows, what, machine, config.output / "decode.png")
+    return rows
+
+
+def _measure(
+    config: DecodeBench, model: Llama, shape: ModelShape, context: int, layouts: dict[Policy, CacheLayout]
+) -> list[DecodeRow]:
+    """Everything at one context; the caches are freed at the end."""
+    caches: dict[Policy, FilledCache] = {
+        policy: FilledCache(layout, shape, context) for policy, layout in layouts.items()
+    }
+    structure, params = loop.split_model(model)
+    endless = endless_rows(config.batch, model.config.vocab_size)
+    steps, rounds = config.steps, config.repeats
+
+    whole = (structure, params, endless, steps)
+    decode = in_turns({p: functools.partial(cache.decode, *whole) for p, cache in caches.items()}, rounds)
+    attention = in_turns({p: functools.partial(cache.attend, steps) for p, cache in caches.items()}, rounds)
+    calls = {}
+    for policy, cache in caches.items():
+        if cache.selections:
+            calls[policy, "selector"] = functools.partial(cache.choose, steps)
+        if cache.has_pages:
+            calls[policy, "reading"] = functools.partial(cache.read, steps)
+    parts = in_turns(calls, rounds)
+
+    rows = []
+    for policy, cache in caches.items():
+        selector, reading = parts.get((policy, "selector")), parts.get((policy, "reading"))
+        size = nbytes(cache.state.layers)
+        rows.append(
+            DecodeRow(
+                context=context,
+                policy=policy,
+                decode=decode[policy],
+                ratio_to_dense=decode[policy].ratio_to(decode["dense"]) if "dense" in decode else None,
+                attention=attention[policy],
+                selector=selector,
+                reading=reading,
+                selector_to_reading=selector.ratio_to(reading) if selector and reading else None,
+                cache_bytes=size,
+                cache_bytes_per_token=size / (cache.layout.batch * cache.layout.capacity),
+                step_bytes=step_bytes(cache.layout, cache.state.layers, context + 1),
+            )
+        )
+    return rows

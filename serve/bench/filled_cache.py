@@ -1,0 +1,252 @@
+"""A cache filled with random keys and values, and what of decoding is timed on it."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+from jsparse.cache import LayerKVCache, PagedKVCache, StreamingKVCache
+from jsparse.decode import decode_attention
+from jsparse.layer import choose_pages
+from jsparse.models import Llama
+from jsparse.select import Selection, page_bounds, with_newest_pages
+from jsparse.serve import loop
+from jsparse.serve.bench.common import milliseconds
+from jsparse.serve.config import CacheLayout, Reading
+from jsparse.serve.loop import DecodeState, ModelShape, ModelStructure
+from jsparse.serve.sampling import RowParams, SamplingParams
+
+Lists = tuple[Int[Array, "B H n"] | None, ...]  # the pages listed of each pool; None: all of them
+
+
+def random_state(layout: CacheLayout, shape: ModelShape, context: int, seed: int = 0) -> DecodeState:
+    """A batch under way: every row holds ``context`` tokens, with normal keys and values, in its own pages.
+
+    Bounds are those of the keys, as appending would have made them.
+    """
+    empty = jax.eval_shape(functools.partial(loop.new_state, layout, shape))
+    keys = jax.random.split(jax.random.key(seed), len(empty.layers))
+    layers = (_random_layer(layer, shape, key) for layer, key in zip(empty.layers, keys, strict=True))
+    pages = layout.pages_of(layout.capacity)
+    table = jnp.arange(layout.batch * pages, dtype=jnp.int32).reshape(layout.batch, pages)
+    return at_context(dataclasses.replace(empty, layers=tuple(layers), page_table=table), context)
+
+
+def _random_layer(empty: LayerKVCache, shape: ModelShape, key) -> LayerKVCache:
+    paged, ring, selected = empty.paged, empty.streaming, empty.selected
+    of_k, of_v, of_ring_k, of_ring_v = jax.random.split(key, 4)
+    if paged is not None:
+        size = (paged.num_pages, paged.num_heads, paged.page_size, shape.head_dim)
+        k, v = (jax.random.normal(one, size, shape.dtype) for one in (of_k, of_v))
+        logical = paged.logical_page_size
+        bounds = None if logical is None else jnp.concatenate(page_bounds(k, logical), axis=-1)
+        paged = PagedKVCache(paged.stored(k), paged.stored(v), bounds, paged.bits)
+    if ring is not None:
+        k, v = (jax.random.normal(one, ring.k.shape, ring.k.dtype) for one in (of_ring_k, of_ring_v))
+        ring = StreamingKVCache(k, v, ring.sink)
+    if selected is not None:
+        selected = jnp.zeros(selected.shape, selected.dtype)
+    return LayerKVCache(paged, ring, empty.streaming_heads, selected)
+
+
+def at_context(state: DecodeState, context: int) -> DecodeState:
+    """The state as it is when ``context`` tokens are held and no pages have been chosen yet."""
+    batch = state.page_table.shape[0]
+
+    def each(value):
+        return jnp.full(batch, value, jnp.int32)  # an array of its own: a donated state holds none twice
+
+    return dataclasses.replace(
+        state,
+        lengths=each(context),
+        token=each(0),
+        generated=each(1),
+        finish=each(loop.RUNNING),
+        selected_at=each(0),
+    )
+
+
+def endless_rows(batch: int, vocab_size: int) -> RowParams:
+    """Greedy rows that no token ends."""
+    sampling, most = [SamplingParams(ignore_eos=True)] * batch, [2**31 - 1] * batch
+    return jax.device_put(RowParams.of(sampling, [0] * batch, most, batch=batch, vocab_size=vocab_size))
+
+
+class FilledCache:
+    """The cache of one layout at one context. What is timed begins there each time, with a selection.
+
+    Decode steps donate their state, so that it is another one after each call.
+    """
+
+    def __init__(self, layout: CacheLayout, shape: ModelShape, context: int):
+        self.layout, self.shape, self.context = layout, shape, context
+        self.state = random_state(layout, shape, context)
+        self._lengths = jnp.full(layout.batch, context + 1, jnp.int32)  # with the newest token
+        heads = (shape.q_heads, shape.kv_heads, shape.kv_heads)
+        sizes = [(layout.batch, 1, count, shape.head_dim) for count in heads]
+        keys = jax.random.split(jax.random.key(1), len(sizes))
+        self._qkv = [jax.random.normal(key, size, shape.dtype) for key, size in zip(keys, sizes, strict=True)]
+        self._query = jax.block_until_ready(self._qkv[0][:, 0])
+
+        paged = [(n, layer.paged) for n, layer in enumerate(self.state.layers) if layer.paged is not None]
+        chosen = [(n, layout.reading.selection_of(n)) for n, _ in paged]
+        choosing = {n: one for n, one in chosen if one is not None and context >= one.budget}
+        self.selections: tuple[Selection, ...] = tuple(choosing.values())
+        # Of the layers that choose pages at this context, or where none does of all that have pages.
+        self._pooled = [n for n, _ in paged if n in choosing or not choosing]
+
+    def decode(self, structure: ModelStructure, params: list[Array], rows: RowParams, steps: int) -> float:
+        """Milliseconds a token of so many decode steps. FloatingPointError where they end before."""
+        time = self._advance(
+            lambda state: loop.decode_steps(
+                structure, params, state, rows, np.int32(steps), reading=self.layout.reading
+            )
+        )
+        taken = np.asarray(self.state.lengths) - self.context
+        if (taken != steps).any():
+            raise FloatingPointError(
+                f"decoding ended after {taken.min()} of {steps} steps at context {self.context}: "
+                "the logits are not finite"
+            )
+        return time / steps
+
+    def attend(self, steps: int) -> float:
+        """Milliseconds a token of what all layers do with the cache: append, choose pages, attend."""
+        reading = self.layout.reading
+        return self._advance(lambda state: attention_steps(state, *self._qkv, reading, steps)) / steps
+
+    def choose(self, steps: int) -> float:
+        """Milliseconds a token of choosing pages: of one choice, divided by the tokens that it serves."""
+        arguments = self.arguments()
+        time, _ = milliseconds(lambda: choose_steps(*arguments, self.selections, steps))
+        return time / steps / self.selections[0].every
+
+    def read(self, steps: int) -> float:
+        """Milliseconds a token of reading the pages that are chosen here, or all pages."""
+        arguments, lists = self.arguments(), (None,) * len(self._pooled)
+        if self.selections:
+            lists = jax.block_until_ready(listed_pages(*arguments, self.selections))
+        time, _ = milliseconds(lambda: read_steps(*arguments, lists, steps))
+        return time / steps
+
+    @property
+    def has_pages(self) -> bool:
+        return bool(self._pooled)
+
+    def _advance(self, call) -> float:
+        state = jax.block_until_ready(at_context(self.state, self.context))
+        time, (self.state, _) = milliseconds(lambda: call(state))
+        return time
+
+    def arguments(self):
+        """A query, the pools that are read with it, the page table, the lengths and heads a group."""
+        pools = tuple(self.state.layers[n].paged for n in self._pooled)
+        group = self.shape.q_heads // self.shape.kv_heads
+        return self._query, pools, self.state.page_table, self._lengths, group
+
+
+class _AttentionAlone(Llama):
+    """A model of attention layers without anything between them, each with the same keys and values."""
+
+    def __init__(self, q, k, v, layers: int):
+        self.q, self.k, self.v, self.count = q, k, v, layers
+
+    def hidden(self, tokens, positions, attend, *, remat=False):
+        out = self.q
+        for layer in range(self.count):
+            # The queries of a layer wait for the layer before, as in a model.
+            out = self.q + attend(layer, out, self.k, self.v)
+        return out
+
+
+@functools.partial(jax.jit, static_argnames=("reading", "steps"), donate_argnames="state")
+def attention_steps(
+    state: DecodeState,
+    q: Float[Array, "B 1 Hq D"],
+    k: Float[Array, "B 1 Hk D"],
+    v: Float[Array, "B 1 Hk D"],
+    reading: Reading,
+    steps: int,
+) -> tuple[DecodeState, Float[Array, "B 1 Hq D"]]:
+    """The attention of ``steps`` decode steps with these queries, keys and values, and the sum of it."""
+    model = _AttentionAlone(q, k, v, len(state.layers))
+    counts = jnp.ones_like(state.lengths)
+
+    def step(_, carry):
+        state, total = carry
+        out, state = loop.forward(model, state, state.token[:, None], counts, reading)
+        return state, total + out
+
+    return jax.lax.fori_loop(0, steps, step, (state, jnp.zeros_like(q)))
+
+
+Pools = tuple[PagedKVCache, ...]
+
+
+@functools.partial(jax.jit, static_argnames=("group", "selections", "times"))
+def choose_steps(
+    query: Float[Array, "B Hq D"],
+    pools: Pools,
+    page_table: Int[Array, "B max_pages"],
+    lengths: Int[Array, " B"],
+    group: int,
+    selections: tuple[Selection, ...],
+    times: int,
+) -> Int[Array, " B"]:
+    """Chooses pages of all pools for the query, so many times; returns the lengths.
+
+    The pages of a pool come in another order each time, and a choice waits for the one before: a compiler
+    may compute once what is the same in every turn, and at once what is independent.
+    """
+
+    def turn(_, carry):
+        table, lengths = carry
+        for pool, selection in zip(pools, selections, strict=True):
+            chosen = choose_pages(query[:, : pool.num_heads * group], pool, table, lengths, selection)
+            lengths = jnp.where(chosen.max() < 0, 0, lengths)  # never: the newest page is always chosen
+        return (table + 1) % pools[0].num_pages, lengths
+
+    return jax.lax.fori_loop(0, times, turn, (page_table, lengths))[1]
+
+
+@functools.partial(jax.jit, static_argnames=("group", "selections"))
+def listed_pages(
+    query: Float[Array, "B Hq D"],
+    pools: Pools,
+    page_table: Int[Array, "B max_pages"],
+    lengths: Int[Array, " B"],
+    group: int,
+    selections: tuple[Selection, ...],
+) -> Lists:
+    """The pages that a decode step which chooses reads of each pool."""
+    lists = []
+    for pool, selection in zip(pools, selections, strict=True):
+        chosen = choose_pages(query[:, : pool.num_heads * group], pool, page_table, lengths, selection)
+        options = {"page_size": pool.page_size, "budget": selection.budget, "every": selection.every}
+        lists.append(with_newest_pages(chosen, lengths, **options))
+    return tuple(lists)
+
+
+@functools.partial(jax.jit, static_argnames=("group", "times"))
+def read_steps(
+    query: Float[Array, "B Hq D"],
+    pools: Pools,
+    page_table: Int[Array, "B max_pages"],
+    lengths: Int[Array, " B"],
+    group: int,
+    lists: Lists,
+    times: int,
+) -> Float[Array, "B Hq D"]:
+    """Attention to the listed pages of all pools, so many times; each query has what came before added."""
+
+    def turn(_, query):
+        for pool, pages in zip(pools, lists, strict=True):
+            heads = pool.num_heads * group
+            out = decode_attention(query[:, :heads], pool, lengths, page_table, pages=pages)
+            query = query.at[:, :heads].add(out)
+        return query
+
+    return jax.lax.fori_loop(0, times, turn, query)

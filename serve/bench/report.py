@@ -1,0 +1,218 @@
+"""What the benchmarks found: tables on stdout, and a figure."""
+
+import importlib.util
+import math
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.table import Table
+
+from jsparse.serve.bench.cache_bytes import LOGICAL_PAGE, PAGE, CacheBytes
+from jsparse.serve.bench.common import DecodeRow, PrefillRow, Timing
+
+_WIDTH = 110  # where stdout is no terminal: wide enough for every table
+# Okabe and Ito's colours, which most colour-blind people can tell apart; a policy keeps its own.
+_COLOURS = {
+    "dense": "#000000",
+    "streaming": "#0072B2",
+    "quest": "#E69F00",
+    "lserve": "#009E73",
+    "oracle": "#CC79A7",
+    "random": "#56B4E9",
+}
+
+
+def print_decode(rows: Sequence[DecodeRow], what: str, machine: dict[str, Any]) -> None:
+    """Print the times of a token of ``what``, and what the caches hold and a step reads."""
+    titles = "context|policy|ms/token|least|of dense|attention|selector|reading|selector/reading"
+    times = _table(f"Decoding, milliseconds a token: {what}", titles)
+    titles = "context|policy|cache (bytes)|a token of capacity|a step reads"
+    sizes = _table("Bytes of the caches", titles)
+    previous = None
+    for row in rows:
+        if previous not in (None, row.context):
+            times.add_section()
+            sizes.add_section()
+        previous = row.context
+        times.add_row(
+            f"{row.context}",
+            row.policy,
+            f"{row.decode.median:.2f}",
+            f"{row.decode.least:.2f}",
+            _ratio(row.ratio_to_dense),
+            *(_median(timing) for timing in (row.attention, row.selector, row.reading)),
+            _ratio(row.selector_to_reading),
+        )
+        sizes.add_row(
+            f"{row.context}",
+            row.policy,
+            f"{row.cache_bytes:,}",
+            f"{row.cache_bytes_per_token:,.1f}",
+            f"{row.step_bytes:,}",
+        )
+    console = _console()
+    console.print(times)
+    console.print(
+        f"Rounds, all in turn: {len(rows[0].decode.rounds)}; medians count. Attention, selector and reading "
+        "were measured apart from the model,\nthe selector as the part of one choice that falls to a token.\n"
+        f"{machine_name(machine)}.\n",
+        highlight=False,
+    )
+    console.print(sizes)
+
+
+def print_bytes(rows: Sequence[CacheBytes], model: dict[str, Any]) -> None:
+    """Print what a layer keeps of a token, and of a sequence."""
+    heads = f"{model['kv_heads']} KV heads of {model['head_dim']}"
+    title = f"Bytes a layer keeps: {heads}, pages of {PAGE} tokens, bounds of {LOGICAL_PAGE}"
+    table = _table(title, "cache|keys and values|scales and zeros|bounds|a token|a sequence", left=1)
+    for row in rows:
+        table.add_row(
+            row.kind,
+            *(
+                f"{value:,.0f}"
+                for value in (row.keys_and_values, row.scales_and_zeros, row.bounds, row.per_token)
+            ),
+            f"{row.per_sequence:,}",
+        )
+    _console().print(table)
+
+
+def print_prefill(rows: Sequence[PrefillRow], model: dict[str, Any], machine: dict[str, Any]) -> None:
+    """Print the times to the first token."""
+    titles = "context|variant|seconds|tokens/s|of dense|cache (bytes)"
+    table = _table(f"Prompts, seconds to the first token: {model_name(model)}", titles)
+    for row in rows:
+        table.add_row(
+            f"{row.context}",
+            row.variant,
+            f"{row.seconds.median:.2f}",
+            f"{row.context / row.seconds.median:,.0f}",
+            _ratio(row.ratio_to_dense),
+            f"{row.cache_bytes:,}",
+        )
+    console = _console()
+    console.print(table)
+    console.print(
+        f"Rounds, all in turn: {len(rows[0].seconds.rounds)}; the median counts.\n{machine_name(machine)}.",
+        highlight=False,
+    )
+
+
+def draw_decode(rows: Sequence[DecodeRow], what: str, machine: dict[str, Any], path: Path) -> bool:
+    """Draw time a token against context, a line a policy; without matplotlib say so on stderr: False."""
+    if importlib.util.find_spec("matplotlib") is None:
+        print(
+            f"{path.name} was not drawn, which takes matplotlib: pip install 'jsparse[plot]'", file=sys.stderr
+        )
+        return False
+    from matplotlib.backends.backend_agg import FigureCanvasAgg  # draws without a display or global state
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullLocator
+
+    figure = Figure(figsize=(7.5, 4.8), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    contexts = sorted({row.context for row in rows})
+    lines = {
+        policy: [(row.context, row.decode.median) for row in rows if row.policy == policy]
+        for policy in dict.fromkeys(row.policy for row in rows)
+    }
+    for policy, points in lines.items():
+        axes.plot(*zip(*sorted(points), strict=True), marker="o", markersize=4, color=_COLOURS[policy])
+    axes.set_xscale("log", base=2)
+    axes.set_yscale("log")
+    axes.set_xlim(contexts[0] / 1.15, contexts[-1] * 1.15)
+    axes.xaxis.set_major_locator(FixedLocator(contexts))
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: short_count(round(value))))
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axes.yaxis.set_minor_locator(NullLocator())
+
+    # Each line has its name at its end, moved apart from the others where they would lie on one another.
+    low, high = axes.get_ylim()
+    ends = {policy: max(points)[1] for policy, points in lines.items()}
+    places = spread(
+        [math.log(end / low) / math.log(high / low) for end in ends.values()], 0.055
+    )  # a line of text, as a part of the height
+    for (policy, _), place in zip(ends.items(), places, strict=True):
+        axes.annotate(
+            policy,
+            xy=(1.005, place),
+            xycoords="axes fraction",
+            color=_COLOURS[policy],
+            va="center",
+            annotation_clip=False,
+        )
+    axes.grid(color="#e6e6e6", linewidth=0.8)
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.set_xlabel("context (tokens)")
+    axes.set_ylabel("time a token (ms)")
+    axes.set_title(f"Decoding: {what}\n{machine_name(machine)}", loc="left", fontsize=10, linespacing=1.5)
+    figure.savefig(path, dpi=150)
+    return True
+
+
+def spread(values: Sequence[float], least: float) -> list[float]:
+    """Values moved as little as it takes that no two are nearer than ``least``, their order as it was.
+
+    >>> spread([0.5, 0.5, 2.0], 1.0)
+    [0.0, 1.0, 2.0]
+    """
+    order = sorted(range(len(values)), key=values.__getitem__)
+    groups: list[list[float]] = []  # centre and size of runs of touching values
+    for i in order:
+        groups.append([values[i], 1])
+        while len(groups) > 1 and groups[-1][0] - groups[-2][0] < least * (groups[-1][1] + groups[-2][1]) / 2:
+            (a, m), (b, n) = groups[-2:]
+            groups[-2:] = [[(a * m + b * n) / (m + n), m + n]]
+    places = [centre + least * (i - (size - 1) / 2) for centre, size in groups for i in range(int(size))]
+    moved = dict(zip(order, places, strict=True))
+    return [moved[i] for i in range(len(values))]
+
+
+def short_count(count: int) -> str:
+    """1024 is 1k.
+
+    >>> short_count(131072), short_count(1000)
+    ('128k', '1000')
+    """
+    return f"{count // 1024}k" if count % 1024 == 0 else str(count)
+
+
+def model_name(model: dict[str, Any]) -> str:
+    size = model["parameters"]
+    size = f"{size / 1e9:.1f}B" if size >= 1e9 else f"{size / 1e6:.1f}M"
+    return f"{model['name']}, {size} parameters, {model['dtype']}"
+
+
+def machine_name(machine: dict[str, Any]) -> str:
+    return (
+        f"{machine['device']} ({machine['processor']}, {machine['cores']} cores), jax {machine['jax']}, "
+        f"Python {machine['python']}, {machine['date']}"
+    )
+
+
+def _table(title: str, columns: str, left: int = 2) -> Table:
+    table = Table(title=title, box=SIMPLE_HEAD, title_justify="left", min_width=len(title))
+    for number, column in enumerate(columns.split("|")):
+        table.add_column(column, justify="left" if number == left - 1 else "right", no_wrap=True)
+    return table
+
+
+def _console() -> Console:
+    return Console(width=None if sys.stdout.isatty() else _WIDTH)
+
+
+def _median(timing: Timing | None) -> str:
+    return "–" if timing is None else f"{timing.median:.3f}"
+
+
+def _ratio(value: float | None) -> str:
+    return "–" if value is None else f"{value:.3f}"
