@@ -92,10 +92,8 @@ def choose_pages(
     else:
         pages = jnp.broadcast_to(page_table[:, None], (batch, kv_heads, max_pages))
         k, _ = cache.read(pages, jnp.arange(kv_heads), jnp.float32)
-        scores = jnp.einsum("bhgd,bhpsd->bhgps", q.reshape(batch, kv_heads, group, -1).astype(jnp.float32), k)
-        position = jnp.arange(max_pages)[:, None] * cache.page_size + jnp.arange(cache.page_size)
-        held = position < lengths[:, None, None, None, None]
-        scores = jnp.where(held, scores, -jnp.inf).max(axis=-1)
+        grouped = q.reshape(batch, kv_heads, group, -1).astype(jnp.float32)
+        scores = jnp.einsum("bhgd,bhpsd->bhgps", grouped, k).max(axis=-1)  # the last page is chosen anyway
     return best_pages(scores, lengths, **options)
 
 

@@ -180,6 +180,12 @@ def with_newest_pages(
 def random_scores(
     lengths: Int[Array, " B"], seed: int, shape: tuple[int, int, int]
 ) -> Float[Array, "B Hk G P"]:
-    """Scores that depend on the seed and on each sequence's own length alone."""
+    """Scores that depend on the seed and on each sequence's length alone."""
     key = jax.random.key(seed)
-    return jax.vmap(lambda length: jax.random.uniform(jax.random.fold_in(key, length), shape))(lengths)
+    *heads, pages = shape
+
+    def of(length):
+        # Pages come first, for then a longer cache does not change the numbers of the first ones.
+        return jnp.moveaxis(jax.random.uniform(jax.random.fold_in(key, length), (pages, *heads)), 0, -1)
+
+    return jax.vmap(of)(lengths)

@@ -104,7 +104,7 @@ class CacheConfig:
         _require_integer("sink", self.sink, minimum=0)
         if self.select_heads not in ("max", "union", "query"):
             raise ValueError(f"select_heads must be max, union or query, not {self.select_heads!r}")
-        if self.kv_bits not in (8, 4, None):
+        if self.kv_bits is not None and not (is_integer(self.kv_bits) and self.kv_bits in (8, 4)):
             raise ValueError(f"kv_bits must be 8, 4 or None, not {self.kv_bits!r}")
         self._check_pages()
         if self.prefill_window is not None and self.prefill_window < self.window:
@@ -226,8 +226,6 @@ def layout_of(cache: CacheConfig, model: LlamaConfig) -> CacheLayout:
         score = "exact" if cache.policy == "oracle" else "random" if cache.policy == "random" else "bounds"
         every = cache.select_every or (1 if cache.policy == "quest" else 4)
         selection = Selection(cache.budget, every, cache.select_heads, score)
-    if cache.kv_bits == 4 and model.head_dim % 2:
-        raise ValueError(f"kv_bits=4 packs two codes a byte, but head_dim={model.head_dim} is odd")
     return CacheLayout(
         batch=cache.batch,
         capacity=cache.capacity,
@@ -302,11 +300,11 @@ def _layer_layouts(cache: CacheConfig, model: LlamaConfig) -> tuple[LayerLayout,
         if cache.policy not in ("dense", "quest"):
             streams |= given
     prefill_window = cache.prefill_window or cache.window
+    assert cache.capacity is not None
     layouts = []
     for layer, window in enumerate(model.sliding_windows):
         heads = tuple(int(head) for head in np.flatnonzero(streams[layer]))
-        # A window that the cache fits in hides nothing.
-        if window is None or (cache.capacity is not None and window >= cache.capacity):
+        if window is None:
             layouts.append(LayerLayout(heads, cache.sink, cache.window, prefill_window))
         elif heads and cache.policy != "streaming":
             raise ValueError(
@@ -314,6 +312,7 @@ def _layer_layouts(cache: CacheConfig, model: LlamaConfig) -> tuple[LayerLayout,
                 "all its heads stream already, so none may be marked"
             )
         else:
+            window = min(window, cache.capacity)
             layouts.append(LayerLayout(tuple(range(kv_heads)), 0, window, window))
     return tuple(layouts)
 

@@ -21,9 +21,9 @@ def decode_logits(
     """Logits after each token of ``continuation``, fed to the decode step one by one after ``prompt``.
 
     Whatever a cache makes of them, every cache sees the same tokens, so that the logits of a sparse and of a
-    dense one can be compared. Those that follow the prompt itself are left out: they come from the prefill,
-    which reads everything. Raises ``ValueError`` where a token is outside the vocabulary, a part is empty, or
-    both together are beyond the capacity.
+    dense one can be compared. Those that follow the prompt itself are left out: they come from the prefill.
+    Raises ``ValueError`` where a token is outside the vocabulary, a part is empty, or both together are
+    beyond the capacity.
 
     >>> from flax import nnx
     >>> from jsparse.models import LlamaConfig

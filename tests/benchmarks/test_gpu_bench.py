@@ -539,6 +539,7 @@ def test_the_plot_is_a_picture_and_a_pdf(tmp_path):
 # The whole program ---------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_smoke_run_goes_from_the_command_to_the_results(tmp_path):
     out = tmp_path / "smoke.json"
     command = [

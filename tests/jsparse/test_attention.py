@@ -208,8 +208,20 @@ FLOAT32 = (1e-5, 1e-5, 1e-4, 1e-4, 1e-4)
 BFLOAT16 = (2e-2,) * 5
 
 
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-@pytest.mark.parametrize("name", CASES)
+# The interpreter takes seconds for a case: these at every run, the others with the tests marked slow.
+INTERPRETED_EVERY_TIME = ("causal", "several blocks", "packed, T != S", "chosen a KV head", "a continuation")
+
+
+def conformance():
+    for name in CASES:
+        for implementation in IMPLEMENTATIONS:
+            slow = implementation is INTERPRETED and name not in INTERPRETED_EVERY_TIME
+            plain = "mosaic_gpu_interpret" if implementation is INTERPRETED else implementation
+            marks = (INTERPRETED.marks if implementation is INTERPRETED else ()) + (pytest.mark.slow,) * slow
+            yield pytest.param(name, plain, marks=marks, id=f"{name}-{plain}")
+
+
+@pytest.mark.parametrize(("name", "implementation"), conformance())
 def test_agrees_with_dense_float64(name, implementation):
     case = CASES[name].fit(implementation)
     dtype = jnp.bfloat16 if implementation == "mosaic_gpu" else jnp.float32

@@ -2,10 +2,12 @@
 
 import dataclasses
 
+import jaxtyping
 import numpy as np
 import pytest
 
-from jsparse.serve import CacheConfig, SamplingParams, generate, stream
+from jsparse import PooledBlocks, VerticalSlash
+from jsparse.serve import Batch, CacheConfig, SamplingParams, generate, stream
 
 PROMPTS = [
     ([], "prompts must be a list of at least one list"),
@@ -26,6 +28,14 @@ PROMPTS = [
 def nothing_runs(compilations):
     yield
     assert not compilations
+
+
+@pytest.fixture
+def unchecked_types():
+    """What refuses a wrong type must be our own check, not the type checker that only tests have."""
+    jaxtyping.config.update("jaxtyping_disable", True)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", False)
 
 
 @pytest.mark.parametrize(("prompts", "message"), PROMPTS)
@@ -49,6 +59,19 @@ def test_too_long_for_the_models_positions(model):
 def test_more_prompts_than_rows(model, cache):
     with pytest.raises(ValueError, match="5 prompts are more than the cache's batch=4 rows"):
         generate(model, [[1]] * 5, cache=cache)
+
+
+def test_more_pages_than_there_are_states_the_arithmetic(model, cache):
+    few = dataclasses.replace(cache, num_pages=20)
+    message = "2 prompts with their new tokens need 23 pages of 8: more than num_pages=20$"
+    with pytest.raises(ValueError, match=message):
+        generate(model, [[1] * 100, [2] * 40], 20, cache=few)  # 15 pages and 8
+
+
+def test_a_batch_needs_a_capacity_and_a_number_of_rows(model):
+    for missing, given in (("capacity", CacheConfig(batch=2)), ("batch", CacheConfig(capacity=64))):
+        with pytest.raises(ValueError, match=f"{missing} must be an integer >= 1 where no requests say"):
+            Batch(model, given)
 
 
 @pytest.mark.parametrize("count", [0, -1, True])
@@ -121,8 +144,31 @@ def test_sampling_params(fields, message):
         ({"streaming_heads": [True, False]}, "streaming_heads must be booleans"),
         ({"streaming_heads": [[0.1, 0.9]]}, "streaming_heads must be booleans"),
         ({"streaming_heads": [[True], [True, False]]}, "streaming_heads must be booleans"),
+        ({"policy": "h2o"}, "policy must be one of lserve, dense, .*, oracle, random, not 'h2o'"),
+        ({"policy": None}, "policy must be one of lserve, .* not None"),
+        ({"policy": "quest", "logical_page_size": 8}, "logical_page_size=8 must be page_size=16 or None"),
+        ({"policy": "quest", "budget": 24}, "budget=24 must be a multiple of page_size=16"),
+        ({"kv_bits": 2}, "kv_bits must be 8, 4 or None, not 2"),
+        ({"kv_bits": True}, "kv_bits must be 8, 4 or None, not True"),
+        ({"kv_bits": "8"}, "kv_bits must be 8, 4 or None, not '8'"),
+        ({"select_every": 0}, "select_every must be an integer >= 1 or None, not 0"),
+        ({"select_every": 1.5}, "select_every must be an integer >= 1 or None, not 1.5"),
+        ({"select_heads": "mean"}, "select_heads must be max, union or query, not 'mean'"),
+        ({"select_heads": None}, "select_heads must be max, union or query, not None"),
+        ({"num_pages": 0}, "num_pages must be an integer >= 1 or None, not 0"),
+        ({"prefill_window": 0}, "prefill_window must be an integer >= 1 or None, not 0"),
+        ({"prefill_window": 255}, "prefill_window=255 must be at least window=256"),
+        ({"prefill_estimate": "mean"}, "prefill_estimate must be PooledBlocks, VerticalSlash or None, not"),
+        (
+            {"prefill_estimate": PooledBlocks(512), "prefill_chunk": 192},
+            "prefill_chunk=192 must be a multiple of prefill_estimate's block=128",
+        ),
+        (
+            {"prefill_estimate": VerticalSlash(512, 512), "prefill_chunk": 256},
+            "prefill_chunk=256 must be a multiple of prefill_estimate's segment=512",
+        ),
     ],
 )
-def test_cache_config(fields, message):
+def test_cache_config(unchecked_types, fields, message):
     with pytest.raises(ValueError, match=message):
         CacheConfig(**fields)
