@@ -221,7 +221,7 @@ def conformance():
             yield pytest.param(name, plain, marks=marks, id=f"{name}-{plain}")
 
 
-@pytest.mark.parametrize(("name", "implementation"), conformance())
+@pytest.mark.parametrize(("name", "implementation"), list(conformance()))
 def test_agrees_with_dense_float64(name, implementation):
     case = CASES[name].fit(implementation)
     dtype = jnp.bfloat16 if implementation == "mosaic_gpu" else jnp.float32
