@@ -215,10 +215,11 @@ INTERPRETED_EVERY_TIME = ("causal", "several blocks", "packed, T != S", "chosen 
 def conformance():
     for name in CASES:
         for implementation in IMPLEMENTATIONS:
-            slow = implementation is INTERPRETED and name not in INTERPRETED_EVERY_TIME
-            plain = "mosaic_gpu_interpret" if implementation is INTERPRETED else implementation
-            marks = (INTERPRETED.marks if implementation is INTERPRETED else ()) + (pytest.mark.slow,) * slow
-            yield pytest.param(name, plain, marks=marks, id=f"{name}-{plain}")
+            if implementation is INTERPRETED:
+                slow = [] if name in INTERPRETED_EVERY_TIME else [pytest.mark.slow]
+                yield pytest.param(name, *INTERPRETED.values, marks=[*INTERPRETED.marks, *slow])
+            else:
+                yield pytest.param(name, implementation)
 
 
 @pytest.mark.parametrize(("name", "implementation"), list(conformance()))
