@@ -3,7 +3,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from jsparse import TokenMask, causal, shifted_groups, sliding_window, streaming
+from jsparse import BlockMask, TokenMask, causal, shifted_groups, sliding_window, streaming
 
 
 def test_the_named_masks_are_the_four_integers():
@@ -56,3 +56,24 @@ def test_shifted_groups_are_the_original_roll_without_the_leak():
 def test_bad_fields_are_named(fields, message):
     with pytest.raises(ValueError, match=message):
         TokenMask(**fields)
+
+
+# The lengths of queries and keys that Block-Sparse-Attention is tested with.
+LENGTHS = [(113, 203), (128, 217), (113, 211), (108, 256), (256, 512), (512, 256), (1023, 1024), (1024, 1023)]
+
+
+@pytest.mark.parametrize(("q_len", "kv_len"), LENGTHS)
+def test_streaming_is_exact_to_the_token_with_queries_at_the_end_of_the_keys(q_len, kv_len):
+    sink, window = 32, 64
+    mask = BlockMask.from_token_masks(streaming(sink, window), q_len, kv_len)
+    position = np.arange(q_len)[:, None] + mask.kv_len - mask.q_len
+    visible = streaming(sink, window)(position, np.arange(kv_len))
+    for t in range(0, q_len, 7):
+        place = t + kv_len - q_len
+        seen = {k for k in range(kv_len) if k <= place and (k < sink or k > place - window)}
+        assert set(np.flatnonzero(visible[t]).tolist()) == seen
+        if place < 0:
+            assert not seen  # more queries than keys: the first ones see nothing
+        block = t // mask.block_q
+        begin, count = mask.kv_start[0, block], mask.kv_count[0, block]
+        assert {k // mask.block_kv for k in seen} <= set(mask.kv_index[begin : begin + count].tolist())

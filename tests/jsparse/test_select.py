@@ -134,3 +134,17 @@ def test_a_budget_that_is_no_number_of_pages_is_refused(budget):
     bounds = jnp.zeros((1, 1, 2, 1, 4))
     with pytest.raises(ValueError, match=f"budget={budget} must be a multiple of page_size=16"):
         select_pages(jnp.ones((1, 1, 4)), bounds, bounds, jnp.array([3]), budget=budget, page_size=16)
+
+
+def test_the_score_is_quests_and_flat_pages_are_quests_pages():
+    # Quest writes it as the sum of |q| times the largest key in the direction of q's sign.
+    q, k = random(16), random(64, 16, seed=1)
+    k_min, k_max = page_bounds(jnp.array(k), 8)
+    signed = np.maximum(np.sign(q) * np.asarray(k_min), np.sign(q) * np.asarray(k_max))
+    scores = page_scores(jnp.array(q), k_min, k_max)
+    np.testing.assert_allclose(scores, (np.abs(q) * signed).sum(-1), rtol=1e-5)
+    # Where the logical page is the page, the pages are those of the best scores, and the newest.
+    low, high = (np.asarray(x).reshape(1, 1, 8, 1, 16) for x in (k_min, k_max))
+    chosen = select_pages(jnp.array(q)[None, None], low, high, jnp.array([64]), budget=24, page_size=8)
+    best = sorted(np.argsort(-np.asarray(scores)[:7], kind="stable")[:2].tolist())
+    assert chosen.tolist() == [[[*best, 7]]]
