@@ -1,4 +1,4 @@
-"""What goes wrong in LServe's published code must hold here (shared/reference/lserve.md, section 1, Defects).
+"""What goes wrong in the code that was published with LServe (omniserve) must hold here.
 
 Each has its test where it belongs; here are those without a better place.
 
