@@ -9,7 +9,13 @@ import pytest
 
 @pytest.mark.skipif(jax.__version_info__ < (0, 12), reason="jax < 0.12 cannot interpret Mosaic GPU")
 @pytest.mark.parametrize(
-    "kind, mask", [("Auto", "heads"), ("Explicit", "sequences"), ("Auto", "decode"), ("Explicit", "decode")]
+    "kind, mask",
+    [
+        ("Auto", "heads"),
+        pytest.param("Explicit", "sequences", marks=pytest.mark.slow),
+        ("Auto", "decode"),
+        pytest.param("Explicit", "decode", marks=pytest.mark.slow),
+    ],
 )
 def test_kernels_split_batch_and_heads_over_a_mesh(kind, mask):
     program = Path(__file__).parent / "on_eight_devices.py"
