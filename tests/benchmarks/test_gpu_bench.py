@@ -571,6 +571,7 @@ def test_a_smoke_run_goes_from_the_command_to_the_results(tmp_path):
         report.markdown(document, rows.ROWS)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(jax.__version_info__ < (0, 12), reason="jax < 0.12 cannot interpret Mosaic GPU")
 @pytest.mark.parametrize(
     "name, makers, other",
