@@ -50,13 +50,7 @@ class Batch:
         self.config = config
         self.layout = layout_of(cache, config) if isinstance(cache, CacheConfig) else cache
         self.structure, self.params = loop.split_model(model)
-        self._shape = loop.ModelShape(
-            config.num_attention_heads,
-            config.num_key_value_heads,
-            config.head_dim,
-            config.hidden_size,
-            model.embed_tokens.embedding[...].dtype,
-        )
+        self._shape = loop.ModelShape.of(config, model.embed_tokens.embedding[...].dtype)
         self.state = loop.new_state(self.layout, self._shape)
         self._rows = RowParams.of([], [], [], batch=self.layout.batch, vocab_size=config.vocab_size)
         self._device_rows = None

@@ -17,7 +17,7 @@ from jaxtyping import Array, Float, Int
 
 from jsparse.cache import LayerKVCache, PagedKVCache, StreamingKVCache
 from jsparse.layer import attend_and_append
-from jsparse.models import Llama
+from jsparse.models import Llama, LlamaConfig
 from jsparse.select import Selection
 from jsparse.serve.config import CacheLayout, Reading
 from jsparse.serve.sampling import RowParams, sample
@@ -64,6 +64,16 @@ class ModelShape(NamedTuple):
     head_dim: int
     hidden_size: int
     dtype: Any
+
+    @classmethod
+    def of(cls, config: LlamaConfig, dtype: Any) -> "ModelShape":
+        return cls(
+            config.num_attention_heads,
+            config.num_key_value_heads,
+            config.head_dim,
+            config.hidden_size,
+            dtype,
+        )
 
 
 @jax.tree_util.register_dataclass

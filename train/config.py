@@ -1,13 +1,14 @@
 """The settings of a fine-tuning run."""
 
 import dataclasses
-import math
 from collections.abc import Sequence
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import optax
+
+from jsparse.train.checks import require_choice, require_integers, require_numbers
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,16 +72,16 @@ class FinetuneConfig:
     def __post_init__(self):
         if not self.data_files:
             raise ValueError("data must name at least one text file")
-        _require_integers(self, 1, "steps", "batch_size", "checkpoint_every")
-        _require_integers(self, 2, "context")
-        _require_integers(self, 0, "warmup_steps", "seed")
-        _require_numbers(self, "learning_rate", "max_grad_norm", "lora_alpha")
-        _require_numbers(self, "weight_decay", allow_zero=True)
-        _require_choice(self, "attention", "shifted", "full")
-        _require_choice(self, "schedule", "constant", "cosine")
-        _require_choice(self, "dtype", None, "float32", "bfloat16")
+        require_integers(self, 1, "steps", "batch_size", "checkpoint_every")
+        require_integers(self, 2, "context")
+        require_integers(self, 0, "warmup_steps", "seed")
+        require_numbers(self, "learning_rate", "max_grad_norm", "lora_alpha")
+        require_numbers(self, "weight_decay", allow_zero=True)
+        require_choice(self, "attention", "shifted", "full")
+        require_choice(self, "schedule", "constant", "cosine")
+        require_choice(self, "dtype", None, "float32", "bfloat16")
         if self.lora_rank is not None:
-            _require_integers(self, 1, "lora_rank")
+            require_integers(self, 1, "lora_rank")
         if self.schedule == "cosine" and self.warmup_steps >= self.steps:
             raise ValueError(f"warmup_steps={self.warmup_steps} must be less than steps={self.steps}")
         self._check_groups()
@@ -91,7 +92,7 @@ class FinetuneConfig:
                 raise ValueError(f"group_size={self.group_size} is for attention='shifted', not for 'full'")
             return
         if self.group_size is not None:
-            _require_integers(self, 2, "group_size")
+            require_integers(self, 2, "group_size")
         size = self.context // 4 if self.group_size is None else self.group_size
         if size < 2 or size % 2 or self.context % size:
             origin = " (context // 4, for none was given)" if self.group_size is None else ""
@@ -143,25 +144,3 @@ class FinetuneConfig:
         # Rises through 1/n, 2/n, ... to 1, so that the first step is not wasted on a rate of 0.
         warmup = optax.linear_schedule(0.0, self.learning_rate, self.warmup_steps)
         return optax.join_schedules([lambda step: warmup(step + 1), after], [self.warmup_steps])
-
-
-def _require_integers(config: FinetuneConfig, minimum: int, *fields: str) -> None:
-    for field in fields:
-        value = getattr(config, field)
-        if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
-            raise ValueError(f"{field} must be an integer >= {minimum}, not {value!r}")
-
-
-def _require_numbers(config: FinetuneConfig, *fields: str, allow_zero: bool = False) -> None:
-    for field in fields:
-        value = getattr(config, field)
-        number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-        if not number or value < 0 or (value == 0 and not allow_zero):
-            raise ValueError(f"{field} must be a number {'>=' if allow_zero else '>'} 0, not {value!r}")
-
-
-def _require_choice(config: FinetuneConfig, field: str, *allowed: str | None) -> None:
-    if getattr(config, field) not in allowed:
-        raise ValueError(
-            f"{field} must be one of {', '.join(map(repr, allowed))}, not {getattr(config, field)!r}"
-        )

@@ -16,6 +16,7 @@ from jaxtyping import Array
 
 import jsparse
 from jsparse.models import Llama, LlamaConfig, load_config, load_tokenizer
+from jsparse.train.checks import require_choice, require_integers, require_numbers
 from jsparse.train.data import check_files, read_documents
 from jsparse.train.gates import gate_loss
 from jsparse.train.passkeys import Passkeys, check_passkeys_fit, passkey_batch
@@ -76,20 +77,14 @@ class HeadsConfig:
     def __post_init__(self):
         if not self.data_files:
             raise ValueError("data must name at least one text file")
-        integers = {"context": 2, "lengths": 1, "sink": 0, "window": 1, "needles": 1, "words": 1}
-        integers |= {"steps": 1, "batch_size": 1, "seed": 0}
-        integers |= {} if self.min_context is None else {"min_context": 2}
-        for field, minimum in integers.items():
-            value = getattr(self, field)
-            if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
-                raise ValueError(f"{field} must be an integer >= {minimum}, not {value!r}")
-        for field, sign in (("learning_rate", ">"), ("l1", ">=")):
-            value = getattr(self, field)
-            number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-            if not number or value < 0 or (value == 0 and sign == ">"):
-                raise ValueError(f"{field} must be a number {sign} 0, not {value!r}")
-        if self.dtype not in (None, "float32", "bfloat16"):
-            raise ValueError(f"dtype must be one of None, 'float32', 'bfloat16', not {self.dtype!r}")
+        require_integers(self, 2, "context")
+        require_integers(self, 1, "lengths", "window", "needles", "words", "steps", "batch_size")
+        require_integers(self, 0, "sink", "seed")
+        if self.min_context is not None:
+            require_integers(self, 2, "min_context")
+        require_numbers(self, "learning_rate")
+        require_numbers(self, "l1", allow_zero=True)
+        require_choice(self, "dtype", None, "float32", "bfloat16")
         if self.shortest > self.context:
             raise ValueError(f"min_context={self.shortest} must be at most context={self.context}")
         if self.sink + self.window >= self.shortest:

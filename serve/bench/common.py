@@ -175,14 +175,7 @@ def load_model(folder: Path | None) -> Llama:
 
 
 def shape_of(model: Llama) -> ModelShape:
-    config = model.config
-    return ModelShape(
-        config.num_attention_heads,
-        config.num_key_value_heads,
-        config.head_dim,
-        config.hidden_size,
-        model.embed_tokens.embedding[...].dtype,
-    )
+    return ModelShape.of(model.config, model.embed_tokens.embedding[...].dtype)
 
 
 def last_heads_stream(config: LlamaConfig, sparsity: float) -> Bool[np.ndarray, "layers kv_heads"]:

@@ -165,9 +165,7 @@ def _serving(mesh: Mesh, model: LlamaConfig, batch: int, **cache: Any):
 
 
 def _model_shape(model: LlamaConfig) -> loop.ModelShape:
-    return loop.ModelShape(
-        model.num_attention_heads, model.num_key_value_heads, model.head_dim, model.hidden_size, jnp.bfloat16
-    )
+    return loop.ModelShape.of(model, jnp.bfloat16)
 
 
 def odd_program(mesh: Mesh, batch: int) -> Program:
