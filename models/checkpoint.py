@@ -5,8 +5,10 @@ import json
 import os
 import re
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import safetensors.numpy
@@ -49,12 +51,18 @@ def load_config(directory: str | Path) -> LlamaConfig:
 
 
 def load_parameters(
-    directory: str | Path, config: LlamaConfig, parameters: Parameters, *, dtype=None
+    directory: str | Path,
+    config: LlamaConfig,
+    parameters: Parameters,
+    *,
+    dtype=None,
+    place: Callable[[nnx.Variable, np.ndarray], jax.Array] = lambda variable, array: jnp.asarray(array),
 ) -> Parameters:
     """The values of abstract ``parameters``, read from the safetensors in a Hugging Face folder.
 
-    ``dtype`` None keeps the stored dtype, which must then be one for all tensors. Passed over is only
-    ``rotary_emb.inv_freq``, which old checkpoints have and the config implies.
+    ``dtype`` None keeps the stored dtype, which must then be one for all tensors. ``place`` puts the array of
+    one parameter on its devices. Passed over is only ``rotary_emb.inv_freq``, which old checkpoints have and
+    the config implies.
 
     Raises FileNotFoundError for weights that are not there (pickled ones do not count), and ValueError with,
     in one message, every tensor that is missing, unexpected, misshapen or of a dtype other than float32,
@@ -74,7 +82,7 @@ def load_parameters(
 
     def load(path, variable):
         array = _hf_layout(path, read_tensor(stored[_hf_name(path)]))
-        return variable.replace(jnp.asarray(array, dtype))
+        return variable.replace(place(variable, array.astype(dtype, copy=False)))
 
     return {path: load(path, variable) for path, variable in parameters.items()}
 

@@ -2,12 +2,14 @@
 
 import functools
 from pathlib import Path
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.core import Tracer
+from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 
 import jsparse
@@ -18,8 +20,11 @@ from jsparse.models.layers import Attend, DecoderLayer, Embedding, Linear, RMSNo
 from jsparse.models.lora import has_lora
 from jsparse.models.masking import layer_masks
 from jsparse.models.rope import rope_tables
+from jsparse.models.sharding import keep_tokens_split, put_parameter
 
 Tokens = Int[Array | np.ndarray, "B T"]
+# What the backward pass keeps of a layer; the rest it computes again.
+Remat = Literal["none", "layers", "attention", "dots"]
 
 
 class Llama(nnx.Module):
@@ -90,14 +95,17 @@ class Llama(nnx.Module):
         positions: Tokens | None,
         attend: Attend,
         *,
-        remat: bool = False,
+        remat: Remat = "none",
     ) -> Float[Array, "B T embed"]:
         """The hidden states after the final norm, with attention left to the caller.
 
         ``attend(layer, q, k, v)`` gets the layer's number, queries [B, T, Hq, D] and keys [B, T, Hk, D], both
         normed and rotated, and values, and returns [B, T, Hq, D]. Masks, caches and windows are its business.
-        ``remat`` recomputes each layer in the backward pass instead of storing what is inside; ``attend`` is
-        then traced more than once and must be pure.
+
+        ``remat`` says what is kept for the backward pass: "none" recomputes nothing; "layers" keeps the input
+        of each layer and computes the rest again, which costs a third more time; "attention" keeps also what
+        attention gave, the dearest part of a long context; "dots" keeps all products with weights. Other than
+        with "none", ``attend`` is traced more than once and must be pure.
         """
         self._check_tokens(tokens)
         if positions is None:
@@ -107,10 +115,11 @@ class Llama(nnx.Module):
                 f"positions has shape {positions.shape}, tokens {tokens.shape}; they must be equal"
             )
         cos, sin = rope_tables(self.config.rope, self.config.head_dim, jnp.asarray(positions))
-        x = self.embed_tokens(tokens)
+        # The embedding may be wider than the rest: training looks rows up in the float32 that it updates.
+        x = keep_tokens_split(self.embed_tokens(tokens).astype(self.norm.scale[...].dtype))
         for number, layer in enumerate(self.layers):
-            run = _rematerialized(layer) if remat else layer
-            x = run(x, cos, sin, functools.partial(attend, number))
+            run = layer if remat == "none" else _rematerialized(layer, remat)
+            x = keep_tokens_split(run(x, cos, sin, functools.partial(attend, number)))
         return self.norm(x)
 
     def logits(self, hidden: Float[Array, "... embed"]) -> Float[Array, "... vocab"]:
@@ -122,11 +131,12 @@ class Llama(nnx.Module):
         return jnp.einsum("...e,ev->...v", hidden, kernel, preferred_element_type=jnp.float32)
 
     @classmethod
-    def from_pretrained(cls, directory: str | Path, *, dtype=None) -> "Llama":
+    def from_pretrained(cls, directory: str | Path, *, dtype=None, mesh: Mesh | None = None) -> "Llama":
         """The model in a Hugging Face folder: ``config.json`` and safetensors, in one file or in shards.
 
         ``dtype`` None keeps the dtype of the file. Stop tokens in ``generation_config.json`` win over those
-        of the config.
+        of the config. On a ``mesh`` each parameter lies where ``jsparse.models.sharding`` says, and no device
+        ever holds more than its part.
 
         Raises FileNotFoundError for a folder, config, weights or a shard that are not there (pickled weights
         do not count), ValueError for a config that cannot be represented and for tensors that do not fit it.
@@ -134,7 +144,8 @@ class Llama(nnx.Module):
         config = checkpoint.load_config(directory)
         graph, state = nnx.split(nnx.eval_shape(lambda: cls(config, rngs=nnx.Rngs(0))))
         abstract = dict(nnx.to_flat_state(state))
-        parameters = checkpoint.load_parameters(directory, config, abstract, dtype=dtype)
+        place = functools.partial(put_parameter, mesh=mesh)
+        parameters = checkpoint.load_parameters(directory, config, abstract, dtype=dtype, place=place)
         return nnx.merge(graph, nnx.from_flat_state(parameters))
 
     def save_pretrained(self, directory: str | Path, *, max_shard_bytes: int = 5_000_000_000) -> None:
@@ -171,10 +182,20 @@ class Llama(nnx.Module):
             )
 
 
-def _rematerialized(layer):
+_POLICIES = {
+    "layers": None,
+    "attention": jax.checkpoint_policies.save_only_these_names("attention"),
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+}
+
+
+def _rematerialized(layer, remat: str):
     graph, state = nnx.split(layer)
 
     def run(x, cos, sin, attend):
-        return jax.checkpoint(lambda state, x: nnx.merge(graph, state)(x, cos, sin, attend))(state, x)
+        def again(state, x):
+            return nnx.merge(graph, state)(x, cos, sin, attend)
+
+        return jax.checkpoint(again, policy=_POLICIES[remat])(state, x)
 
     return run

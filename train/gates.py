@@ -83,7 +83,7 @@ def gate_loss(
     """
     full = jax.lax.stop_gradient(model.hidden(tokens, None, model.attend()))
     attend = mixed_attend(model.config, gates, sink=sink, window=window)
-    mixed = model.hidden(tokens, None, attend, remat=remat)
+    mixed = model.hidden(tokens, None, attend, remat="layers" if remat else "none")
     squares = jnp.square(full.astype(jnp.float32) - mixed.astype(jnp.float32)).mean(axis=-1)
     predicts_answer = jnp.roll(is_answer, -1, axis=1).at[:, -1].set(False)
     distance = jnp.where(predicts_answer, squares, 0.0).sum() / jnp.maximum(predicts_answer.sum(), 1)

@@ -1,0 +1,109 @@
+"""Where the named axes of parameters and activations lie on a mesh: the rules, in one place.
+
+A mesh has up to four axes of type Auto. ``data`` splits the batch; ``fsdp`` splits the batch and every matrix;
+``tensor`` splits heads, the inside of the MLP and the vocabulary; ``sequence`` splits the tokens of a sequence,
+and matrices with them. A mesh axis that does not divide an axis of an array leaves it whole.
+"""
+
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jaxtyping import Array, PyTree
+
+MESH_AXES = ("data", "fsdp", "tensor", "sequence")
+
+# The mesh axes of each named axis of a matrix; a mesh axis splits only the first that asks for it. Vectors are
+# whole on every device.
+RULES = {
+    "embed": ("fsdp", "sequence"),
+    "heads": ("tensor",),
+    "kv_heads": ("tensor",),
+    "mlp": ("tensor",),
+    # Rows of the embedding first: split along embed it would hand that split on to all activations.
+    "vocab": ("tensor", "fsdp", "sequence"),
+}
+BATCH = ("data", "fsdp")
+SEQUENCE = ("sequence",)
+
+
+def make_mesh(*, data: int = 1, fsdp: int = 1, tensor: int = 1, sequence: int = 1) -> Mesh:
+    """A mesh of all devices of all processes. ValueError unless the sizes' product is their number."""
+    sizes = (data, fsdp, tensor, sequence)
+    if math.prod(sizes) != jax.device_count():
+        given = ", ".join(f"{name}={size}" for name, size in zip(MESH_AXES, sizes, strict=True))
+        raise ValueError(f"mesh {given} needs {math.prod(sizes)} devices, but there are {jax.device_count()}")
+    return jax.make_mesh(sizes, MESH_AXES, axis_types=(AxisType.Auto,) * len(sizes))
+
+
+def parameter_shardings(tree: PyTree, mesh: Mesh) -> PyTree:
+    """The sharding of every array in a tree of parameters, or of optimizer states that look like them.
+
+    Reads the logical names that parameters carry; the arrays may be abstract. Arrays without names, and
+    vectors, are whole on every device.
+    """
+
+    def place(x, names):
+        free = dict(mesh.shape)
+        axes = []
+        for name, length in zip(names, x.shape, strict=False) if x.ndim > 1 else ():
+            chosen = _dividing(RULES.get(name, ()), free, length)
+            for axis in chosen:
+                del free[axis]
+            axes.append(chosen or None)
+        return NamedSharding(mesh, PartitionSpec(*axes))
+
+    return jax.tree.map(place, tree, nnx.get_partition_spec(tree))
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+    """Of tokens [micro-batches, B, T]."""
+    present = set(mesh.axis_names)
+    batch, sequence = (tuple(axis for axis in axes if axis in present) or None for axes in (BATCH, SEQUENCE))
+    return NamedSharding(mesh, PartitionSpec(None, batch, sequence))
+
+
+def keep_tokens_split(x: Array) -> Array:
+    """Activations [B, T, ...], kept split by batch and sequence on the mesh in context; as they are without.
+
+    Said at the border of every layer: otherwise the compiler may hand the split of a matrix on to them.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    free = {
+        name: size
+        for name, size, kind in zip(mesh.axis_names, mesh.axis_sizes, mesh.axis_types, strict=True)
+        if kind == AxisType.Auto
+    }
+    batch, sequence = _dividing(BATCH, free, x.shape[0]), _dividing(SEQUENCE, free, x.shape[1])
+    if not batch and not sequence:
+        return x
+    return jax.lax.with_sharding_constraint(x, PartitionSpec(batch or None, sequence or None))
+
+
+def put_parameter(variable: nnx.Variable, array: Any, *, mesh: Mesh | None) -> jax.Array:
+    """The value of one parameter where ``parameter_shardings`` says, or on the default device."""
+    if mesh is None:
+        return jnp.asarray(array)
+    (sharding,) = jax.tree.leaves(parameter_shardings(variable, mesh))
+    return put(array, sharding)
+
+
+def put(x: Any, sharding: NamedSharding) -> jax.Array:
+    """An array that every process holds whole, on the devices of ``sharding``: each takes its own part."""
+    host = np.asarray(x)
+    return jax.make_array_from_callback(host.shape, sharding, lambda index: host[index])
+
+
+def _dividing(names: tuple[str, ...], sizes: dict[str, int], length: int) -> tuple[str, ...]:
+    """Of these mesh axes, in order, those that are there, of more than one device, and together divide."""
+    chosen: list[str] = []
+    for name in names:
+        size = sizes.get(name, 1)
+        if size > 1 and length % size == 0:
+            chosen.append(name)
+            length //= size
+    return tuple(chosen)
