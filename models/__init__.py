@@ -2,13 +2,16 @@
 
 from jsparse.models.checkpoint import load_config as load_config
 from jsparse.models.config import LlamaConfig as LlamaConfig
+from jsparse.models.frozen_base import dequantize_base as dequantize_base
+from jsparse.models.frozen_base import quantize_base as quantize_base
 from jsparse.models.head_order import reorder_heads as reorder_heads
 from jsparse.models.layers import LoRAParam as LoRAParam
 from jsparse.models.llama import Llama as Llama
-from jsparse.models.llama import Mask as Mask
 from jsparse.models.lora import add_lora as add_lora
 from jsparse.models.lora import has_lora as has_lora
 from jsparse.models.lora import merge_lora as merge_lora
+from jsparse.models.lora import set_dropout_keys as set_dropout_keys
+from jsparse.models.masking import ModelMask as ModelMask
 from jsparse.models.rope import RopeConfig as RopeConfig
 from jsparse.models.tokenizer import byte_tokenizer as byte_tokenizer
 from jsparse.models.tokenizer import load_tokenizer as load_tokenizer

@@ -2,7 +2,6 @@
 
 import functools
 from pathlib import Path
-from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -13,18 +12,16 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 
 import jsparse
-from jsparse.attention import Mask as Mask
 from jsparse.models import checkpoint
 from jsparse.models.config import LlamaConfig
 from jsparse.models.layers import Attend, DecoderLayer, Embedding, Linear, RMSNorm
 from jsparse.models.lora import has_lora
-from jsparse.models.masking import layer_masks
+from jsparse.models.masking import ModelMask, layer_masks
 from jsparse.models.rope import rope_tables
 from jsparse.models.sharding import keep_tokens_split, put_parameter
 
 Tokens = Int[Array | np.ndarray, "B T"]
-# What the backward pass keeps of a layer; the rest it computes again.
-Remat = Literal["none", "layers", "attention", "dots"]
+REMAT = ("none", "layers", "attention", "dots")  # what the backward pass keeps of a layer
 
 
 class Llama(nnx.Module):
@@ -60,12 +57,13 @@ class Llama(nnx.Module):
         tokens: Tokens,
         positions: Tokens | None = None,
         segment_ids: Tokens | None = None,
-        mask: Mask | None = None,
+        mask: ModelMask | None = None,
     ) -> Float[Array, "B T vocab"]:
         """Next-token logits, float32, of whole sequences: no cache.
 
         ``mask`` None is causal attention with each layer's own sliding window. A TokenMask, one TokenMask for
-        each query head, or a BlockMask narrows it further, the same way in every layer. ``segment_ids`` cut
+        each query head, or a BlockMask narrows it further, the same way in every layer; so does a sequence of
+        one entry a layer, each a sequence of TokenMasks or a BlockMask. ``segment_ids`` cut
         packed documents apart. ``positions`` (0, 1, 2, ... by default) turn RoPE only; masks count places in
         the sequence.
 
@@ -79,7 +77,7 @@ class Llama(nnx.Module):
             )
         return self.logits(self.hidden(tokens, positions, attend))
 
-    def attend(self, mask: Mask | None = None, segment_ids: Tokens | None = None) -> Attend:
+    def attend(self, mask: ModelMask | None = None, segment_ids: Tokens | None = None) -> Attend:
         """The ``attend`` argument of ``hidden`` for whole sequences, arguments as in ``__call__``."""
         masks = layer_masks(self.config, mask)
         ids = None if segment_ids is None else jnp.asarray(segment_ids)
@@ -95,7 +93,7 @@ class Llama(nnx.Module):
         positions: Tokens | None,
         attend: Attend,
         *,
-        remat: Remat = "none",
+        remat: str = "none",
     ) -> Float[Array, "B T embed"]:
         """The hidden states after the final norm, with attention left to the caller.
 
@@ -108,6 +106,8 @@ class Llama(nnx.Module):
         with "none", ``attend`` is traced more than once and must be pure.
         """
         self._check_tokens(tokens)
+        if remat not in REMAT:
+            raise ValueError(f"remat must be one of {', '.join(map(repr, REMAT))}, not {remat!r}")
         if positions is None:
             positions = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32), tokens.shape)
         elif positions.shape != tokens.shape:

@@ -1,11 +1,13 @@
 """Where the named axes of parameters and activations lie on a mesh: the rules, in one place.
 
-A mesh has up to four axes of type Auto. ``data`` splits the batch; ``fsdp`` splits the batch and every matrix;
-``tensor`` splits heads, the inside of the MLP and the vocabulary; ``sequence`` splits the tokens of a sequence,
-and matrices with them. A mesh axis that does not divide an axis of an array leaves it whole.
+A mesh has up to four axes of type Auto. ``data`` splits the batch; ``fsdp`` splits the batch and every
+matrix; ``tensor`` splits heads, the inside of the MLP and the vocabulary; ``sequence`` splits the tokens of a
+sequence, and matrices with them. A mesh axis that does not divide an axis of an array leaves it whole.
 """
 
+import dataclasses
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -17,8 +19,8 @@ from jaxtyping import Array, PyTree
 
 MESH_AXES = ("data", "fsdp", "tensor", "sequence")
 
-# The mesh axes of each named axis of a matrix; a mesh axis splits only the first that asks for it. Vectors are
-# whole on every device.
+# The mesh axes of each named axis of a matrix; a mesh axis splits only the first that asks for it. Vectors
+# are whole on every device.
 RULES = {
     "embed": ("fsdp", "sequence"),
     "heads": ("tensor",),
@@ -31,13 +33,47 @@ BATCH = ("data", "fsdp")
 SEQUENCE = ("sequence",)
 
 
-def make_mesh(*, data: int = 1, fsdp: int = 1, tensor: int = 1, sequence: int = 1) -> Mesh:
-    """A mesh of all devices of all processes. ValueError unless the sizes' product is their number."""
-    sizes = (data, fsdp, tensor, sequence)
-    if math.prod(sizes) != jax.device_count():
-        given = ", ".join(f"{name}={size}" for name, size in zip(MESH_AXES, sizes, strict=True))
-        raise ValueError(f"mesh {given} needs {math.prod(sizes)} devices, but there are {jax.device_count()}")
-    return jax.make_mesh(sizes, MESH_AXES, axis_types=(AxisType.Auto,) * len(sizes))
+@dataclasses.dataclass(frozen=True)
+class MeshConfig:
+    """How many devices split what; together they must be all devices of all processes."""
+
+    data: int = 1
+    """Devices that split the batch, each with all of the model."""
+    fsdp: int = 1
+    """Devices that split the batch and every matrix."""
+    tensor: int = 1
+    """Devices that split heads, the inside of the MLP and the vocabulary."""
+    sequence: int = 1
+    """Devices that split the tokens of each sequence, and every matrix."""
+
+    def __post_init__(self):
+        for name, size in dataclasses.asdict(self).items():
+            if isinstance(size, bool) or not isinstance(size, int) or size < 1:
+                raise ValueError(f"mesh: {name} must be an integer >= 1, not {size!r}")
+
+    def __str__(self):
+        return ", ".join(f"{name}={size}" for name, size in dataclasses.asdict(self).items() if size > 1)
+
+    @property
+    def devices(self) -> int:
+        return math.prod(dataclasses.astuple(self))
+
+    @property
+    def batch(self) -> int:
+        """How many devices split the batch."""
+        return self.data * self.fsdp
+
+    def make(self, devices: Sequence[Any] | None = None) -> Mesh:
+        """The mesh of these devices, by default of all there are. ValueError unless their number fits."""
+        devices = jax.devices() if devices is None else devices
+        if self.devices != len(devices):
+            raise ValueError(
+                f"mesh is for {self.devices} devices ({self}), but there are {len(devices)}: the product of "
+                f"{', '.join(MESH_AXES)} must be that"
+            )
+        return jax.make_mesh(
+            dataclasses.astuple(self), MESH_AXES, axis_types=(AxisType.Auto,) * 4, devices=devices
+        )
 
 
 def parameter_shardings(tree: PyTree, mesh: Mesh) -> PyTree:

@@ -1,10 +1,12 @@
 """Training: LongLoRA fine-tuning and pretraining, data, checkpoints, perplexity."""
 
 from jsparse.train.config import FinetuneConfig as FinetuneConfig
+from jsparse.train.data import Batch as Batch
 from jsparse.train.data import Windows as Windows
 from jsparse.train.data import batch_at as batch_at
-from jsparse.train.data import pack as pack
+from jsparse.train.data import open_windows as open_windows
 from jsparse.train.data import read_documents as read_documents
+from jsparse.train.data import write_windows as write_windows
 from jsparse.train.evaluate import Perplexity as Perplexity
 from jsparse.train.evaluate import evaluate_perplexity as evaluate_perplexity
 from jsparse.train.evaluate import perplexity_by_context as perplexity_by_context

@@ -26,10 +26,26 @@ class Checkpoints:
         """The last step that was saved completely; None where there is none."""
         return self._manager.latest_step()
 
+    def steps(self) -> list[int]:
+        """All steps that were saved completely."""
+        return sorted(self._manager.all_steps())
+
     def save(self, step: int, state: Any, run: dict) -> None:
-        """Write a pytree of arrays and the JSON description of the run. Returns when both are on disk."""
+        """Write a pytree of arrays and the JSON description of the run. Returns when both are on disk.
+
+        Raises OSError where they cannot be written, a full disk for instance; earlier steps are then as they
+        were.
+        """
         items = {"state": ocp.args.StandardSave(state), "run": ocp.args.JsonSave(run)}
-        self._manager.save(step, args=ocp.args.Composite(**items), force=True)
+        earlier = self.latest_step()
+        try:
+            self._manager.save(step, args=ocp.args.Composite(**items), force=True)
+        except Exception as error:  # the storage library has errors of its own kinds
+            kept = "there is no earlier one" if earlier is None else f"that of step {earlier} is intact"
+            raise OSError(
+                f"the checkpoint of step {step} could not be written to {self._manager.directory}; {kept}. "
+                f"Make room or mend the disk, then give the same command again. ({_first_line(error)})"
+            ) from error
 
     def read_run(self, step: int) -> dict:
         """The description of the run that wrote ``step``."""
@@ -54,3 +70,7 @@ def open_checkpoints(directory: Path, *, writable: bool) -> Iterator[Checkpoints
         yield Checkpoints(manager)
     finally:
         manager.close()
+
+
+def _first_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"

@@ -19,7 +19,7 @@ def require_numbers(config: Any, *fields: str, allow_zero: bool = False) -> None
             raise ValueError(f"{field} must be a number {'>=' if allow_zero else '>'} 0, not {value!r}")
 
 
-def require_choice(config: Any, field: str, *allowed: str | None) -> None:
+def require_choice(config: Any, field: str, *allowed: str | int | None) -> None:
     if getattr(config, field) not in allowed:
         raise ValueError(
             f"{field} must be one of {', '.join(map(repr, allowed))}, not {getattr(config, field)!r}"

@@ -8,7 +8,39 @@ import jax
 import jax.numpy as jnp
 import optax
 
+import jsparse
+from jsparse.models.config import LlamaConfig
+from jsparse.models.llama import REMAT
+from jsparse.models.sharding import MeshConfig
 from jsparse.train.checks import require_choice, require_integers, require_numbers
+from jsparse.train.patterns import (
+    AttentionPattern,
+    StridedBlocks,
+    full_pattern,
+    grouped_pattern,
+    longgen_pattern,
+    shifted_pattern,
+    streaming_pattern,
+)
+
+BLOCK = 128  # tokens, of strided attention
+
+
+_CHOICES = {
+    "attention": ("shifted", "grouped", "full", "longgen", "streaming"),
+    "rope": (None, "linear", "ntk", "yarn", "llama3"),
+    "base_bits": (None, 4, 8),
+    "dtype": (None, "float32", "bfloat16"),
+    "remat": REMAT,
+    "schedule": ("constant", "cosine", "linear"),
+}
+# Which settings of attention are for which kinds.
+_READ_BY = {
+    ("group_size", "group_ratio"): ("shifted", "grouped"),
+    ("sink", "window"): ("longgen", "streaming"),
+    ("stride", "full_layers"): ("longgen",),
+    ("head_pattern", "sparsity"): ("streaming",),
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,80 +54,167 @@ class FinetuneConfig:
     files are there and fit one another is checked by ``finetune``, before it starts.
 
     >>> config = FinetuneConfig(model="base", data="book.txt", output="longer", context=1024)
-    >>> config.shifted_group_size
+    >>> config.groups
     256
     """
 
     model: str | Path
     """The checkpoint to start from: a Hugging Face folder with safetensors and a tokenizer.json."""
     data: Sequence[str | Path]
-    """UTF-8 text files (one, or several), each one document."""
+    """Text files (one, or several), each one document, and .jsonl files: a line is an object with "text",
+    with "prompt" and "completion", or with "instruction" and "output". Prompts are read, not learned."""
     output: str | Path
     """A new folder, to become a Hugging Face folder with checkpoints and metrics.jsonl beside the model."""
     context: int
-    """Tokens a window. Beyond what the model was made for, its positions are interpolated linearly."""
+    """Tokens a window. Beyond what the model was made for, its positions are extended by ``rope``."""
+    rope: str | None = None
+    """How positions are extended; None goes on as the checkpoint does, or linearly."""
 
     attention: str = "shifted"
-    """"shifted" groups (LongLoRA's S²-Attn, causal form), or "full" causal attention."""
+    """"shifted" groups (LongLoRA's S²-Attn, causal form), the same "grouped" without the shift, "full" causal
+    attention, "longgen" (some layers full, the others sink and window, or strided blocks), or "streaming"
+    (the streaming heads of a head_pattern see sink and window)."""
     group_size: int | None = None
-    """Tokens a shifted group: even, and a divisor of the context. Default: context // 4."""
+    """Tokens a group: even, and a divisor of the context. Default: group_ratio of the context."""
+    group_ratio: float = 0.25
+    """Part of the context that a group takes, where no group_size is given."""
+    sink: int = 128
+    """First tokens that "longgen" and "streaming" show."""
+    window: int = 256
+    """Recent tokens that "longgen" and "streaming" show, the query's own included."""
+    stride: int | None = None
+    """For "longgen": blocks of 128 tokens, of which a query sees those of the window and every stride-th,
+    counted from the first. None: sink and window."""
+    full_layers: tuple[int, ...] | None = None
+    """For "longgen": the layers with full attention. Default: the middle third."""
+    head_pattern: str | Path | None = None
+    """For "streaming": a head pattern (DuoAttention's full_attention_heads.tsv)."""
+    sparsity: float = 0.5
+    """For "streaming": the fraction of the KV heads, those of the lowest scores, that stream."""
+
     lora_rank: int | None = 8
-    """Rank of the LoRA matrices on q, k, v and o. None trains every parameter instead, without LoRA."""
+    """Rank of the LoRA matrices. None trains every parameter instead, without LoRA."""
     lora_alpha: float = 16.0
     """The LoRA product is scaled by alpha / rank."""
+    lora_dropout: float = 0.0
+    """Part of the adapters' inputs that is dropped while training."""
+    lora_targets: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj")
+    """The linear layers that get adapters: last names, or dotted paths with * ("layers.*.mlp.*")."""
     train_embeddings_and_norms: bool = True
     """Train these beside LoRA, as LongLoRA must to reach long contexts."""
+    base_bits: int | None = None
+    """Keep the frozen matrices in 4 or 8 bits (QLoRA; needs the extra qlora). None: as the model computes."""
     dtype: str | None = None
-    """To compute in and save: "float32", "bfloat16", or None for the checkpoint's. Updates are in float32."""
-    remat: bool = False
-    """Compute each layer again in the backward pass: less memory, a third more time."""
+    """To compute in and save; None for the checkpoint's. Updates are in float32."""
+    remat: str = "none"
+    """What the backward pass keeps: "none" computes nothing again; "layers" keeps the input of each layer,
+    for a third more time; "attention" also what attention gave; "dots" the products with weights."""
+    mesh: MeshConfig = MeshConfig()
+    """How many devices split what."""
 
     steps: int = 1000
     """Optimizer steps in all. Unless the schedule depends on them, a run can be started again with more."""
     batch_size: int = 8
     """Windows a step."""
+    micro_batches: int = 1
+    """The windows of a step are computed in so many parts, one after another: less memory, the same step."""
     learning_rate: float = 2e-5
     """AdamW's (betas 0.9 and 0.95), after the warm-up."""
     warmup_steps: int = 20
     """Steps over which the learning rate rises to its value."""
     schedule: str = "constant"
-    """After the warm-up: "constant", or "cosine" for a fall along a cosine to a tenth at the last step."""
+    """After the warm-up: "constant", or a fall to a tenth at the last step, along a "cosine" or "linear"."""
     weight_decay: float = 0.0
     """AdamW's, on matrices only."""
     max_grad_norm: float = 1.0
     """Gradients of a larger norm are scaled down to this."""
+    max_skipped: int = 3
+    """A step whose loss or gradient is not finite is skipped; so many in a row end the run."""
     seed: int = 0
-    """Of the order of the windows and the initial LoRA matrices."""
+    """Of the order of the windows, the initial LoRA matrices and dropout."""
     checkpoint_every: int = 100
-    """Steps between checkpoints; the last step always has one."""
+    """Steps between checkpoints; the last step always has one, and so has one that SIGTERM ends."""
 
     def __post_init__(self):
         if not self.data_files:
             raise ValueError("data must name at least one text file")
-        require_integers(self, 1, "steps", "batch_size", "checkpoint_every")
+        require_integers(self, 1, "steps", "batch_size", "micro_batches", "checkpoint_every", "max_skipped")
         require_integers(self, 2, "context")
         require_integers(self, 0, "warmup_steps", "seed")
         require_numbers(self, "learning_rate", "max_grad_norm", "lora_alpha")
-        require_numbers(self, "weight_decay", allow_zero=True)
-        require_choice(self, "attention", "shifted", "full")
-        require_choice(self, "schedule", "constant", "cosine")
-        require_choice(self, "dtype", None, "float32", "bfloat16")
+        require_numbers(self, "weight_decay", "lora_dropout", allow_zero=True)
+        for field in ("attention", "rope", "base_bits", "dtype", "remat", "schedule"):
+            require_choice(self, field, *_CHOICES[field])
+        self._check_lora()
+        self._check_batch()
+        self._check_attention()
+        if self.schedule != "constant" and self.warmup_steps >= self.steps:
+            raise ValueError(f"warmup_steps={self.warmup_steps} must be less than steps={self.steps}")
+
+    def _check_lora(self):
         if self.lora_rank is not None:
             require_integers(self, 1, "lora_rank")
-        if self.schedule == "cosine" and self.warmup_steps >= self.steps:
-            raise ValueError(f"warmup_steps={self.warmup_steps} must be less than steps={self.steps}")
-        self._check_groups()
+        elif self.base_bits is not None:
+            raise ValueError(
+                f"base_bits={self.base_bits} keeps the base frozen, but lora_rank=None trains all of it; "
+                "give a lora_rank"
+            )
+        if self.lora_dropout >= 1:
+            raise ValueError(f"lora_dropout must be a number in [0, 1), not {self.lora_dropout!r}")
 
-    def _check_groups(self):
-        if self.attention == "full":
-            if self.group_size is not None:
-                raise ValueError(f"group_size={self.group_size} is for attention='shifted', not for 'full'")
+    def _check_batch(self):
+        if self.batch_size % self.micro_batches:
+            raise ValueError(
+                f"micro_batches={self.micro_batches} must divide batch_size={self.batch_size} windows"
+            )
+        windows = self.batch_size // self.micro_batches
+        if windows % self.mesh.batch:
+            raise ValueError(
+                f"batch_size={self.batch_size} in micro_batches={self.micro_batches} is {windows} windows at "
+                f"a time, which {self.mesh.batch} devices (data * fsdp of the mesh) cannot share evenly"
+            )
+        if self.context % self.mesh.sequence:
+            raise ValueError(
+                f"context={self.context} must be a multiple of the mesh's sequence={self.mesh.sequence}"
+            )
+
+    def _check_attention(self):
+        """Refuse what the chosen attention does not read: it would be ignored."""
+        fields = {field.name: field for field in dataclasses.fields(self)}
+        for names, kinds in _READ_BY.items():
+            for name in names:
+                value = getattr(self, name)
+                if self.attention not in kinds and value != fields[name].default:
+                    wanted = " or ".join(map(repr, kinds))
+                    raise ValueError(f"{name}={value} is for attention={wanted}, not for {self.attention!r}")
+        if self.attention in ("longgen", "streaming"):
+            require_integers(self, 0, "sink")
+            require_integers(self, 1, "window")
+        if self.stride is not None:
+            require_integers(self, 1, "stride")
+            if self.window % BLOCK or self.window < BLOCK:
+                raise ValueError(
+                    f"window={self.window} must be a multiple of {BLOCK} tokens with a stride, which shows "
+                    "whole blocks"
+                )
+            if self.sink != BLOCK:
+                raise ValueError(
+                    f"sink={self.sink} is for sink and window; with a stride the first block of {BLOCK} "
+                    "tokens is seen, and every stride-th after it"
+                )
+        if self.attention == "streaming" and self.head_pattern is None:
+            raise ValueError("attention='streaming' needs a head_pattern that says which heads stream")
+        if not 0 <= self.sparsity <= 1:
+            raise ValueError(f"sparsity must be a number in [0, 1], not {self.sparsity!r}")
+        if self.attention not in ("shifted", "grouped"):
             return
         if self.group_size is not None:
             require_integers(self, 2, "group_size")
-        size = self.context // 4 if self.group_size is None else self.group_size
-        if size < 2 or size % 2 or self.context % size:
-            origin = " (context // 4, for none was given)" if self.group_size is None else ""
+        if not 0 < self.group_ratio <= 1:
+            raise ValueError(f"group_ratio must be a number in (0, 1], not {self.group_ratio!r}")
+        size = self.groups
+        if size is None or size < 2 or size % 2 or self.context % size:
+            origin = f" ({self.group_ratio:g} of the context)" if self.group_size is None else ""
             raise ValueError(
                 f"group_size={size}{origin} does not fit context={self.context}: "
                 "it must be even and divide the context"
@@ -115,11 +234,30 @@ class FinetuneConfig:
         return tuple(Path(file) for file in files)
 
     @property
-    def shifted_group_size(self) -> int | None:
-        """``group_size`` with its default filled in; None for full attention."""
-        if self.attention == "full":
+    def groups(self) -> int | None:
+        """``group_size`` with its default filled in; None for attention without groups."""
+        if self.attention not in ("shifted", "grouped"):
             return None
-        return self.context // 4 if self.group_size is None else self.group_size
+        return int(self.context * self.group_ratio) if self.group_size is None else self.group_size
+
+    def pattern(self, model: LlamaConfig) -> AttentionPattern:
+        """What each layer and query head of a model sees.
+
+        Raises ValueError, FileNotFoundError for a head pattern that cannot be used, and ValueError for layers
+        or heads that the model does not have.
+        """
+        if self.attention == "full":
+            return full_pattern(model)
+        if self.groups is not None:
+            make = shifted_pattern if self.attention == "shifted" else grouped_pattern
+            return make(model, self.groups)
+        if self.head_pattern is not None:
+            streams = jsparse.HeadPattern.load(self.head_pattern).threshold(self.sparsity)
+            return streaming_pattern(model, streams, sink=self.sink, window=self.window)
+        if self.stride is None:
+            return longgen_pattern(model, jsparse.streaming(self.sink, self.window), self.full_layers)
+        blocks = StridedBlocks(block=BLOCK, window=self.window // BLOCK, stride=self.stride)
+        return longgen_pattern(model, blocks, self.full_layers)
 
     def optimizer(self) -> optax.GradientTransformation:
         """AdamW on clipped gradients."""
@@ -137,8 +275,11 @@ class FinetuneConfig:
         return float(jnp.asarray(self._schedule()(step)))
 
     def _schedule(self) -> optax.Schedule:
+        falling = self.steps - self.warmup_steps
         if self.schedule == "cosine":
-            after = optax.cosine_decay_schedule(self.learning_rate, self.steps - self.warmup_steps, alpha=0.1)
+            after = optax.cosine_decay_schedule(self.learning_rate, falling, alpha=0.1)
+        elif self.schedule == "linear":
+            after = optax.linear_schedule(self.learning_rate, 0.1 * self.learning_rate, falling)
         else:
             after = optax.constant_schedule(self.learning_rate)
         # Rises through 1/n, 2/n, ... to 1, so that the first step is not wasted on a rate of 0.

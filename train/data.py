@@ -1,144 +1,76 @@
-"""Text files to windows of tokens: each file a document, documents packed and cut apart by segment ids."""
+"""Training data: the order in which its windows come, and what they depend on.
 
-import dataclasses
+Files become samples (``documents.py``), samples windows on disk (``windows.py``), and windows batches.
+"""
+
 import functools
 import hashlib
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-from jaxtyping import Int32
 from tokenizers import Tokenizer
 
-PADDING = 0  # the segment id of the padded tail; documents count from 1
+from jsparse.train.documents import check_files as check_files
+from jsparse.train.documents import is_json_lines, plain_text_tokenizer
+from jsparse.train.documents import read_documents as read_documents
+from jsparse.train.windows import PADDING as PADDING
+from jsparse.train.windows import Batch as Batch
+from jsparse.train.windows import Windows as Windows
+from jsparse.train.windows import open_windows as open_windows
+from jsparse.train.windows import write_windows as write_windows
+
+_PACKING = 1  # to be counted up when the same files come to lie otherwise in the windows
 
 
-@dataclasses.dataclass(frozen=True)
-class Windows:
-    """Packed training data: ``tokens`` and ``segment_ids``, int32 ``[windows, context]``.
-
-    Tokens of one document share a segment id (1, 2, ... within a window); padding has segment id 0. A
-    document that is longer than what is left of a window goes on in the next one, as a segment of its own.
-    """
-
-    tokens: Int32[np.ndarray, "N T"]
-    segment_ids: Int32[np.ndarray, "N T"]
-
-    def digest(self) -> str:
-        """SHA-256 of the content: two runs have the same data when it is the same."""
-        sha = hashlib.sha256(repr(self.tokens.shape).encode())
-        sha.update(self.tokens.tobytes())
-        sha.update(self.segment_ids.tobytes())
-        return sha.hexdigest()
-
-
-def check_files(files: Sequence[str | Path]) -> None:
-    """Raise for the first of ``files`` that is missing or a directory, without reading any."""
-    for file in map(Path, files):
-        if file.is_dir():
-            raise ValueError(f"data: {file} is a directory; name the text files themselves")
-        if not file.is_file():
-            raise FileNotFoundError(f"data: {file} does not exist")
-
-
-def read_documents(
-    files: Sequence[str | Path], tokenizer: Tokenizer, *, eos_token_id: int | None, vocab_size: int
-) -> list[Int32[np.ndarray, " T"]]:
-    """Tokens of each UTF-8 text file: one int32 array a file, with the end-of-sequence token last.
-
-    The tokenizer adds whatever else it adds by itself (Llama's begin-of-sequence token), and reads the text
-    as text: a literal ``<|endoftext|>`` in a file does not become the special token, and a truncation length
-    saved in tokenizer.json is not applied. Line ends are kept as they are. With ``eos_token_id=None`` nothing
-    is appended.
-
-    Raises FileNotFoundError or ValueError, naming the file: missing, a directory, not UTF-8, empty, or with
-    ids that the model's vocabulary does not have.
-    """
-    check_files(files)
-    plain = _plain_text_tokenizer(tokenizer)
-    documents = []
-    for file in map(Path, files):
-        ids = plain.encode(_read_text(file)).ids
-        if eos_token_id is not None and (not ids or ids[-1] != eos_token_id):
-            ids.append(eos_token_id)
-        if not ids:
-            raise ValueError(f"data: {file} has no tokens for this tokenizer")
-        tokens = np.asarray(ids, np.int32)
-        if tokens.max() >= vocab_size:
-            raise ValueError(
-                f"data: {file} has token id {tokens.max()}, but the model's vocabulary has {vocab_size} "
-                "entries: the tokenizer is not this model's"
-            )
-        documents.append(tokens)
-    return documents
-
-
-def pack(documents: Sequence[Int32[np.ndarray, " _"]], context: int) -> Windows:
-    """Lay documents one after another and cut the row into windows of ``context`` tokens.
-
-    The last window is filled up with token 0 and segment id 0, which no loss counts. Nothing is dropped.
-
-    >>> windows = pack([np.array([5, 6, 7], np.int32), np.array([8, 9], np.int32)], context=4)
-    >>> windows.tokens
-    array([[5, 6, 7, 8],
-           [9, 0, 0, 0]], dtype=int32)
-    >>> windows.segment_ids
-    array([[1, 1, 1, 2],
-           [1, 0, 0, 0]], dtype=int32)
-    """
-    lengths = [len(document) for document in documents]
-    if sum(lengths) < context:
-        raise ValueError(
-            f"data: {len(lengths)} file(s) with {sum(lengths)} tokens in all do not fill one window of "
-            f"context={context} tokens; give more text or a shorter context"
-        )
-    windows = -(-sum(lengths) // context)
-    tokens = np.zeros(windows * context, np.int32)
-    tokens[: sum(lengths)] = np.concatenate(documents)
-    document_ids = np.full(windows * context, -1, np.int32)
-    document_ids[: sum(lengths)] = np.repeat(np.arange(len(lengths), dtype=np.int32), lengths)
-
-    document_ids = document_ids.reshape(windows, context)
-    segment_ids = np.where(document_ids < 0, PADDING, document_ids - document_ids[:, :1] + 1)
-    return Windows(tokens.reshape(windows, context), segment_ids)
-
-
-def batch_at(
-    windows: Windows, step: int, *, batch_size: int, seed: int
-) -> tuple[Int32[np.ndarray, "B T"], Int32[np.ndarray, "B T"]]:
-    """Tokens and segment ids of batch number ``step`` (from 0): a pure function, so a step number is the
-    position.
+def batch_at(windows: Windows, step: int, *, batch_size: int, seed: int) -> Batch:
+    """Batch number ``step`` (from 0): a pure function, so a step number is the position.
 
     Every epoch is a permutation of all windows, drawn from ``(seed, epoch)``; epochs follow one another
     without a gap, so a batch may hold the end of one and the start of the next.
+
+    >>> tokens = np.arange(12, dtype=np.uint16).reshape(4, 3)
+    >>> windows = Windows(tokens, flags=np.full((4, 3), 2, np.uint8))
+    >>> [batch_at(windows, step, batch_size=2, seed=0).tokens[:, 0].tolist() for step in range(3)]
+    [[6, 0], [3, 9], [9, 0]]
     """
-    count = len(windows.tokens)
-    positions = np.arange(step * batch_size, (step + 1) * batch_size)
-    rows = [_permutation(seed, int(p) // count, count)[int(p) % count] for p in positions]
-    return windows.tokens[rows], windows.segment_ids[rows]
+    count = len(windows)
+    positions = range(step * batch_size, (step + 1) * batch_size)
+    rows = [_permutation(seed, position // count, count)[position % count] for position in positions]
+    return windows[np.array(rows)]
+
+
+def position_at(windows_count: int, step: int, batch_size: int) -> dict[str, int]:
+    """Where batch number ``step`` begins: the epoch, from 0, and how many of its windows came before.
+
+    >>> position_at(windows_count=10, step=3, batch_size=4)
+    {'epoch': 1, 'window': 2}
+    """
+    epoch, window = divmod(step * batch_size, windows_count)
+    return {"epoch": epoch, "window": window}
+
+
+def digest_data(
+    files: Sequence[str | Path], tokenizer: Tokenizer, *, context: int, eos_token_id: int | None
+) -> str:
+    """SHA-256 of all that windows are made of: of equal digests, ``write_windows`` stores equal windows.
+
+    That is the bytes of the files, in their order, and whether they are JSON lines; the tokenizer; and how
+    the samples are cut. Names of files do not count, nor do the truncation and padding of tokenizer.json,
+    which ``write_windows`` does not apply. Files are read in pieces, and nothing is tokenised.
+
+    Raises FileNotFoundError or ValueError for a file that is missing or a directory.
+    """
+    check_files(files)
+    sha = hashlib.sha256(f"packing {_PACKING}, {context=}, {eos_token_id=}\n".encode())
+    sha.update(hashlib.sha256(plain_text_tokenizer(tokenizer).to_str().encode()).digest())
+    for file in files:
+        with open(file, "rb") as stream:
+            sha.update(b"lines" if is_json_lines(file) else b"text.")
+            sha.update(hashlib.file_digest(stream, "sha256").digest())
+    return sha.hexdigest()
 
 
 @functools.lru_cache(maxsize=2)  # a batch touches one epoch, or two where it straddles their border
 def _permutation(seed: int, epoch: int, count: int) -> np.ndarray:
     return np.random.default_rng([seed, epoch]).permutation(count)
-
-
-def _plain_text_tokenizer(tokenizer: Tokenizer) -> Tokenizer:
-    """A copy that never truncates or pads and takes the names of special tokens for text."""
-    plain = Tokenizer.from_str(tokenizer.to_str())
-    plain.no_truncation()
-    plain.no_padding()
-    plain.encode_special_tokens = True
-    return plain
-
-
-def _read_text(file: Path) -> str:
-    try:
-        text = file.read_bytes().decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise ValueError(
-            f"data: {file} is not UTF-8 text: byte {error.object[error.start]:#04x} at offset {error.start}"
-        ) from error
-    if not text.strip():
-        raise ValueError(f"data: {file} is empty; every data file must hold some text")
-    return text

@@ -1,5 +1,6 @@
 """Fine-tuning (LongLoRA) and pretraining: from a checkpoint and text files to a checkpoint."""
 
+import contextlib
 import dataclasses
 import json
 import math
@@ -10,37 +11,45 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import jax.numpy as jnp
-from flax import nnx
+import jax
+from jax.sharding import Mesh
 
-from jsparse.models import Llama, LlamaConfig, LoRAParam, add_lora, load_tokenizer, merge_lora
+from jsparse.models import LlamaConfig, load_tokenizer
 from jsparse.models.checkpoint import load_config
-from jsparse.models.llama import Mask
+from jsparse.models.masking import ModelMask
+from jsparse.models.sharding import batch_sharding, put
 from jsparse.train.checkpoint import open_checkpoints
 from jsparse.train.config import FinetuneConfig
-from jsparse.train.data import Windows, batch_at, check_files, pack, read_documents
-from jsparse.train.longlora import is_trained_with_lora, shifted_head_masks
-from jsparse.train.progress import progress_bar
-from jsparse.train.run import METRICS, checkpoint_folder, describe_run, steps_taken
-from jsparse.train.step import Metrics, SplitModel, TrainState, split_model, train_step
-
-TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "chat_template.jinja",
+from jsparse.train.data import (
+    Windows,
+    batch_at,
+    check_files,
+    digest_data,
+    open_windows,
+    position_at,
+    write_windows,
 )
+from jsparse.train.export import export_model
+from jsparse.train.processes import is_first_process, wait_for_all
+from jsparse.train.progress import progress_bar
+from jsparse.train.run import DATA, METRICS, checkpoint_folder, describe_run, steps_taken
+from jsparse.train.start import extended_config, load_start
+from jsparse.train.step import Metrics, SplitModel, TrainState, train_step
+from jsparse.train.stopping import sigterm_noted
+from jsparse.train.windows import HEADER
 
 
 @dataclasses.dataclass(frozen=True)
 class FinetuneResult:
-    """``output``: the Hugging Face folder. ``losses``: one a step, from the first. ``metrics``: the last
-    step's line.
+    """``output``: the Hugging Face folder. ``losses``: one a step, from the first; nan where a step was
+    skipped. ``metrics``: the last step's line. ``finished``: whether all steps were taken; SIGTERM ends a run
+    before, and there is no model then.
     """
 
     output: Path
     losses: tuple[float, ...]
     metrics: dict[str, Any]
+    finished: bool = True
 
 
 def finetune(config: FinetuneConfig, *, progress: bool = True) -> FinetuneResult:
@@ -53,74 +62,89 @@ def finetune(config: FinetuneConfig, *, progress: bool = True) -> FinetuneResult
     with full or any sparse attention.
 
     While it runs, ``output`` holds ``metrics.jsonl`` (a line a step: step, loss, tokens that had a target,
-    tokens a second, learning rate, gradient norm before clipping) and ``checkpoints/``. config.json and the
-    weights appear at the end. The same call after an interruption goes on from the last checkpoint, bit for
-    bit as if nothing had happened.
+    tokens a second, learning rate, gradient norm before clipping, steps skipped so far), ``checkpoints/`` and
+    ``data/``, the text as tokens. config.json, the weights and attention_pattern.json, which says what each
+    head saw, appear at the end. The same call after an interruption goes on from the last checkpoint, bit for
+    bit as if nothing had happened. SIGTERM ends a run after the step that it is at, with a checkpoint.
+
+    A step whose loss or gradient is not finite is skipped and counted; its line has null for them.
+
+    With a ``config.mesh`` the run takes all devices of all processes (``jax.distributed.initialize`` first).
+    Every process makes this call, and sees the same files.
 
     progress: a progress bar, if stderr is a terminal.
 
     Raises, before training and before anything is written: ValueError or FileNotFoundError for a checkpoint,
     data file or output folder that is not there, cannot be used or does not fit the others; FileExistsError
     for an output folder with other files; ValueError naming the difference where its checkpoints belong to
-    another run. While training: FloatingPointError naming the step where the loss or the gradient is not
-    finite.
+    another run. While training: FloatingPointError naming the step where ``config.max_skipped`` steps in a
+    row were not finite; OSError where a checkpoint cannot be written.
     """
     check_files(config.data_files)
-    model_config = load_config(config.model)
-    mask = _mask(config, model_config)
-    extended = model_config.extend_context(config.context)
-    eos = model_config.eos_token_ids[0] if model_config.eos_token_ids else None
-    documents = read_documents(
-        config.data_files, load_tokenizer(config.model), eos_token_id=eos, vocab_size=model_config.vocab_size
-    )
-    windows = pack(documents, config.context)
-    run = describe_run(config, windows)
+    base_config = load_config(config.model)
+    model_config = extended_config(config, base_config)
+    pattern = config.pattern(model_config)
+    mask = pattern.masks(model_config, config.context)
+    tokenizer = load_tokenizer(config.model)
+    eos = base_config.eos_token_ids[0] if base_config.eos_token_ids else None
+    digest = digest_data(config.data_files, tokenizer, context=config.context, eos_token_id=eos)
+    run = describe_run(config, digest, model_config, pattern)
     start = steps_taken(config, run)
-
-    model = Llama.from_pretrained(config.model, dtype=config.dtype and jnp.dtype(config.dtype))
-    if model.embed_tokens.embedding[...].dtype == jnp.float16:
-        raise ValueError(
-            f"dtype must be float32 or bfloat16, for {config.model} is stored as float16, which overflows"
-        )
-    model.config = extended
-    if config.lora_rank is not None:
-        add_lora(model, rank=config.lora_rank, alpha=config.lora_alpha, rngs=nnx.Rngs(config.seed))
-    params, split = split_model(model, _trained(config))
-    state = TrainState(params, config.optimizer().init(params), jnp.zeros((), jnp.int32))
-    with open_checkpoints(checkpoint_folder(config), writable=True) as checkpoints:
+    mesh = config.mesh.make() if config.mesh.devices > 1 or jax.process_count() > 1 else None
+    state, split = load_start(config, model_config, mesh)
+    windows = _windows(config, tokenizer, model_config, digest, eos_token_id=eos, progress=progress)
+    with (
+        open_checkpoints(checkpoint_folder(config), writable=True) as checkpoints,
+        jax.set_mesh(mesh) if mesh is not None else contextlib.nullcontext(),
+    ):
         if start:
             state = checkpoints.restore(start, state)
-        state, metrics = _train(
-            config,
-            split,
-            mask,
-            windows,
-            state,
-            save=lambda step, state: checkpoints.save(step, state, run),
+
+        def save(step: int, state: TrainState) -> None:
+            position = position_at(len(windows), step, config.batch_size)
+            checkpoints.save(step, state, run | {"position": position})
+
+        state, metrics = _train(config, split, mask, mesh, windows, state, save=save, progress=progress)
+    finished = int(state.step) == config.steps
+    if finished:
+        export_model(config, split.exported(state.params), pattern)
+        if is_first_process():
+            shutil.rmtree(config.output_folder / DATA)
+        wait_for_all("export")
+    losses = tuple(math.nan if line["loss"] is None else line["loss"] for line in metrics)
+    return FinetuneResult(config.output_folder, losses, metrics[-1] if metrics else {}, finished)
+
+
+def _windows(
+    config: FinetuneConfig,
+    tokenizer: Any,
+    model_config: LlamaConfig,
+    digest: str,
+    *,
+    eos_token_id: int | None,
+    progress: bool,
+) -> Windows:
+    """The data as windows of tokens on disk: those of an earlier call, or made by the first process."""
+    folder = config.output_folder / DATA / digest[:16]
+    if is_first_process() and not (folder / HEADER).is_file():
+        write_windows(
+            config.data_files,
+            tokenizer,
+            folder,
+            context=config.context,
+            eos_token_id=eos_token_id,
+            vocab_size=model_config.vocab_size,
             progress=progress,
         )
-    _export(config, split.join(state.params, split.frozen))
-    return FinetuneResult(
-        config.output_folder, tuple(line["loss"] for line in metrics), metrics[-1] if metrics else {}
-    )
-
-
-def _mask(config: FinetuneConfig, model_config: LlamaConfig) -> Mask | None:
-    group_size = config.shifted_group_size
-    return None if group_size is None else shifted_head_masks(model_config.num_attention_heads, group_size)
-
-
-def _trained(config: FinetuneConfig) -> Any:
-    """Which parameters to train: a filter for ``nnx.split``."""
-    if config.lora_rank is None:
-        return nnx.Param
-    return is_trained_with_lora if config.train_embeddings_and_norms else LoRAParam
+    wait_for_all("data")
+    return open_windows(folder)
 
 
 def _train(
     config: FinetuneConfig,
     split: SplitModel,
-    mask: Mask | None,
+    mask: ModelMask,
+    mesh: Mesh | None,
     windows: Windows,
     state: TrainState,
     *,
@@ -130,61 +154,82 @@ def _train(
     """Take the steps that ``state`` has not taken; returns the last state and all lines of metrics.jsonl."""
     start = int(state.step)
     metrics = _metrics_until(config.output_folder / METRICS, start)
+    wait_for_all("metrics")  # read by all before the first of them writes
     take_step = None
-    with open(config.output_folder / METRICS, "w", encoding="utf-8") as file, progress_bar(progress) as bar:
+    with (
+        open(
+            config.output_folder / METRICS if is_first_process() else os.devnull, "w", encoding="utf-8"
+        ) as file,
+        progress_bar(progress and is_first_process()) as bar,
+        sigterm_noted() as asked_to_stop,
+    ):
         file.writelines(json.dumps(line) + "\n" for line in metrics)
         file.flush()
         task = bar.add_task("training", total=config.steps, completed=start, note="compiling")
         for step in range(start, config.steps):
-            batch = batch_at(windows, step, batch_size=config.batch_size, seed=config.seed)
+            batch = _batch(config, windows, step, mesh)
             if take_step is None:  # compiled apart, so that the first step's tokens a second are its own
-                jitted = train_step(split, config.optimizer(), mask, remat=config.remat)
+                jitted = train_step(
+                    split,
+                    config.optimizer(),
+                    mask,
+                    remat=config.remat,
+                    dropout_seed=config.seed if config.lora_rank and config.lora_dropout else None,
+                    mesh=mesh,
+                )
                 take_step = jitted.lower(state, split.frozen, *batch).compile()
             began = time.perf_counter()
             state, result = take_step(state, split.frozen, *batch)
-            line = _metrics_line(step + 1, result, config.learning_rate_at(step), began)
+            line = _metrics_line(config, step + 1, result, began)
             metrics.append(line)
             file.write(json.dumps(line) + "\n")
             file.flush()
-            note = f"loss {line['loss']:.4f}, {line['tokens_per_second']:,.0f} tokens/s"
-            bar.update(task, advance=1, note=note)
-            if (step + 1) % config.checkpoint_every == 0 or step + 1 == config.steps:
+            bar.update(task, advance=1, note=_note(line))
+            stopping = asked_to_stop()
+            if (step + 1) % config.checkpoint_every == 0 or step + 1 == config.steps or stopping:
                 os.fsync(file.fileno())  # whoever finds the checkpoint finds the metrics up to it
                 save(step + 1, state)
+            if stopping:
+                break
     return state, metrics
 
 
-def _metrics_line(step: int, result: Metrics, learning_rate: float, began: float) -> dict[str, Any]:
+def _batch(config: FinetuneConfig, windows: Windows, step: int, mesh: Mesh | None) -> tuple:
+    """Tokens, segment ids and which are scored, [micro-batches, B, T] each."""
+    batch = batch_at(windows, step, batch_size=config.batch_size, seed=config.seed)
+    parts = tuple(x.reshape(config.micro_batches, -1, config.context) for x in batch)
+    return parts if mesh is None else tuple(put(x, batch_sharding(mesh)) for x in parts)
+
+
+def _metrics_line(config: FinetuneConfig, step: int, result: Metrics, began: float) -> dict[str, Any]:
     """One line of metrics.jsonl; waits for the step, which ``began`` then."""
     loss, grad_norm, tokens = float(result.loss), float(result.grad_norm), int(result.tokens)
-    if not (math.isfinite(loss) and math.isfinite(grad_norm)):
+    skipped, in_row = int(result.skipped), int(result.skipped_in_row)
+    if in_row >= config.max_skipped:
         raise FloatingPointError(
-            f"step {step}: loss is {loss} and the gradient's norm {grad_norm}. Earlier checkpoints are kept; "
-            "a lower learning_rate or a longer warm-up may help, in a new output folder"
+            f"step {step}: loss is {loss} and the gradient's norm {grad_norm}, and so were not finite in "
+            f"max_skipped={config.max_skipped} steps in a row. Earlier checkpoints are kept; a lower "
+            "learning_rate or a longer warm-up may help, in a new output folder"
         )
     return {
         "step": step,
-        "loss": loss,
+        "loss": None if in_row else loss,
         "tokens": tokens,
         "tokens_per_second": tokens / (time.perf_counter() - began),
-        "learning_rate": learning_rate,
-        "grad_norm": grad_norm,
+        # The optimizer does not count the steps that were skipped.
+        "learning_rate": config.learning_rate_at(step - 1 - skipped + (1 if in_row else 0)),
+        "grad_norm": None if in_row else grad_norm,
+        "skipped": skipped,
     }
+
+
+def _note(line: dict[str, Any]) -> str:
+    loss = "step skipped" if line["loss"] is None else f"loss {line['loss']:.4f}"
+    skipped = f", {line['skipped']} skipped" if line["skipped"] else ""
+    return f"{loss}, {line['tokens_per_second']:,.0f} tokens/s{skipped}"
 
 
 def _metrics_until(path: Path, step: int) -> list[dict]:
     """The lines of an interrupted run's metrics.jsonl up to a step; those after it will be written again."""
     lines = path.read_text(encoding="utf-8").splitlines()[:step] if path.is_file() else []
     return [line for line in map(json.loads, lines) if line["step"] <= step]
-
-
-def _export(config: FinetuneConfig, model: Llama) -> None:
-    """Write the Hugging Face folder: the tokenizer first, for the folder becomes a model with its
-    config.json.
-    """
-    if config.lora_rank is not None:
-        merge_lora(model)
-    for name in TOKENIZER_FILES:
-        if (config.model_folder / name).is_file():
-            shutil.copyfile(config.model_folder / name, config.output_folder / name)
-    model.save_pretrained(config.output_folder)

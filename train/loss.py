@@ -1,22 +1,78 @@
-"""Next-token cross-entropy for packed windows."""
+"""Next-token cross-entropy for packed windows, a stretch of tokens at a time."""
 
+from collections.abc import Callable
+
+import jax
 import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Bool, Float, Float32, Int32
 
 from jsparse.train.data import PADDING
 
+_LOGITS_AT_ONCE = 2**26  # float32 logits of one sequence: 256 MiB
 
-def next_token_nll(
-    logits: Float[Array, "B T V"], tokens: Int32[Array, "B T"], segment_ids: Int32[Array, "B T"]
-) -> tuple[Float32[Array, "B T"], Bool[Array, "B T"]]:
-    """``-log softmax(logits[t])[tokens[t + 1]]`` for every t, in float32, and which of them count.
 
-    One counts where token t + 1 is of the same document: the last token of a document, of the window, and all
-    padding do not. (Their values are defined, but mean nothing.)
+def next_targets(
+    tokens: Int32[Array, "B T"],
+    segment_ids: Int32[Array, "B T"],
+    scored: Bool[Array, "B T"] | None = None,
+) -> tuple[Int32[Array, "B T"], Bool[Array, "B T"]]:
+    """The token that follows each position, and whether it counts.
+
+    It counts where token t + 1 is of the same document and ``scored`` (None: all are): the last token of a
+    document, of the window, what comes before a prompt's token, and all padding do not. (There the target is
+    defined, but means nothing.)
     """
-    # Rolling the few integers and masking the last position spares a copy of logits[:, :-1].
     targets = jnp.roll(tokens, -1, axis=1)
-    same_document = (segment_ids == jnp.roll(segment_ids, -1, axis=1)) & (segment_ids != PADDING)
-    counts = same_document.at[:, -1].set(False)
+    counts = (segment_ids == jnp.roll(segment_ids, -1, axis=1)) & (segment_ids != PADDING)
+    if scored is not None:
+        counts &= jnp.roll(scored, -1, axis=1)
+    return targets, counts.at[:, -1].set(False)
+
+
+def token_nll(
+    hidden: Float[Array, "B T E"],
+    logits_of: Callable[[Array], Array],
+    targets: Int32[Array, "B T"],
+    *,
+    parts: int = 1,
+    logits_at_once: int = _LOGITS_AT_ONCE,
+) -> Float32[Array, "B T"]:
+    """``-log softmax(logits_of(hidden[t]))[targets[t]]`` for every t, in float32.
+
+    The logits of all tokens are never there at once: 100,000 tokens of a vocabulary of 128,256 would take 51
+    GB. They are computed for a stretch of each sequence at a time, of at most ``logits_at_once`` numbers,
+    and again in the backward pass. ``parts``: how many devices share each sequence; a stretch then takes as
+    many tokens of each device's part.
+
+    >>> hidden = jnp.eye(4)[None]
+    >>> nll = token_nll(hidden, lambda h: 100 * h, jnp.array([[0, 1, 2, 0]]), logits_at_once=8)
+    >>> nll.tolist()
+    [[0.0, 0.0, 0.0, 100.0]]
+    """
+    batch, length, _ = hidden.shape
+    vocab = jax.eval_shape(logits_of, hidden).shape[-1]
+    part = length // parts
+    stretches = -(-part // max(1, logits_at_once // vocab))
+
+    @jax.checkpoint
+    def nll(hidden, targets):
+        return optax.softmax_cross_entropy_with_integer_labels(logits_of(hidden).astype(jnp.float32), targets)
+
+    if stretches == 1:
+        return nll(hidden, targets)
+    size = -(-part // stretches)
+
+    def stretched(x):  # [B, T, ...] to [stretches, B, parts, size, ...]
+        x = x.reshape(batch, parts, part, *x.shape[2:])
+        x = jnp.pad(x, [(0, 0), (0, 0), (0, stretches * size - part), *[(0, 0)] * (x.ndim - 3)])
+        return jnp.moveaxis(x.reshape(batch, parts, stretches, size, *x.shape[3:]), 2, 0)
+
+    out = jax.lax.map(lambda x: nll(*x), (stretched(hidden), stretched(targets)))
+    out = jnp.moveaxis(out, 0, 2).reshape(batch, parts, stretches * size)
+    return out[:, :, :part].reshape(batch, length)
+
+
+def next_token_nll(logits, tokens, segment_ids):
+    targets, counts = next_targets(tokens, segment_ids)
     return optax.softmax_cross_entropy_with_integer_labels(logits.astype(jnp.float32), targets), counts

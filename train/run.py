@@ -1,22 +1,30 @@
 """Whose run an output folder holds: a new one, this one interrupted, or another."""
 
+import dataclasses
 import hashlib
+import json
 from pathlib import Path
+from typing import Any
 
+from jsparse.models import LlamaConfig
 from jsparse.train.checkpoint import open_checkpoints
 from jsparse.train.config import FinetuneConfig
-from jsparse.train.data import Windows
+from jsparse.train.patterns import AttentionPattern
 
 METRICS = "metrics.jsonl"
+DATA = "data"
 # What defines a run beside its model, its data and its schedule: other values give other weights.
 _FIELDS = (
     "context",
-    "attention",
     "lora_rank",
     "lora_alpha",
+    "lora_dropout",
+    "lora_targets",
     "train_embeddings_and_norms",
+    "base_bits",
     "dtype",
     "batch_size",
+    "micro_batches",
     "learning_rate",
     "warmup_steps",
     "weight_decay",
@@ -29,21 +37,26 @@ def checkpoint_folder(config: FinetuneConfig) -> Path:
     return config.output_folder / "checkpoints"
 
 
-def describe_run(config: FinetuneConfig, windows: Windows) -> dict:
-    """What two runs must share to be the same, as JSON: settings, and SHA-256 of the base model and of the
-    data.
+def describe_run(
+    config: FinetuneConfig, data_digest: str, model: LlamaConfig, pattern: AttentionPattern
+) -> dict[str, Any]:
+    """What two runs must share to be the same, as JSON, and under "config" all that was asked for.
 
-    Names of files do not count, only what is in them. Nor does the number of steps, as long as no schedule
-    depends on it: a run can be made longer.
+    Shared must be the settings, the RoPE and the attention pattern in full, and SHA-256 of the base model
+    and of the data. Names of files do not count, only what is in them. Nor does the number of steps, as long
+    as no schedule depends on it: a run can be made longer. Nor the mesh: a run can go on on other devices,
+    where sums are rounded otherwise.
     """
     described = {field: getattr(config, field) for field in _FIELDS}
-    described["group_size"] = config.shifted_group_size
     described["schedule"] = (
-        f"cosine to step {config.steps}" if config.schedule == "cosine" else config.schedule
+        config.schedule if config.schedule == "constant" else f"{config.schedule} to step {config.steps}"
     )
+    described["rope"] = model.to_hf()["rope_parameters"]
+    described["attention"] = json.loads(pattern.to_json())
     described["model"] = _digest_model(config.model_folder)
-    described["data"] = windows.digest()
-    return described
+    described["data"] = data_digest
+    described["config"] = dataclasses.asdict(config)
+    return json.loads(json.dumps(described, default=str))  # tuples to lists and paths to text, as it is read
 
 
 def steps_taken(config: FinetuneConfig, run: dict) -> int:
@@ -63,7 +76,9 @@ def steps_taken(config: FinetuneConfig, run: dict) -> int:
 
     step = _read_step(config, run)
     # A run that stopped before its first checkpoint leaves its metrics only, and starts again.
-    others = sorted({file.name for file in output.iterdir()} - {METRICS, checkpoint_folder(config).name})
+    others = sorted(
+        {file.name for file in output.iterdir()} - {METRICS, DATA, checkpoint_folder(config).name}
+    )
     if step == 0 and others:
         raise FileExistsError(
             f"output={config.output} has other files ({', '.join(others[:3])}) and no checkpoints of this "
@@ -85,7 +100,8 @@ def _read_step(config: FinetuneConfig, run: dict) -> int:
         if step is None:
             return 0
         theirs = checkpoints.read_run(step)
-    different = [_difference(name, run, theirs) for name in run | theirs if run.get(name) != theirs.get(name)]
+    shared = [name for name in run | theirs if name not in ("config", "position")]
+    different = [_difference(name, run, theirs) for name in shared if run.get(name) != theirs.get(name)]
     if different:
         raise ValueError(
             f"{folder} belongs to another run: {'; '.join(different)}. "
@@ -97,7 +113,15 @@ def _read_step(config: FinetuneConfig, run: dict) -> int:
 def _difference(name: str, run: dict, theirs: dict) -> str:
     if name in ("model", "data"):
         return f"its {name} had other content"
+    if name == "attention":
+        return f"its attention was {_kind(theirs)}, here {_kind(run)}"
     return f"its {name} is {theirs.get(name)!r}, here {run.get(name)!r}"
+
+
+def _kind(run: dict) -> str:
+    """The pattern in short: its kind, and the rules that its heads follow."""
+    pattern = run.get("attention") or {}
+    return f"{pattern.get('kind')} with rules {json.dumps(pattern.get('rules'))}"
 
 
 def _digest_model(folder: Path) -> str:

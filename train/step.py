@@ -7,11 +7,13 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx
-from jaxtyping import Array, Float32, Int32, PyTree
+from jax.sharding import Mesh
+from jaxtyping import Array, Bool, Float32, Int32, PyTree
 
-from jsparse.models import Llama
-from jsparse.models.llama import Mask
-from jsparse.train.loss import next_token_nll
+from jsparse.models import Llama, set_dropout_keys
+from jsparse.models.masking import ModelMask
+from jsparse.models.sharding import parameter_shardings
+from jsparse.train.loss import next_targets, token_nll
 
 
 class TrainState(NamedTuple):
@@ -19,7 +21,9 @@ class TrainState(NamedTuple):
 
     params: PyTree  # the trained parameters, float32
     opt_state: optax.OptState
-    step: Int32[Array, ""]  # steps taken
+    step: Int32[Array, ""]  # steps taken, skipped ones too
+    skipped: Int32[Array, ""]  # steps whose loss or gradient was not finite, and which changed nothing
+    skipped_in_row: Int32[Array, ""]  # of them, the last without a good one between
 
 
 class Metrics(NamedTuple):
@@ -28,6 +32,8 @@ class Metrics(NamedTuple):
     loss: Float32[Array, ""]
     grad_norm: Float32[Array, ""]  # before clipping
     tokens: Int32[Array, ""]  # that had a target
+    skipped: Int32[Array, ""]  # steps skipped so far
+    skipped_in_row: Int32[Array, ""]
 
 
 class SplitModel(NamedTuple):
@@ -37,10 +43,23 @@ class SplitModel(NamedTuple):
     trained: PyTree
     frozen: PyTree
 
+    def exported(self, params: PyTree) -> Llama:
+        """The model with ``params``, all in the dtypes that it is stored with."""
+        params = jax.tree.map(lambda param, like: param.astype(like.dtype), params, self.trained)
+        return nnx.merge(self.graphdef, params, self.frozen)
+
     def join(self, params: PyTree, frozen: PyTree) -> Llama:
-        """The model with ``params``, cast to the dtypes it computes with."""
-        params = jax.tree.map(lambda p, like: p.astype(like.dtype), params, self.trained)
-        return nnx.merge(self.graphdef, params, frozen)
+        """The model with ``params``, cast to the dtypes it computes with.
+
+        Save the tables of the embedding and the output: they stay float32, and what is read from them is cast
+        instead. Else gradients of a token's many uses would be summed in bfloat16.
+        """
+
+        def cast(path, param, like):
+            is_table = any(getattr(key, "key", None) in ("embed_tokens", "lm_head") for key in path)
+            return param if is_table else param.astype(like.dtype)
+
+        return nnx.merge(self.graphdef, jax.tree.map_with_path(cast, params, self.trained), frozen)
 
 
 def split_model(model: Llama, is_trained: Any) -> tuple[PyTree, SplitModel]:
@@ -54,31 +73,87 @@ def split_model(model: Llama, is_trained: Any) -> tuple[PyTree, SplitModel]:
     return jax.tree.map(lambda p: p.astype(jnp.float32), params), SplitModel(graphdef, abstract, frozen)
 
 
+def new_state(params: PyTree, optimizer: optax.GradientTransformation) -> TrainState:
+    """The state before the first step."""
+    counts = [jnp.zeros((), jnp.int32) for _ in range(3)]  # not one array: each is donated
+    return TrainState(params, optimizer.init(params), *counts)
+
+
 def train_step(
-    split: SplitModel, optimizer: optax.GradientTransformation, mask: Mask | None, *, remat: bool
+    split: SplitModel,
+    optimizer: optax.GradientTransformation,
+    mask: ModelMask | None,
+    *,
+    remat: str,
+    dropout_seed: int | None = None,
+    mesh: Mesh | None = None,
 ) -> Callable[..., tuple[TrainState, Metrics]]:
-    """The jitted ``step(state, frozen, tokens, segment_ids) -> state, metrics``, which donates ``state``.
+    """The jitted ``step(state, frozen, tokens, segment_ids, scored) -> state, metrics``, donating ``state``.
 
-    The loss is the next-token cross-entropy over all tokens of the batch that have a target in their own
-    document, each weighing the same. mask: as the model takes it. remat: keep only each layer's input for the
-    backward pass and compute the rest again, which saves memory for a third more time.
+    The batch is [micro-batches, B, T]: the gradient of one micro-batch after another is summed in float32.
+    The loss is the next-token cross-entropy over all tokens of all of them that have a target in their own
+    document and are ``scored``, each weighing the same, wherever it stands.
+
+    A step whose loss or gradient is not finite changes nothing but the counts of skipped steps. mask: as the
+    model takes it. remat: what the backward pass keeps (``Llama.hidden``). dropout_seed: of the adapters'
+    dropout, keyed by step and micro-batch; None where there is none. mesh: what the arguments lie on, and is
+    in context (``jax.set_mesh``), or None for one device.
     """
+    parts = 1 if mesh is None else mesh.shape["sequence"]
 
-    def loss_fn(params, frozen, tokens, segment_ids):
+    def loss_fn(params, frozen, batch, key, total):
+        """The micro-batch's part of the mean over ``total`` tokens."""
+        tokens, segment_ids, scored = batch
         model = split.join(params, frozen)
+        if key is not None:
+            set_dropout_keys(model, key)
         hidden = model.hidden(tokens, None, model.attend(mask, segment_ids), remat=remat)
-        logits = model.logits(hidden)
-        nll, counts = next_token_nll(logits, tokens, segment_ids)
-        tokens_counted = counts.sum(dtype=jnp.int32)
-        # A batch without any target, all of it documents of one token, has loss 0.
-        return jnp.where(counts, nll, 0.0).sum() / jnp.maximum(tokens_counted, 1), tokens_counted
+        targets, counts = next_targets(tokens, segment_ids, scored)
+        nll = token_nll(hidden, model.logits, targets, parts=parts)
+        return jnp.where(counts, nll, 0.0).sum() / total
 
-    def step(state, frozen, tokens, segment_ids):
-        gradient = jax.value_and_grad(loss_fn, has_aux=True)
-        (loss, tokens_counted), grads = gradient(state.params, frozen, tokens, segment_ids)
+    def gradient(params, frozen, batches, step, total):
+        """Loss and gradient over all micro-batches."""
+        keys = None
+        if dropout_seed is not None:
+            key = jax.random.fold_in(jax.random.key(dropout_seed), step)
+            keys = jax.random.split(key, len(batches[0]))
+
+        def of_one(batch, key):
+            return jax.value_and_grad(loss_fn)(params, frozen, batch, key, total)
+
+        if len(batches[0]) == 1:
+            return of_one(*jax.tree.map(lambda x: x[0], (batches, keys)))
+
+        def add(sums, x):
+            return jax.tree.map(jnp.add, sums, of_one(*x)), None
+
+        zeros = jnp.zeros(()), jax.tree.map(jnp.zeros_like, params)
+        return jax.lax.scan(add, zeros, (batches, keys))[0]
+
+    def step(
+        state: TrainState,
+        frozen: PyTree,
+        tokens: Int32[Array, "A B T"],
+        segment_ids: Int32[Array, "A B T"],
+        scored: Bool[Array, "A B T"],
+    ):
+        counted = jax.vmap(next_targets)(tokens, segment_ids, scored)[1].sum(dtype=jnp.int32)
+        total = jnp.maximum(counted, 1)  # a batch without any target has loss 0
+        batches = tokens, segment_ids, scored
+        loss, grads = gradient(state.params, frozen, batches, state.step, total)
+        norm = optax.tree.norm(grads)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
-        metrics = Metrics(loss, optax.tree.norm(grads), tokens_counted)
-        return TrainState(params, opt_state, state.step + 1), metrics
+        good = jnp.isfinite(loss) & jnp.isfinite(norm)
+        params, opt_state = jax.tree.map(
+            lambda new, old: jnp.where(good, new, old), (params, opt_state), (state.params, state.opt_state)
+        )
+        skipped = state.skipped + ~good
+        skipped_in_row = jnp.where(good, 0, state.skipped_in_row + 1)
+        state = TrainState(params, opt_state, state.step + 1, skipped, skipped_in_row)
+        if mesh is not None:  # as it came in, whatever the compiler would like
+            state = jax.lax.with_sharding_constraint(state, parameter_shardings(state, mesh))
+        return state, Metrics(loss, norm, counted, skipped, skipped_in_row)
 
     return jax.jit(step, donate_argnums=0)

@@ -5,8 +5,9 @@ import json
 
 import jax.numpy as jnp
 import pytest
+from flax import nnx
 
-from jsparse.models import Llama
+from jsparse.models import Llama, load_config
 from jsparse.train import FinetuneConfig, finetune
 
 
@@ -37,8 +38,10 @@ def test_a_model_that_cannot_be_used(config, tmp_path):
 
 
 def test_a_tokenizer_of_another_model(config, tmp_path):
-    other = copy_of(config.model, tmp_path / "other", vocab_size=100, eos_token_id=None)
-    (other / "generation_config.json").unlink()
+    other = tmp_path / "other"
+    smaller = dataclasses.replace(load_config(config.model), vocab_size=100, eos_token_ids=())
+    Llama(smaller, rngs=nnx.Rngs(0)).save_pretrained(other)
+    (other / "tokenizer.json").write_bytes((config.model / "tokenizer.json").read_bytes())
     check_refused(dataclasses.replace(config, model=other), ValueError, "a.txt has token id .* 100 entries")
 
 
@@ -54,7 +57,8 @@ def test_heads_that_cannot_be_halved(config, tmp_path):
 def test_a_rope_that_does_not_compound(config, tmp_path):
     yarn = {"rope_type": "yarn", "factor": 2.0, "rope_theta": 1e4, "original_max_position_embeddings": 16}
     other = copy_of(config.model, tmp_path / "other", rope_parameters=yarn)
-    check_refused(dataclasses.replace(config, model=other), NotImplementedError, "yarn")
+    changes = {"model": other, "rope": "linear"}
+    check_refused(dataclasses.replace(config, **changes), NotImplementedError, "yarn")
 
 
 def test_float16_weights(config, tmp_path):

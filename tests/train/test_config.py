@@ -5,7 +5,12 @@ from typing import Any
 import numpy as np
 import pytest
 
+import jsparse
+from jsparse import HeadPattern
+from jsparse.models import LlamaConfig
+from jsparse.models.sharding import MeshConfig
 from jsparse.train import FinetuneConfig
+from jsparse.train.patterns import StridedBlocks
 
 CONFIG = FinetuneConfig(model=Path("base"), data=(Path("text"),), output=Path("out"), context=64)
 
@@ -26,8 +31,15 @@ CONFIG = FinetuneConfig(model=Path("base"), data=(Path("text"),), output=Path("o
         ("max_grad_norm", -1.0, "> 0"),
         ("lora_alpha", float("inf"), "> 0"),
         ("weight_decay", -0.1, ">= 0"),
-        ("attention", "sparse", "'shifted', 'full'"),
-        ("schedule", "linear", "'constant', 'cosine'"),
+        ("attention", "sparse", "'shifted', 'grouped', 'full'"),
+        ("schedule", "steps", "'constant', 'cosine', 'linear'"),
+        ("rope", "dynamic", "None, 'linear', 'ntk', 'yarn', 'llama3'"),
+        ("base_bits", 2, "None, 4, 8"),
+        ("remat", "full", "'none', 'layers', 'attention', 'dots'"),
+        ("micro_batches", 0, ">= 1"),
+        ("max_skipped", 0, ">= 1"),
+        ("lora_dropout", 1.0, r"in \[0, 1\)"),
+        ("group_ratio", 0.0, r"in \(0, 1\]"),
         ("dtype", "float16", "None, 'float32', 'bfloat16'"),
     ],
 )
@@ -48,12 +60,59 @@ def test_groups_that_do_not_fit_the_context(context, group_size):
 
 
 def test_group_size_is_a_quarter_of_the_context_unless_given():
-    assert CONFIG.shifted_group_size == 16
-    assert dataclasses.replace(CONFIG, context=128).shifted_group_size == 32
-    assert dataclasses.replace(CONFIG, group_size=32).shifted_group_size == 32
-    assert dataclasses.replace(CONFIG, attention="full").shifted_group_size is None
-    with pytest.raises(ValueError, match="group_size=16 is for attention='shifted'"):
-        dataclasses.replace(CONFIG, attention="full", group_size=16)
+    assert CONFIG.groups == 16
+    assert dataclasses.replace(CONFIG, context=128).groups == 32
+    assert dataclasses.replace(CONFIG, group_size=32).groups == 32
+    assert dataclasses.replace(CONFIG, group_ratio=0.5).groups == 32
+    assert dataclasses.replace(CONFIG, attention="full").groups is None
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"attention": "full", "group_size": 16}, "group_size=16 is for attention='shifted' or 'grouped'"),
+        ({"window": 64}, "window=64 is for attention='longgen' or 'streaming', not for 'shifted'"),
+        ({"attention": "streaming", "stride": 4}, "stride=4 is for attention='longgen'"),
+        ({"attention": "streaming"}, "needs a head_pattern"),
+        ({"attention": "longgen", "stride": 4, "window": 100}, "window=100 must be a multiple of 128"),
+        ({"attention": "longgen", "stride": 4, "sink": 4}, "sink=4 is for sink and window"),
+        ({"attention": "longgen", "head_pattern": "heads.tsv"}, "head_pattern=heads.tsv is for"),
+        ({"lora_rank": None, "base_bits": 4}, "base_bits=4 keeps the base frozen"),
+        ({"batch_size": 8, "micro_batches": 3}, "micro_batches=3 must divide batch_size=8"),
+        ({"batch_size": 6, "mesh": MeshConfig(data=2, fsdp=2)}, "6 windows at a time, which 4 devices"),
+        ({"mesh": MeshConfig(sequence=3)}, "context=64 must be a multiple of the mesh's sequence=3"),
+    ],
+)
+def test_settings_that_do_not_fit_one_another(changes, message):
+    with pytest.raises(ValueError, match=message):
+        dataclasses.replace(CONFIG, **changes)
+
+
+def test_each_kind_of_attention_becomes_its_pattern(tmp_path):
+    model = LlamaConfig(
+        vocab_size=9, hidden_size=16, intermediate_size=8, num_hidden_layers=3, num_attention_heads=2
+    )
+    scores = np.array([[0.1, 0.9], [0.2, 0.8], [0.3, 0.7]])
+    HeadPattern(scores).save(tmp_path / "heads.tsv")
+    full, streams = jsparse.causal(), jsparse.streaming(128, 256)
+    plain, shifted = jsparse.shifted_groups(16, 0), jsparse.shifted_groups(16, 8)
+    expected = {
+        "full": [(full, full)] * 3,
+        "shifted": [(plain, shifted)] * 3,
+        "grouped": [(plain, plain)] * 3,
+        "longgen": [(streams, streams), (full, full), (streams, streams)],
+        "streaming": [(streams, full)] * 3,
+    }
+    for attention, layers in expected.items():
+        config = dataclasses.replace(
+            CONFIG,
+            attention=attention,
+            head_pattern=tmp_path / "heads.tsv" if attention == "streaming" else None,
+        )
+        assert list(config.pattern(model).layers) == layers
+    strided = dataclasses.replace(CONFIG, attention="longgen", stride=8, full_layers=(0,)).pattern(model)
+    assert strided.layers[0] == (full, full)
+    assert strided.layers[2] == (StridedBlocks(block=128, window=2, stride=8),) * 2
 
 
 def test_learning_rate_rises_then_stays_or_falls_to_a_tenth():
@@ -65,6 +124,11 @@ def test_learning_rate_rises_then_stays_or_falls_to_a_tenth():
     expected = [0.1 + 0.9 * (1 + np.cos(np.pi * step / 10)) / 2 for step in range(11)]
     np.testing.assert_allclose(
         [falling.learning_rate_at(4 + step) for step in range(11)], expected, rtol=1e-5
+    )
+
+    straight = dataclasses.replace(config, schedule="linear")
+    np.testing.assert_allclose(
+        [straight.learning_rate_at(4 + step) for step in range(11)], 1 - 0.9 * np.arange(11) / 10, rtol=1e-5
     )
 
     assert dataclasses.replace(config, warmup_steps=0).learning_rate_at(0) == 1.0

@@ -8,8 +8,9 @@ from flax import nnx
 
 from jsparse import BlockMask, causal, sliding_window
 from jsparse.models import Llama, LlamaConfig
-from jsparse.train import evaluate_perplexity, perplexity_by_context, shifted_head_masks
+from jsparse.train import evaluate, evaluate_perplexity, perplexity_by_context, shifted_head_masks
 from jsparse.train.evaluate import _nll
+from jsparse.train.patterns import StridedBlocks, longgen_pattern
 
 VOCAB = 31
 
@@ -85,6 +86,77 @@ def test_fewer_windows_score_the_first_tokens_only(model, tokens):
     np.testing.assert_allclose(result.nll, total / scored, rtol=1e-5)
 
 
+@pytest.fixture(scope="module")
+def forward(model):
+    return jax.jit(lambda window: model(window[None])[0])
+
+
+def window_nll(forward, tokens, context, stride):
+    """The negative log-likelihood of all tokens but the first of each full window, in float64: [N, T - 1]."""
+    rows = []
+    for begin in range(0, len(tokens) - context + 1, stride):
+        window = tokens[begin : begin + context]
+        logits = np.asarray(forward(jnp.asarray(window, jnp.int32)), np.float64)[:-1]
+        log_probability = logits - np.log(np.exp(logits).sum(axis=-1, keepdims=True))
+        rows.append([-row[token] for row, token in zip(log_probability, window[1:], strict=True)])
+    return np.array(rows)
+
+
+@pytest.mark.parametrize(
+    ("stride", "batch_size", "windows"), [(5, 3, 10), (45, 1, 2), (46, 1, 1), (70, 1, 1)]
+)
+def test_longlora_scores_every_token_of_every_window(model, forward, tokens, stride, batch_size, windows):
+    result = evaluate_perplexity(
+        model, tokens, context=16, stride=stride, scoring="all", batch_size=batch_size
+    )
+    expected = window_nll(forward, tokens, 16, stride)
+    assert len(expected) == windows and result.tokens == windows * 15
+    np.testing.assert_allclose(result.nll, expected.mean(axis=1).mean(), rtol=1e-5)  # the mean of their means
+    assert (result.context, result.stride, result.scoring, result.last) == (16, stride, "all", None)
+
+
+@pytest.mark.parametrize(("last", "stride"), [(4, None), (4, 9), (15, 5), (1, 3)])
+def test_only_the_last_tokens_of_a_window(model, forward, tokens, last, stride):
+    result = evaluate_perplexity(model, tokens, context=16, stride=stride, scoring="last", last=last)
+    expected = window_nll(forward, tokens, 16, stride or last)[:, -last:]
+    assert result.tokens == expected.size and result.stride == (stride or last) and result.last == last
+    np.testing.assert_allclose(result.nll, expected.mean(), rtol=1e-5)
+
+
+def test_the_strides_by_default(model, tokens):
+    strides = [
+        evaluate_perplexity(model, tokens, context=16, scoring=scoring, last=last).stride
+        for scoring, last in (("new", None), ("all", None), ("last", 3))
+    ]
+    assert strides == [8, 256, 3]
+
+
+def test_a_file_of_tokens_is_read_in_place(model, tokens, tmp_path, monkeypatch):
+    tokens.astype(np.uint16).tofile(tmp_path / "tokens.bin")
+    mapped = np.memmap(tmp_path / "tokens.bin", np.uint16, "r")
+    read_from = []
+
+    def spied(tokens, *arguments, cut=evaluate._windows):
+        read_from.append(tokens)
+        return cut(tokens, *arguments)
+
+    monkeypatch.setattr(evaluate, "_windows", spied)
+    result = evaluate_perplexity(model, mapped, context=16)
+    assert all(np.shares_memory(one, mapped) for one in read_from) and read_from
+    assert result == evaluate_perplexity(model, tokens, context=16)
+
+
+def test_a_pattern_of_layers_and_blocks(model, tokens):
+    pattern = longgen_pattern(model.config, StridedBlocks(block=4, window=1, stride=2), full_layers=())
+    masks = pattern.masks(model.config, 16)
+    result = evaluate_perplexity(model, tokens, context=16, mask=[masks[0]])  # a list cannot be hashed
+    compiled: Any = _nll
+    before = compiled._cache_size()
+    assert evaluate_perplexity(model, tokens, context=16, mask=pattern.masks(model.config, 16)) == result
+    assert compiled._cache_size() == before
+    assert abs(result.nll - evaluate_perplexity(model, tokens, context=16).nll) > 1e-3
+
+
 def test_one_compilation_a_context_and_several_contexts(model, tokens):
     compiled: Any = _nll
     before = compiled._cache_size()
@@ -107,6 +179,13 @@ def test_one_compilation_a_context_and_several_contexts(model, tokens):
         ({"context": 1}, "context must be at least 2, not 1"),
         ({"batch_size": 0}, "batch_size must be at least 1"),
         ({"max_windows": 0}, "max_windows must be at least 1"),
+        ({"tokens": np.zeros(0, np.int32)}, "at least one window of context=16, not 0"),
+        ({"tokens": np.zeros((4, 16), np.int32)}, r"one row of integers, not int32 of shape \[4, 16\]"),
+        ({"last": 4}, "last=4 must be given with scoring='last'"),
+        ({"scoring": "last"}, "last=None must be given with scoring='last'"),
+        ({"scoring": "last", "last": 16}, "last must be 1 to context - 1 = 15, not 16"),
+        ({"scoring": "last", "last": 0}, "last must be 1 to"),
+        ({"scoring": "all", "stride": 0}, "stride must be at least 1, not 0"),
     ],
 )
 def test_bad_arguments(model, tokens, changes, message):

@@ -1,0 +1,139 @@
+"""The compiled step: its loss, its options, and what it does with numbers that are not finite."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from jsparse.models import Llama, add_lora
+from jsparse.train import FinetuneConfig, shifted_head_masks
+from jsparse.train.longlora import is_trained_with_lora
+from jsparse.train.start import is_trained, prepare
+from jsparse.train.step import new_state, split_model, train_step
+
+CONFIG = FinetuneConfig(model="-", data="-", output="-", context=16, learning_rate=0.1, warmup_steps=0)
+MASK = shifted_head_masks(4, 8)
+RNG = np.random.default_rng(0)
+TOKENS = RNG.integers(0, 257, (4, 16)).astype(np.int32)
+SEGMENTS = np.ones_like(TOKENS)
+SEGMENTS[1, 3:] = 2
+SEGMENTS[3, 4:] = 0  # so that windows have unequal numbers of targets
+SCORED = RNG.random((4, 16)) < 0.7
+
+
+def batch(micro_batches):
+    return tuple(x.reshape(micro_batches, -1, 16) for x in (TOKENS, SEGMENTS, SCORED))
+
+
+def one_step(base, config=CONFIG, *, micro_batches=1, steps=1, adapters=None, **options):
+    """(state before the last step, frozen, state after, metrics of the last)."""
+    model = prepare(config, Llama.from_pretrained(base))
+    if adapters is not None:
+        adapters(model)
+    params, split = split_model(model, is_trained(config))
+    state = new_state(params, config.optimizer())
+    step = train_step(split, config.optimizer(), MASK, **{"remat": "none"} | options)
+    before = None
+    for _ in range(steps):
+        before = jax.device_get(state)
+        state, metrics = step(state, split.frozen, *batch(micro_batches))
+    return before, split, state, metrics
+
+
+def test_the_loss_is_the_models_over_all_that_is_scored(base):
+    model = Llama.from_pretrained(base)
+    logits = np.asarray(jax.jit(lambda: model(TOKENS, segment_ids=SEGMENTS, mask=MASK))(), np.float64)
+    picked = np.take_along_axis(logits[:, :-1], TOKENS[:, 1:, None], axis=-1)[..., 0]
+    nll = np.log(np.exp(logits[:, :-1]).sum(-1)) - picked
+    counts = SCORED[:, 1:] & (SEGMENTS[:, 1:] == SEGMENTS[:, :-1]) & (SEGMENTS[:, 1:] > 0)
+    for options in ({}, {"remat": "layers"}, {"remat": "attention"}, {"remat": "dots"}):
+        _, _, state, metrics = one_step(base, **options)
+        np.testing.assert_allclose(metrics.loss, nll[counts].mean(), rtol=1e-5)
+        assert int(metrics.tokens) == counts.sum() and int(state.step) == 1
+
+
+def test_micro_batches_of_unequal_tokens_give_the_same_step(base):
+    """Averaging the means of the parts would weigh the tokens of short parts more."""
+    counts = SCORED[:, 1:] & (SEGMENTS[:, 1:] == SEGMENTS[:, :-1]) & (SEGMENTS[:, 1:] > 0)
+    assert len(set(counts.sum(-1))) > 1
+    whole, parts = one_step(base), one_step(base, micro_batches=4)
+    np.testing.assert_allclose(whole[3].loss, parts[3].loss, rtol=1e-6)
+    np.testing.assert_allclose(whole[3].grad_norm, parts[3].grad_norm, rtol=1e-5)
+    moments = (jax.tree.leaves(run[2].opt_state) for run in (whole, parts))
+    for one, other in zip(*moments, strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-7)
+
+
+def test_arguments_are_donated(base):
+    config = CONFIG
+    params, split = split_model(prepare(config, Llama.from_pretrained(base)), is_trained(config))
+    state = new_state(params, config.optimizer())
+    train_step(split, config.optimizer(), MASK, remat="none")(state, split.frozen, *batch(1))
+    assert all(leaf.is_deleted() for leaf in jax.tree.leaves(state.opt_state))
+
+
+@pytest.mark.parametrize("good_first", [False, True])
+def test_a_step_that_is_not_finite_changes_nothing_but_the_count(base, good_first):
+    """A weight of the frozen base that is infinite from the second step on."""
+    params, split = split_model(prepare(CONFIG, Llama.from_pretrained(base)), is_trained(CONFIG))
+    state = new_state(params, CONFIG.optimizer())
+    step = train_step(split, CONFIG.optimizer(), MASK, remat="none")
+    if good_first:
+        state, metrics = step(state, split.frozen, *batch(1))
+        assert int(metrics.skipped) == 0 and np.isfinite(metrics.loss)
+    before = jax.device_get(state)
+    broken = jax.tree.map(lambda x: x * np.inf if jnp.issubdtype(x.dtype, jnp.floating) else x, split.frozen)
+    for count in (1, 2):
+        state, metrics = step(state, broken, *batch(1))
+        assert not np.isfinite(metrics.loss)
+        assert int(metrics.skipped) == int(metrics.skipped_in_row) == count
+    for one, other in zip(
+        jax.tree.leaves((before.params, before.opt_state)),
+        jax.tree.leaves((state.params, state.opt_state)),
+        strict=True,
+    ):
+        np.testing.assert_array_equal(one, other)
+    assert int(state.step) == int(before.step) + 2
+    state, metrics = step(state, split.frozen, *batch(1))
+    assert int(metrics.skipped) == 2 and int(metrics.skipped_in_row) == 0  # in a row no more
+
+
+def perturbed(model):
+    """Adapters whose output is not zero, so that what is dropped matters."""
+    for layer in model.layers:
+        linear = layer.self_attn.q_proj
+        linear.lora_b[...] = jax.random.normal(jax.random.key(1), linear.lora_b.shape)
+
+
+def test_dropout_is_drawn_from_the_step_and_does_not_touch_evaluation(base):
+    config = FinetuneConfig(model="-", data="-", output="-", context=16, lora_dropout=0.5)
+    plain = one_step(base, config, adapters=perturbed)[3].loss
+    drawn = [one_step(base, config, adapters=perturbed, dropout_seed=seed)[3].loss for seed in (0, 0, 1)]
+    assert drawn[0] == drawn[1] != drawn[2] and drawn[0] != plain
+    again = one_step(base, config, adapters=perturbed, dropout_seed=0, remat="layers")[3]
+    np.testing.assert_allclose(again.loss, drawn[0], rtol=1e-6)
+    gradients = one_step(base, config, adapters=perturbed, dropout_seed=0)[3].grad_norm
+    np.testing.assert_allclose(again.grad_norm, gradients, rtol=1e-5)  # the same draw when computed again
+
+
+def test_float32_masters_move_where_bfloat16_would_not(base):
+    """A step of 1e-4 of a weight is lost in bfloat16; the trained parameters keep it."""
+    model = Llama.from_pretrained(base, dtype=jnp.bfloat16)
+    add_lora(model, rank=2, alpha=4, rngs=nnx.Rngs(0))
+    params, split = split_model(model, is_trained_with_lora)
+    assert {leaf.dtype for leaf in jax.tree.leaves(params)} == {jnp.dtype("float32")}
+    config = FinetuneConfig(model="-", data="-", output="-", context=16, learning_rate=1e-4, warmup_steps=0)
+    state = new_state(params, config.optimizer())
+    before = np.asarray(state.params["norm"]["scale"][...])
+    step = train_step(split, config.optimizer(), MASK, remat="none")
+    state, _ = step(state, split.frozen, *batch(1))
+    after = np.asarray(state.params["norm"]["scale"][...])
+    moved = np.abs(after - before)
+    np.testing.assert_allclose(moved, 1e-4, rtol=1e-2)  # Adam's first step is the learning rate
+    assert (before.astype(jnp.bfloat16) == after.astype(jnp.bfloat16)).mean() > 0.8
+    joined = split.join(state.params, split.frozen)
+    assert joined.hidden(TOKENS, None, joined.attend()).dtype == jnp.bfloat16
+    assert {leaf.dtype for leaf in jax.tree.leaves(split.exported(state.params).norm.scale[...])} == {
+        jnp.dtype("bfloat16")
+    }

@@ -1,0 +1,79 @@
+"""What a run starts from: the model it trains, split and placed, and the state before its first step."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.sharding import Mesh
+from jaxtyping import PyTree
+
+from jsparse.models import Llama, LlamaConfig, LoRAParam, add_lora, quantize_base
+from jsparse.models.sharding import parameter_shardings, put
+from jsparse.train.config import FinetuneConfig
+from jsparse.train.longlora import is_trained_with_lora
+from jsparse.train.step import SplitModel, TrainState, new_state, split_model
+
+
+def extended_config(config: FinetuneConfig, model: LlamaConfig) -> LlamaConfig:
+    """The model's config with positions for the run's context."""
+    return model.extend_context(config.context, config.rope)
+
+
+def load_start(
+    config: FinetuneConfig, model_config: LlamaConfig, mesh: Mesh | None
+) -> tuple[TrainState, SplitModel]:
+    """The model of ``config`` from its folder, with ``model_config`` for its own, before the first step.
+
+    Raises ValueError for weights that are stored as float16 where no dtype is given: it overflows.
+    """
+    model = Llama.from_pretrained(config.model, dtype=config.dtype and jnp.dtype(config.dtype), mesh=mesh)
+    if model.norm.scale[...].dtype == jnp.float16:
+        raise ValueError(
+            f"dtype must be float32 or bfloat16, for {config.model} is stored as float16, which overflows"
+        )
+    model.config = model_config
+    params, split = split_model(prepare(config, model), is_trained(config))
+    if mesh is None:
+        return new_state(params, config.optimizer()), split
+    params = _placed(params, mesh)
+    split = split._replace(frozen=_placed(split.frozen, mesh))
+    abstract = jax.eval_shape(lambda params: new_state(params, config.optimizer()), params)
+    with jax.set_mesh(mesh):
+        start = jax.jit(
+            lambda params: new_state(params, config.optimizer()),
+            out_shardings=parameter_shardings(abstract, mesh),
+        )
+        return start(params), split
+
+
+def prepare(config: FinetuneConfig, model: Llama) -> Llama:
+    """Give the model the frozen base and the adapters that the run trains it with."""
+    if config.base_bits is not None:
+        quantize_base(model, config.base_bits)
+    if config.lora_rank is not None:
+        add_lora(
+            model,
+            rank=config.lora_rank,
+            alpha=config.lora_alpha,
+            rngs=nnx.Rngs(config.seed),
+            targets=config.lora_targets,
+            dropout=config.lora_dropout,
+        )
+    return model
+
+
+def is_trained(config: FinetuneConfig) -> Any:
+    """Which parameters to train: a filter for ``nnx.split``."""
+    if config.lora_rank is None:
+        return nnx.Param
+    return is_trained_with_lora if config.train_embeddings_and_norms else LoRAParam
+
+
+def _placed(tree: PyTree, mesh: Mesh) -> PyTree:
+    """The arrays where they belong: new ones are on one device still."""
+
+    def place(x, sharding):
+        return x if x.sharding.is_equivalent_to(sharding, x.ndim) else put(x, sharding)
+
+    return jax.tree.map(place, tree, parameter_shardings(tree, mesh))

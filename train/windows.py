@@ -1,0 +1,316 @@
+"""Tokens to windows: samples packed into rows of ``context`` tokens, on disk, and mapped from there."""
+
+import contextlib
+import dataclasses
+import io
+import json
+import os
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from jaxtyping import Bool, Int32, Integer, UInt, UInt8
+from rich.progress import Progress
+from tokenizers import Tokenizer
+
+from jsparse.train.documents import Sample, check_files, read_samples
+from jsparse.train.progress import progress_bar
+
+PADDING = 0  # the segment id of what fills a window up; documents and prompts count from 1
+
+HEADER, TOKENS, FLAGS = "windows.json", "tokens.bin", "flags.bin"
+_FORMAT = 1
+_STARTS, _SCORED, _FILLS = 1, 2, 4  # the bits of a token's flags: first of a sample; a target; padding
+_TOKENS_A_WRITE = 1 << 20
+
+
+class Batch(NamedTuple):
+    """Rows of training data.
+
+    Tokens of one document, or of one prompt and its completion, share a segment id (1, 2, ... within a
+    window); padding has segment id 0. ``scored[b, t]``: token t is a target that counts, predicted from token
+    t - 1 of its own segment; so the first of a segment, a prompt's tokens and padding are not.
+    """
+
+    tokens: Int32[np.ndarray, "B T"]
+    segment_ids: Int32[np.ndarray, "B T"]
+    scored: Bool[np.ndarray, "B T"]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Windows:
+    """Packed training data, mapped from a folder: ``windows[rows]`` reads those rows from disk.
+
+    ``len(windows)`` windows of ``windows.context`` tokens each. ``flags`` says of each token whether it is
+    the first of a document or prompt (bit 0), scored (bit 1) or padding (bit 2).
+    """
+
+    tokens: UInt[np.ndarray, "N T"]
+    flags: UInt8[np.ndarray, "N T"]
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+    @property
+    def context(self) -> int:
+        return self.tokens.shape[1]
+
+    def __getitem__(self, rows: slice | list[int] | Integer[np.ndarray, " B"]) -> Batch:
+        """Windows by their numbers, in the order asked for, as arrays in memory."""
+        flags = np.array(self.flags[rows])
+        starts = flags & _STARTS != 0
+        starts[:, :1] = True  # what goes on from the window before is a segment of its own
+        fills = flags & _FILLS != 0
+        segment_ids = np.where(fills, np.int32(PADDING), starts.cumsum(axis=1, dtype=np.int32))
+        scored = (flags & _SCORED != 0) & ~starts
+        return Batch(np.array(self.tokens[rows], np.int32), segment_ids, scored)
+
+
+def write_windows(
+    files: Sequence[str | Path],
+    tokenizer: Tokenizer,
+    folder: str | Path,
+    *,
+    context: int,
+    eos_token_id: int | None,
+    vocab_size: int,
+    progress: bool = False,
+) -> Windows:
+    """Tokenise ``files`` (``read_samples`` says which kinds there are), pack them into windows of ``context``
+    tokens, and store these in ``folder``, from which they are mapped.
+
+    Samples lie one after another, in the order of the files. A document that is longer than what is left of a
+    window goes on in the next one, as a segment of its own. A prompt with its completion is never cut: where
+    it does not fit what is left of a window, it begins the next one, and the rest is padding. The last window
+    is padded. Nothing is dropped.
+
+    Neither the text nor the tokens need to fit in memory: tokens go to disk as they come, 3 bytes each (5
+    where the vocabulary has more than 65,536 entries). windows.json is written last, so that what a crash
+    leaves does not open; windows that were in the folder before are replaced. On any error nothing is left.
+
+    progress: a progress bar over the bytes of the files, if stderr is a terminal.
+
+    Raises FileNotFoundError or ValueError as ``read_samples`` does, naming file and line; ValueError for a
+    prompt with a completion that is longer than ``context``, and for data that does not fill one window;
+    FileExistsError if ``folder`` is a file; OSError naming the folder where it cannot be written, because the
+    disk is full for one.
+
+    >>> import tempfile
+    >>> from jsparse.models import byte_tokenizer
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     files = [Path(folder, name) for name in ("a.txt", "b.txt")]
+    ...     _ = [file.write_text(text) for file, text in zip(files, ["abc", "d"])]
+    ...     windows = write_windows(
+    ...         files, byte_tokenizer(), Path(folder, "windows"), context=5, eos_token_id=256, vocab_size=257
+    ...     )
+    ...     batch = windows[:]
+    >>> batch.tokens
+    array([[ 97,  98,  99, 256, 100],
+           [256,   0,   0,   0,   0]], dtype=int32)
+    >>> batch.segment_ids
+    array([[1, 1, 1, 1, 2],
+           [1, 0, 0, 0, 0]], dtype=int32)
+    >>> batch.scored[0]
+    array([False,  True,  True,  True, False])
+    """
+    folder = Path(folder)
+    if context < 2:
+        raise ValueError(f"context={context} must be at least 2: a token, and one to predict from it")
+    token_type = _token_type(vocab_size)
+    check_files(files)
+    if folder.exists() and not folder.is_dir():
+        raise FileExistsError(f"{folder} is a file; it must be a folder, or not exist")
+
+    samples = read_samples(files, tokenizer, eos_token_id=eos_token_id, vocab_size=vocab_size)
+    with _undone_on_failure(folder), progress_bar(progress) as bar:
+        watched = _watch(samples, bar, total=sum(Path(file).stat().st_size for file in files))
+        written, padding = _store(_gather(_lay_out(watched, context)), folder, token_type)
+        kept = written - padding
+        if kept < context:
+            raise ValueError(
+                f"data: {len(files)} file(s) with {kept} tokens in all do not fill one window of "
+                f"context={context} tokens; give more text or a shorter context"
+            )
+        _store_header(folder, windows=written // context, context=context, token_type=token_type.name)
+    return open_windows(folder)
+
+
+def open_windows(folder: str | Path) -> Windows:
+    """Map the windows that ``write_windows`` stored in ``folder``.
+
+    Raises FileNotFoundError where there are none, or writing them did not come to its end; ValueError where
+    the files do not belong together.
+    """
+    folder = Path(folder)
+    if not (folder / HEADER).is_file():
+        raise FileNotFoundError(
+            f"{folder} holds no training windows: {HEADER}, which is written last, is not there"
+        )
+    try:
+        header = json.loads((folder / HEADER).read_text(encoding="utf-8"))
+        shape = int(header["windows"]), int(header["context"])
+        token_type = {"uint16": np.dtype("<u2"), "uint32": np.dtype("<u4")}[header["token_type"]]
+        is_known = header["format"] == _FORMAT and min(shape) > 0
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{folder / HEADER} is not a description of training windows: {error!r}") from error
+    if not is_known:
+        raise ValueError(f"{folder / HEADER} describes windows that this version cannot read: {header}")
+    return Windows(_map(folder / TOKENS, token_type, shape), _map(folder / FLAGS, np.dtype(np.uint8), shape))
+
+
+class _Piece(NamedTuple):
+    """Tokens that lie one after another in the windows, and their flags."""
+
+    tokens: Integer[np.ndarray, " T"]
+    flags: UInt8[np.ndarray, " T"]
+
+
+def _lay_out(samples: Iterable[Sample], context: int) -> Iterator[_Piece]:
+    """The windows, end to end, in pieces: their lengths add up to a multiple of ``context``."""
+    used = 0  # of the window that is being filled
+    for sample in samples:
+        length = len(sample.tokens)
+        if sample.prompt_tokens is not None:
+            _check_fits(sample, context)
+            if length > context - used:
+                yield _padding(context - used)
+                used = 0
+        flags = np.full(length, _SCORED, np.uint8)
+        flags[: sample.prompt_tokens or 0] = 0
+        flags[0] |= _STARTS
+        yield _Piece(sample.tokens, flags)
+        used = (used + length) % context
+    if used:
+        yield _padding(context - used)
+
+
+def _check_fits(sample: Sample, context: int) -> None:
+    length, prompt = len(sample.tokens), sample.prompt_tokens or 0
+    if length > context:
+        raise ValueError(
+            f"data: {sample.place} has {length} tokens, {prompt} of the prompt and {length - prompt} of the "
+            f"completion with its end: more than context={context}, and it is never cut; "
+            "shorten it, leave it out, or choose a longer context"
+        )
+
+
+def _padding(length: int) -> _Piece:
+    return _Piece(np.zeros(length, np.int32), np.full(length, _FILLS, np.uint8))
+
+
+def _gather(pieces: Iterable[_Piece]) -> Iterator[_Piece]:
+    """The same tokens in fewer pieces, for short documents would be a write each."""
+    held, length = [], 0
+    for piece in pieces:
+        held.append(piece)
+        length += len(piece.tokens)
+        if length >= _TOKENS_A_WRITE:
+            yield _Piece(*map(np.concatenate, zip(*held, strict=True)))
+            held, length = [], 0
+    if held:
+        yield _Piece(*map(np.concatenate, zip(*held, strict=True)))
+
+
+def _watch(samples: Iterable[Sample], bar: Progress, *, total: int) -> Iterator[Sample]:
+    """The same samples; the bar counts the bytes that they took in their files."""
+    task = bar.add_task("tokenising (bytes)", total=total, note="")
+    began, tokens = time.perf_counter(), 0
+    for sample in samples:
+        yield sample
+        tokens += len(sample.tokens)
+        note = f"{tokens / (time.perf_counter() - began):,.0f} tokens/s"
+        bar.update(task, advance=sample.size, note=note)
+
+
+def _store(pieces: Iterable[_Piece], folder: Path, token_type: np.dtype) -> tuple[int, int]:
+    """Write pieces to files, and these to the disk; how many tokens there are, and how many are padding."""
+    written, padding = 0, 0
+    with contextlib.ExitStack() as stack:
+        with _explained(folder):
+            # Unbuffered: a buffer that cannot be written would fail again, unexplained, when it is closed.
+            tokens_file = stack.enter_context(open(folder / TOKENS, "xb", buffering=0))
+            flags_file = stack.enter_context(open(folder / FLAGS, "xb", buffering=0))
+        for piece in pieces:  # whose own errors, from reading, are no errors of the folder
+            with _explained(folder):
+                _write_all(tokens_file, piece.tokens.astype(token_type).tobytes())
+                _write_all(flags_file, piece.flags.tobytes())
+            written += len(piece.flags)
+            padding += int(np.count_nonzero(piece.flags & _FILLS))
+        with _explained(folder):
+            os.fsync(tokens_file.fileno())
+            os.fsync(flags_file.fileno())
+    return written, padding
+
+
+def _store_header(folder: Path, **fields) -> None:
+    """The header, whole or not at all."""
+    partial = folder / f"{HEADER}.partial"
+    with _explained(folder):
+        with open(partial, "xb", buffering=0) as file:
+            _write_all(file, (json.dumps({"format": _FORMAT} | fields, indent=1) + "\n").encode())
+            os.fsync(file.fileno())
+        partial.replace(folder / HEADER)
+
+
+def _write_all(file: io.FileIO, content: bytes) -> None:
+    left = memoryview(content)
+    while left:  # an unbuffered write may take a part only
+        left = left[file.write(left) :]
+
+
+@contextlib.contextmanager
+def _undone_on_failure(folder: Path) -> Iterator[None]:
+    """Make ``folder``, without windows in it; on any error remove what came into it, and what was made."""
+    made = [path for path in (folder, *folder.parents) if not path.exists()]
+    with _explained(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        _remove(folder)
+    try:
+        yield
+    except BaseException:
+        _remove(folder)
+        for path in made:
+            with contextlib.suppress(OSError):  # something else has come into it
+                path.rmdir()
+        raise
+
+
+def _remove(folder: Path) -> None:
+    """Remove the header first, so that what is left at any moment does not open.
+
+    Removed, not written over: a process that still maps the old files keeps them.
+    """
+    for name in (HEADER, f"{HEADER}.partial", TOKENS, FLAGS):
+        (folder / name).unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def _explained(folder: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise OSError(
+            error.errno,
+            f"the training windows cannot be written to {folder}: {error.strerror}; "
+            "make room there (3 to 5 bytes a token), or choose another folder",
+        ) from error
+
+
+def _token_type(vocab_size: int) -> np.dtype:
+    """The smallest unsigned type for every token id, in the byte order of the files."""
+    if not 1 <= vocab_size <= 2**31:
+        raise ValueError(f"{vocab_size=} must be from 1 to 2**31, for a batch's token ids are int32")
+    return np.dtype("<u2") if vocab_size <= 2**16 else np.dtype("<u4")
+
+
+def _map(file: Path, element: np.dtype, shape: tuple[int, int]) -> np.memmap:
+    expected = shape[0] * shape[1] * element.itemsize
+    size = file.stat().st_size
+    if size != expected:
+        raise ValueError(
+            f"{file} has {size} bytes, but its {HEADER} speaks of {shape[0]} windows of {shape[1]} tokens, "
+            f"{expected} bytes; one of the two was changed"
+        )
+    return np.memmap(file, element, mode="r", shape=shape)
