@@ -1,5 +1,7 @@
 """Models: the Llama family in Flax NNX, RoPE, LoRA, Hugging Face checkpoints and tokenizers."""
 
+from jsparse.models.adapter import load_adapter as load_adapter
+from jsparse.models.adapter import save_adapter as save_adapter
 from jsparse.models.checkpoint import load_config as load_config
 from jsparse.models.config import LlamaConfig as LlamaConfig
 from jsparse.models.frozen_base import dequantize_base as dequantize_base

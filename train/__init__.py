@@ -10,6 +10,8 @@ from jsparse.train.data import write_windows as write_windows
 from jsparse.train.evaluate import Perplexity as Perplexity
 from jsparse.train.evaluate import evaluate_perplexity as evaluate_perplexity
 from jsparse.train.evaluate import perplexity_by_context as perplexity_by_context
+from jsparse.train.export import MergeConfig as MergeConfig
+from jsparse.train.export import merge as merge
 from jsparse.train.finetune import FinetuneResult as FinetuneResult
 from jsparse.train.finetune import finetune as finetune
 from jsparse.train.heads import HeadsConfig as HeadsConfig

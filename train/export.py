@@ -1,5 +1,7 @@
 """From a run to files that others read: a Hugging Face folder, or an adapter in PEFT's format."""
 
+import dataclasses
+import json
 import shutil
 from pathlib import Path
 
@@ -7,10 +9,14 @@ import jax
 import numpy as np
 from flax import nnx
 
-from jsparse.models import Llama, has_lora, merge_lora
+from jsparse.models import Llama, has_lora, load_config, merge_lora, save_adapter
+from jsparse.models.sharding import MeshConfig
+from jsparse.train.checkpoint import open_checkpoints
 from jsparse.train.config import FinetuneConfig
 from jsparse.train.patterns import AttentionPattern, save_pattern
 from jsparse.train.processes import is_first_process
+from jsparse.train.run import checkpoint_folder, digest_model
+from jsparse.train.start import extended_config, is_trained, load_start
 
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -52,3 +58,69 @@ def _gathered(model: Llama) -> Llama:
     graphdef, state = nnx.split(model)
     whole = jax.tree.map(lambda x: np.asarray(multihost_utils.process_allgather(x, tiled=True)), state)
     return nnx.merge(graphdef, whole)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MergeConfig:
+    """Write what a run has learned so far, from one of its checkpoints.
+
+    >>> MergeConfig(run="my-run", output="merged").adapter
+    False
+    """
+
+    run: str | Path
+    """The output folder of ``finetune``, finished or not."""
+    output: str | Path
+    """A new folder."""
+    step: int | None = None
+    """The checkpoint to take; by default the last."""
+    adapter: bool = False
+    """Write the LoRA matrices, and the embeddings and norms trained beside them, as an adapter that PEFT
+    loads onto the base, instead of a whole model."""
+    model: str | Path | None = None
+    """Where the base model is, if not where the run found it."""
+
+
+def merge(merging: MergeConfig) -> int:
+    """Write a Hugging Face folder with the adapters merged, or an adapter; returns the step it is of.
+
+    Raises FileNotFoundError for a run without checkpoints or without that step, ValueError for a base model
+    that is not the run's and for an adapter of a run that trained all weights, FileExistsError for an output
+    folder that holds something.
+    """
+    output = Path(merging.output)
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise FileExistsError(f"output={output} is there and not empty; choose a new folder")
+    folder = checkpoint_folder(Path(merging.run))
+    with open_checkpoints(folder, writable=False) as checkpoints:
+        steps = checkpoints.steps()
+        step = max(steps, default=None) if merging.step is None else merging.step
+        if step is None or step not in steps:
+            asked = "" if step is None else f" of step {step}"
+            raise FileNotFoundError(f"{folder} has no checkpoint{asked}; it has steps {steps}")
+        run = checkpoints.read_run(step)
+        config = run_config(run, model=merging.model)
+        if merging.adapter and config.lora_rank is None:
+            raise ValueError(f"{merging.run} trained all weights, without adapters; leave --adapter away")
+        if digest_model(config.model_folder) != run["model"]:
+            raise ValueError(
+                f"model={config.model} has other content than the model that the run started from"
+            )
+        model_config = extended_config(config, load_config(config.model))
+        state, split = load_start(config, model_config, mesh=None)
+        state = checkpoints.restore(step, state)
+    model = split.exported(state.params)
+    if merging.adapter:
+        save_adapter(model, output, base=config.model, trained=is_trained(config))
+        copy_tokenizer(config.model_folder, output)
+    else:
+        export_model(config, model, AttentionPattern.from_json(json.dumps(run["attention"])), output)
+    return step
+
+
+def run_config(run: dict, *, model: str | Path | None = None) -> FinetuneConfig:
+    """The settings that a run was started with, for one device, from the description in its checkpoints."""
+    fields = dict(run["config"], mesh=MeshConfig())
+    for name in ("lora_targets", "full_layers"):
+        fields[name] = fields[name] if fields[name] is None else tuple(fields[name])
+    return FinetuneConfig(**fields | ({} if model is None else {"model": model}))

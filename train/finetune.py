@@ -94,7 +94,7 @@ def finetune(config: FinetuneConfig, *, progress: bool = True) -> FinetuneResult
     state, split = load_start(config, model_config, mesh)
     windows = _windows(config, tokenizer, model_config, digest, eos_token_id=eos, progress=progress)
     with (
-        open_checkpoints(checkpoint_folder(config), writable=True) as checkpoints,
+        open_checkpoints(checkpoint_folder(config.output_folder), writable=True) as checkpoints,
         jax.set_mesh(mesh) if mesh is not None else contextlib.nullcontext(),
     ):
         if start:

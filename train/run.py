@@ -33,8 +33,8 @@ _FIELDS = (
 )
 
 
-def checkpoint_folder(config: FinetuneConfig) -> Path:
-    return config.output_folder / "checkpoints"
+def checkpoint_folder(output: Path) -> Path:
+    return output / "checkpoints"
 
 
 def describe_run(
@@ -53,7 +53,7 @@ def describe_run(
     )
     described["rope"] = model.to_hf()["rope_parameters"]
     described["attention"] = json.loads(pattern.to_json())
-    described["model"] = _digest_model(config.model_folder)
+    described["model"] = digest_model(config.model_folder)
     described["data"] = data_digest
     described["config"] = dataclasses.asdict(config)
     return json.loads(json.dumps(described, default=str))  # tuples to lists and paths to text, as it is read
@@ -74,25 +74,21 @@ def steps_taken(config: FinetuneConfig, run: dict) -> int:
     if not output.is_dir():
         raise FileExistsError(f"output={config.output} is a file; it must be a folder, or not exist")
 
-    step = _read_step(config, run)
-    # A run that stopped before its first checkpoint leaves its metrics only, and starts again.
-    others = sorted(
-        {file.name for file in output.iterdir()} - {METRICS, DATA, checkpoint_folder(config).name}
-    )
+    folder = checkpoint_folder(output)
+    step = _read_step(folder, run)
+    # A run that stopped before its first checkpoint leaves its metrics and data only, and starts again.
+    others = sorted({file.name for file in output.iterdir()} - {METRICS, DATA, folder.name})
     if step == 0 and others:
         raise FileExistsError(
             f"output={config.output} has other files ({', '.join(others[:3])}) and no checkpoints of this "
             "run; choose a new folder"
         )
     if step > config.steps:
-        raise ValueError(
-            f"steps={config.steps}, but {checkpoint_folder(config)} has come to step {step} already"
-        )
+        raise ValueError(f"steps={config.steps}, but {folder} has come to step {step} already")
     return step
 
 
-def _read_step(config: FinetuneConfig, run: dict) -> int:
-    folder = checkpoint_folder(config)
+def _read_step(folder: Path, run: dict) -> int:
     if not folder.is_dir():
         return 0
     with open_checkpoints(folder, writable=False) as checkpoints:
@@ -124,7 +120,8 @@ def _kind(run: dict) -> str:
     return f"{pattern.get('kind')} with rules {json.dumps(pattern.get('rules'))}"
 
 
-def _digest_model(folder: Path) -> str:
+def digest_model(folder: Path) -> str:
+    """SHA-256 of a model's config and weights."""
     sha = hashlib.sha256()
     for file in sorted([folder / "config.json", *folder.glob("*.safetensors")]):
         with file.open("rb") as stream:

@@ -1,0 +1,105 @@
+"""Runs that something ends: SIGTERM, and a disk that is full."""
+
+import dataclasses
+import os
+import resource
+import signal
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jsparse.train import FinetuneConfig, finetune
+from jsparse.train.checkpoint import open_checkpoints
+from jsparse.train.stopping import sigterm_noted
+
+
+def test_sigterm_is_noted_within_and_ends_the_process_outside():
+    before = signal.getsignal(signal.SIGTERM)
+    with sigterm_noted() as asked:
+        assert not asked()
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert asked()
+    assert signal.getsignal(signal.SIGTERM) is before
+    with sigterm_noted() as asked:
+        assert not asked()  # noted within the block only
+
+
+def test_other_threads_cannot_be_asked():
+    answers = []
+
+    def run():
+        with sigterm_noted() as asked:
+            answers.append(asked())
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    thread.join()
+    assert answers == [False]
+
+
+def test_sigterm_saves_the_step_and_the_run_goes_on_bit_for_bit(base, text, tmp_path, monkeypatch):
+    config = FinetuneConfig(
+        model=base, data=text, output=tmp_path / "stopped", context=32, lora_rank=2, steps=4, batch_size=2
+    )
+    module = sys.modules["jsparse.train.finetune"]
+    batch_at = module.batch_at
+
+    def terminate_at_step_2(windows, step, **options):
+        if step == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return batch_at(windows, step, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "batch_at", terminate_at_step_2)
+        stopped = finetune(config, progress=False)
+    assert not stopped.finished and len(stopped.losses) == 2
+    assert not (config.output_folder / "config.json").exists()
+    with open_checkpoints(config.output_folder / "checkpoints", writable=False) as checkpoints:
+        assert checkpoints.latest_step() == 2
+        run = checkpoints.read_run(2)
+    assert run["position"] == {"epoch": 0, "window": 4}
+    assert run["rope"]["rope_type"] == "default" and run["seed"] == 0
+
+    resumed = finetune(config, progress=False)
+    unbroken = finetune(dataclasses.replace(config, output=tmp_path / "unbroken"), progress=False)
+    assert resumed.finished and resumed.losses == unbroken.losses
+    weights = [(folder / "model.safetensors").read_bytes() for folder in (resumed.output, unbroken.output)]
+    assert weights[0] == weights[1]
+
+
+FULL_DISK = """
+import resource, signal, sys
+import jax.numpy as jnp
+import numpy as np
+from pathlib import Path
+from jsparse.train.checkpoint import open_checkpoints
+
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # as on a full disk, a write fails
+with open_checkpoints(Path(sys.argv[1]), writable=True) as checkpoints:
+    checkpoints.save(1, {"w": jnp.arange(4.0)}, {})
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
+    noise = jnp.asarray(np.random.default_rng(0).normal(size=100_000))  # hard to compress
+    try:
+        checkpoints.save(2, {"w": noise}, {})
+    except OSError as error:
+        print(error)
+"""
+
+
+@pytest.mark.skipif(not hasattr(resource, "RLIMIT_FSIZE"), reason="files cannot be limited here")
+def test_a_disk_that_is_full_leaves_the_checkpoint_before(tmp_path):
+    done = subprocess.run(
+        [sys.executable, "-c", FULL_DISK, tmp_path / "run"], capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "the checkpoint of step 2 could not be written" in done.stdout
+    assert "that of step 1 is intact" in done.stdout and "Make room" in done.stdout
+    with open_checkpoints(Path(tmp_path / "run"), writable=False) as checkpoints:
+        assert checkpoints.latest_step() == 1
+        restored = checkpoints.restore(1, {"w": jnp.zeros(4)})
+    np.testing.assert_array_equal(restored["w"], np.arange(4.0))

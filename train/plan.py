@@ -1,0 +1,136 @@
+"""Whether a fine-tuning run fits: its real step, compiled for GPUs that need not be there, and its FLOPs."""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.sharding import Mesh
+from jaxtyping import PyTree
+
+from jsparse.compile_only import compile_only_devices, find_device
+from jsparse.models import Llama, LlamaConfig
+from jsparse.models.masking import ModelMask
+from jsparse.models.sharding import batch_sharding, parameter_shardings
+from jsparse.plan import DEFAULT_MEMORY_FRACTION, Plan, Program, check_memory_fraction, plan_program
+from jsparse.train.config import FinetuneConfig
+from jsparse.train.flops import step_flops
+from jsparse.train.start import extended_config, is_trained, prepare
+from jsparse.train.step import new_state, split_model, train_step
+
+STORED_DTYPE = (
+    "bfloat16"  # of the weights, where a run takes them as they are: so are nearly all that are published
+)
+
+
+def plan_finetune(
+    config: FinetuneConfig,
+    model: LlamaConfig,
+    *,
+    device: str,
+    hosts: int = 1,
+    memory_fraction: float = DEFAULT_MEMORY_FRACTION,
+) -> Plan:
+    """What ``finetune(config)`` takes of each device, and the FLOPs of a step.
+
+    Compiles the step that it runs, for ``config.mesh``. Nothing that ``config`` names is read but a head
+    pattern: no weights, data or tokenizer. ``model`` is the checkpoint's config, before its context is
+    extended, and its weights are bfloat16 where ``config.dtype`` is None.
+
+    device: "h200", "h100-80gb" or "a100-80gb". hosts: the machines in which the devices of the mesh stand.
+    memory_fraction: see :class:`jsparse.plan.Plan`.
+
+    Raises ValueError for arguments out of range or that do not fit one another, NotImplementedError where
+    nothing can be compiled, RuntimeError where the step does not compile. Nothing is estimated.
+    """
+    chosen = find_device(device)
+    check_memory_fraction(memory_fraction)
+    model_config = extended_config(config, model)
+    mask = config.pattern(model_config).masks(model_config, config.context)
+    devices = compile_only_devices(chosen, config.mesh.devices, hosts=hosts)
+    mesh = config.mesh.make(devices)
+    program = step_program(config, model_config, mask, mesh)
+    flops = step_flops(
+        _abstract_model(config, model_config),
+        mask,
+        context=config.context,
+        windows=config.batch_size,
+        train_embeddings=config.train_embeddings_and_norms,
+        remat=config.remat,
+    )
+    return Plan(
+        run="finetune",
+        settings=_settings(config) | {"hosts": hosts},
+        device=device,
+        mesh=dataclasses.asdict(config.mesh),
+        memory_bytes=chosen.memory_bytes,
+        memory_fraction=memory_fraction,
+        programs=(plan_program(program, mesh),),
+        flops=flops,
+    )
+
+
+def step_program(
+    config: FinetuneConfig, model_config: LlamaConfig, mask: ModelMask | None, mesh: Mesh
+) -> Program:
+    """The step of ``finetune`` with abstract arguments where it puts them on a mesh."""
+    optimizer = config.optimizer()
+    splits = []
+
+    def make():
+        params, split = split_model(_model(config, model_config), is_trained(config))
+        splits.append(split)
+        return new_state(params, optimizer), split.frozen
+
+    state, frozen = (_placed(tree, mesh) for tree in jax.eval_shape(make))
+    windows = config.batch_size // config.micro_batches
+    tokens = jax.ShapeDtypeStruct(
+        (config.micro_batches, windows, config.context), jnp.int32, sharding=batch_sharding(mesh)
+    )
+    scored = jax.ShapeDtypeStruct(tokens.shape, jnp.bool_, sharding=tokens.sharding)
+    step = train_step(
+        splits[0],
+        optimizer,
+        mask,
+        remat=config.remat,
+        dropout_seed=config.seed if config.lora_rank and config.lora_dropout else None,
+        mesh=mesh if config.mesh.devices > 1 else None,
+    )
+    return Program(
+        "train step",
+        step,
+        (state, frozen, tokens, tokens, scored),
+        {
+            "trained parameters": state.params,
+            "optimizer state": state.opt_state,
+            "frozen base": frozen,
+            "batch": (tokens, tokens, scored, state.step, state.skipped, state.skipped_in_row),
+        },
+    )
+
+
+def _model(config: FinetuneConfig, model_config: LlamaConfig) -> Llama:
+    dtype = jnp.dtype(config.dtype or STORED_DTYPE)
+    return prepare(config, Llama(model_config, rngs=nnx.Rngs(0), dtype=dtype))
+
+
+def _abstract_model(config: FinetuneConfig, model_config: LlamaConfig) -> Llama:
+    return nnx.eval_shape(lambda: _model(config, model_config))
+
+
+def _placed(tree: PyTree, mesh: Mesh) -> PyTree:
+    return jax.tree.map(
+        lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
+        tree,
+        parameter_shardings(tree, mesh),
+    )
+
+
+def _settings(config: FinetuneConfig) -> dict[str, Any]:
+    """What of a run decides its memory and its FLOPs."""
+    names = ("context", "attention", "lora_rank", "lora_targets", "train_embeddings_and_norms", "base_bits")
+    settings = {name: getattr(config, name) for name in (*names, "remat", "batch_size", "micro_batches")}
+    if config.groups is not None:
+        settings["group_size"] = config.groups
+    return settings | {"dtype": config.dtype or STORED_DTYPE}
