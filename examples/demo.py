@@ -19,6 +19,7 @@ import numpy as np
 from flax import nnx
 from rich.console import Console
 
+from jsparse.command_line import parse
 from jsparse.examples.compare import difference
 from jsparse.examples.corpus import standard_library_files
 from jsparse.examples.report import draw_plot, print_tables
@@ -92,6 +93,14 @@ class DemoConfig:
         while contexts[-1] * 2 < self.long_context:
             contexts.append(contexts[-1] * 2)
         return [*contexts, self.long_context]
+
+
+def demo(options: list[str]) -> None:
+    """``jsparse demo``."""
+    config = parse(DemoConfig, "demo", options)
+    run_demo(config)
+    print(f"model, plot and numbers are in {config.output}: try")
+    print(f"  jsparse generate --model {config.output / 'long'} --prompt 'import os' --temperature 0.7")
 
 
 def run_demo(config: DemoConfig) -> dict:

@@ -5,6 +5,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+from jsparse.models.extend import RopeExtension, check_extension, extend_rope
 from jsparse.models.hf_config import MAX_LAYERS, MODEL_TYPES, fields_from_hf, fields_to_hf, require_size
 from jsparse.models.rope import RopeConfig
 
@@ -157,17 +158,18 @@ class LlamaConfig:
         """The fields of a ``config.json`` that transformers 5 reads to the same mathematics."""
         return fields_to_hf(self)
 
-    def extend_context(self, length: int) -> "LlamaConfig":
-        """A config for ``length`` positions by linear position interpolation.
+    def extend_context(self, length: int, method: RopeExtension | None = None) -> "LlamaConfig":
+        """A config for ``length`` positions, whose RoPE is extended by ``jsparse.models.extend.extend_rope``.
 
-        Positions are divided by ``ceil(length / max_position_embeddings)``, so that the model sees only
-        angles it was trained on (arXiv 2306.15595; LongLoRA, arXiv 2309.12307). The factor multiplies one
-        that is already there: a model interpolated twice by 2 is interpolated by 4.
-        ``max_position_embeddings`` grows by the same whole factor and so may end above ``length``; a length
-        that fits already changes nothing.
+        The growth is ``ceil(length / max_position_embeddings)``, by which ``max_position_embeddings`` grows
+        and so may end above ``length``; a length that fits already changes nothing. ``method`` is "linear"
+        (position interpolation, as LongLoRA, arXiv 2309.12307), "ntk", "yarn" or "llama3". None is the
+        checkpoint's own kind, and linear for one that was never extended. Extended twice by 2 is extended by
+        4. A checkpoint whose ``max_position_embeddings`` leaves its own RoPE factor out of account (published
+        recipes for YaRN set the factor alone) needs the length that it has with it set there first.
 
-        Raises NotImplementedError for RoPE kinds that linear interpolation does not compose with (llama3,
-        yarn).
+        Raises ValueError for a length below 1 and for an unknown method, NotImplementedError for a method
+        that does not compose with the RoPE kind of the checkpoint.
 
         >>> config = LlamaConfig(
         ...     vocab_size=257, hidden_size=64, intermediate_size=128, num_hidden_layers=2,
@@ -178,21 +180,22 @@ class LlamaConfig:
         ('linear', 3.0, 1536)
         >>> longer.extend_context(3000).rope.factor
         6.0
+        >>> config.extend_context(1500, "yarn").rope.original_max_position_embeddings
+        512
         """
         if isinstance(length, bool) or not isinstance(length, int) or length < 1:
             raise ValueError(f"length must be an integer >= 1, not {length!r}")
+        check_extension(method)
         growth = -(-length // self.max_position_embeddings)
         if growth == 1:
             return self
-        if self.rope.kind not in ("default", "linear"):
-            raise NotImplementedError(
-                f"length={length} is beyond max_position_embeddings={self.max_position_embeddings}, and "
-                f"RoPE type {self.rope.kind!r} does not compose with linear position interpolation; "
-                "allowed are default, linear"
-            )
-        factor = float(growth * (self.rope.factor or 1.0))
+        rope = extend_rope(
+            self.rope,
+            growth,
+            head_dim=self.head_dim,
+            max_position_embeddings=self.max_position_embeddings,
+            method=method,
+        )
         return dataclasses.replace(
-            self,
-            rope=dataclasses.replace(self.rope, kind="linear", factor=factor),
-            max_position_embeddings=self.max_position_embeddings * growth,
+            self, rope=rope, max_position_embeddings=self.max_position_embeddings * growth
         )

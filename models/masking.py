@@ -2,38 +2,93 @@
 
 import dataclasses
 from collections.abc import Sequence
+from typing import Any, TypeGuard
 
 import jsparse
+from jsparse.attention import Mask
 from jsparse.block_mask import BlockMask
 from jsparse.models.config import LlamaConfig
 
+LayerMask = Sequence[jsparse.TokenMask] | BlockMask
+"""One layer's entry in a mask of one entry a layer."""
+ModelMask = Mask | Sequence[LayerMask]
+"""What a model takes as ``mask``: one for all layers, or one entry a layer."""
 
-def layer_masks(config: LlamaConfig, mask) -> list:
+
+def layer_masks(config: LlamaConfig, mask: ModelMask | None) -> list[Mask]:
     """What ``jsparse.attention`` gets in each layer: ``mask`` (None: causal) within the layer's sliding
     window.
 
-    ``mask`` is None, a TokenMask, one TokenMask for each query head, or a BlockMask. ValueError for another
-    number of masks, NotImplementedError where the two together are no mask that we can write down.
+    ``mask`` is the same in every layer where it is None, a TokenMask, a sequence of one TokenMask for each
+    query head, or a BlockMask. Or it has one entry for each layer: a sequence of sequences of TokenMasks (one
+    for each query head, or a single one for all) and BlockMasks. A sequence of bare TokenMasks always means
+    one a head, so the entries of layers must be nested.
+
+    ValueError for another number of masks, naming the layer; TypeError for what is no mask;
+    NotImplementedError where mask and window together are no mask that we can write down.
+
+    >>> config = LlamaConfig(
+    ...     vocab_size=16, hidden_size=8, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2
+    ... )
+    >>> everything, recent = jsparse.causal(), jsparse.sliding_window(4)
+    >>> layer_masks(config, [everything, recent]) == [(everything, recent)] * 2  # one a head
+    True
+    >>> layer_masks(config, [[everything], [recent]]) == [everything, recent]  # one a layer
+    True
     """
-    if mask is None:
-        mask = jsparse.causal()
+    mask = jsparse.causal() if mask is None else mask
+    layers = config.num_hidden_layers
+    if not _is_one_a_layer(mask):
+        entries, names = [mask] * layers, ["mask"] * layers
+    elif len(mask) != layers:
+        raise ValueError(
+            f"mask has {len(mask)} entries for num_hidden_layers={layers}; allowed is one for each layer, or "
+            "one TokenMask for each query head of all layers"
+        )
+    else:
+        entries = [_unwrapped(entry, number) for number, entry in enumerate(mask)]
+        names = [f"mask[{number}], of layer {number}," for number in range(layers)]
+    each_layer = zip(entries, names, config.sliding_windows, strict=True)
+    return [_layer_mask(config, entry, name, window) for entry, name, window in each_layer]
+
+
+def _is_one_a_layer(mask: Any) -> TypeGuard[Sequence]:
+    return _is_sequence(mask) and any(_is_sequence(one) or isinstance(one, BlockMask) for one in mask)
+
+
+def _unwrapped(entry: Any, layer: int) -> Any:
+    """A layer's entry as it would be for a model of that layer alone."""
+    if isinstance(entry, jsparse.TokenMask):
+        raise TypeError(
+            f"mask[{layer}] is a TokenMask among entries of layers, where a sequence of TokenMasks means one "
+            f"a query head; write [{entry}] for all heads of the layer"
+        )
+    is_single = _is_sequence(entry) and len(entry) == 1 and isinstance(entry[0], jsparse.TokenMask)
+    return entry[0] if is_single else entry
+
+
+def _layer_mask(config: LlamaConfig, mask: Any, name: str, window: int | None) -> Mask:
+    """``mask`` within one layer's ``window``, checked; errors call it ``name``."""
     if isinstance(mask, BlockMask):
-        if any(window is not None for window in config.sliding_windows):
+        if window is not None:
             raise NotImplementedError(
-                "mask is a BlockMask, and the model has sliding windows, which it may not contain; "
-                "allowed are TokenMasks, or hidden() with an attend that masks each layer"
+                f"{name} is a BlockMask, and the model has sliding windows (here {window} tokens), which it "
+                "may not contain; allowed are TokenMasks, or hidden() with an attend that masks each layer"
             )
-        return [mask] * config.num_hidden_layers
+        return mask
     if isinstance(mask, jsparse.TokenMask):
-        return [within_window(mask, window) for window in config.sliding_windows]
-    if not isinstance(mask, Sequence) or not all(isinstance(one, jsparse.TokenMask) for one in mask):
-        raise TypeError(f"mask must be None, a TokenMask, a sequence of them or a BlockMask, not {mask!r}")
+        return within_window(mask, window)
+    if not _is_sequence(mask) or not all(isinstance(one, jsparse.TokenMask) for one in mask):
+        raise TypeError(
+            f"{name} must be None, a TokenMask, a sequence of them, a BlockMask, or a sequence of one "
+            f"entry a layer, not {mask!r}"
+        )
     if len(mask) != config.num_attention_heads:
         raise ValueError(
-            f"mask has {len(mask)} TokenMasks for num_attention_heads={config.num_attention_heads}; "
+            f"{name} has {len(mask)} TokenMasks for num_attention_heads={config.num_attention_heads}; "
             "allowed is one, or one for each query head"
         )
-    return [tuple(within_window(one, window) for one in mask) for window in config.sliding_windows]
+    return tuple(within_window(one, window) for one in mask)
 
 
 def within_window(mask: jsparse.TokenMask, window: int | None) -> jsparse.TokenMask:
@@ -54,3 +109,18 @@ def within_window(mask: jsparse.TokenMask, window: int | None) -> jsparse.TokenM
         f"mask {mask} has a sink, which the layer's sliding window hides after {window} tokens; "
         f"allowed are masks without a sink, or with a window >= {window}"
     )
+
+
+def hashable(mask: ModelMask | None) -> Any:
+    """``mask`` with tuples for sequences, so that it can be a static argument of ``jax.jit``.
+
+    A BlockMask is hashed by identity: the same object compiles nothing again.
+
+    >>> hashable([jsparse.sliding_window(2)])
+    (TokenMask(sink=0, window=2, group_size=None, group_shift=0),)
+    """
+    return tuple(hashable(one) for one in mask) if _is_sequence(mask) else mask
+
+
+def _is_sequence(value: Any) -> TypeGuard[Sequence]:
+    return isinstance(value, Sequence) and not isinstance(value, str)

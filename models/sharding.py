@@ -26,7 +26,6 @@ RULES = {
     "heads": ("tensor",),
     "kv_heads": ("tensor",),
     "mlp": ("tensor",),
-    # Rows of the embedding first: split along embed it would hand that split on to all activations.
     "vocab": ("tensor", "fsdp", "sequence"),
 }
 BATCH = ("data", "fsdp")
@@ -85,9 +84,11 @@ def parameter_shardings(tree: PyTree, mesh: Mesh) -> PyTree:
 
     def place(x, names):
         free = dict(mesh.shape)
+        # A table of the vocabulary is split by rows only: along embed, it would hand that on to activations.
+        whole = {"embed"} if "vocab" in names else set()
         axes = []
         for name, length in zip(names, x.shape, strict=False) if x.ndim > 1 else ():
-            chosen = _dividing(RULES.get(name, ()), free, length)
+            chosen = () if name in whole else _dividing(RULES.get(name, ()), free, length)
             for axis in chosen:
                 del free[axis]
             axes.append(chosen or None)

@@ -9,7 +9,6 @@ from jsparse.flops import Passes, StepFlops, attention_flops
 from jsparse.masks import causal
 from jsparse.models import Llama, has_lora
 from jsparse.models.layers import Linear, linear_layers
-from jsparse.models.llama import Remat
 from jsparse.models.masking import ModelMask, layer_masks
 
 # What the backward pass computes again of a layer.
@@ -28,7 +27,7 @@ def step_flops(
     context: int,
     windows: int,
     train_embeddings: bool = True,
-    remat: Remat = "none",
+    remat: str = "none",
 ) -> StepFlops:
     """FLOPs of a step over ``windows`` windows of ``context`` tokens, on all devices together.
 

@@ -30,7 +30,7 @@ def plan_finetune(
     *,
     device: str,
     hosts: int = 1,
-    memory_fraction: float = DEFAULT_MEMORY_FRACTION,
+    memory_fraction: float | int = DEFAULT_MEMORY_FRACTION,
 ) -> Plan:
     """What ``finetune(config)`` takes of each device, and the FLOPs of a step.
 

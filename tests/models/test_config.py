@@ -371,15 +371,7 @@ def test_extend_context_rounds_the_factor_up_and_compounds():
     assert from_hf(rope_scaling={"type": "linear", "factor": 4.0}).extend_context(1024).rope.factor == 8.0
 
 
-def test_extend_context_refuses_what_does_not_compound():
-    for rope in (
-        RopeConfig(kind="yarn", **YARN),
-        RopeConfig(kind="llama3", **LLAMA3, original_max_position_embeddings=8),
-    ):
-        config = LlamaConfig(**SIZES, rope=rope)
-        assert config.extend_context(512) is config
-        with pytest.raises(NotImplementedError, match=f"length=513.*'{rope.kind}'.*default, linear"):
-            config.extend_context(513)
+def test_extend_context_refuses_what_is_no_length():
     bad: list[Any] = [0, -1, 1.5, True]
     for length in bad:
         with pytest.raises(ValueError, match="length"):

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 import jsparse.models.layers
-from jsparse.models import Llama
+from jsparse.models import Llama, LlamaConfig
 
 torch = pytest.importorskip("torch", reason="the oracle needs torch, from the extra `parity`")
 transformers = pytest.importorskip(
@@ -58,6 +58,22 @@ CONFIGURATIONS = {
     "mistral, sliding window": ("mistral", {"sliding_window": 200}),
     "qwen2, windows in two layers": ("qwen2", WINDOWS),
     "qwen3": ("qwen3", {"head_dim": 32, "rope_parameters": {"rope_type": "default", "rope_theta": 1e6}}),
+}
+
+
+def extended(method, *lengths):
+    """The fields of a llama of 256 positions after it was extended to one length after another."""
+    config = LlamaConfig.from_hf(SMALL | {"model_type": "llama", "max_position_embeddings": 256})
+    for length in lengths:
+        config = config.extend_context(length, method)
+    fields = config.to_hf()
+    return {name: fields[name] for name in ("max_position_embeddings", "rope_parameters")}
+
+
+CONFIGURATIONS |= {
+    "llama, extended by ntk": ("llama", extended("ntk", 1024)),
+    "llama, extended by yarn twice": ("llama", extended("yarn", 512, 1024)),
+    "llama, extended by llama3 twice": ("llama", extended("llama3", 512, 1024)),
 }
 
 

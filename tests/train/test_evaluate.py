@@ -124,11 +124,9 @@ def test_only_the_last_tokens_of_a_window(model, forward, tokens, last, stride):
 
 
 def test_the_strides_by_default(model, tokens):
-    strides = [
-        evaluate_perplexity(model, tokens, context=16, scoring=scoring, last=last).stride
-        for scoring, last in (("new", None), ("all", None), ("last", 3))
-    ]
-    assert strides == [8, 256, 3]
+    assert evaluate_perplexity(model, tokens, context=16).stride == 8
+    assert evaluate_perplexity(model, tokens, context=16, scoring="all").stride == 256
+    assert evaluate_perplexity(model, tokens, context=16, scoring="last", last=3).stride == 3
 
 
 def test_a_file_of_tokens_is_read_in_place(model, tokens, tmp_path, monkeypatch):
@@ -180,7 +178,6 @@ def test_one_compilation_a_context_and_several_contexts(model, tokens):
         ({"batch_size": 0}, "batch_size must be at least 1"),
         ({"max_windows": 0}, "max_windows must be at least 1"),
         ({"tokens": np.zeros(0, np.int32)}, "at least one window of context=16, not 0"),
-        ({"tokens": np.zeros((4, 16), np.int32)}, r"one row of integers, not int32 of shape \[4, 16\]"),
         ({"last": 4}, "last=4 must be given with scoring='last'"),
         ({"scoring": "last"}, "last=None must be given with scoring='last'"),
         ({"scoring": "last", "last": 16}, "last must be 1 to context - 1 = 15, not 16"),

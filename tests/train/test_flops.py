@@ -1,6 +1,7 @@
 """FLOPs of a step against brute force, the paper's numbers, and the products that the real step traces."""
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -85,7 +86,7 @@ def test_attention_counts_the_pairs_of_visited_blocks(length, blocks, masks):
 def test_attention_of_shared_rows_and_of_lists_a_sequence():
     index = np.array([[[0, 0], [0, 1]], [[0, 0], [1, 0]]], np.int32)  # two KV heads' rows
     count = np.array([[1, 2], [1, 1]], np.int32)
-    geometry = {"q_len": 32, "kv_len": 32, "block_q": 16, "block_kv": 16}
+    geometry: dict[str, Any] = {"q_len": 32, "kv_len": 32, "block_q": 16, "block_kv": 16}
     shared = BlockMask.from_indices(index, count, **geometry)
     assert attention_flops(shared, 4, 8).forward == 4 * 8 * 256 * (2 * 3 + 2 * 2)
     batched = BlockMask.from_indices(np.stack([index, index]), np.stack([count, count - [0, 1]]), **geometry)

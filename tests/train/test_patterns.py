@@ -214,7 +214,7 @@ def test_attention_follows_strided_blocks(config):
         (_, out), gradients = jax.jit(jax.value_and_grad(total, argnums=(0, 1, 2), has_aux=True))(*arrays)
         return out, *gradients
 
-    found = run(lambda *arrays: jsparse.attention(*arrays, mask))
+    found = run(lambda q, k, v: jsparse.attention(q, k, v, mask))
     for one, other in zip(found, run(dense_attention), strict=True):
         np.testing.assert_allclose(one, other, atol=1e-5)
 

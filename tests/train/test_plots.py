@@ -23,8 +23,8 @@ def test_a_line_a_name_by_context():
     axes = Figure().subplots()
     _draw_perplexity(axes, {"full": PERPLEXITIES, "shifted": PERPLEXITIES[:1]})
     full, shifted = axes.get_lines()
-    assert full.get_xydata().tolist() == [[512, 9.5], [2048, 8.5]] and full.get_label() == "full"
-    assert shifted.get_xydata().tolist() == [[2048, 8.5]]
+    assert np.asarray(full.get_xydata()).tolist() == [[512, 9.5], [2048, 8.5]] and full.get_label() == "full"
+    assert np.asarray(shifted.get_xydata()).tolist() == [[2048, 8.5]]
     assert axes.get_xscale() == "log" and [t.get_text() for t in axes.get_xticklabels()] == ["512", "2048"]
 
 

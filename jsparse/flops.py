@@ -1,0 +1,103 @@
+"""FLOPs by arithmetic: those of block-sparse attention, and how those of a training step add up.
+
+XLA's own analysis counts neither kernels nor the turns of a loop. Here a product of [m, c] and [c, n] is 2
+m c n FLOPs, and nothing but products is counted: norms, rotations, softmax, activations and the optimizer
+are not.
+"""
+
+import dataclasses
+
+import numpy as np
+
+from jsparse.block_mask import BlockMask
+
+# Products of a block of queries with a block of keys, each 2 * block_q * block_kv * head_dim FLOPs. Forward:
+# scores, and weights times values. Backward: one pass makes dQ of scores, dweights and their product with the
+# keys, another makes dK and dV of the same two once more and two products (FlashAttention-2 has five, in one
+# pass with atomics).
+_FORWARD_PRODUCTS, _BACKWARD_PRODUCTS = 2, 3 + 4
+
+
+@dataclasses.dataclass(frozen=True)
+class Passes:
+    """FLOPs of one part of a step: forward, backward, and forward ``again`` where the backward pass needs
+    what was not kept.
+    """
+
+    forward: int = 0
+    backward: int = 0
+    again: int = 0
+
+    @property
+    def total(self) -> int:
+        return self.forward + self.backward + self.again
+
+    def __add__(self, other: "Passes") -> "Passes":
+        return Passes(self.forward + other.forward, self.backward + other.backward, self.again + other.again)
+
+    def times(self, n: int) -> "Passes":
+        return Passes(n * self.forward, n * self.backward, n * self.again)
+
+
+@dataclasses.dataclass(frozen=True)
+class StepFlops:
+    """FLOPs of a step of training: ``attention`` over the blocks that are visited, ``causal_attention``
+    what it would be with plain causal attention, the ``projections`` of attention, the ``mlp`` and the
+    ``head``.
+
+    >>> flops = StepFlops(Passes(1, 2), Passes(10, 20), Passes(3, 6), Passes(4, 8), Passes(1, 2))
+    >>> flops.total, flops.total_with_causal, round(flops.saved, 3)
+    (27, 54, 0.5)
+    """
+
+    attention: Passes
+    causal_attention: Passes
+    projections: Passes
+    mlp: Passes
+    head: Passes
+
+    def parts(self) -> dict[str, Passes]:
+        return {name: getattr(self, name) for name in ("attention", "projections", "mlp", "head")}
+
+    @property
+    def total(self) -> int:
+        return sum(part.total for part in self.parts().values())
+
+    @property
+    def total_with_causal(self) -> int:
+        return self.total - self.attention.total + self.causal_attention.total
+
+    @property
+    def saved(self) -> float:
+        """The fraction of a step's FLOPs with causal attention that the mask saves."""
+        return 1 - self.total / self.total_with_causal
+
+    def to_json(self) -> dict:
+        derived = {"total": self.total, "total_with_causal": self.total_with_causal, "saved": self.saved}
+        return dataclasses.asdict(self) | derived
+
+
+def attention_flops(mask: BlockMask, num_q_heads: int, head_dim: int) -> Passes:
+    """FLOPs of attention over the lists of ``mask``, for one sequence (that of most blocks, where lists
+    differ).
+
+    Forward ``4 * head_dim`` for each pair of a query and a key of a block that is visited, hidden ones of
+    that block included; backward 7/2 of it, as both implementations compute it: one pass for dQ, one for dK
+    and dV, each making the scores again. ``again`` is the forward pass once more.
+
+    >>> from jsparse import causal
+    >>> mask = BlockMask.from_token_masks(causal(), 256, 256, block_q=128, block_kv=128)
+    >>> attention_flops(mask, num_q_heads=1, head_dim=64).forward == 4 * 64 * 3 * 128 * 128
+    True
+    """
+    counts = np.asarray(mask.kv_count, dtype=np.int64).sum(axis=-1)  # [R] or [B, R]
+    rows = mask.head_rows
+    if rows is None:
+        num_rows = counts.shape[-1]
+        rows = tuple(head * num_rows // num_q_heads for head in range(num_q_heads))
+    if len(rows) != num_q_heads:
+        raise ValueError(f"num_q_heads={num_q_heads}, but the mask is for {len(rows)} query heads")
+    blocks = int(counts[..., list(rows)].sum(axis=-1).max())
+    product = 2 * blocks * mask.block_q * mask.block_kv * head_dim
+    forward = _FORWARD_PRODUCTS * product
+    return Passes(forward, _BACKWARD_PRODUCTS * product, forward)

@@ -1,0 +1,212 @@
+"""The commands of this room: ``jsparse generate | plan generate | bench``."""
+
+import dataclasses
+import sys
+import time
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+from tokenizers.decoders import DecodeStream
+
+import jsparse
+from jsparse.command_line import check_can_write, parse, write_json
+from jsparse.compile_only import prepare_process
+from jsparse.models import Llama, load_config, load_tokenizer, reorder_heads
+from jsparse.models.sharding import MeshConfig
+from jsparse.plan import DEFAULT_MEMORY_FRACTION, print_plan
+from jsparse.serve.bench import DecodeBench, PrefillBench, bench_decode, bench_prefill
+from jsparse.serve.config import CacheConfig
+from jsparse.serve.generate import stream
+from jsparse.serve.plan import plan_generate as make_plan
+from jsparse.serve.sampling import SamplingParams
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class CacheOptions:
+    """What the cache keeps and reads. It is dense unless --budget, --pattern or --policy makes it sparse."""
+
+    budget: int | None = None
+    """Tokens of the cache that a retrieval head reads a step, in whole pages; all of them by default."""
+    policy: Literal["lserve", "dense", "streaming", "quest", "oracle", "random"] = "lserve"
+    """What decides which tokens those are; "streaming" lets every head stream, "quest" none."""
+    page_size: int | None = None
+    """Tokens a page of the cache: 64 by default, and 16 for Quest."""
+    kv_bits: Literal[8, 4] | None = None
+    """Keep pages as codes of so many bits; by default as the model computes."""
+    pattern: Path | None = None
+    """A head pattern (DuoAttention's full_attention_heads.tsv): its lowest scores become streaming heads."""
+    sparsity: float | None = None
+    """With --pattern: the fraction of the KV heads that stream (default 0.5)."""
+    sink: int | None = None
+    """First tokens that a streaming head keeps (default 128)."""
+    window: int | None = None
+    """Recent tokens that a streaming head keeps (default 256)."""
+    prefill_window: int | None = None
+    """Recent tokens that a streaming head sees within the prompt (default: as --window)."""
+
+    def __post_init__(self):
+        if self.pattern is None and self.sparsity is not None:
+            raise ValueError("--sparsity says how many heads of a --pattern stream, and none is given")
+        for name in ("sink", "window", "prefill_window"):
+            if self.pattern is None and self.policy != "streaming" and getattr(self, name) is not None:
+                option = name.replace("_", "-")
+                raise ValueError(
+                    f"--{option} is for streaming heads: give a --pattern, or --policy streaming"
+                )
+        if self.pattern is not None and self.policy in ("dense", "streaming", "quest"):
+            raise ValueError(f"--policy {self.policy} does not ask which heads of a --pattern stream")
+        if self.policy in ("quest", "oracle", "random") and self.budget is None:
+            raise ValueError(
+                f"--policy {self.policy} chooses what is read within a --budget, and none is given"
+            )
+
+    def cache(self) -> CacheConfig:
+        """ValueError, before any model is loaded, for what is wrong with it."""
+        names = ("policy", "budget", "page_size", "kv_bits", "prefill_window")
+        given = {name: getattr(self, name) for name in names}
+        given |= {name: getattr(self, name) for name in ("sink", "window") if getattr(self, name) is not None}
+        if self.pattern is not None:
+            sparsity = 0.5 if self.sparsity is None else self.sparsity
+            given["streaming_heads"] = jsparse.HeadPattern.load(self.pattern).threshold(sparsity)
+        return CacheConfig(**given)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class GenerateCommand(CacheOptions):
+    """Print the continuation of a prompt as it is generated; tokens a second go to stderr.
+
+    The cache is dense unless --budget, --pattern or --policy makes it sparse.
+    """
+
+    model: Path
+    """A Hugging Face folder with config.json, safetensors and tokenizer.json."""
+    prompt: str | None = None
+    """The text to continue."""
+    prompt_file: Path | None = None
+    """A UTF-8 file with the text to continue."""
+    max_new_tokens: int = 64
+    """Stop after so many tokens, or at the model's end-of-sequence token."""
+    temperature: float = 0.0
+    """0 takes the most likely token."""
+    top_k: int = 0
+    """Only the k most likely tokens; 0 for all."""
+    top_p: float = 1.0
+    """Only the most likely tokens that together have this probability."""
+    seed: int = 0
+    """Of the sampling."""
+
+    def __post_init__(self):
+        if (self.prompt is None) == (self.prompt_file is None):
+            raise ValueError("exactly one of --prompt and --prompt-file must be given")
+        super().__post_init__()
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PlanGenerateCommand(CacheOptions):
+    """What generation takes of a device, for prompts of one length. No weights are read."""
+
+    model: Path
+    """A folder with the model's config.json."""
+    prompt_tokens: int
+    """Tokens a prompt."""
+    max_new_tokens: int = 64
+    """Tokens to generate after each."""
+    batch: int = 1
+    """Prompts at a time."""
+    dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
+    """Of the weights."""
+    mesh: MeshConfig = MeshConfig()  # noqa: B008, it is frozen
+    """How many devices split what."""
+    device: str = "h200"
+    """"h200", "h100-80gb" or "a100-80gb"."""
+    memory_fraction: float = DEFAULT_MEMORY_FRACTION
+    """Part of the memory that JAX takes for arrays (XLA_CLIENT_MEM_FRACTION)."""
+    json: Path | None = None
+    """Write the plan to this file instead of printing tables; "-" is stdout."""
+
+
+def generate(options: list[str]) -> None:
+    command = parse(GenerateCommand, "generate", options)
+    cache = command.cache()  # everything wrong with it is said before the model is loaded
+    sampling = SamplingParams(temperature=command.temperature, top_k=command.top_k, top_p=command.top_p)
+    prompt = _read_text(command.prompt_file) if command.prompt_file else command.prompt or ""
+    tokenizer = load_tokenizer(command.model)
+    model = Llama.from_pretrained(command.model)
+    if cache.streaming_heads is not None:
+        model, streams = reorder_heads(model, np.array(cache.streaming_heads))
+        cache = dataclasses.replace(cache, streaming_heads=streams)
+
+    tokenizer.no_truncation()  # a length saved in tokenizer.json must not cut the prompt
+    ids = tokenizer.encode(prompt).ids
+    text = DecodeStream(ids=ids, skip_special_tokens=True)  # holds back characters that are not complete
+    arrivals = [time.perf_counter()]
+    reason = None
+    for event in stream(model, [ids], command.max_new_tokens, sampling, cache, seed=command.seed):
+        reason = event.finish_reason
+        if event.token is None:
+            raise FloatingPointError(
+                f"the logits of {command.model} are not finite after {len(arrivals) - 1} tokens"
+            )
+        arrivals.append(time.perf_counter())
+        print(text.step(tokenizer, event.token) or "", end="", flush=True)
+    print()
+    _report_speed(arrivals, len(ids), str(reason))
+
+
+def _report_speed(arrivals: list[float], prompt_tokens: int, reason: str) -> None:
+    """Say on stderr how fast it went. The first call of each kind compiles: for the prompt, for a token."""
+    start, first, *later = arrivals
+    print(f"prompt of {prompt_tokens} tokens: {first - start:.2f} s with compiling", file=sys.stderr)
+    rate = (
+        f", {(len(later) - 1) / (later[-1] - later[0]):.1f} tokens/s after the second"
+        if len(later) > 1
+        else ""
+    )
+    print(f"{len(arrivals) - 1} tokens{rate}; ended by {reason}", file=sys.stderr)
+
+
+def _read_text(file: Path) -> str:
+    try:
+        return file.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"prompt_file: {file} is not UTF-8 text: {error}") from error
+
+
+def plan_generate(options: list[str]) -> int:
+    command = parse(PlanGenerateCommand, "plan generate", options)
+    check_can_write(command.json, "json")
+    prepare_process()
+    names = ("device", "prompt_tokens", "max_new_tokens", "batch", "dtype", "mesh", "memory_fraction")
+    plan = make_plan(
+        load_config(command.model), command.cache(), **{name: getattr(command, name) for name in names}
+    )
+    if command.json is None:
+        print_plan(plan)
+    else:
+        write_json(command.json, plan.to_json())
+    return 0 if plan.fits else 1
+
+
+_BENCH_USAGE = """usage: jsparse bench KIND [options]
+
+  decode     milliseconds a token at several context lengths, for each policy of the cache
+  prefill    seconds to the first token of prompts of several lengths
+
+jsparse bench KIND --help lists the options."""
+
+
+def bench(options: list[str]) -> None:
+    if not options or options[0] in ("-h", "--help"):
+        print(_BENCH_USAGE)
+        return
+    kind, *options = options
+    if kind == "decode":
+        config = parse(DecodeBench, "bench decode", options)
+        bench_decode(config)
+    elif kind == "prefill":
+        config = parse(PrefillBench, "bench prefill", options)
+        bench_prefill(config)
+    else:
+        raise ValueError(f"unknown kind {kind!r} of benchmark; kinds are decode, prefill")
+    print(f"the numbers are in {config.output}")

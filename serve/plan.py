@@ -1,0 +1,177 @@
+"""Whether a generation fits: its real programs, compiled for GPUs that need not be there."""
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from jsparse.compile_only import compile_only_devices, find_device
+from jsparse.models import Llama, LlamaConfig
+from jsparse.models.sharding import BATCH, MeshConfig, parameter_shardings
+from jsparse.plan import DEFAULT_MEMORY_FRACTION, Plan, Program, check_memory_fraction, plan_program
+from jsparse.serve import loop
+from jsparse.serve.config import CacheConfig, CacheLayout, is_integer, plan_cache
+from jsparse.serve.sampling import RowParams
+
+
+def plan_generate(
+    model: LlamaConfig,
+    cache: CacheConfig,
+    *,
+    device: str,
+    prompt_tokens: int,
+    max_new_tokens: int = 64,
+    batch: int = 1,
+    dtype: str = "bfloat16",
+    mesh: MeshConfig = MeshConfig(),  # noqa: B008, it is frozen
+    memory_fraction: float | int = DEFAULT_MEMORY_FRACTION,
+) -> Plan:
+    """What ``generate`` takes of each device for ``batch`` prompts of ``prompt_tokens`` at once.
+
+    Compiles what it runs, with the layout of the cache that it would choose: a chunk of the prompts (beside
+    it, on the device, stand the rows that wait), the choice of the first token, and the loop of decode
+    steps. Weights are those of ``model`` in ``dtype``; none are read.
+
+    device: "h200", "h100-80gb" or "a100-80gb". mesh: how many of them split what; ``generate`` itself takes
+    one device, and its programs follow where their arguments lie. memory_fraction: see
+    :class:`jsparse.plan.Plan`.
+
+    Raises ValueError for arguments out of range or that do not fit one another, NotImplementedError where
+    nothing can be compiled, RuntimeError where a program does not compile. Nothing is estimated.
+    """
+    chosen = find_device(device)
+    check_memory_fraction(memory_fraction)
+    for name, value in (
+        ("prompt_tokens", prompt_tokens),
+        ("max_new_tokens", max_new_tokens),
+        ("batch", batch),
+    ):
+        if not is_integer(value) or value < 1:
+            raise ValueError(f"{name} must be an integer >= 1, not {value!r}")
+    if dtype not in ("bfloat16", "float16", "float32"):
+        raise ValueError(f"dtype must be bfloat16, float16 or float32, not {dtype!r}")
+    layout = plan_cache(cache, model, [prompt_tokens] * batch, [max_new_tokens] * batch)
+    _check_split(mesh, model, layout)
+    devices = mesh.make(compile_only_devices(chosen, mesh.devices))
+    programs = generation_programs(devices, model, layout, jnp.dtype(dtype))
+    settings = {
+        "prompt_tokens": prompt_tokens,
+        "max_new_tokens": max_new_tokens,
+        "batch": layout.batch,
+        "capacity": layout.capacity,
+        "policy": cache.policy,
+        "kv_bits": cache.kv_bits,
+        "dtype": dtype,
+    }
+    return Plan(
+        run="generate",
+        settings=settings,
+        device=device,
+        mesh=dataclasses.asdict(mesh),
+        memory_bytes=chosen.memory_bytes,
+        memory_fraction=memory_fraction,
+        programs=tuple(plan_program(program, devices) for program in programs),
+    )
+
+
+def generation_programs(mesh: Mesh, model: LlamaConfig, layout: CacheLayout, dtype: Any) -> list[Program]:
+    """The programs of :mod:`jsparse.serve.loop` with abstract arguments on a mesh, as MeshConfig makes it.
+
+    Parameters lie as ``jsparse.models.sharding`` says. Rows are split by "data" and "fsdp", KV heads of pages
+    and rings by "tensor"; a page may belong to any sequence.
+    """
+    shape = loop.ModelShape.of(model, dtype)
+    structure, params = _abstract_model(mesh, model, dtype)
+    running = _placed(jax.eval_shape(lambda: loop.new_state(layout, shape)), mesh)
+    joining = _placed(jax.eval_shape(lambda: loop.new_prefill_state(layout, shape, layout.batch)), mesh)
+    pool = loop.pool_of(running)
+    joining = loop.with_pool(joining, pool)
+    sampling = RowParams.of([], [], [], batch=layout.batch, vocab_size=model.vocab_size)
+    rows = functools.partial(_put, mesh=mesh, axes=(BATCH,))
+    sampling, hidden = rows(sampling), rows(jax.ShapeDtypeStruct((layout.batch, model.hidden_size), dtype))
+    tokens = rows(jax.ShapeDtypeStruct((layout.batch, layout.prefill_chunk), jnp.int32))
+    counts = rows(jax.ShapeDtypeStruct((layout.batch,), jnp.int32))
+    steps = _put(jax.ShapeDtypeStruct((), jnp.int32), mesh=mesh, axes=())
+    waiting = loop.with_pool(running, (None,) * len(running.layers)), sampling
+
+    def parts(state, others):
+        return {"parameters": params, "cache": state.layers, "rows": (_without_layers(state), others)}
+
+    reading = {"reading": layout.reading}
+    return [
+        Program(
+            "prompt chunk",
+            loop.prefill_chunk,
+            (structure, params, joining, hidden, tokens, counts),
+            parts(joining, (hidden, tokens, counts)),
+            reading,
+            beside=waiting,
+        ),
+        Program(
+            "first token",
+            loop.first_token,
+            (structure, params, joining, hidden, sampling),
+            parts(joining, (hidden, sampling)),
+            beside=waiting[0],
+        ),
+        Program(
+            "decode loop",
+            loop.decode_steps,
+            (structure, params, running, sampling, steps),
+            parts(running, (sampling, steps)),
+            reading,
+        ),
+    ]
+
+
+def _check_split(mesh: MeshConfig, model: LlamaConfig, layout: CacheLayout) -> None:
+    if mesh.sequence > 1:
+        raise ValueError(f"mesh: sequence must be 1 for generation, not {mesh.sequence}")
+    if layout.batch % mesh.batch:
+        raise ValueError(f"mesh: data * fsdp = {mesh.batch} does not divide the cache's {layout.batch} rows")
+    for number, layer in enumerate(layout.layers):
+        streaming = len(layer.streaming_heads)
+        for what, heads in (("streaming", streaming), ("other", model.num_key_value_heads - streaming)):
+            if heads % mesh.tensor:
+                raise ValueError(
+                    f"mesh: tensor={mesh.tensor} does not divide the {heads} {what} KV heads of layer "
+                    f"{number}"
+                )
+
+
+def _abstract_model(mesh: Mesh, model: LlamaConfig, dtype: Any) -> tuple[loop.ModelStructure, list]:
+    graphdef, state = nnx.split(nnx.eval_shape(lambda: Llama(model, rngs=nnx.Rngs(0), dtype=dtype)))
+    placed = jax.tree.map(
+        lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
+        state,
+        parameter_shardings(state, mesh),
+    )
+    params, treedef = jax.tree.flatten(placed)
+    return loop.ModelStructure(graphdef, treedef), params
+
+
+def _placed(state: loop.DecodeState, mesh: Mesh) -> loop.DecodeState:
+    batch = BATCH
+    layers = tuple(
+        dataclasses.replace(
+            layer,
+            paged=_put(layer.paged, mesh=mesh, axes=(None, "tensor")),
+            streaming=_put(layer.streaming, mesh=mesh, axes=(batch, "tensor")),
+            selected=_put(layer.selected, mesh=mesh, axes=(batch, "tensor")),
+        )
+        for layer in state.layers
+    )
+    return dataclasses.replace(_put(state, mesh=mesh, axes=(batch,)), layers=layers)
+
+
+def _without_layers(state: loop.DecodeState) -> loop.DecodeState:
+    return dataclasses.replace(state, layers=())
+
+
+def _put(tree: Any, *, mesh: Mesh, axes: tuple) -> Any:
+    sharding = NamedSharding(mesh, PartitionSpec(*axes))
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), tree)

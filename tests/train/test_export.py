@@ -1,0 +1,91 @@
+"""``jsparse merge``: what a run has learned, as a model and as an adapter."""
+
+import importlib.util
+
+import jax
+import numpy as np
+import pytest
+
+from jsparse.__main__ import main
+from jsparse.models import Llama, load_adapter
+from jsparse.train import FinetuneConfig, MergeConfig, finetune, merge
+from jsparse.train.patterns import load_pattern
+
+TOKENS = np.random.default_rng(0).integers(0, 257, (2, 64)).astype(np.int32)
+
+
+@pytest.fixture(scope="module")
+def config(base, text, tmp_path_factory):
+    return FinetuneConfig(
+        model=base,
+        data=text,
+        output=tmp_path_factory.mktemp("export") / "run",
+        context=64,
+        rope="yarn",
+        lora_rank=2,
+        lora_targets=("q_proj", "layers.0.mlp.*"),
+        steps=3,
+        batch_size=2,
+        learning_rate=1e-2,
+        warmup_steps=0,
+        checkpoint_every=2,
+    )
+
+
+@pytest.fixture(scope="module")
+def run(config):
+    return finetune(config, progress=False).output
+
+
+def logits(model):
+    return np.asarray(jax.jit(lambda: model(TOKENS))())
+
+
+def test_the_last_checkpoint_merges_into_the_runs_own_model(run, tmp_path):
+    assert merge(MergeConfig(run=run, output=tmp_path / "merged")) == 3
+    names = {path.name for path in (tmp_path / "merged").iterdir()}
+    assert names == {path.name for path in run.iterdir()} - {"checkpoints", "metrics.jsonl"}
+    for name in names:
+        assert (tmp_path / "merged" / name).read_bytes() == (run / name).read_bytes()
+
+
+def test_an_earlier_checkpoint_by_the_command_line(run, tmp_path, capsys):
+    assert main(["merge", "--run", str(run), "--output", str(tmp_path / "two"), "--step", "2"]) == 0
+    assert "model of step 2" in capsys.readouterr().out
+    earlier, last = Llama.from_pretrained(tmp_path / "two"), Llama.from_pretrained(run)
+    assert earlier.config == last.config and earlier.config.rope.kind == "yarn"
+    assert not np.array_equal(earlier.norm.scale[...], last.norm.scale[...])
+    assert load_pattern(tmp_path / "two") == load_pattern(run)
+
+
+def test_the_adapter_gives_the_base_the_same_logits(config, run, tmp_path):
+    merge(MergeConfig(run=run, output=tmp_path / "adapter", adapter=True))
+    assert (tmp_path / "adapter" / "tokenizer.json").is_file()
+    model = Llama.from_pretrained(config.model)
+    load_adapter(model, tmp_path / "adapter")
+    np.testing.assert_allclose(logits(model), logits(Llama.from_pretrained(run)), atol=2e-5)
+
+
+@pytest.mark.skipif(importlib.util.find_spec("torch") is None, reason="needs torch and transformers")
+def test_transformers_reads_the_merged_model_to_the_same_logits(run):
+    torch = importlib.import_module("torch")
+    transformers = importlib.import_module("transformers")
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(run, dtype=torch.float32)
+    with torch.no_grad():
+        expected = theirs(torch.from_numpy(TOKENS.astype(np.int64))).logits.numpy()
+    np.testing.assert_allclose(logits(Llama.from_pretrained(run)), expected, atol=1e-4)
+
+
+def test_what_cannot_be_merged(config, run, tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"no checkpoint of step 1; it has steps \[2, 3\]"):
+        merge(MergeConfig(run=run, output=tmp_path / "new", step=1))
+    with pytest.raises(FileNotFoundError, match="has no checkpoint; it has steps"):
+        merge(MergeConfig(run=config.model, output=tmp_path / "new"))
+    with pytest.raises(FileExistsError, match="choose a new folder"):
+        merge(MergeConfig(run=run, output=run))
+    other = Llama.from_pretrained(config.model)
+    other.norm.scale[...] = other.norm.scale[...] + 1
+    other.save_pretrained(tmp_path / "other")
+    with pytest.raises(ValueError, match="has other content than the model that the run"):
+        merge(MergeConfig(run=run, output=tmp_path / "new", model=tmp_path / "other"))
+    assert not (tmp_path / "new").exists()

@@ -1,0 +1,99 @@
+"""Fine-tuning on 8 simulated devices, and on two processes of four, is fine-tuning on one."""
+
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from flax import nnx
+
+from jsparse.models import Llama
+
+PROGRAM = Path(__file__).parent / "on_many_devices.py"
+# On 8 devices: tokens of a window on 16, 32 or 64 of them, groups of 16.
+SHIFTED = {
+    "data": {"data": 8},
+    "fsdp": {"fsdp": 8},
+    "tensor": {"data": 2, "fsdp": 2, "tensor": 2},
+    "sequence": {"sequence": 4, "fsdp": 2},
+    "sequence and tensor": {"sequence": 2, "tensor": 2, "data": 2},
+}
+FULL = {"ring": {"sequence": 4, "data": 2}}
+
+
+def launch(folder, cases, *, devices, processes=1):
+    """Run all cases, in one process or in two that share them."""
+    environment = os.environ | {"XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"}
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = str(free.getsockname()[1])
+    running = []
+    for index in range(processes):
+        apart = [port, str(index)] if processes > 1 else []
+        command = [sys.executable, str(PROGRAM), str(folder), json.dumps(cases), *apart]
+        running.append(
+            subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        )
+    for process in running:
+        out, errors = process.communicate(timeout=500)
+        assert process.returncode == 0, errors[-4000:]
+        assert f"done on {devices * processes} devices of {processes} processes" in out
+
+
+def check_equal(folder, name, expected):
+    lines = [
+        [json.loads(line) for line in (folder / one / "metrics.jsonl").read_text().splitlines()]
+        for one in (name, expected)
+    ]
+    for one, other in zip(*lines, strict=True):
+        assert one["tokens"] == other["tokens"]
+        np.testing.assert_allclose(one["loss"], other["loss"], rtol=1e-5)
+        np.testing.assert_allclose(one["grad_norm"], other["grad_norm"], rtol=1e-5)
+    states = [dict(nnx.to_flat_state(nnx.state(Llama.from_pretrained(folder / one)))) for one in (name, expected)]
+    for path, value in states[0].items():
+        ours, theirs = (np.asarray(x, np.float64) for x in (value[...], states[1][path][...]))
+        assert np.linalg.norm(ours - theirs) < 1e-5 * np.linalg.norm(theirs), (name, path)
+    assert (folder / name / "attention_pattern.json").is_file()
+
+
+@pytest.fixture(scope="module")
+def folder(base, text, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("devices")
+    shutil.copytree(base, folder / "base")
+    shutil.copy(text[0], folder / "text.txt")
+    return folder
+
+
+def cases(meshes, **settings):
+    return {name: {"mesh": mesh} | settings for name, mesh in meshes.items()}
+
+
+def test_meshes_of_eight_devices_train_as_one_device_does(folder):
+    launch(folder, {"one": {}} | cases({name: SHIFTED[name] for name in ("tensor", "sequence")}), devices=8)
+    for name in ("tensor", "sequence"):
+        check_equal(folder, name, "one")
+
+
+@pytest.mark.slow
+def test_other_meshes_and_full_attention_in_a_ring(folder):
+    names = [name for name in SHIFTED if name not in ("tensor", "sequence")]
+    full = cases(FULL, attention="full") | {"full": {"attention": "full"}}
+    more = {"parts": {"mesh": {"fsdp": 2, "sequence": 4}, "micro_batches": 2, "remat": "layers"}}
+    launch(folder, {"one": {}} | cases({name: SHIFTED[name] for name in names}) | full | more, devices=8)
+    for name in [*names, "parts"]:
+        check_equal(folder, name, "one")
+    check_equal(folder, "ring", "full")
+
+
+@pytest.mark.slow
+def test_two_processes_train_as_one_device_does(folder):
+    launch(folder, {"alone": {}}, devices=1)
+    meshes = {"two, fsdp": {"data": 2, "fsdp": 4}, "two, sequence": {"sequence": 4, "tensor": 2}}
+    launch(folder, cases(meshes), devices=4, processes=2)
+    for name in meshes:
+        check_equal(folder, name, "alone")
