@@ -5,6 +5,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Bool
 
+from jsparse.models.frozen_base import is_quantized
 from jsparse.models.llama import Llama
 from jsparse.models.lora import has_lora
 
@@ -54,6 +55,8 @@ def reorder_heads(
         )
     if has_lora(model):
         raise ValueError("the model has LoRA adapters, which are not reordered; call merge_lora first")
+    if is_quantized(model):
+        raise ValueError("the model's base is quantized, which is not reordered; call dequantize_base first")
 
     orders = np.argsort(streams, axis=1, kind="stable")
     reordered = nnx.clone(model)

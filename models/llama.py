@@ -14,6 +14,7 @@ from jaxtyping import Array, Float, Int
 import jsparse
 from jsparse.models import checkpoint
 from jsparse.models.config import LlamaConfig
+from jsparse.models.frozen_base import is_quantized
 from jsparse.models.layers import Attend, DecoderLayer, Embedding, Linear, RMSNorm
 from jsparse.models.lora import has_lora
 from jsparse.models.masking import ModelMask, layer_masks
@@ -152,11 +153,17 @@ class Llama(nnx.Module):
         """Write a Hugging Face folder that ``from_pretrained`` and transformers read to the same logits.
 
         Weights keep their dtype. A crash while writing leaves what was there, and other files
-        (``tokenizer.json``) stay. Raises ValueError for a model with LoRA adapters: call merge_lora first.
+        (``tokenizer.json``) stay. Raises ValueError for a model with LoRA adapters or a quantized base: call
+        merge_lora, or dequantize_base, first.
         """
         if has_lora(self):
             raise ValueError(
                 "the model has LoRA adapters, which a Llama checkpoint cannot hold; call merge_lora first"
+            )
+        if is_quantized(self):
+            raise ValueError(
+                "the model's base is quantized, which a Llama checkpoint cannot hold; "
+                "call dequantize_base first"
             )
         parameters = dict(nnx.to_flat_state(nnx.state(self, nnx.Param)))
         checkpoint.save(self.config, parameters, directory, max_shard_bytes=max_shard_bytes)
