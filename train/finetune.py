@@ -187,7 +187,8 @@ def _train(
             bar.update(task, advance=1, note=_note(line))
             stopping = asked_to_stop()
             if (step + 1) % config.checkpoint_every == 0 or step + 1 == config.steps or stopping:
-                os.fsync(file.fileno())  # whoever finds the checkpoint finds the metrics up to it
+                if is_first_process():
+                    os.fsync(file.fileno())  # whoever finds the checkpoint finds the metrics up to it
                 save(step + 1, state)
             if stopping:
                 break
