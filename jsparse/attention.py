@@ -1,18 +1,20 @@
 """The one differentiable attention function: checks, choice of implementation, and the gradient rule."""
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Literal, NamedTuple, overload
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from jsparse import cudnn, mosaic_gpu, reference, xla
+from jsparse import cudnn, mosaic_gpu, reference, sequence, sharded_xla
 from jsparse.block_mask import BlockMask
 from jsparse.device import device_kind, hopper
 from jsparse.masks import TokenMask
+from jsparse.mesh import SEQUENCE_AXIS, sequence_devices
 from jsparse.pallas_kernels.measured import cudnn_is_faster
+from jsparse.sequence import SequenceSplit
 
 _IMPLEMENTATIONS = ("mosaic_gpu", "xla", "cudnn", "reference", "mosaic_gpu_interpret")
 Mask = TokenMask | Sequence[TokenMask] | BlockMask
@@ -75,15 +77,20 @@ def attention(
       slowly, with a race detector, float32 too; for tests), or None: on a GPU the kernels, or cuDNN where it
       can serve and was measured to be faster; elsewhere, and where they cannot run, XLA.
 
-    On a mesh in context (``jax.set_mesh``) the kernels run on each device's own sequences and heads. Mesh
-    axes of type Explicit split as q says; of those of type Auto, "data" and "fsdp" split the batch and
-    "tensor" the heads.
+    On a mesh in context (``jax.set_mesh``) the kernels and XLA run on each device's own sequences and heads.
+    Mesh axes of type Explicit split as q says; of those of type Auto, "data" and "fsdp" split the batch and
+    "tensor" the heads. Where T = S, an Auto axis "sequence" of n devices splits the tokens: each device holds
+    T / n consecutive ones. If no head looks back further than that, a sink aside (windows, LongLoRA's
+    groups), a device reads only the sink and the last keys of the device before it. If every head is plain
+    causal, keys and values travel around the devices (``jsparse.sequence``). Under other masks every device
+    gets all keys and values.
 
     Returns out [B, T, Hq, D] in q's dtype, and with ``return_lse`` also lse [B, T, Hq] float32, natural
     logarithm. A query that sees nothing has out 0 and lse -inf.
 
-    Raises ValueError, before anything runs, for shapes, dtypes, masks and names that do not fit, and
-    NotImplementedError where the implementation asked for cannot take them, naming the limit.
+    Raises ValueError, before anything runs, for shapes, dtypes, masks and names that do not fit, and for a T
+    that a "sequence" axis does not divide; and NotImplementedError where the implementation asked for cannot
+    take them, naming the limit, and for a BlockMask where a "sequence" axis splits the tokens.
 
     >>> import jsparse
     >>> q = jax.random.normal(jax.random.key(0), (1, 6, 4, 16))
@@ -99,52 +106,52 @@ def attention(
     if implementation is not None and implementation not in _IMPLEMENTATIONS:
         raise ValueError(f"implementation must be None or one of {_IMPLEMENTATIONS}, not {implementation!r}")
     factor = q.shape[-1] ** -0.5 if scale is None else float(scale)
-
-    def limit(candidate, lists) -> str | None:
-        if candidate == "cudnn":
-            return cudnn.limit(q, k, lists, q_segment_ids, return_lse)
-        if candidate.startswith("mosaic_gpu"):
-            return mosaic_gpu.limit(q, lists, factor, interpret=candidate == "mosaic_gpu_interpret")
-        return None
-
-    mask, implementation = _choose(implementation, mask, q, k, limit)
-    if implementation == "cudnn":
-        return cudnn.attention(q, k, v, factor)
-
-    # Lists known while tracing are compiled in; the others are arguments.
-    traced = [x for x in jax.tree.leaves(mask) if isinstance(x, jax.Array)]
-    leaves, structure = ((), mask) if not traced else jax.tree.flatten(mask)
-    options = _Options(structure, factor, implementation)
-    out, lse = _attention(options, q, k, v, (q_segment_ids, kv_segment_ids), tuple(leaves))
+    devices = sequence_devices()
+    if devices > 1 and q.shape[1] == k.shape[1] and implementation != "reference":
+        options, leaves = _split_options(implementation, mask, q, k, factor, devices), ()
+    else:
+        options, leaves = _whole_options(implementation, mask, q, k, factor, q_segment_ids, return_lse)
+        if options.implementation == "cudnn":
+            return cudnn.attention(q, k, v, factor)
+    out, lse = _attention(options, q, k, v, (q_segment_ids, kv_segment_ids), leaves)
     return (out, lse) if return_lse else out
 
 
 class _Options(NamedTuple):
-    mask: Any  # a BlockMask of known lists, or the tree structure of one whose lists are arguments
+    # A BlockMask of known lists, the tree structure of one whose lists are arguments, or a SequenceSplit.
+    mask: Any
     scale: float
     implementation: str
 
-    @property
-    def interpret(self) -> bool:
-        return self.implementation == "mosaic_gpu_interpret"
+    def lists(self, leaves) -> Any:
+        known = isinstance(self.mask, BlockMask | SequenceSplit)
+        return self.mask if known else jax.tree.unflatten(self.mask, leaves)
 
-    def block_mask(self, leaves) -> BlockMask:
-        return self.mask if isinstance(self.mask, BlockMask) else jax.tree.unflatten(self.mask, leaves)
+    def passes(self) -> tuple[Callable, Callable]:
+        """forward(q, k, v, lists, scale, q_segment_ids, kv_segment_ids), which gives out and lse, and
+        backward(the same, out, lse, d_out, d_lse), which gives the gradients of q, k and v."""
+        forward, backward = sharded_xla.forward, sharded_xla.backward
+        if self.implementation != "xla":
+            interpret = self.implementation == "mosaic_gpu_interpret"
+            forward = functools.partial(mosaic_gpu.forward, interpret=interpret)
+            backward = functools.partial(mosaic_gpu.backward, interpret=interpret)
+        if isinstance(self.mask, SequenceSplit):
+            forward = functools.partial(sequence.forward, forward)
+            backward = functools.partial(sequence.backward, backward)
+        return forward, backward
 
 
 @functools.partial(jax.jit, static_argnums=0)  # so that a call outside jit compiles once as well
 def _attention(options: _Options, q, k, v, segment_ids, leaves):
     if options.implementation == "reference":
-        return reference.forward(q, k, v, options.block_mask(leaves), options.scale, *segment_ids)
+        return reference.forward(q, k, v, options.lists(leaves), options.scale, *segment_ids)
     return _blocked(options, q, k, v, segment_ids, leaves)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _blocked(options: _Options, q, k, v, segment_ids, leaves):
-    arguments = q, k, v, options.block_mask(leaves), options.scale, *segment_ids
-    if options.implementation == "xla":
-        return xla.forward(*arguments)
-    return mosaic_gpu.forward(*arguments, interpret=options.interpret)
+    forward, _ = options.passes()
+    return forward(q, k, v, options.lists(leaves), options.scale, *segment_ids)
 
 
 def _blocked_forward(options, q, k, v, segment_ids, leaves):
@@ -154,13 +161,9 @@ def _blocked_forward(options, q, k, v, segment_ids, leaves):
 
 def _blocked_backward(options, residuals, cotangents):
     q, k, v, segment_ids, leaves, out, lse = residuals
-    mask = options.block_mask(leaves)
-    q_ids, kv_ids = segment_ids
-    d_out, d_lse = cotangents
-    arguments = q, k, v, mask, options.scale, q_ids, kv_ids, out, lse, d_out, d_lse
-    if options.implementation == "xla":
-        return *xla.backward(*arguments), None, None
-    return *mosaic_gpu.backward(*arguments, interpret=options.interpret), None, None
+    _, backward = options.passes()
+    arguments = q, k, v, options.lists(leaves), options.scale, *segment_ids
+    return *backward(*arguments, out, lse, *cotangents), None, None
 
 
 _blocked.defvjp(_blocked_forward, _blocked_backward)
@@ -170,6 +173,48 @@ def default_block_sizes(q_len: int, kv_len: int) -> tuple[int, int]:
     """(block_q, block_kv) for token masks: 128, or the power of two that holds a shorter sequence."""
     block_q, block_kv = (min(128, max(16, 1 << (n - 1).bit_length())) for n in (q_len, kv_len))
     return block_q, block_kv
+
+
+def _whole_options(
+    implementation, mask, q, k, scale, q_segment_ids, return_lse
+) -> tuple[_Options, tuple[Array, ...]]:
+    """For sequences that every device holds whole, and the lists that are arguments."""
+
+    def limit(candidate, lists) -> str | None:
+        if candidate == "cudnn":
+            return cudnn.limit(q, k, lists, q_segment_ids, return_lse)
+        return _limit(candidate, q, lists, scale)
+
+    lists, implementation = _choose(implementation, mask, q, k, limit)
+    # Lists known while tracing are compiled in.
+    if not any(isinstance(x, jax.Array) for x in jax.tree.leaves(lists)):
+        return _Options(lists, scale, implementation), ()
+    leaves, structure = jax.tree.flatten(lists)
+    return _Options(structure, scale, implementation), tuple(leaves)
+
+
+def _split_options(implementation, mask, q, k, scale, devices: int) -> _Options:
+    """For sequences whose tokens are split over devices."""
+    where = f"where the mesh axis {SEQUENCE_AXIS!r} splits the tokens over {devices} devices"
+    if isinstance(mask, BlockMask):
+        raise NotImplementedError(f"mask must be a TokenMask, or one a query head, {where}, not a BlockMask")
+    chunk = sequence.chunk_length(q.shape[1], devices)
+    own_q, own_k = (jax.ShapeDtypeStruct((x.shape[0], chunk, *x.shape[2:]), x.dtype) for x in (q, k))
+
+    def limit(candidate, lists) -> str | None:
+        return f"cuDNN is not called {where}" if candidate == "cudnn" else _limit(candidate, q, lists, scale)
+
+    masks = (mask,) * q.shape[2] if isinstance(mask, TokenMask) else tuple(mask)
+    own, implementation = _choose(implementation, masks, own_q, own_k, limit)
+    sizes = {"block_q": own.block_q, "block_kv": own.block_kv}
+    return _Options(sequence.split_sequence(masks, q.shape[1], devices, **sizes), scale, implementation)
+
+
+def _limit(candidate: str, q, lists: BlockMask, scale: float) -> str | None:
+    """Why an implementation other than cuDNN cannot take this call, or None where it can."""
+    if candidate.startswith("mosaic_gpu"):
+        return mosaic_gpu.limit(q, lists, scale, interpret=candidate == "mosaic_gpu_interpret")
+    return None
 
 
 def _choose(implementation, mask, q, k, limit) -> tuple[BlockMask, str]:

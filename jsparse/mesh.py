@@ -1,4 +1,4 @@
-"""Running a function on each device's own sequences and heads."""
+"""Running a function on each device's own sequences, heads and tokens."""
 
 from collections.abc import Callable
 
@@ -8,6 +8,14 @@ from jax.sharding import AxisType, PartitionSpec
 # Which mesh axes split what where the compiler chooses shardings (axes of type Auto), and no array tells.
 BATCH_AXES = ("data", "fsdp")
 HEAD_AXES = ("tensor",)
+SEQUENCE_AXIS = "sequence"
+
+
+def sequence_devices() -> int:
+    """Over how many devices the mesh in context splits a sequence's tokens: 1 without an Auto "sequence"."""
+    mesh = jax.sharding.get_abstract_mesh()
+    sizes = zip(mesh.axis_names, mesh.axis_types, mesh.axis_sizes, strict=True)
+    return next((n for name, kind, n in sizes if name == SEQUENCE_AXIS and kind == AxisType.Auto), 1)
 
 
 def split_over_mesh(
@@ -16,9 +24,10 @@ def split_over_mesh(
     """``run(*operands)``, by ``shard_map`` over the mesh in context (``jax.set_mesh``), or as it is without.
 
     ``axes`` name the axes of each operand, one letter each: ``b`` is split over the devices that share the
-    batch, ``h`` over those that share the heads, all others are whole on every device; ``outputs`` likewise.
-    Operand 0 decides: its own sharding where the mesh axes are Explicit, ``BATCH_AXES`` and ``HEAD_AXES``
-    where they are Auto. Mesh axes that do not divide the batch, or ``num_heads``, KV heads, repeat the work.
+    batch, ``h`` over those that share the heads, ``s`` over those that share each sequence, all others are
+    whole on every device; ``outputs`` likewise. Operand 0 decides: its own sharding where the mesh axes are
+    Explicit, ``BATCH_AXES``, ``HEAD_AXES`` and ``SEQUENCE_AXIS`` where they are Auto. Mesh axes that do not
+    divide the batch, or ``num_heads``, KV heads, repeat the work.
 
     Raises ValueError where operand 0 is explicitly sharded along another axis.
     """
@@ -34,6 +43,7 @@ def split_over_mesh(
     for letter, names in (("b", BATCH_AXES), ("h", HEAD_AXES)):
         auto = tuple(name for name in names if kinds.get(name) == AxisType.Auto)
         split[letter] = _dividing(given[letter] + auto, sizes, lengths[letter])
+    split["s"] = (SEQUENCE_AXIS,) if kinds.get(SEQUENCE_AXIS) == AxisType.Auto else ()
 
     def spec(letters, among):
         parts = (tuple(name for name in split.get(letter, ()) if name in among) for letter in letters)
@@ -69,7 +79,8 @@ def _explicit_axes(x, letters: str) -> dict[str, tuple[str, ...]]:
         names = () if part is None else part if isinstance(part, tuple) else (part,)
         if names and letter not in "bh":
             raise ValueError(
-                f"q is sharded as {spec}, but a mesh splits only its batch and heads for the GPU kernels"
+                f"q is sharded as {spec}, but axes of type Explicit split only its batch and heads; an axis "
+                f"{SEQUENCE_AXIS!r} of type Auto splits its tokens"
             )
         given[letter] = names
     return given

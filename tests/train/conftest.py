@@ -10,7 +10,7 @@ CONTEXT = 32
 END_OF_TEXT = 256
 
 
-def save_checkpoint(folder, **changes):
+def make_checkpoint(folder, **changes):
     """A random model with perturbed norms, so that no parameter is at a value that hides a mistake."""
     fields = {
         "vocab_size": 257,
@@ -35,7 +35,7 @@ def save_checkpoint(folder, **changes):
 
 @pytest.fixture(scope="session")
 def base(tmp_path_factory):
-    return save_checkpoint(tmp_path_factory.mktemp("checkpoint") / "base")
+    return make_checkpoint(tmp_path_factory.mktemp("checkpoint") / "base")
 
 
 @pytest.fixture(scope="session")
@@ -45,3 +45,9 @@ def text(tmp_path_factory):
     (folder / "a.txt").write_text("the cat sat on the mat. " * 30, encoding="utf-8")
     (folder / "b.txt").write_text("the dog ran. " * 20, encoding="utf-8")
     return folder / "a.txt", folder / "b.txt"
+
+
+@pytest.fixture(scope="session")
+def save_checkpoint():
+    """``save_checkpoint(folder, **fields)`` writes a checkpoint like ``base``, with other fields."""
+    return make_checkpoint

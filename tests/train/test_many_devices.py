@@ -37,12 +37,19 @@ def launch(folder, cases, *, devices, processes=1):
         apart = [port, str(index)] if processes > 1 else []
         command = [sys.executable, str(PROGRAM), str(folder), json.dumps(cases), *apart]
         running.append(
-            subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+            subprocess.Popen(
+                command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+            )
         )
-    for process in running:
-        out, errors = process.communicate(timeout=500)
-        assert process.returncode == 0, errors[-4000:]
-        assert f"done on {devices * processes} devices of {processes} processes" in out
+    try:
+        for process in running:
+            out, errors = process.communicate(timeout=300)
+            assert process.returncode == 0, errors[-4000:]
+            assert f"done on {devices * processes} devices of {processes} processes" in out
+    finally:
+        for process in running:  # one that waits for another that failed
+            process.kill()
+            process.communicate()
 
 
 def check_equal(folder, name, expected):
@@ -54,7 +61,9 @@ def check_equal(folder, name, expected):
         assert one["tokens"] == other["tokens"]
         np.testing.assert_allclose(one["loss"], other["loss"], rtol=1e-5)
         np.testing.assert_allclose(one["grad_norm"], other["grad_norm"], rtol=1e-5)
-    states = [dict(nnx.to_flat_state(nnx.state(Llama.from_pretrained(folder / one)))) for one in (name, expected)]
+    states = [
+        dict(nnx.to_flat_state(nnx.state(Llama.from_pretrained(folder / one)))) for one in (name, expected)
+    ]
     for path, value in states[0].items():
         ours, theirs = (np.asarray(x, np.float64) for x in (value[...], states[1][path][...]))
         assert np.linalg.norm(ours - theirs) < 1e-5 * np.linalg.norm(theirs), (name, path)

@@ -42,7 +42,8 @@ def test_other_threads_cannot_be_asked():
     assert answers == [False]
 
 
-def test_sigterm_saves_the_step_and_the_run_goes_on_bit_for_bit(base, text, tmp_path, monkeypatch):
+def test_sigterm_saves_the_step_and_the_run_goes_on_bit_for_bit(save_checkpoint, text, tmp_path, monkeypatch):
+    base = save_checkpoint(tmp_path / "base", num_hidden_layers=1)
     config = FinetuneConfig(
         model=base, data=text, output=tmp_path / "stopped", context=32, lora_rank=2, steps=4, batch_size=2
     )
