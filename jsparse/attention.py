@@ -6,6 +6,7 @@ from typing import Any, Literal, NamedTuple, overload
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
 from jsparse import cudnn, mosaic_gpu, reference, sequence, sharded_xla
@@ -156,6 +157,8 @@ def _blocked(options: _Options, q, k, v, segment_ids, leaves):
 
 def _blocked_forward(options, q, k, v, segment_ids, leaves):
     out, lse = _blocked(options, q, k, v, segment_ids, leaves)
+    # Rematerialization may keep these by name, and then computes no attention again.
+    out, lse = (checkpoint_name(x, "attention") for x in (out, lse))
     return (out, lse), (q, k, v, segment_ids, leaves, out, lse)
 
 

@@ -15,5 +15,6 @@ from jsparse.models.lora import merge_lora as merge_lora
 from jsparse.models.lora import set_dropout_keys as set_dropout_keys
 from jsparse.models.masking import ModelMask as ModelMask
 from jsparse.models.rope import RopeConfig as RopeConfig
+from jsparse.models.sharding import MeshConfig as MeshConfig
 from jsparse.models.tokenizer import byte_tokenizer as byte_tokenizer
 from jsparse.models.tokenizer import load_tokenizer as load_tokenizer

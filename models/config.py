@@ -5,7 +5,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from jsparse.models.extend import RopeExtension, check_extension, extend_rope
+from jsparse.models.extend import check_extension, extend_rope
 from jsparse.models.hf_config import MAX_LAYERS, MODEL_TYPES, fields_from_hf, fields_to_hf, require_size
 from jsparse.models.rope import RopeConfig
 
@@ -158,7 +158,7 @@ class LlamaConfig:
         """The fields of a ``config.json`` that transformers 5 reads to the same mathematics."""
         return fields_to_hf(self)
 
-    def extend_context(self, length: int, method: RopeExtension | None = None) -> "LlamaConfig":
+    def extend_context(self, length: int, method: str | None = None) -> "LlamaConfig":
         """A config for ``length`` positions, whose RoPE is extended by ``jsparse.models.extend.extend_rope``.
 
         The growth is ``ceil(length / max_position_embeddings)``, by which ``max_position_embeddings`` grows

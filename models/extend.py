@@ -1,21 +1,18 @@
 """Longer contexts by another RoPE: position interpolation, NTK-aware, YaRN and Llama 3's bands."""
 
 import dataclasses
-from typing import Literal, get_args
 
 from jsparse.models.rope import RopeConfig
 
-RopeExtension = Literal["linear", "ntk", "yarn", "llama3"]
-
 # The RoPE kinds that each method extends to what is again one RoPE in Hugging Face's spelling.
-_EXTENDS: dict[str, tuple[str, ...]] = {
+EXTENSIONS: dict[str, tuple[str, ...]] = {
     "linear": ("default", "linear"),
     "ntk": ("default", "linear"),
     "yarn": ("default", "yarn"),
     "llama3": ("default", "llama3"),
 }
 # A kind goes on in its own way. NTK-aware RoPE is a default one with a larger theta: nothing tells it apart.
-_OWN_METHOD: dict[str, RopeExtension] = {
+_OWN_METHOD: dict[str, str] = {
     "default": "linear",
     "linear": "linear",
     "yarn": "yarn",
@@ -29,7 +26,7 @@ def extend_rope(
     *,
     head_dim: int,
     max_position_embeddings: int,
-    method: RopeExtension | None = None,
+    method: str | None = None,
 ) -> RopeConfig:
     """The RoPE of a model that is to see ``growth`` times as many positions.
 
@@ -61,7 +58,7 @@ def extend_rope(
     if growth < 1:
         raise ValueError(f"growth must be an integer >= 1, not {growth!r}")
     method = _OWN_METHOD[rope.kind] if method is None else method
-    if rope.kind not in _EXTENDS[method]:
+    if rope.kind not in EXTENSIONS[method]:
         raise NotImplementedError(
             f"RoPE extension {method!r} does not compose with RoPE type {rope.kind!r}, for the two together "
             f"are no single RoPE; allowed on {rope.kind!r} are {', '.join(_methods_on(rope.kind))}"
@@ -90,11 +87,11 @@ def extend_rope(
     )
 
 
-def check_extension(method: RopeExtension | None) -> None:
+def check_extension(method: str | None) -> None:
     """Raise ValueError unless ``method`` is one of ``extend_rope``'s."""
-    if method is not None and method not in get_args(RopeExtension):
-        raise ValueError(f"method must be {', '.join(get_args(RopeExtension))} or None, not {method!r}")
+    if method is not None and method not in EXTENSIONS:
+        raise ValueError(f"method must be {', '.join(EXTENSIONS)} or None, not {method!r}")
 
 
 def _methods_on(kind):
-    return [method for method, kinds in _EXTENDS.items() if kind in kinds]
+    return [method for method, kinds in EXTENSIONS.items() if kind in kinds]

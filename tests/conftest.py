@@ -5,6 +5,8 @@ import os
 # Before anything imports jax.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("PJRT_NPROC", "8")  # interpreted GPU kernels: jsparse.device says why
+# Most of a test is compiling. XLA's own passes stay as they are; only machine code is optimised less.
+os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
 
 import hypothesis  # noqa: E402
 import pytest  # noqa: E402

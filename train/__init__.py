@@ -1,4 +1,4 @@
-"""Training: LongLoRA fine-tuning and pretraining, data, checkpoints, perplexity."""
+"""Training: fine-tuning and pretraining, attention patterns, data, checkpoints, perplexity, passkeys."""
 
 from jsparse.train.config import FinetuneConfig as FinetuneConfig
 from jsparse.train.data import Batch as Batch
@@ -18,3 +18,9 @@ from jsparse.train.heads import HeadsConfig as HeadsConfig
 from jsparse.train.heads import HeadsResult as HeadsResult
 from jsparse.train.heads import learn_heads as learn_heads
 from jsparse.train.longlora import shifted_head_masks as shifted_head_masks
+from jsparse.train.patterns import AttentionPattern as AttentionPattern
+from jsparse.train.patterns import load_pattern as load_pattern
+from jsparse.train.patterns import save_pattern as save_pattern
+from jsparse.train.plan import plan_finetune as plan_finetune
+from jsparse.train.retrieval import PasskeyAccuracy as PasskeyAccuracy
+from jsparse.train.retrieval import evaluate_passkeys as evaluate_passkeys

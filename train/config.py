@@ -10,6 +10,7 @@ import optax
 
 import jsparse
 from jsparse.models.config import LlamaConfig
+from jsparse.models.extend import EXTENSIONS
 from jsparse.models.llama import REMAT
 from jsparse.models.sharding import MeshConfig
 from jsparse.train.checks import require_choice, require_integers, require_numbers
@@ -28,7 +29,7 @@ BLOCK = 128  # tokens, of strided attention
 
 _CHOICES = {
     "attention": ("shifted", "grouped", "full", "longgen", "streaming"),
-    "rope": (None, "linear", "ntk", "yarn", "llama3"),
+    "rope": (None, *EXTENSIONS),
     "base_bits": (None, 4, 8),
     "dtype": (None, "float32", "bfloat16"),
     "remat": REMAT,

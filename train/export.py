@@ -4,6 +4,7 @@ import dataclasses
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -120,7 +121,7 @@ def merge(merging: MergeConfig) -> int:
 
 def run_config(run: dict, *, model: str | Path | None = None) -> FinetuneConfig:
     """The settings that a run was started with, for one device, from the description in its checkpoints."""
-    fields = dict(run["config"], mesh=MeshConfig())
+    fields: dict[str, Any] = dict(run["config"], mesh=MeshConfig())
     for name in ("lora_targets", "full_layers"):
         fields[name] = fields[name] if fields[name] is None else tuple(fields[name])
     return FinetuneConfig(**fields | ({} if model is None else {"model": model}))

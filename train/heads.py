@@ -40,7 +40,7 @@ class HeadsConfig:
     model: str | Path
     """The checkpoint, which stays as it is: a Hugging Face folder with safetensors and a tokenizer.json."""
     data: Sequence[str | Path]
-    """UTF-8 text files (one, or several) to hide passkeys in."""
+    """Text files (one, or several), or .jsonl files with a "text" a line, to hide passkeys in."""
     output: str | Path
     """A new folder, for the pattern (full_attention_heads.tsv), its config.json and losses.tsv."""
     context: int

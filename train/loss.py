@@ -71,8 +71,3 @@ def token_nll(
     out = jax.lax.map(lambda x: nll(*x), (stretched(hidden), stretched(targets)))
     out = jnp.moveaxis(out, 0, 2).reshape(batch, parts, stretches * size)
     return out[:, :, :part].reshape(batch, length)
-
-
-def next_token_nll(logits, tokens, segment_ids):
-    targets, counts = next_targets(tokens, segment_ids)
-    return optax.softmax_cross_entropy_with_integer_labels(logits.astype(jnp.float32), targets), counts

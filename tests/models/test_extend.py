@@ -2,7 +2,6 @@
 
 import dataclasses
 import math
-from typing import Any, get_args
 
 import numpy as np
 import pytest
@@ -10,10 +9,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from jsparse.models import LlamaConfig, RopeConfig
-from jsparse.models.extend import RopeExtension, extend_rope
+from jsparse.models.extend import EXTENSIONS, extend_rope
 from jsparse.models.rope import rope_frequencies
 
-METHODS: list[Any] = list(get_args(RopeExtension))
+METHODS = list(EXTENSIONS)
 SIZES: dict[str, Any] = {
     "vocab_size": 100,
     "hidden_size": 64,

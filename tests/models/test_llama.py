@@ -127,7 +127,8 @@ def test_mask_refusals(tiny_model, tiny_config):
 
 @pytest.mark.usefixtures("unchecked_types")
 def test_mask_of_another_type(tiny_config):
-    for mask in ("causal", [1], 3):
+    masks: list[Any] = ["causal", [1], 3]
+    for mask in masks:
         with pytest.raises(TypeError, match="mask must be None, a TokenMask"):
             layer_masks(tiny_config, mask)
 

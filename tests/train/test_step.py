@@ -32,14 +32,14 @@ def batch(micro_batches):
     return tuple(x.reshape(micro_batches, -1, 16) for x in (TOKENS, SEGMENTS, SCORED))
 
 
-def one_step(small, config=CONFIG, *, micro_batches=1, steps=1, adapters=None, **options):
+def one_step(small, config=CONFIG, *, micro_batches=1, steps=1, adapters=None, remat="none", **options):
     """(state before the last step, frozen, state after, metrics of the last)."""
     model = prepare(config, Llama.from_pretrained(small))
     if adapters is not None:
         adapters(model)
     params, split = split_model(model, is_trained(config))
     state = new_state(params, config.optimizer())
-    step = train_step(split, config.optimizer(), MASK, **{"remat": "none"} | options)
+    step = train_step(split, config.optimizer(), MASK, remat=remat, **options)
     before = None
     for _ in range(steps):
         before = jax.device_get(state)
