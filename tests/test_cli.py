@@ -264,3 +264,27 @@ def test_bench_refuses_options_that_do_not_fit(folder, capfd, command, message):
 )
 def test_bench_refuses_what_it_cannot_measure(folder, capfd, command, message):
     test_bad_input_is_one_line(folder, capfd, command, message)
+
+
+def test_sigterm_has_an_exit_code_of_its_own(tmp_path, monkeypatch, capsys):
+    from jsparse.train import FinetuneResult, commands
+
+    def stopped(config):
+        return FinetuneResult(config.output_folder, (3.0, 2.5), {}, finished=False)
+
+    monkeypatch.setattr(commands, "run_finetune", stopped)
+    options = ["--model", "base", "--data", "a.txt", "--output", str(tmp_path), "--context", "64"]
+    assert main(["finetune", *options]) == 128 + 15
+    assert "stopped by SIGTERM after step 2, last loss 2.5000" in capsys.readouterr().err
+
+
+def test_processes_are_named_in_full(capsys):
+    options = ["--model", "base", "--data", "a.txt", "--output", "o", "--context", "64", "--processes", "2"]
+    assert main(["finetune", *options]) == 2
+    assert "--coordinator, --processes and --process must be given together" in capsys.readouterr().err
+
+
+def test_a_plan_names_what_it_can_plan(capsys):
+    assert main(["plan", "--help"]) == 0 and "gpu-compile" in capsys.readouterr().out
+    assert main(["plan", "training"]) == 2
+    assert "unknown run 'training' to plan; runs are finetune, generate" in capsys.readouterr().err

@@ -193,6 +193,11 @@ class FinetuneConfig:
             require_integers(self, 1, "window")
         if self.stride is not None:
             require_integers(self, 1, "stride")
+            if self.mesh.sequence > 1:
+                raise ValueError(
+                    f"stride={self.stride} gives lists of blocks, which are not split over the mesh's "
+                    f"sequence={self.mesh.sequence} devices; allowed are sink and window, without a stride"
+                )
             if self.window % BLOCK or self.window < BLOCK:
                 raise ValueError(
                     f"window={self.window} must be a multiple of {BLOCK} tokens with a stride, which shows "
@@ -239,7 +244,7 @@ class FinetuneConfig:
         """``group_size`` with its default filled in; None for attention without groups."""
         if self.attention not in ("shifted", "grouped"):
             return None
-        return int(self.context * self.group_ratio) if self.group_size is None else self.group_size
+        return round(self.context * self.group_ratio) if self.group_size is None else self.group_size
 
     def pattern(self, model: LlamaConfig) -> AttentionPattern:
         """What each layer and query head of a model sees.

@@ -6,7 +6,7 @@ import json
 import jax.numpy as jnp
 import pytest
 
-from jsparse.models import Llama
+from jsparse.models import Llama, MeshConfig
 from jsparse.train import FinetuneConfig, finetune
 
 
@@ -89,3 +89,23 @@ def copy_of(model, folder, **changes):
     fields = json.loads((folder / "config.json").read_text()) | changes
     (folder / "config.json").write_text(json.dumps(fields))
     return folder
+
+
+def test_targets_that_match_nothing(config):
+    changes = {"lora_targets": ("q_proj", "layers.*.attention.*")}
+    check_refused(dataclasses.replace(config, **changes), ValueError, r"layers\.\*\.attention\.\*.*match no")
+
+
+def test_a_mesh_of_other_devices_than_there_are(config):
+    mesh = MeshConfig(fsdp=2, sequence=2)
+    changes = {"mesh": mesh, "batch_size": 2}
+    check_refused(
+        dataclasses.replace(config, **changes),
+        ValueError,
+        r"mesh is for 4 devices \(fsdp=2, sequence=2\), but there are 1",
+    )
+
+
+def test_a_layer_that_the_model_does_not_have(config):
+    changes = {"attention": "longgen", "full_layers": (0, 2)}
+    check_refused(dataclasses.replace(config, **changes), ValueError, "full_layers must be .* 0 to 1")

@@ -76,6 +76,10 @@ def test_group_size_is_a_quarter_of_the_context_unless_given():
         ({"attention": "streaming"}, "needs a head_pattern"),
         ({"attention": "longgen", "stride": 4, "window": 100}, "window=100 must be a multiple of 128"),
         ({"attention": "longgen", "stride": 4, "sink": 4}, "sink=4 is for sink and window"),
+        (
+            {"attention": "longgen", "stride": 4, "mesh": MeshConfig(sequence=2)},
+            "not split over the mesh's sequence=2 devices",
+        ),
         ({"attention": "longgen", "head_pattern": "heads.tsv"}, "head_pattern=heads.tsv is for"),
         ({"lora_rank": None, "base_bits": 4}, "base_bits=4 keeps the base frozen"),
         ({"batch_size": 8, "micro_batches": 3}, "micro_batches=3 must divide batch_size=8"),
