@@ -147,7 +147,7 @@ def find_device(name: str) -> Device:
 
 
 @functools.cache  # what is compiled for one topology shares its client
-def compile_only_devices(device: Device, count: int, *, hosts: int = 1) -> tuple[jax.Device, ...]:
+def compile_only_devices(device: Device, count: int, *, hosts: int = 1) -> tuple[Any, ...]:
     """``count`` devices that can be compiled for, in ``hosts`` machines with equally many each, in order.
 
     ``jax.set_mesh`` of a mesh of them is all that a program needs. Raises ValueError for numbers that do

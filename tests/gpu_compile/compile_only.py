@@ -1,4 +1,4 @@
-"""Compile for H200s on a machine that has no GPU, and read what the compiler reports."""
+"""Compile for GPUs on a machine that has none, and read what ptxas says of the kernels."""
 
 import os
 import re
@@ -8,47 +8,30 @@ import time
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-import jax
-import numpy as np
-from jax.experimental import topologies
 from jax.sharding import Mesh
 from jaxlib.mlir import ir
 
-if jax.__version_info__ < (0, 11, 2):
-    raise SystemExit(
-        f"jax {jax.__version__} cannot compile the kernels: that takes >= 0.11.2, Python >= 3.12"
-    )
-jax.config.update("jax_platforms", "cpu")  # or the CUDA plugin looks for libraries that only running needs
-jax.config.update("jax_enable_compilation_cache", False)  # what comes from a cache is not compiled
+from jsparse.compile_only import (
+    DEVICES,
+    compile_only_devices,
+    lower_for,
+    prepare_process,
+    require_compiler,
+)
+from jsparse.models.sharding import MeshConfig
+
+prepare_process()
+try:
+    require_compiler()
+except NotImplementedError as error:
+    raise SystemExit(str(error)) from error
 os.environ["MOSAIC_GPU_DUMP_PTXAS"] = "1"
 
-MEMORY_BYTES = 141 * 10**9  # of one H200; its data sheet says 141 GB
 
-# From the data sheet of the H200, and from the CUDA programming guide for compute capability 9.0.
-# feature_extension 2 is the "a" of sm_90a: without it the compiler, which cannot select wgmma then, aborts.
-_H200 = f"""
-gpu_device_info {{
-  threads_per_block_limit: 1024  threads_per_warp: 32
-  shared_memory_per_block: 49152  shared_memory_per_core: 233472  shared_memory_per_block_optin: 232448
-  threads_per_core_limit: 2048  core_count: 132  fpus_per_core: 128
-  block_dim_limit_x: 2147483647  block_dim_limit_y: 65535  block_dim_limit_z: 65535
-  memory_bandwidth: 4800000000000  l2_cache_size: 52428800  clock_rate_ghz: 1.98
-  device_memory_size: {MEMORY_BYTES}
-  cuda_compute_capability {{ major: 9 minor: 0 feature_extension: 2 }}
-  registers_per_core_limit: 65536  registers_per_block_limit: 65536
-}}
-platform_name: "CUDA"
-dnn_version_info {{ major: 9 minor: 10 }}
-device_description_str: "NVIDIA H200"
-"""
-
-
-def h200_mesh(*, data: int = 1, fsdp: int = 1, tensor: int = 1) -> Mesh:
-    """A mesh of compile-only H200s on one host. ``jax.set_mesh`` of it is all that a program needs."""
-    topology = topologies.get_topology_desc(
-        platform="cuda", topology_name="", target_config=_H200, topology=f"1x1x{data * fsdp * tensor}"
-    )
-    return Mesh(np.array(topology.devices).reshape(data, fsdp, tensor), ("data", "fsdp", "tensor"))
+def mesh_of(device: str = "h200", **axes: int) -> Mesh:
+    """A mesh of compile-only devices on one host. ``jax.set_mesh`` of it is all that a program needs."""
+    config = MeshConfig(**axes)
+    return config.make(compile_only_devices(DEVICES[device], config.devices))
 
 
 class Kernel(NamedTuple):
@@ -90,9 +73,10 @@ def compile_for(mesh: Mesh, fn: Any, *shapes: Any, **static: Any) -> Compiled:
     Raises RuntimeError unless ptxas reported on each new kernel of the program.
     """
     began = time.perf_counter()
-    with jax.set_mesh(mesh):
-        lowered = fn.trace(*shapes, **static).lower(lowering_platforms=("cuda",))
-    kernels = mosaic_kernels(lowered.compiler_ir())
+    lowered = lower_for(mesh, fn, *shapes, **static)
+    module = lowered.compiler_ir()
+    assert module is not None
+    kernels = mosaic_kernels(module)
     program, printed = _with_output(lowered.compile)
     reports, warnings = parse_ptxas(printed)
     new = {kernel.hash for kernel in kernels} - _compiled_before

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from compile_only import compile_for, h200_mesh
+from compile_only import compile_for, mesh_of
 from jax.sharding import NamedSharding, PartitionSpec
 
 from jsparse.device import device_kind
@@ -37,7 +37,7 @@ class Case(NamedTuple):
 def check(case: Case) -> tuple[list, list[str]]:
     """A row of the table, and what is wrong."""
     name = f"{case.kernel}, {case.arrays}, {case.tiles}"
-    mesh = h200_mesh()
+    mesh = mesh_of()
     whole = NamedSharding(mesh, PartitionSpec())
     shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=whole), case.shapes)
     compiled = compile_for(mesh, jax.jit(case.call), *shapes)
@@ -53,7 +53,7 @@ def check(case: Case) -> tuple[list, list[str]]:
 
 def cases() -> list[Case]:
     """All of them. Choosers are asked on the compiled device, for which choices may have been measured."""
-    with jax.set_mesh(h200_mesh()):
+    with jax.set_mesh(mesh_of()):
         return [
             *_attention_cases(forward.forward, forward.forward_tiles),
             *_attention_cases(backward_queries.backward_queries, backward_queries.queries_tiles),
