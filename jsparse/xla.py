@@ -177,7 +177,22 @@ def _backward_keys(queries: _Items, keys: _Items, part: _Part, mask: BlockMask, 
     parts = _over_lists(
         pieces, init, step, lambda carry: carry, chunk=_chunk(q, k), mask_all=queries.segment is not None
     )
-    return tuple(jax.ops.segment_sum(x, owner, k.shape[0], indices_are_sorted=True) for x in parts)
+    return _sum_by_owner(parts, owner, k.shape[0])
+
+
+def _sum_by_owner(parts, owner, num_owners: int):
+    """The sum of each owner's pieces, in their order.
+
+    A loop, and not ``segment_sum``: that adds by atomics on a GPU, in any order, and, told that the owners
+    are sorted, becomes more machine code than ptxas compiles in minutes.
+    """
+
+    def add(piece, totals):
+        to = owner[piece]
+        return jax.tree.map(lambda total, x: total.at[to].set(total[to] + x[piece]), totals, parts)
+
+    zeros = jax.tree.map(lambda x: jnp.zeros((num_owners, *x.shape[1:]), x.dtype), parts)
+    return lax.fori_loop(0, owner.shape[0], add, zeros)
 
 
 def _over_lists(lists: _Lists, init, step, finish, *, chunk: int, mask_all: bool):

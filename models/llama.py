@@ -2,11 +2,13 @@
 
 import functools
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax import lax
 from jax.core import Tracer
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
@@ -15,7 +17,7 @@ import jsparse
 from jsparse.models import checkpoint
 from jsparse.models.config import LlamaConfig
 from jsparse.models.frozen_base import is_quantized
-from jsparse.models.layers import Attend, DecoderLayer, Embedding, Linear, RMSNorm
+from jsparse.models.layers import Attend, DecoderLayer, Embedding, Linear, LoRAParam, RMSNorm
 from jsparse.models.lora import has_lora
 from jsparse.models.masking import ModelMask, layer_masks
 from jsparse.models.rope import rope_tables
@@ -95,6 +97,7 @@ class Llama(nnx.Module):
         attend: Attend,
         *,
         remat: str = "none",
+        trained: Any = LoRAParam,
     ) -> Float[Array, "B T embed"]:
         """The hidden states after the final norm, with attention left to the caller.
 
@@ -104,7 +107,9 @@ class Llama(nnx.Module):
         ``remat`` says what is kept for the backward pass: "none" recomputes nothing; "layers" keeps the input
         of each layer and computes the rest again, which costs a third more time; "attention" keeps also what
         attention gave, the dearest part of a long context; "dots" keeps all products with weights. Other than
-        with "none", ``attend`` is traced more than once and must be pure.
+        with "none", ``attend`` is traced more than once and must be pure. ``trained`` is the filter
+        (``nnx.split``) of the layers' parameters whose gradients are taken: they are then ready before the
+        backward pass goes on to the layer before, which need not wait with what they are computed from.
         """
         self._check_tokens(tokens)
         if remat not in REMAT:
@@ -119,7 +124,7 @@ class Llama(nnx.Module):
         # The embedding may be wider than the rest: training looks rows up in the float32 that it updates.
         x = keep_tokens_split(self.embed_tokens(tokens).astype(self.norm.scale[...].dtype))
         for number, layer in enumerate(self.layers):
-            run = layer if remat == "none" else _rematerialized(layer, remat)
+            run = layer if remat == "none" else _rematerialized(layer, remat, trained)
             x = keep_tokens_split(run(x, cos, sin, functools.partial(attend, number)))
         return self.norm(x)
 
@@ -196,13 +201,29 @@ _POLICIES = {
 }
 
 
-def _rematerialized(layer, remat: str):
-    graph, state = nnx.split(layer)
+def _rematerialized(layer, remat: str, trained):
+    graph, params, rest = nnx.split(layer, trained, ...)
 
     def run(x, cos, sin, attend):
-        def again(state, x):
-            return nnx.merge(graph, state)(x, cos, sin, attend)
+        def again(params, rest, x):
+            return nnx.merge(graph, params, rest)(x, cos, sin, attend)
 
-        return jax.checkpoint(again, policy=_POLICIES[remat])(state, x)
+        tied, x = _made_together((params, x))
+        return jax.checkpoint(again, policy=_POLICIES[remat])(tied, rest, x)
 
     return run
+
+
+@jax.custom_vjp
+def _made_together(values):
+    """The same values, whose gradients are made together.
+
+    XLA would put off the products that give a layer's parameters their gradients to the end of the step, and
+    keep what they take, of every layer, until then.
+    """
+    return values
+
+
+_made_together.defvjp(
+    lambda values: (values, None), lambda _, gradients: (lax.optimization_barrier(gradients),)
+)

@@ -10,7 +10,7 @@ from flax import nnx
 from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float32, Int32, PyTree
 
-from jsparse.models import Llama, set_dropout_keys
+from jsparse.models import Llama, LoRAParam, set_dropout_keys
 from jsparse.models.masking import ModelMask
 from jsparse.models.sharding import parameter_shardings
 from jsparse.train.loss import next_targets, token_nll
@@ -100,6 +100,8 @@ def train_step(
     in context (``jax.set_mesh``), or None for one device.
     """
     parts = 1 if mesh is None else mesh.shape["sequence"]
+    some_frozen = any(isinstance(leaf, nnx.Param) for _, leaf in nnx.to_flat_state(split.frozen))
+    options = {"remat": remat, "trained": LoRAParam if some_frozen else nnx.Param}
 
     def loss_fn(params, frozen, batch, key, total):
         """The micro-batch's part of the mean over ``total`` tokens."""
@@ -107,7 +109,7 @@ def train_step(
         model = split.join(params, frozen)
         if key is not None:
             set_dropout_keys(model, key)
-        hidden = model.hidden(tokens, None, model.attend(mask, segment_ids), remat=remat)
+        hidden = model.hidden(tokens, None, model.attend(mask, segment_ids), **options)
         targets, counts = next_targets(tokens, segment_ids, scored)
         nll = token_nll(hidden, model.logits, targets, parts=parts)
         return jnp.where(counts, nll, 0.0).sum() / total

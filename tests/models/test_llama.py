@@ -182,9 +182,10 @@ def test_attend_gets_layers_in_order_with_rotated_and_normed_heads(tiny_config):
 def test_remat_changes_no_gradient(tiny_model):
     graph, state = nnx.split(tiny_model)
 
-    def loss(state, remat):
+    def loss(state, remat, trained=nnx.Param):
         model = nnx.merge(graph, state)
-        return jnp.sum(model.logits(model.hidden(TOKENS, None, model.attend(), remat=remat)) ** 2)
+        hidden = model.hidden(TOKENS, None, model.attend(), remat=remat, trained=trained)
+        return jnp.sum(model.logits(hidden) ** 2)
 
     plain = jax.jit(jax.grad(loss), static_argnums=1)(state, "none")
     for policy in ("layers", "attention", "dots"):
