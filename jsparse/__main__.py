@@ -70,14 +70,16 @@ def _plan(options: list[str]) -> int:
         return 0
     kind, *options = options
     if kind == "finetune":
-        from jsparse.train.commands import plan_finetune
-
-        return plan_finetune(options)
-    if kind == "generate":
-        from jsparse.serve.commands import plan_generate
-
-        return plan_generate(options)
-    raise ValueError(f"unknown run {kind!r} to plan; runs are finetune, generate")
+        from jsparse.train.commands import plan_finetune as plan
+    elif kind == "generate":
+        from jsparse.serve.commands import plan_generate as plan
+    else:
+        raise ValueError(f"unknown run {kind!r} to plan; runs are finetune, generate")
+    try:
+        return plan(options)
+    except RuntimeError as error:  # the compiler's
+        message = f"the program does not compile, and nothing is estimated: {error}"
+        raise NotImplementedError(message) from error
 
 
 _COMMANDS = {
