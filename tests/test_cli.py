@@ -216,6 +216,7 @@ def save_longer_model(model, folder):
     (folder / "config.json").write_text(json.dumps(fields))
 
 
+@pytest.mark.slow
 def test_bench_measures_decoding_and_prompts(folder, capfd):
     save_longer_model(folder / "model", folder / "bench")
     settings = "--model {}/bench --contexts 70 --sink 2 --window 8 --repeats 1"

@@ -33,6 +33,7 @@ def demo(tmp_path_factory):
     return config, run_demo(config)
 
 
+@pytest.mark.slow
 def test_results_are_complete(demo):
     config, results = demo
     assert results["contexts"] == [32, 64, 128]
@@ -50,6 +51,7 @@ def test_results_are_complete(demo):
     )  # pages keep the bounds of their keys too
 
 
+@pytest.mark.slow
 def test_the_output_folder_holds_what_it_says(demo):
     config, results = demo
     assert json.loads((config.output / "demo.json").read_text()) == results
@@ -63,6 +65,7 @@ def test_the_output_folder_holds_what_it_says(demo):
     )
 
 
+@pytest.mark.slow
 def test_forced_logits_are_the_models(demo):
     config, _ = demo
     model = Llama.from_pretrained(config.output / "long")
@@ -74,6 +77,7 @@ def test_forced_logits_are_the_models(demo):
     assert found["max_difference"] == 0 and found["mean_kl"] == 0
 
 
+@pytest.mark.slow
 def test_a_second_run_replaces_the_first_and_nothing_else(demo, tmp_path):
     config, _ = demo
     copy = tmp_path / "again"

@@ -50,6 +50,7 @@ SMALLER = {
 }
 
 
+@pytest.mark.slow
 def test_readme(save_tiny_model, tmp_path, monkeypatch, capsys):
     """Every Python block of the README, one after another, on a tiny checkpoint."""
     blocks = re.findall(r"^```python\n(.*?)^```", (ROOT / "README.md").read_text(), re.DOTALL | re.MULTILINE)

@@ -13,7 +13,7 @@ import pytest
     [
         ("Auto", "heads"),
         pytest.param("Explicit", "sequences", marks=pytest.mark.slow),
-        ("Auto", "decode"),
+        pytest.param("Auto", "decode", marks=pytest.mark.slow),
         pytest.param("Explicit", "decode", marks=pytest.mark.slow),
     ],
 )

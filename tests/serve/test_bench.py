@@ -77,6 +77,7 @@ def decoded(folder, tmp_path_factory):
     return config, rows, calls
 
 
+@pytest.mark.slow
 def test_every_policy_is_measured_at_every_context(decoded):
     _, rows, _ = decoded
     assert [(row.context, row.policy) for row in rows] == [
@@ -91,6 +92,7 @@ def test_every_policy_is_measured_at_every_context(decoded):
         assert row.ratio_to_dense == 1 if row.policy == "dense" else row.ratio_to_dense > 0
 
 
+@pytest.mark.slow
 def test_each_call_decodes_the_steps_that_are_divided_by(decoded):
     config, _, calls = decoded
     expected = []
@@ -103,6 +105,7 @@ def test_each_call_decodes_the_steps_that_are_divided_by(decoded):
     assert [call[3] for call in calls[: len(MEASURED)]] == readings
 
 
+@pytest.mark.slow
 def test_bytes_are_those_of_arithmetic(decoded, llama, shape):
     config, rows, _ = decoded
     of = {row.policy: row for row in rows if row.context == 64}  # and a capacity of 128 tokens
@@ -153,6 +156,7 @@ def test_bytes_a_token_of_each_kind_of_cache(shape):
     assert table["float32 ring"].per_token == 0
 
 
+@pytest.mark.slow
 def test_results_read_back(decoded):
     config, rows, _ = decoded
     results = json.loads((config.output / common.RESULTS).read_text())
@@ -311,6 +315,7 @@ def test_bad_settings_of_prefill(tmp_path, settings, message):
         PrefillBench(output=tmp_path, **settings)
 
 
+@pytest.mark.slow
 def test_without_matplotlib_the_figure_is_missed_aloud(decoded, tmp_path, monkeypatch, capsys):
     _, rows, _ = decoded
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)

@@ -1,0 +1,174 @@
+"""The two benchmarks of training, in miniature: the files come out, and the numbers are what they say."""
+
+import doctest
+import json
+
+import extension
+import numpy as np
+import pytest
+import train_step
+from extension import ExtensionBench, bench_extension
+from train_step import TrainStepBench, bench_train_step
+
+from jsparse.models import Llama
+from jsparse.train import shifted_head_masks
+from jsparse.train.patterns import load_pattern
+
+SMALL = {
+    "hidden_size": 32,
+    "layers": 1,
+    "context": 32,
+    "growth": 2,
+    "base_steps": 2,
+    "base_batch": 2,
+    "steps": 2,
+    "documents": 8,
+    "held_out_documents": 2,
+}
+
+
+@pytest.mark.parametrize("module", [train_step, extension], ids=lambda module: module.__name__)
+def test_docstrings(module):
+    assert doctest.testmod(module).failed == 0
+
+
+# Steps -------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def measured(tmp_path_factory):
+    """The step benchmark at one context of blocks enough that groups leave some out: (config, rows)."""
+    output = tmp_path_factory.mktemp("steps") / "out"
+    config = TrainStepBench(output=output, contexts=(512,), layers=1, heads=4, rounds=2)
+    return config, bench_train_step(config)
+
+
+def test_rows_of_steps_are_complete_and_read_back(measured):
+    config, rows = measured
+    assert [(row.attention, row.group_size) for row in rows] == [("full", None), ("shifted", 128)]
+    for row in rows:
+        assert len(row.step.rounds) == len(row.attention_part.rounds) == 2
+        assert 0 < row.attention_part.least and 0 < row.step.least
+    results = json.loads((config.output / "results.json").read_text())
+    assert [row["step"]["median"] for row in results["rows"]] == [row.step.median for row in rows]
+    assert results["machine"]["date"] and results["machine"]["flax"]
+    assert (config.output / "train_step.png").read_bytes().startswith(b"\x89PNG")
+    with pytest.raises(FileExistsError, match="has files"):
+        bench_train_step(config)
+
+
+def test_ratios_of_steps_are_taken_within_a_round(measured):
+    full, shifted = measured[1]
+    for part in ("step", "attention_part"):
+        times = [getattr(row, part).rounds for row in (full, shifted)]
+        expected = np.median(np.divide(*times))
+        name = {"step": "step_times_faster", "attention_part": "attention_times_faster"}[part]
+        assert getattr(shifted, name) == pytest.approx(expected) and getattr(full, name) == 1
+
+
+def test_flops_of_attention_are_those_of_the_blocks_counted_by_hand(measured):
+    """In blocks of 128, causal attention has 4 + 3 + 2 + 1 of them. Groups of 128 are the diagonal; shifted
+    by 64, they show each block of queries the one before it as well."""
+    full, shifted = measured[1]
+    block = (2 + 7) * 2 * 128 * 128 * 64  # products forward and backward
+    assert full.attention_flops == 4 * 10 * block
+    assert shifted.attention_flops == (2 * 4 + 2 * 7) * block
+    assert full.step_flops - full.attention_flops == shifted.step_flops - shifted.attention_flops
+    assert shifted.attention_times_fewer_flops == pytest.approx(40 / 22)
+
+
+@pytest.mark.parametrize(
+    "settings, message",
+    [
+        ({"contexts": ()}, "contexts must have at least one entry"),
+        ({"contexts": (100,)}, "contexts has 100, not a multiple of 8"),
+        ({"heads": 3}, "heads=3 must be even"),
+        ({"rounds": 0}, "rounds must be an integer >= 1"),
+    ],
+)
+def test_bad_settings_of_steps(tmp_path, settings, message):
+    with pytest.raises(ValueError, match=message):
+        TrainStepBench(output=tmp_path, **settings)
+
+
+# Extension ---------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def extended(tmp_path_factory):
+    """The experiment with models too small to learn anything: (config, rows)."""
+    folder = tmp_path_factory.mktemp("extension")
+    config = ExtensionBench(output=folder / "out", models=folder / "models", seeds=(1,), **SMALL)
+    return config, bench_extension(config)
+
+
+def test_every_kind_is_trained_and_measured(extended):
+    config, rows = extended
+    assert [(row.model, row.measured_with, row.seed) for row in rows] == [
+        ("base", "full", None),
+        ("interpolated", "full", None),
+        ("full", "full", 1),
+        ("shifted", "full", 1),
+        ("shifted", "pattern", 1),
+        ("grouped", "full", 1),
+        ("grouped", "pattern", 1),
+    ]
+    assert config.contexts == [32, 64]
+    results = json.loads((config.output / "results.json").read_text())
+    assert [tuple(row["perplexity"]) for row in results["rows"]] == [row.perplexity for row in rows]
+    assert results["group_size"] == 16
+    assert sorted(file.name for file in config.output.iterdir()) == ["extension.png", "results.json"]
+    assert (config.output / "extension.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_runs_differ_in_the_attention_alone(extended):
+    config, _ = extended
+    patterns = {kind: load_pattern(config.models / f"{kind}-1") for kind in extension.KINDS}
+    assert {kind: pattern.kind for kind, pattern in patterns.items()} == {k: k for k in extension.KINDS}
+    assert patterns["shifted"].layers[0] == shifted_head_masks(4, 16)
+    assert len(set(patterns["grouped"].layers[0])) == 1
+
+
+def test_perplexity_is_that_of_the_saved_model_and_its_pattern(extended):
+    config, rows = extended
+    documents = extension.make_documents(config, 2, "test")
+    rows_of_text = np.stack([[*document.encode(), 256] for document in documents])
+    model = Llama.from_pretrained(config.models / "shifted-1")
+    of = {(row.model, row.measured_with): row.perplexity for row in rows}
+    for measured_with, mask in (("full", None), ("pattern", shifted_head_masks(4, 16))):
+        logits = np.asarray(model(rows_of_text.astype(np.int32), mask=mask), np.float64)[:, :-1]
+        picked = np.take_along_axis(logits, rows_of_text[:, 1:, None], axis=-1)[..., 0]
+        nll = np.log(np.exp(logits).sum(-1)) - picked
+        assert of["shifted", measured_with][-1] == pytest.approx(np.exp(nll.mean()), rel=1e-5)
+
+
+def test_documents_fill_a_window_and_have_words_of_their_own(tmp_path):
+    config = ExtensionBench(output=tmp_path)
+    texts = {which: list(extension.make_documents(config, 3, which)) for which in ("train", "dev", "test")}
+    assert {len(text) for of_it in texts.values() for text in of_it} == {2047}
+    used = [set(text.split(" ")[:-1]) for of_it in texts.values() for text in of_it]
+    assert all(20 < len(words) <= 48 for words in used) and len(set(map(frozenset, used))) == 9
+    assert len(set().union(*used)) > 150 and {len(word) for words in used for word in words} == {4}
+    assert texts["dev"] == list(extension.make_documents(config, 3, "dev"))
+
+
+def test_the_table_has_means_and_the_range_over_the_seeds():
+    rows = [extension.Row("grouped", "pattern", seed, (5.0, 4.0 + seed)) for seed in (0, 1)]
+    last = extension.markdown(rows, [256, 2048]).splitlines()[-1]
+    assert last == (
+        "| trained with groups without the shift, measured with the same | 5.000 | 4.500 (4.000–5.000) |"
+    )
+
+
+@pytest.mark.parametrize(
+    "settings, message",
+    [
+        ({"growth": 1}, "growth=1 must be at least 2"),
+        ({"seeds": ()}, "seeds must have at least one entry"),
+        ({"group_ratio": 0.3}, "group_size=19 .* does not fit context=64"),
+        ({"documents": 0}, "documents must be an integer >= 1"),
+    ],
+)
+def test_bad_settings_of_the_extension(tmp_path, settings, message):
+    with pytest.raises(ValueError, match=message):
+        ExtensionBench(**{"output": tmp_path} | SMALL | settings)
