@@ -115,7 +115,7 @@ EVALUATE = "evaluate --model {}/model --data {}/text.txt --contexts 32"
 @pytest.mark.parametrize(
     ("command", "message"),
     [
-        ("polish", "unknown command 'polish'; commands are finetune, merge, evaluate, heads, generate, bench"),
+        ("polish", "unknown command 'polish'; commands are finetune, merge, evaluate, heads"),
         (GENERATE + " --prompt a --budget 100", "budget=100 must be a multiple of page_size=64"),
         (GENERATE + " --prompt a --temperature -1", "temperature must be"),
         (GENERATE + " --prompt a --pattern {}/text.txt", "line 1"),

@@ -2,6 +2,7 @@
 
 import doctest
 import json
+from collections import Counter
 
 import extension
 import numpy as np
@@ -22,6 +23,7 @@ SMALL = {
     "base_steps": 2,
     "base_batch": 2,
     "steps": 2,
+    "batch_size": 1,
     "documents": 8,
     "held_out_documents": 2,
 }
@@ -142,13 +144,16 @@ def test_perplexity_is_that_of_the_saved_model_and_its_pattern(extended):
         assert of["shifted", measured_with][-1] == pytest.approx(np.exp(nll.mean()), rel=1e-5)
 
 
-def test_documents_fill_a_window_and_have_words_of_their_own(tmp_path):
+def test_documents_fill_a_window_and_have_letters_of_their_own(tmp_path):
     config = ExtensionBench(output=tmp_path)
     texts = {which: list(extension.make_documents(config, 3, which)) for which in ("train", "dev", "test")}
-    assert {len(text) for of_it in texts.values() for text in of_it} == {2047}
-    used = [set(text.split(" ")[:-1]) for of_it in texts.values() for text in of_it]
-    assert all(20 < len(words) <= 48 for words in used) and len(set(map(frozenset, used))) == 9
-    assert len(set().union(*used)) > 150 and {len(word) for words in used for word in words} == {4}
+    commonest = []
+    for text in (text for of_it in texts.values() for text in of_it):
+        assert len(text) == 2047 and set(text[4::5]) == {" "} and " " not in text[0::5] + text[3::5]
+        (first, often), (_, less) = Counter(text.replace(" ", "")).most_common(2)
+        assert 0.15 < often / 1638 < 0.3 and 1.3 < often / less < 3  # 0.22 and 2, but for chance
+        commonest.append(first)
+    assert len(set(commonest)) > 5
     assert texts["dev"] == list(extension.make_documents(config, 3, "dev"))
 
 
