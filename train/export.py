@@ -124,4 +124,6 @@ def run_config(run: dict, *, model: str | Path | None = None) -> FinetuneConfig:
     fields: dict[str, Any] = dict(run["config"], mesh=MeshConfig())
     for name in ("lora_targets", "full_layers"):
         fields[name] = fields[name] if fields[name] is None else tuple(fields[name])
-    return FinetuneConfig(**fields | ({} if model is None else {"model": model}))
+    if model is not None:
+        fields["model"] = model
+    return FinetuneConfig(**fields)

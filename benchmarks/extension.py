@@ -1,0 +1,380 @@
+"""A small model extended from 256 to 2048 tokens: what the attention of the training costs in perplexity.
+
+    python benchmarks/extension.py --output benchmarks/results/cpu-extension
+
+LongLoRA's comparison (arXiv 2309.12307, tables 1 and 2) in miniature. A byte-level Llama is trained at the
+short context, its positions are interpolated, and then it is trained at the long one with full attention,
+with shifted groups of a quarter of the context (S²-Attn), and with the same groups without the shift ("short
+attention"); data, order, seed, steps and everything else are equal.
+
+The text is made so that context matters, and a small model can learn it: words of four letters, drawn from
+the 52 with probabilities that fall as 1 / n in an order of the document's own. Where a word ends is in the
+last few bytes; how often a letter comes is in the whole document so far, and the longer that is the better it
+is known.
+
+Perplexity is that of a byte, on documents that were held out; with ``--held-out dev`` on others, those that
+the settings were chosen on. Every model is measured with full attention, as it would be served, and with the
+pattern that it was trained with.
+"""
+
+import contextlib
+import dataclasses
+import importlib.util
+import json
+import statistics
+import string
+import sys
+import tempfile
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import tyro
+
+from jsparse.examples.demo import END_OF_TEXT, DemoConfig, train_base
+from jsparse.models import Llama, load_tokenizer
+from jsparse.serve.bench.common import RESULTS, check_integers, check_list, check_output, describe_machine
+from jsparse.serve.bench.report import machine_name, short_count
+from jsparse.train import FinetuneConfig, evaluate_perplexity, finetune, read_documents
+from jsparse.train.patterns import AttentionPattern, load_pattern
+
+KINDS = ("full", "shifted", "grouped")
+FIGURE, TEXT = "extension.png", "train.jsonl"
+_SEEDS = {"train": 1, "dev": 2, "test": 3}  # of the text
+_WORD = 4  # letters
+_COLOURS = {"full": "#000000", "shifted": "#0072B2", "grouped": "#D55E00"}  # Okabe and Ito's
+_NAMES = {"full": "full attention", "shifted": "shifted groups", "grouped": "groups without the shift"}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ExtensionBench:
+    """The settings of the experiment. The defaults take about a quarter of an hour on two CPU cores."""
+
+    output: Path
+    """A new folder for results.json and extension.png."""
+    models: Path | None = None
+    """A new folder to keep the models and their text in; by default they are thrown away."""
+    held_out: Literal["test", "dev"] = "test"
+    """Documents to measure on: those that are reported, or others, to choose settings with."""
+    hidden_size: int = 64
+    """Of the model, with 4 heads on 2 KV heads."""
+    layers: int = 2
+    """Transformer layers."""
+    context: int = 256
+    """Tokens the base model is trained at."""
+    growth: int = 8
+    """How many times longer the context becomes."""
+    base_steps: int = 1000
+    """Training steps of the base model."""
+    base_batch: int = 16
+    """Windows of the short context in each of them."""
+    rope: Literal["linear", "yarn"] = "yarn"
+    """How positions are interpolated."""
+    group_ratio: float = 0.25
+    """Part of the long context that a group takes."""
+    steps: int = 100
+    """Training steps at the long context."""
+    batch_size: int = 4
+    """Windows in each of them."""
+    learning_rate: float = 1e-3
+    """Of these, after the warm-up of 10 steps; it falls to a tenth along a cosine."""
+    seeds: tuple[int, ...] = (1, 2)
+    """Of the order of the windows at the long context: every kind of attention is trained with each."""
+    documents: int = 1500
+    """Documents to train on, as long as the long context each."""
+    held_out_documents: int = 24
+    """Documents that perplexity is measured on."""
+
+    def __post_init__(self):
+        for name in ("output", "models"):
+            value = getattr(self, name)
+            object.__setattr__(self, name, None if value is None else Path(value))
+        check_list("seeds", self.seeds, minimum=0)
+        check_integers(self, base_batch=None, growth=None, steps=None, batch_size=None)
+        check_integers(self, documents=None, held_out_documents=None)
+        if self.growth < 2:
+            raise ValueError(f"growth={self.growth} must be at least 2: else nothing is extended")
+        self.base(self.output)
+        for kind in KINDS:
+            self.extension(self.output, kind, self.seeds[0])
+
+    @property
+    def long_context(self) -> int:
+        return self.context * self.growth
+
+    @property
+    def contexts(self) -> list[int]:
+        """Where perplexity is measured: the short context, doubled until the long one."""
+        return self.base(self.output).contexts
+
+    def base(self, models: Path) -> DemoConfig:
+        """The base model is trained as in the demo."""
+        return DemoConfig(
+            output=models,
+            hidden_size=self.hidden_size,
+            layers=self.layers,
+            context=self.context,
+            growth=self.growth,
+            base_steps=self.base_steps,
+            batch_tokens=self.base_batch * self.context,
+            prompt_tokens=1,  # nothing is generated
+            new_tokens=1,
+        )
+
+    def extension(self, models: Path, kind: str, seed: int) -> FinetuneConfig:
+        """One run at the long context. Runs of one seed differ in ``kind`` alone."""
+        groups = {} if kind == "full" else {"group_ratio": self.group_ratio}
+        return FinetuneConfig(
+            model=models / "base",
+            data=[models / TEXT],
+            output=models / f"{kind}-{seed}",
+            context=self.long_context,
+            rope=self.rope,
+            attention=kind,
+            lora_rank=None,
+            steps=self.steps,
+            batch_size=self.batch_size,
+            learning_rate=self.learning_rate,
+            schedule="cosine",
+            warmup_steps=min(10, self.steps - 1),
+            checkpoint_every=self.steps,
+            seed=seed,
+            **groups,
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """Perplexity of one model at each context.
+
+    - ``model``: "base", "interpolated" (the base at interpolated positions, not trained) or what attention
+      it was trained with at the long context; ``seed`` of that training.
+    - ``measured_with``: "full" attention, or the "pattern" of the training.
+    - ``training_loss``: the mean of the last tenth of the steps, in nats.
+    """
+
+    model: str
+    measured_with: str
+    seed: int | None
+    perplexity: tuple[float, ...]
+    training_loss: float | None = None
+
+
+def main(arguments: list[str] | None = None) -> None:
+    bench_extension(tyro.cli(ExtensionBench, description=__doc__, args=arguments))
+
+
+def bench_extension(config: ExtensionBench) -> list[Row]:
+    """Trains and measures, prints a table in Markdown, and writes results.json after each model, and the
+    figure.
+
+    Raises FileExistsError for a folder with something in it, before anything is trained.
+    """
+    check_output(config.output)
+    with contextlib.ExitStack() as stack:
+        if config.models is None:
+            models = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        else:
+            check_output(config.models)
+            models = config.models
+        for folder in (config.output, models):
+            folder.mkdir(parents=True, exist_ok=True)
+        rows = train_and_measure(config, models)
+    print(markdown(rows, config.contexts))
+    if importlib.util.find_spec("matplotlib") is None:
+        print(f"{FIGURE} was not drawn: pip install 'jsparse[plot]'", file=sys.stderr)
+    else:
+        draw(config, rows, config.output / FIGURE)
+    return rows
+
+
+# Text --------------------------------------------------------------------------------------------------
+
+
+def make_documents(config: ExtensionBench, count: int, which: str) -> Iterator[str]:
+    """Documents that fill a window of the long context each, together with the token that ends them.
+
+    A document has its own order of the letters, and the n-th comes with a probability that falls as 1 / n.
+    """
+    letters = np.array(list(string.ascii_letters))
+    probability = 1 / np.arange(1, len(letters) + 1)
+    probability /= probability.sum()
+    rng = np.random.default_rng(_SEEDS[which])
+    length = config.long_context - 1
+    for _ in range(count):
+        shape = length // (_WORD + 1) + 1, _WORD
+        drawn = rng.choice(rng.permutation(letters), shape, p=probability)
+        yield " ".join("".join(word) for word in drawn)[:length]
+
+
+def write_documents(path: Path, documents: Iterable[str]) -> None:
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in documents), encoding="utf-8")
+
+
+# Training and measuring --------------------------------------------------------------------------------
+
+
+def train_and_measure(config: ExtensionBench, models: Path) -> list[Row]:
+    """All rows; results.json is written after each model that is trained."""
+    started = time.perf_counter()
+    write_documents(models / TEXT, make_documents(config, config.documents, "train"))
+    held_out = models / f"{config.held_out}.jsonl"
+    write_documents(held_out, make_documents(config, config.held_out_documents, config.held_out))
+    base = train_base(config.base(models), (models / TEXT,))
+    tokenizer = load_tokenizer(base)
+    tokens = np.concatenate(
+        read_documents([held_out], tokenizer, eos_token_id=END_OF_TEXT, vocab_size=END_OF_TEXT + 1)
+    )
+    rows = measure_untrained(config, base, tokens)
+    for seed in config.seeds:
+        for kind in KINDS:
+            rows += extend_and_measure(config, models, kind, seed, tokens)
+            write(config, rows, time.perf_counter() - started)
+            print(f"{kind}, seed {seed}: {rows[-1].perplexity[-1]:.3f}", file=sys.stderr)
+    return rows
+
+
+def measure_untrained(config: ExtensionBench, base: Path, tokens: np.ndarray) -> list[Row]:
+    """The base model as it is, and with its positions interpolated to the long context."""
+    as_it_is, interpolated = (Llama.from_pretrained(base) for _ in range(2))
+    interpolated.config = interpolated.config.extend_context(config.long_context, config.rope)
+    models = {"base": as_it_is, "interpolated": interpolated}
+    return [Row(name, "full", None, perplexities(config, model, tokens)) for name, model in models.items()]
+
+
+def extend_and_measure(
+    config: ExtensionBench, models: Path, kind: str, seed: int, tokens: np.ndarray
+) -> list[Row]:
+    """The row, or both rows, of a model that is trained at the long context."""
+    result = finetune(config.extension(models, kind, seed))
+    loss = statistics.fmean(result.losses[-max(1, config.steps // 10) :])
+    model, pattern = Llama.from_pretrained(result.output), load_pattern(result.output)
+    rows = [Row(kind, "full", seed, perplexities(config, model, tokens), loss)]
+    if kind != "full":
+        rows.append(Row(kind, "pattern", seed, perplexities(config, model, tokens, pattern), loss))
+    return rows
+
+
+def perplexities(
+    config: ExtensionBench, model: Llama, tokens: np.ndarray, pattern: AttentionPattern | None = None
+) -> tuple[float, ...]:
+    """At each context, with full attention or with a pattern, whose groups keep their size.
+
+    Windows lie side by side and all of their tokens are scored: those of the long context are the documents,
+    and a group has its beginning and its end in them as in training.
+    """
+    mask = None if pattern is None else pattern.layers
+    return tuple(
+        evaluate_perplexity(
+            model, tokens, context=n, stride=n, scoring="all", mask=mask, batch_size=4, progress=False
+        ).perplexity
+        for n in config.contexts
+    )
+
+
+# Reporting ---------------------------------------------------------------------------------------------
+
+
+def over_seeds(rows: Sequence[Row]) -> dict[tuple[str, str], np.ndarray]:
+    """Perplexities [seeds, contexts] of each model and way to measure it.
+
+    >>> rows = [Row("full", "full", seed, (4.0 + seed, 3.0)) for seed in (0, 1)]
+    >>> over_seeds(rows)["full", "full"].mean(axis=0).tolist()
+    [4.5, 3.0]
+    """
+    found: dict[tuple[str, str], list] = {}
+    for row in rows:
+        found.setdefault((row.model, row.measured_with), []).append(row.perplexity)
+    return {key: np.array(values) for key, values in found.items()}
+
+
+def title(model: str, measured_with: str) -> str:
+    """What a line of the table or the figure shows.
+
+    >>> title("shifted", "pattern")
+    'trained with shifted groups, measured with the same'
+    """
+    if model == "base":
+        return "base, as it is"
+    if model == "interpolated":
+        return "positions interpolated, no training"
+    how = "the same" if measured_with == "pattern" else "full attention"
+    return f"trained with {_NAMES[model]}, measured with {how}"
+
+
+def markdown(rows: Sequence[Row], contexts: Sequence[int]) -> str:
+    """A table of one line for a model and a way to measure it: means, and at the last context the range."""
+    lines = [
+        f"| perplexity of a byte, window: | {' | '.join(map(short_count, contexts))} |",
+        "|---" * (1 + len(contexts)) + "|",
+    ]
+    for (model, measured_with), values in over_seeds(rows).items():
+        cells = [f"{value:.3f}" for value in values.mean(axis=0)]
+        if len(values) > 1:
+            cells[-1] += f" ({values[:, -1].min():.3f}–{values[:, -1].max():.3f})"
+        lines.append(f"| {title(model, measured_with)} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def write(config: ExtensionBench, rows: Sequence[Row], seconds: float) -> None:
+    """Writes results.json: how and on what it was measured, and all rows so far."""
+    settings = {
+        name: str(value) if isinstance(value, Path) else value
+        for name, value in dataclasses.asdict(config).items()
+    }
+    results: dict[str, Any] = {
+        "command": f"python benchmarks/extension.py --output {config.output}",
+        "settings": settings,
+        "contexts": config.contexts,
+        "group_size": config.extension(config.output, "shifted", 0).groups,
+        "machine": describe_machine(),
+        "rows": [dataclasses.asdict(row) for row in rows],
+        "seconds": round(seconds, 1),
+    }
+    (config.output / RESULTS).write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+
+
+def draw(config: ExtensionBench, rows: Sequence[Row], path: Path) -> None:
+    """Perplexity against the window: on the left measured with full attention, on the right with the pattern
+    of the training; bars are the range over the seeds.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg  # draws without a display or global state
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9.5, 4.4), layout="constrained")
+    FigureCanvasAgg(figure)
+    panels = dict(zip(("full", "pattern"), figure.subplots(1, 2, sharey=True), strict=True))
+    found = over_seeds(rows)
+    for measured_with, axes in panels.items():
+        for kind in KINDS:
+            # Full attention is its own pattern.
+            values = found[kind, "full" if kind == "full" else measured_with]
+            mean = values.mean(axis=0)
+            spread = np.stack([mean - values.min(axis=0), values.max(axis=0) - mean])
+            axes.errorbar(
+                config.contexts, mean, spread, marker="o", capsize=3, color=_COLOURS[kind], label=_NAMES[kind]
+            )
+        axes.set_xscale("log", base=2)
+        axes.set_xticks(config.contexts, [short_count(context) for context in config.contexts])
+        axes.set_xlabel("window (tokens)")
+        axes.grid(color="#e6e6e6", linewidth=0.8)
+        axes.set_axisbelow(True)
+        axes.spines[["top", "right"]].set_visible(False)
+    panels["full"].set_ylabel("perplexity of a byte")
+    panels["full"].set_title("measured with full attention", fontsize=10)
+    panels["pattern"].set_title("measured with the attention of the training", fontsize=10)
+    panels["full"].legend(frameon=False, title="trained with")
+    untrained = found["interpolated", "full"][0, -1]
+    figure.suptitle(
+        f"Extended from {config.context} to {short_count(config.long_context)} tokens; with positions "
+        f"interpolated and no training: {untrained:.1f} at {short_count(config.long_context)}\n"
+        f"{machine_name(describe_machine())}",
+        fontsize=10,
+    )
+    figure.savefig(path, dpi=150)
+
+
+if __name__ == "__main__":
+    main()
