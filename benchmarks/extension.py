@@ -125,7 +125,7 @@ class ExtensionBench:
 
     def extension(self, models: Path, kind: str, seed: int) -> FinetuneConfig:
         """One run at the long context. Runs of one seed differ in ``kind`` alone."""
-        groups = {} if kind == "full" else {"group_ratio": self.group_ratio}
+        group_size = None if kind == "full" else int(self.long_context * self.group_ratio)
         return FinetuneConfig(
             model=models / "base",
             data=[models / TEXT],
@@ -133,6 +133,7 @@ class ExtensionBench:
             context=self.long_context,
             rope=self.rope,
             attention=kind,
+            group_size=group_size,
             lora_rank=None,
             steps=self.steps,
             batch_size=self.batch_size,
@@ -141,7 +142,6 @@ class ExtensionBench:
             warmup_steps=min(10, self.steps - 1),
             checkpoint_every=self.steps,
             seed=seed,
-            **groups,
         )
 
 
@@ -265,7 +265,8 @@ def perplexities(
     Windows lie side by side and all of their tokens are scored: those of the long context are the documents,
     and a group has its beginning and its end in them as in training.
     """
-    mask = None if pattern is None else pattern.layers
+    # Rules, not pattern.masks: those are for lengths that the group size divides.
+    mask: Any = None if pattern is None else pattern.layers
     return tuple(
         evaluate_perplexity(
             model, tokens, context=n, stride=n, scoring="all", mask=mask, batch_size=4, progress=False
