@@ -244,7 +244,9 @@ class FinetuneConfig:
         """``group_size`` with its default filled in; None for attention without groups."""
         if self.attention not in ("shifted", "grouped"):
             return None
-        return round(self.context * self.group_ratio) if self.group_size is None else self.group_size
+        if self.group_size is not None:
+            return self.group_size
+        return int(self.context * self.group_ratio + 1e-6)  # whole tokens, whatever 0.29 * 100 comes to
 
     def pattern(self, model: LlamaConfig) -> AttentionPattern:
         """What each layer and query head of a model sees.
