@@ -42,7 +42,7 @@ def split_over_mesh(
     split = {}
     for letter, names in (("b", BATCH_AXES), ("h", HEAD_AXES)):
         auto = tuple(name for name in names if kinds.get(name) == AxisType.Auto)
-        split[letter] = _dividing(given[letter] + auto, sizes, lengths[letter])
+        split[letter] = dividing(given[letter] + auto, sizes, lengths[letter])
     split["s"] = (SEQUENCE_AXIS,) if kinds.get(SEQUENCE_AXIS) == AxisType.Auto else ()
 
     def spec(letters, among):
@@ -62,11 +62,11 @@ def split_over_mesh(
     )(*operands)
 
 
-def _dividing(names: tuple[str, ...], size: dict[str, int], length: int) -> tuple[str, ...]:
-    """The first of these mesh axes whose product divides the length."""
+def dividing(names: tuple[str, ...], size: dict[str, int], length: int) -> tuple[str, ...]:
+    """The first of these mesh axes, of those with a ``size``, whose product divides the length."""
     chosen: list[str] = []
     for name in names:
-        if length % size[name] == 0:
+        if name in size and length % size[name] == 0:
             chosen.append(name)
             length //= size[name]
     return tuple(chosen)

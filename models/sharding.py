@@ -17,7 +17,9 @@ from flax import nnx
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, PyTree
 
-MESH_AXES = ("data", "fsdp", "tensor", "sequence")
+from jsparse.mesh import BATCH_AXES, HEAD_AXES, SEQUENCE_AXIS, dividing
+
+MESH_AXES = (*BATCH_AXES, *HEAD_AXES, SEQUENCE_AXIS)
 
 # The mesh axes of each named axis of a matrix; a mesh axis splits only the first that asks for it. Vectors
 # are whole on every device.
@@ -28,8 +30,6 @@ RULES = {
     "mlp": ("tensor",),
     "vocab": ("tensor", "fsdp", "sequence"),
 }
-BATCH = ("data", "fsdp")
-SEQUENCE = ("sequence",)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,12 +83,12 @@ def parameter_shardings(tree: PyTree, mesh: Mesh) -> PyTree:
     """
 
     def place(x, names):
-        free = dict(mesh.shape)
+        free = {name: size for name, size in mesh.shape.items() if size > 1}
         # A table of the vocabulary is split by rows only: along embed, it would hand that on to activations.
         whole = {"embed"} if "vocab" in names else set()
         axes = []
         for name, length in zip(names, x.shape, strict=False) if x.ndim > 1 else ():
-            chosen = () if name in whole else _dividing(RULES.get(name, ()), free, length)
+            chosen = () if name in whole else dividing(RULES.get(name, ()), free, length)
             for axis in chosen:
                 del free[axis]
             axes.append(chosen or None)
@@ -97,11 +97,18 @@ def parameter_shardings(tree: PyTree, mesh: Mesh) -> PyTree:
     return jax.tree.map(place, tree, nnx.get_partition_spec(tree))
 
 
+def abstract_parameters(tree: PyTree, mesh: Mesh) -> PyTree:
+    """Shapes and dtypes of such a tree, with the shardings of ``parameter_shardings``."""
+    return jax.tree.map(
+        lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
+        tree,
+        parameter_shardings(tree, mesh),
+    )
+
+
 def batch_sharding(mesh: Mesh) -> NamedSharding:
     """Of tokens [micro-batches, B, T]."""
-    present = set(mesh.axis_names)
-    batch, sequence = (tuple(axis for axis in axes if axis in present) or None for axes in (BATCH, SEQUENCE))
-    return NamedSharding(mesh, PartitionSpec(None, batch, sequence))
+    return NamedSharding(mesh, PartitionSpec(None, BATCH_AXES, SEQUENCE_AXIS))
 
 
 def keep_tokens_split(x: Array) -> Array:
@@ -113,9 +120,9 @@ def keep_tokens_split(x: Array) -> Array:
     free = {
         name: size
         for name, size, kind in zip(mesh.axis_names, mesh.axis_sizes, mesh.axis_types, strict=True)
-        if kind == AxisType.Auto
+        if kind == AxisType.Auto and size > 1
     }
-    batch, sequence = _dividing(BATCH, free, x.shape[0]), _dividing(SEQUENCE, free, x.shape[1])
+    batch, sequence = dividing(BATCH_AXES, free, x.shape[0]), dividing((SEQUENCE_AXIS,), free, x.shape[1])
     if not batch and not sequence:
         return x
     return jax.lax.with_sharding_constraint(x, PartitionSpec(batch or None, sequence or None))
@@ -133,14 +140,3 @@ def put(x: Any, sharding: NamedSharding) -> jax.Array:
     """An array that every process holds whole, on the devices of ``sharding``: each takes its own part."""
     host = np.asarray(x)
     return jax.make_array_from_callback(host.shape, sharding, lambda index: host[index])
-
-
-def _dividing(names: tuple[str, ...], sizes: dict[str, int], length: int) -> tuple[str, ...]:
-    """Of these mesh axes, in order, those that are there, of more than one device, and together divide."""
-    chosen: list[str] = []
-    for name in names:
-        size = sizes.get(name, 1)
-        if size > 1 and length % size == 0:
-            chosen.append(name)
-            length //= size
-    return tuple(chosen)

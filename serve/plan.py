@@ -10,8 +10,9 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jsparse.compile_only import compile_only_devices, find_device
+from jsparse.mesh import BATCH_AXES
 from jsparse.models import Llama, LlamaConfig
-from jsparse.models.sharding import BATCH, MeshConfig, parameter_shardings
+from jsparse.models.sharding import MeshConfig, abstract_parameters
 from jsparse.plan import DEFAULT_MEMORY_FRACTION, Plan, Program, check_memory_fraction, plan_program
 from jsparse.serve import loop
 from jsparse.serve.config import CacheConfig, CacheLayout, is_integer, plan_cache
@@ -91,7 +92,7 @@ def generation_programs(mesh: Mesh, model: LlamaConfig, layout: CacheLayout, dty
     pool = loop.pool_of(running)
     joining = loop.with_pool(joining, pool)
     sampling = RowParams.of([], [], [], batch=layout.batch, vocab_size=model.vocab_size)
-    rows = functools.partial(_put, mesh=mesh, axes=(BATCH,))
+    rows = functools.partial(_put, mesh=mesh, axes=(BATCH_AXES,))
     sampling, hidden = rows(sampling), rows(jax.ShapeDtypeStruct((layout.batch, model.hidden_size), dtype))
     tokens = rows(jax.ShapeDtypeStruct((layout.batch, layout.prefill_chunk), jnp.int32))
     counts = rows(jax.ShapeDtypeStruct((layout.batch,), jnp.int32))
@@ -145,27 +146,21 @@ def _check_split(mesh: MeshConfig, model: LlamaConfig, layout: CacheLayout) -> N
 
 def _abstract_model(mesh: Mesh, model: LlamaConfig, dtype: Any) -> tuple[loop.ModelStructure, list]:
     graphdef, state = nnx.split(nnx.eval_shape(lambda: Llama(model, rngs=nnx.Rngs(0), dtype=dtype)))
-    placed = jax.tree.map(
-        lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
-        state,
-        parameter_shardings(state, mesh),
-    )
-    params, treedef = jax.tree.flatten(placed)
+    params, treedef = jax.tree.flatten(abstract_parameters(state, mesh))
     return loop.ModelStructure(graphdef, treedef), params
 
 
 def _placed(state: loop.DecodeState, mesh: Mesh) -> loop.DecodeState:
-    batch = BATCH
     layers = tuple(
         dataclasses.replace(
             layer,
             paged=_put(layer.paged, mesh=mesh, axes=(None, "tensor")),
-            streaming=_put(layer.streaming, mesh=mesh, axes=(batch, "tensor")),
-            selected=_put(layer.selected, mesh=mesh, axes=(batch, "tensor")),
+            streaming=_put(layer.streaming, mesh=mesh, axes=(BATCH_AXES, "tensor")),
+            selected=_put(layer.selected, mesh=mesh, axes=(BATCH_AXES, "tensor")),
         )
         for layer in state.layers
     )
-    return dataclasses.replace(_put(state, mesh=mesh, axes=(batch,)), layers=layers)
+    return dataclasses.replace(_put(state, mesh=mesh, axes=(BATCH_AXES,)), layers=layers)
 
 
 def _without_layers(state: loop.DecodeState) -> loop.DecodeState:

@@ -33,8 +33,8 @@ from jsparse.train.export import export_model
 from jsparse.train.processes import is_first_process, wait_for_all
 from jsparse.train.progress import progress_bar
 from jsparse.train.run import DATA, METRICS, checkpoint_folder, describe_run, steps_taken
-from jsparse.train.start import extended_config, load_start
-from jsparse.train.step import Metrics, SplitModel, TrainState, train_step
+from jsparse.train.start import extended_config, load_start, step_of
+from jsparse.train.step import Metrics, SplitModel, TrainState
 from jsparse.train.stopping import sigterm_noted
 from jsparse.train.windows import HEADER
 
@@ -169,14 +169,7 @@ def _train(
         for step in range(start, config.steps):
             batch = _batch(config, windows, step, mesh)
             if take_step is None:  # compiled apart, so that the first step's tokens a second are its own
-                jitted = train_step(
-                    split,
-                    config.optimizer(),
-                    mask,
-                    remat=config.remat,
-                    dropout_seed=config.seed if config.lora_rank and config.lora_dropout else None,
-                    mesh=mesh,
-                )
+                jitted = step_of(config, split, mask, mesh)
                 take_step = jitted.lower(state, split.frozen, *batch).compile()
             began = time.perf_counter()
             state, result = take_step(state, split.frozen, *batch)

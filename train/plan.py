@@ -7,17 +7,16 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import Mesh
-from jaxtyping import PyTree
 
 from jsparse.compile_only import compile_only_devices, find_device
 from jsparse.models import Llama, LlamaConfig
 from jsparse.models.masking import ModelMask
-from jsparse.models.sharding import batch_sharding, parameter_shardings
+from jsparse.models.sharding import abstract_parameters, batch_sharding
 from jsparse.plan import DEFAULT_MEMORY_FRACTION, Plan, Program, check_memory_fraction, plan_program
 from jsparse.train.config import FinetuneConfig
 from jsparse.train.flops import step_flops
-from jsparse.train.start import extended_config, is_trained, prepare
-from jsparse.train.step import new_state, split_model, train_step
+from jsparse.train.start import extended_config, is_trained, prepare, step_of
+from jsparse.train.step import new_state, split_model
 
 STORED_DTYPE = (
     "bfloat16"  # of the weights, where a run takes them as they are: so are nearly all that are published
@@ -71,32 +70,22 @@ def plan_finetune(
     )
 
 
-def step_program(
-    config: FinetuneConfig, model_config: LlamaConfig, mask: ModelMask | None, mesh: Mesh
-) -> Program:
+def step_program(config: FinetuneConfig, model_config: LlamaConfig, mask: ModelMask, mesh: Mesh) -> Program:
     """The step of ``finetune`` with abstract arguments where it puts them on a mesh."""
-    optimizer = config.optimizer()
     splits = []
 
     def make():
         params, split = split_model(_model(config, model_config), is_trained(config))
         splits.append(split)
-        return new_state(params, optimizer), split.frozen
+        return new_state(params, config.optimizer()), split.frozen
 
-    state, frozen = (_placed(tree, mesh) for tree in jax.eval_shape(make))
+    state, frozen = (abstract_parameters(tree, mesh) for tree in jax.eval_shape(make))
     windows = config.batch_size // config.micro_batches
     tokens = jax.ShapeDtypeStruct(
         (config.micro_batches, windows, config.context), jnp.int32, sharding=batch_sharding(mesh)
     )
     scored = jax.ShapeDtypeStruct(tokens.shape, jnp.bool_, sharding=tokens.sharding)
-    step = train_step(
-        splits[0],
-        optimizer,
-        mask,
-        remat=config.remat,
-        dropout_seed=config.seed if config.lora_rank and config.lora_dropout else None,
-        mesh=mesh if config.mesh.devices > 1 else None,
-    )
+    step = step_of(config, splits[0], mask, mesh if config.mesh.devices > 1 else None)
     return Program(
         "train step",
         step,
@@ -117,14 +106,6 @@ def _model(config: FinetuneConfig, model_config: LlamaConfig) -> Llama:
 
 def _abstract_model(config: FinetuneConfig, model_config: LlamaConfig) -> Llama:
     return nnx.eval_shape(lambda: _model(config, model_config))
-
-
-def _placed(tree: PyTree, mesh: Mesh) -> PyTree:
-    return jax.tree.map(
-        lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
-        tree,
-        parameter_shardings(tree, mesh),
-    )
 
 
 def _settings(config: FinetuneConfig) -> dict[str, Any]:

@@ -1,5 +1,6 @@
 """What a run starts from: the model it trains, split and placed, and the state before its first step."""
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -9,10 +10,11 @@ from jax.sharding import Mesh
 from jaxtyping import PyTree
 
 from jsparse.models import Llama, LlamaConfig, LoRAParam, add_lora, quantize_base
+from jsparse.models.masking import ModelMask
 from jsparse.models.sharding import parameter_shardings, put
 from jsparse.train.config import FinetuneConfig
 from jsparse.train.longlora import is_trained_with_lora
-from jsparse.train.step import SplitModel, TrainState, new_state, split_model
+from jsparse.train.step import Metrics, SplitModel, TrainState, new_state, split_model, train_step
 
 
 def extended_config(config: FinetuneConfig, model: LlamaConfig) -> LlamaConfig:
@@ -61,6 +63,20 @@ def prepare(config: FinetuneConfig, model: Llama) -> Llama:
             dropout=config.lora_dropout,
         )
     return model
+
+
+def step_of(
+    config: FinetuneConfig, split: SplitModel, mask: ModelMask, mesh: Mesh | None
+) -> Callable[..., tuple[TrainState, Metrics]]:
+    """The step that the run takes, and that its plan compiles."""
+    return train_step(
+        split,
+        config.optimizer(),
+        mask,
+        remat=config.remat,
+        dropout_seed=config.seed if config.lora_rank and config.lora_dropout else None,
+        mesh=mesh,
+    )
 
 
 def is_trained(config: FinetuneConfig) -> Any:
