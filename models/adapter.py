@@ -3,8 +3,6 @@
 import dataclasses
 import json
 import math
-import os
-import shutil
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -27,7 +25,15 @@ from jsparse.models.config import LlamaConfig
 from jsparse.models.layers import Linear, LoRAParam, RMSNorm, linear_layers
 from jsparse.models.llama import Llama
 from jsparse.models.lora import add_lora, has_lora
-from jsparse.models.safetensors_folder import INDEX, SINGLE, StoredTensor, read_header, read_json, read_tensor
+from jsparse.models.safetensors_folder import (
+    INDEX,
+    SINGLE,
+    StoredTensor,
+    read_header,
+    read_json,
+    read_tensor,
+    written_whole,
+)
 from jsparse.models.sharding import put
 
 CONFIG = "adapter_config.json"
@@ -258,24 +264,11 @@ def _selected(model: Llama, trained: Any, whole: Mapping[str, _Weight]) -> list[
 
 
 def _write(directory: Path, weights: Mapping[str, _Weight], jsons: Mapping[str, dict]) -> None:
-    """First all files into a temporary folder, then one by one, in this order, into place."""
-    directory.mkdir(parents=True, exist_ok=True)
-    staging = directory / ".saving"
-    shutil.rmtree(staging, ignore_errors=True)  # of a save that was killed
-    staging.mkdir()
-    try:
+    with written_whole(directory, last=CONFIG) as staging:
         tensors = {_PREFIX + name: weight.get() for name, weight in weights.items()}
         safetensors.numpy.save_file(tensors, staging / WEIGHTS, metadata={"format": "pt"})
         for name, content in jsons.items():
             (staging / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-        shutil.copymode(staging / CONFIG, staging / WEIGHTS)  # safetensors makes its files private
-        for name in (WEIGHTS, *jsons):
-            with (staging / name).open("rb+") as stream:
-                os.fsync(stream.fileno())
-        for name in (WEIGHTS, *jsons):
-            os.replace(staging / name, directory / name)
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
 
 
 # Loading

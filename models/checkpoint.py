@@ -2,9 +2,7 @@
 
 import dataclasses
 import json
-import os
 import re
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -16,7 +14,14 @@ from flax import nnx
 
 from jsparse.models.config import LlamaConfig
 from jsparse.models.hf_config import token_ids
-from jsparse.models.safetensors_folder import INDEX, SINGLE, find_tensors, read_json, read_tensor
+from jsparse.models.safetensors_folder import (
+    INDEX,
+    SINGLE,
+    find_tensors,
+    read_json,
+    read_tensor,
+    written_whole,
+)
 
 Parameters = dict[tuple, nnx.Variable]  # by path, as nnx.to_flat_state gives them
 
@@ -151,16 +156,14 @@ def save(config: LlamaConfig, parameters: Parameters, directory: str | Path, *, 
     dtypes = sorted({variable.dtype.name for variable in parameters.values()})
     if not set(dtypes) <= {dtype.name for dtype in _DTYPES.values()}:
         raise ValueError(f"parameters have dtype {', '.join(dtypes)}; allowed are float32, float16, bfloat16")
-    directory.mkdir(parents=True, exist_ok=True)
-    staging = directory / ".saving"
-    shutil.rmtree(staging, ignore_errors=True)  # of a save that was killed
-    staging.mkdir()
-    try:
+    with written_whole(directory, last="config.json") as staging:
         _write_weights(staging, parameters, max_shard_bytes)
         _write_configs(staging, config, dtypes)
-        _move_into_place(staging, directory)
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
+        names = {file.name for file in staging.iterdir()}
+    for file in directory.iterdir():
+        is_weights = file.name in (SINGLE, INDEX) or _SHARD_NAME.fullmatch(file.name)
+        if is_weights and file.name not in names:
+            file.unlink()
 
 
 def _write_weights(folder, parameters, max_shard_bytes):
@@ -203,18 +206,3 @@ def _write_configs(folder, config, dtypes):
 
 def _write_json(file, content):
     file.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-
-
-def _move_into_place(staging, directory):
-    new = sorted(staging.iterdir(), key=lambda file: file.suffix != ".safetensors")  # weights, then the rest
-    for file in new:
-        shutil.copymode(staging / "config.json", file)  # safetensors makes its files private
-        with file.open("rb+") as stream:
-            os.fsync(stream.fileno())
-    for file in new:
-        os.replace(file, directory / file.name)
-    names = {file.name for file in new}
-    for file in directory.iterdir():
-        is_weights = file.name in (SINGLE, INDEX) or _SHARD_NAME.fullmatch(file.name)
-        if is_weights and file.name not in names:
-            file.unlink()

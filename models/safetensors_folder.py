@@ -1,10 +1,13 @@
 """A folder of safetensors: one file, or shards with an index. Headers are checked before tensors are read."""
 
 import collections
+import contextlib
 import dataclasses
 import json
 import os
+import shutil
 import struct
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +18,30 @@ SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 _PICKLES = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
 _MAX_HEADER_BYTES = 100_000_000  # the format's own limit
+
+
+@contextlib.contextmanager
+def written_whole(directory: Path, *, last: str) -> Iterator[Path]:
+    """A folder to write files into, which are flushed and moved into ``directory`` when the block ends.
+
+    Weights go first, and the file called ``last``, with which the folder becomes what it is to be, goes last.
+    A crash, or an error in the block, leaves what was there.
+    """
+    directory.mkdir(parents=True, exist_ok=True)
+    staging = directory / ".saving"
+    shutil.rmtree(staging, ignore_errors=True)  # of a save that was killed
+    staging.mkdir()
+    try:
+        yield staging
+        new = sorted(staging.iterdir(), key=lambda file: (file.name == last, file.suffix != ".safetensors"))
+        for file in new:
+            shutil.copymode(staging / last, file)  # safetensors makes its files private
+            with file.open("rb+") as stream:
+                os.fsync(stream.fileno())
+        for file in new:
+            os.replace(file, directory / file.name)
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
 
 
 @dataclasses.dataclass(frozen=True)
