@@ -4,6 +4,7 @@ import shutil
 import sys
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
@@ -210,3 +211,14 @@ def test_a_loss_that_is_not_finite_ends_the_run_and_writes_no_model(config, tmp_
     assert [(line["step"], line["skipped"]) for line in lines] == [(1, 0), (2, 1), (3, 2)]
     assert lines[0]["loss"] > 0 and lines[1]["loss"] is None and lines[2]["grad_norm"] is None
     assert not (wild.output / "config.json").exists()
+
+
+@pytest.mark.parametrize(("skipped", "in_row", "taken"), [(0, 0, 4), (2, 0, 2), (2, 1, 3), (2, 2, 3)])
+def test_the_learning_rate_reported_is_that_of_the_steps_the_optimizer_took(config, skipped, in_row, taken):
+    """In line 5, ``taken`` steps have moved the weights before: the one that is skipped there has not."""
+    module = sys.modules["jsparse.train.finetune"]
+    rising = dataclasses.replace(config, learning_rate=1.0, warmup_steps=10)
+    numbers = (jnp.float32(2.0), jnp.float32(1.0), *(jnp.int32(n) for n in (7, skipped, in_row)))
+    line = module._metrics_line(rising, 5, module.Metrics(*numbers), 0.0)
+    np.testing.assert_allclose(line["learning_rate"], (taken + 1) / 10, rtol=1e-6)
+    assert (line["loss"] is None) == (in_row > 0) and line["skipped"] == skipped
