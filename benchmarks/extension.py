@@ -3,24 +3,27 @@
     python benchmarks/extension.py --output benchmarks/results/cpu-extension
 
 LongLoRA's comparison (arXiv 2309.12307, tables 1 and 2) in miniature. A byte-level Llama is trained at the
-short context, its positions are interpolated, and then it is trained at the long one with full attention,
-with shifted groups of a quarter of the context (S²-Attn), and with the same groups without the shift ("short
-attention"); data, order, seed, steps and everything else are equal.
+short context, its RoPE is extended, and then it is trained at the long one with full attention, with shifted
+groups of a quarter of the context (S²-Attn), and with the same groups without the shift ("short attention");
+data, order, seed, steps and everything else are equal.
 
-The text is made so that context matters, and a small model can learn it: words of four letters, drawn from
-the 52 with probabilities that fall as 1 / n in an order of the document's own. Where a word ends is in the
-last few bytes; how often a letter comes is in the whole document so far, and the longer that is the better it
-is known.
+The text is made so that a small model learns it, and that what can be known of it with and without context
+can be worked out: random letters in rows of 64, where four in five repeat the letter above. A letter is known
+as well as it can be once the row above is seen; where a group begins, it is not.
 
 Perplexity is that of a byte, on documents that were held out; with ``--held-out dev`` on others, those that
 the settings were chosen on. Every model is measured with full attention, as it would be served, and with the
 pattern that it was trained with.
+
+Of the RoPE extensions it is Llama 3's by default, which leaves the high frequencies as they are. The model has
+but 8, and with the others, which stretch those too, it has to learn distances anew.
 """
 
 import contextlib
 import dataclasses
 import importlib.util
 import json
+import math
 import statistics
 import string
 import sys
@@ -43,7 +46,8 @@ from jsparse.train.patterns import AttentionPattern, load_pattern
 KINDS = ("full", "shifted", "grouped")
 FIGURE, TEXT = "extension.png", "train.jsonl"
 _SEEDS = {"train": 1, "dev": 2, "test": 3}  # of the text
-_WORD = 4  # letters
+_LETTERS = np.array(list(string.ascii_letters))
+_REPEATED = 0.8  # probability that a letter is the one above
 _COLOURS = {"full": "#000000", "shifted": "#0072B2", "grouped": "#D55E00"}  # Okabe and Ito's
 _NAMES = {"full": "full attention", "shifted": "shifted groups", "grouped": "groups without the shift"}
 
@@ -66,15 +70,17 @@ class ExtensionBench:
     """Tokens the base model is trained at."""
     growth: int = 8
     """How many times longer the context becomes."""
-    base_steps: int = 1000
+    row: int = 64
+    """Letters of the text in a row: how far back the letter above is."""
+    base_steps: int = 600
     """Training steps of the base model."""
     base_batch: int = 16
     """Windows of the short context in each of them."""
-    rope: Literal["linear", "yarn"] = "yarn"
-    """How positions are interpolated."""
+    rope: str = "llama3"
+    """How RoPE is extended: linear, ntk, yarn or llama3."""
     group_ratio: float = 0.25
     """Part of the long context that a group takes."""
-    steps: int = 100
+    steps: int = 150
     """Training steps at the long context."""
     batch_size: int = 4
     """Windows in each of them."""
@@ -92,10 +98,15 @@ class ExtensionBench:
             value = getattr(self, name)
             object.__setattr__(self, name, None if value is None else Path(value))
         check_list("seeds", self.seeds, minimum=0)
-        check_integers(self, base_batch=None, growth=None, steps=None, batch_size=None)
+        check_integers(self, base_batch=None, growth=None, steps=None, batch_size=None, row=None)
         check_integers(self, documents=None, held_out_documents=None)
         if self.growth < 2:
             raise ValueError(f"growth={self.growth} must be at least 2: else nothing is extended")
+        if self.row > self.context // 2:
+            raise ValueError(
+                f"row={self.row} must be at most half of context={self.context}: else too little of "
+                "the base's windows repeats for it to learn the rule"
+            )
         self.base(self.output)
         for kind in KINDS:
             self.extension(self.output, kind, self.seeds[0])
@@ -103,6 +114,11 @@ class ExtensionBench:
     @property
     def long_context(self) -> int:
         return self.context * self.growth
+
+    @property
+    def group(self) -> int:
+        """Tokens of a group at the long context."""
+        return int(self.long_context * self.group_ratio)
 
     @property
     def contexts(self) -> list[int]:
@@ -125,7 +141,6 @@ class ExtensionBench:
 
     def extension(self, models: Path, kind: str, seed: int) -> FinetuneConfig:
         """One run at the long context. Runs of one seed differ in ``kind`` alone."""
-        group_size = None if kind == "full" else int(self.long_context * self.group_ratio)
         return FinetuneConfig(
             model=models / "base",
             data=[models / TEXT],
@@ -133,7 +148,7 @@ class ExtensionBench:
             context=self.long_context,
             rope=self.rope,
             attention=kind,
-            group_size=group_size,
+            group_size=None if kind == "full" else self.group,
             lora_rank=None,
             steps=self.steps,
             batch_size=self.batch_size,
@@ -149,8 +164,8 @@ class ExtensionBench:
 class Row:
     """Perplexity of one model at each context.
 
-    - ``model``: "base", "interpolated" (the base at interpolated positions, not trained) or what attention
-      it was trained with at the long context; ``seed`` of that training.
+    - ``model``: "base", "extended" (the base with its RoPE extended, not trained) or what attention it was
+      trained with at the long context; ``seed`` of that training.
     - ``measured_with``: "full" attention, or the "pattern" of the training.
     - ``training_loss``: the mean of the last tenth of the steps, in nats.
     """
@@ -182,7 +197,7 @@ def bench_extension(config: ExtensionBench) -> list[Row]:
         for folder in (config.output, models):
             folder.mkdir(parents=True, exist_ok=True)
         rows = train_and_measure(config, models)
-    print(markdown(rows, config.contexts))
+    print(markdown(config, rows))
     if importlib.util.find_spec("matplotlib") is None:
         print(f"{FIGURE} was not drawn: pip install 'jsparse[plot]'", file=sys.stderr)
     else:
@@ -196,17 +211,35 @@ def bench_extension(config: ExtensionBench) -> list[Row]:
 def make_documents(config: ExtensionBench, count: int, which: str) -> Iterator[str]:
     """Documents that fill a window of the long context each, together with the token that ends them.
 
-    A document has its own order of the letters, and the n-th comes with a probability that falls as 1 / n.
+    Rows of ``config.row`` letters, without breaks. The first is random; below, a letter is the one above with
+    probability 4 / 5, and else random.
     """
-    letters = np.array(list(string.ascii_letters))
-    probability = 1 / np.arange(1, len(letters) + 1)
-    probability /= probability.sum()
     rng = np.random.default_rng(_SEEDS[which])
     length = config.long_context - 1
     for _ in range(count):
-        shape = length // (_WORD + 1) + 1, _WORD
-        drawn = rng.choice(rng.permutation(letters), shape, p=probability)
-        yield " ".join("".join(word) for word in drawn)[:length]
+        rows = rng.integers(0, len(_LETTERS), (-(-length // config.row), config.row))
+        repeated = rng.random(rows.shape) < _REPEATED
+        for above, row, same in zip(rows, rows[1:], repeated[1:], strict=False):
+            row[same] = above[same]
+        yield "".join(_LETTERS[rows.ravel()[:length]])
+
+
+def expected_perplexity(config: ExtensionBench, context: int, group: int | None = None) -> float:
+    """Of a model that knows how the text is made, and sees the whole window or its own group of it.
+
+    All it cannot know is what the first row was before it: the letters below that row cost
+    ``-p log p - (1 - p) log((1 - p) / 51)`` nats, p = 4 / 5 + 1 / 5 / 52, and those of it log 52.
+
+    >>> config = ExtensionBench(output=Path("unused"))
+    >>> round(expected_perplexity(config, 2048), 2), round(expected_perplexity(config, 2048, group=512), 2)
+    (3.85, 4.94)
+    """
+    n = len(_LETTERS)
+    right = _REPEATED + (1 - _REPEATED) / n
+    below = -right * math.log(right) - (1 - right) * math.log((1 - right) / (n - 1))
+    groups = -(-context // (group or context))
+    unknown = groups * (config.row - 1) / (context - 1)  # a query sees itself, and predicts the next letter
+    return math.exp(unknown * math.log(n) + (1 - unknown) * below)
 
 
 def write_documents(path: Path, documents: Iterable[str]) -> None:
@@ -237,10 +270,10 @@ def train_and_measure(config: ExtensionBench, models: Path) -> list[Row]:
 
 
 def measure_untrained(config: ExtensionBench, base: Path, tokens: np.ndarray) -> list[Row]:
-    """The base model as it is, and with its positions interpolated to the long context."""
-    as_it_is, interpolated = (Llama.from_pretrained(base) for _ in range(2))
-    interpolated.config = interpolated.config.extend_context(config.long_context, config.rope)
-    models = {"base": as_it_is, "interpolated": interpolated}
+    """The base model as it is, and with its RoPE extended to the long context."""
+    as_it_is, extended = (Llama.from_pretrained(base) for _ in range(2))
+    extended.config = extended.config.extend_context(config.long_context, config.rope)
+    models = {"base": as_it_is, "extended": extended}
     return [Row(name, "full", None, perplexities(config, model, tokens)) for name, model in models.items()]
 
 
@@ -299,23 +332,28 @@ def title(model: str, measured_with: str) -> str:
     """
     if model == "base":
         return "base, as it is"
-    if model == "interpolated":
-        return "positions interpolated, no training"
+    if model == "extended":
+        return "base, RoPE extended, no training"
     how = "the same" if measured_with == "pattern" else "full attention"
     return f"trained with {_NAMES[model]}, measured with {how}"
 
 
-def markdown(rows: Sequence[Row], contexts: Sequence[int]) -> str:
-    """A table of one line for a model and a way to measure it: means, and at the last context the range."""
+def markdown(config: ExtensionBench, rows: Sequence[Row]) -> str:
+    """A table of one line for a model and a way to measure it: means, and at the last context the range;
+    below, what can be expected of a model that knows how the text is made.
+    """
     lines = [
-        f"| perplexity of a byte, window: | {' | '.join(map(short_count, contexts))} |",
-        "|---" * (1 + len(contexts)) + "|",
+        f"| perplexity of a byte, window: | {' | '.join(map(short_count, config.contexts))} |",
+        "|---" * (1 + len(config.contexts)) + "|",
     ]
     for (model, measured_with), values in over_seeds(rows).items():
         cells = [f"{value:.3f}" for value in values.mean(axis=0)]
         if len(values) > 1:
             cells[-1] += f" ({values[:, -1].min():.3f}–{values[:, -1].max():.3f})"
         lines.append(f"| {title(model, measured_with)} | {' | '.join(cells)} |")
+    for sees, group in (("its window", None), ("its group", config.group)):
+        cells = [f"{expected_perplexity(config, context, group):.3f}" for context in config.contexts]
+        lines.append(f"| *expected by one that knows the rule and sees {sees}* | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
@@ -329,7 +367,7 @@ def write(config: ExtensionBench, rows: Sequence[Row], seconds: float) -> None:
         "command": f"python benchmarks/extension.py --output {config.output}",
         "settings": settings,
         "contexts": config.contexts,
-        "group_size": config.extension(config.output, "shifted", 0).groups,
+        "group_size": config.group,
         "machine": describe_machine(),
         "rows": [dataclasses.asdict(row) for row in rows],
         "seconds": round(seconds, 1),
@@ -339,7 +377,8 @@ def write(config: ExtensionBench, rows: Sequence[Row], seconds: float) -> None:
 
 def draw(config: ExtensionBench, rows: Sequence[Row], path: Path) -> None:
     """Perplexity against the window: on the left measured with full attention, on the right with the pattern
-    of the training; bars are the range over the seeds.
+    of the training; bars are the range over the seeds, dashed lines what can be expected of a model that
+    knows how the text is made.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg  # draws without a display or global state
     from matplotlib.figure import Figure
@@ -357,6 +396,9 @@ def draw(config: ExtensionBench, rows: Sequence[Row], path: Path) -> None:
             axes.errorbar(
                 config.contexts, mean, spread, marker="o", capsize=3, color=_COLOURS[kind], label=_NAMES[kind]
             )
+        for group in (None, config.group if measured_with == "pattern" else None):
+            expected = [expected_perplexity(config, context, group) for context in config.contexts]
+            axes.plot(config.contexts, expected, linestyle="--", linewidth=0.9, color="#888888", zorder=1)
         axes.set_xscale("log", base=2)
         axes.set_xticks(config.contexts, [short_count(context) for context in config.contexts])
         axes.set_xlabel("window (tokens)")
@@ -367,11 +409,11 @@ def draw(config: ExtensionBench, rows: Sequence[Row], path: Path) -> None:
     panels["full"].set_title("measured with full attention", fontsize=10)
     panels["pattern"].set_title("measured with the attention of the training", fontsize=10)
     panels["full"].legend(frameon=False, title="trained with")
-    untrained = found["interpolated", "full"][0, -1]
+    as_it_is, untrained = (found[model, "full"][0, -1] for model in ("base", "extended"))
+    long = short_count(config.long_context)
     figure.suptitle(
-        f"Extended from {config.context} to {short_count(config.long_context)} tokens; with positions "
-        f"interpolated and no training: {untrained:.1f} at {short_count(config.long_context)}\n"
-        f"{machine_name(describe_machine())}",
+        f"Extended from {config.context} to {long} tokens. With no training at {long}: {untrained:.1f} "
+        f"(and {as_it_is:.1f} as the base is). Dashed: expected\n{machine_name(describe_machine())}",
         fontsize=10,
     )
     figure.savefig(path, dpi=150)

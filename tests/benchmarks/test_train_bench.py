@@ -2,7 +2,7 @@
 
 import doctest
 import json
-from collections import Counter
+from pathlib import Path
 from typing import Any
 
 import extension
@@ -21,6 +21,7 @@ SMALL: dict[str, Any] = {
     "layers": 1,
     "context": 32,
     "growth": 2,
+    "row": 8,
     "base_steps": 2,
     "base_batch": 2,
     "steps": 2,
@@ -109,7 +110,7 @@ def test_every_kind_is_trained_and_measured(extended):
     config, rows = extended
     assert [(row.model, row.measured_with, row.seed) for row in rows] == [
         ("base", "full", None),
-        ("interpolated", "full", None),
+        ("extended", "full", None),
         ("full", "full", 1),
         ("shifted", "full", 1),
         ("shifted", "pattern", 1),
@@ -145,25 +146,42 @@ def test_perplexity_is_that_of_the_saved_model_and_its_pattern(extended):
         assert of["shifted", measured_with][-1] == pytest.approx(np.exp(nll.mean()), rel=1e-5)
 
 
-def test_documents_fill_a_window_and_have_letters_of_their_own(tmp_path):
+def test_documents_fill_a_window_and_repeat_the_row_above(tmp_path):
     config = ExtensionBench(output=tmp_path)
     texts = {which: list(extension.make_documents(config, 3, which)) for which in ("train", "dev", "test")}
-    commonest = []
-    for text in (text for of_it in texts.values() for text in of_it):
-        assert len(text) == 2047 and set(text[4::5]) == {" "} and " " not in text[0::5] + text[3::5]
-        (first, often), (_, less) = Counter(text.replace(" ", "")).most_common(2)
-        assert 0.15 < often / 1638 < 0.3 and 1.3 < often / less < 3  # 0.22 and 2, but for chance
-        commonest.append(first)
-    assert len(set(commonest)) > 5
+    every = [text for of_it in texts.values() for text in of_it]
+    assert {len(text) for text in every} == {2047} and len(set(every)) == 9
+    for text in every:
+        repeated = np.mean([letter == above for letter, above in zip(text[64:], text, strict=False)])
+        assert abs(repeated - (0.8 + 0.2 / 52)) < 0.04  # 4.5 standard deviations
+        assert len(set(text)) == 52
     assert texts["dev"] == list(extension.make_documents(config, 3, "dev"))
 
 
+@pytest.mark.parametrize("group", [None, 512])
+def test_expected_perplexity_is_that_of_a_predictor_that_knows_the_rule(tmp_path, group):
+    """Likelihoods letter by letter, of the next one after each query that sees the row above in its group."""
+    config = ExtensionBench(output=tmp_path)
+    nll = []
+    for text in extension.make_documents(config, 40, "dev"):
+        for query in range(2046):
+            target = query + 1
+            if query % (group or 2048) >= 63:
+                nll.append(-np.log(0.8 * (text[target] == text[target - 64]) + 0.2 / 52))
+            else:
+                nll.append(np.log(52))
+    assert np.mean(nll) == pytest.approx(np.log(extension.expected_perplexity(config, 2048, group)), abs=0.02)
+
+
 def test_the_table_has_means_and_the_range_over_the_seeds():
+    config = ExtensionBench(output=Path("unused"), growth=2)
     rows = [extension.Row("grouped", "pattern", seed, (5.0, 4.0 + seed)) for seed in (0, 1)]
-    last = extension.markdown(rows, [256, 2048]).splitlines()[-1]
-    assert last == (
+    *_, measured, window, group = extension.markdown(config, rows).splitlines()
+    assert measured == (
         "| trained with groups without the shift, measured with the same | 5.000 | 4.500 (4.000–5.000) |"
     )
+    assert window.startswith("| *expected by one that knows the rule and sees its window* | 6.8")
+    assert group.startswith("| *expected by one that knows the rule and sees its group* | 13.")
 
 
 @pytest.mark.parametrize(
@@ -172,6 +190,7 @@ def test_the_table_has_means_and_the_range_over_the_seeds():
         ({"growth": 1}, "growth=1 must be at least 2"),
         ({"seeds": ()}, "seeds must have at least one entry"),
         ({"group_ratio": 0.3}, "group_size=19 does not fit context=64"),
+        ({"row": 17}, "row=17 must be at most half of context=32"),
         ({"documents": 0}, "documents must be an integer >= 1"),
     ],
 )
