@@ -15,8 +15,8 @@ Perplexity is that of a byte, on documents that were held out; with ``--held-out
 the settings were chosen on. Every model is measured with full attention, as it would be served, and with the
 pattern that it was trained with.
 
-Of the RoPE extensions it is Llama 3's by default, which leaves the high frequencies as they are. The model has
-but 8, and with the others, which stretch those too, it has to learn distances anew.
+Of the RoPE extensions it is Llama 3's by default, which leaves the high frequencies as they are. The model
+has but 8, and with the others, which stretch those too, it has to learn distances anew.
 """
 
 import contextlib
@@ -328,14 +328,14 @@ def title(model: str, measured_with: str) -> str:
     """What a line of the table or the figure shows.
 
     >>> title("shifted", "pattern")
-    'trained with shifted groups, measured with the same'
+    'shifted groups, measured with the same'
     """
     if model == "base":
         return "base, as it is"
     if model == "extended":
         return "base, RoPE extended, no training"
-    how = "the same" if measured_with == "pattern" else "full attention"
-    return f"trained with {_NAMES[model]}, measured with {how}"
+    how = "the same" if measured_with == "pattern" or model == "full" else "full attention"
+    return f"{_NAMES[model]}, measured with {how}"
 
 
 def markdown(config: ExtensionBench, rows: Sequence[Row]) -> str:
