@@ -154,29 +154,30 @@ def _backward_keys(queries: _Items, keys: _Items, part: _Part, mask: BlockMask, 
     q, d_out, lse, delta = queries.values
     k, v = keys.values
     q_columns, d_out_columns = jnp.swapaxes(q, -1, -2), jnp.swapaxes(d_out, -1, -2)
+    k_columns, v_columns = jnp.swapaxes(k, -1, -2), jnp.swapaxes(v, -1, -2)
     dtype = jnp.promote_types(q.dtype, jnp.float32)
     owner, pieces = _pieces(_Lists(*transposed_lists(*part.lists, num_kv_items=k.shape[0])))
 
     def init(piece):
-        shape = (piece.shape[0], *k.shape[1:])
+        shape = (piece.shape[0], *k_columns.shape[1:])
         return jnp.zeros(shape, dtype), jnp.zeros(shape, dtype)
 
     def step(carry, piece, i, listed, masked):
+        # As columns: scores by key need a mask by key, with which XLA on a CPU takes twice as long.
         dk, dv = carry
         j = owner[piece]
-        scores = _product(k[j], q_columns[i], dtype) * scale
-        scores = _hide(
-            scores, _visible(queries, i, keys, j, listed, masked, part.token_mask, mask), by_key=True
-        )
-        weights = jnp.exp(scores - lse[i][:, :, :, None])
-        dv = dv + _product(weights.astype(d_out.dtype), d_out[i], dtype)
-        d_weights = _product(v[j], d_out_columns[i], dtype)
-        d_scores = weights * (d_weights - delta[i][:, :, :, None]) * scale
-        return dk + _product(d_scores.astype(q.dtype), q[i], dtype), dv
+        scores = _product(q[i], k_columns[j], dtype) * scale
+        scores = _hide(scores, _visible(queries, i, keys, j, listed, masked, part.token_mask, mask))
+        weights = jnp.exp(scores - lse[i][..., None])
+        dv = dv + _product(d_out_columns[i], weights.astype(d_out.dtype), dtype)
+        d_weights = _product(d_out[i], v_columns[j], dtype)
+        d_scores = weights * (d_weights - delta[i][..., None]) * scale
+        return dk + _product(q_columns[i], d_scores.astype(q.dtype), dtype), dv
 
-    parts = _over_lists(
-        pieces, init, step, lambda carry: carry, chunk=_chunk(q, k), mask_all=queries.segment is not None
-    )
+    def finish(carry):
+        return jax.tree.map(lambda x: jnp.swapaxes(x, -1, -2), carry)
+
+    parts = _over_lists(pieces, init, step, finish, chunk=_chunk(q, k), mask_all=queries.segment is not None)
     return _sum_by_owner(parts, owner, k.shape[0])
 
 
@@ -278,15 +279,11 @@ def _visible(
     return visible
 
 
-def _hide(scores, visible, by_key: bool = False):
-    """-inf where not visible; scores [n, B, H, G * block_q, block_kv], or by key the last two swapped."""
-    n, batch, heads, rows, columns = scores.shape
-    if by_key:
-        visible = jnp.swapaxes(visible, -1, -2)[:, :, None, :, None]
-        split = scores.reshape(n, batch, heads, rows, -1, max(visible.shape[-1], 1))
-    else:
-        visible = visible[:, :, None, None]
-        split = scores.reshape(n, batch, heads, -1, max(visible.shape[-2], 1), columns)
+def _hide(scores, visible):
+    """-inf where not visible; scores [n, B, H, G * block_q, block_kv]."""
+    n, batch, heads, _, columns = scores.shape
+    visible = visible[:, :, None, None]
+    split = scores.reshape(n, batch, heads, -1, max(visible.shape[-2], 1), columns)
     return jnp.where(visible, split, -jnp.inf).reshape(scores.shape)
 
 
