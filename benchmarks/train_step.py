@@ -46,8 +46,8 @@ from jsparse.serve.bench.common import (
 from jsparse.serve.bench.report import machine_name, short_count
 from jsparse.train import FinetuneConfig
 from jsparse.train.flops import step_flops
-from jsparse.train.start import is_trained, prepare
-from jsparse.train.step import new_state, split_model, train_step
+from jsparse.train.start import is_trained, prepare, step_of
+from jsparse.train.step import new_state, split_model
 
 KINDS = ("full", "shifted")
 FIGURE = "train_step.png"
@@ -181,7 +181,7 @@ def timed_step(config: TrainStepBench, kind: str, context: int) -> Callable[[], 
     run, llama = config.finetuning(kind, context), config.model()
     model = prepare(run, Llama(llama, rngs=nnx.Rngs(0)))
     params, split = split_model(model, is_trained(run))
-    step = train_step(split, run.optimizer(), run.pattern(llama).masks(llama, context), remat=run.remat)
+    step = step_of(run, split, run.pattern(llama).masks(llama, context), None)
     state = new_state(params, run.optimizer())
     tokens = np.random.default_rng(0).integers(0, llama.vocab_size, (1, 1, context)).astype(np.int32)
     batch = tokens, np.ones_like(tokens), np.ones(tokens.shape, bool)

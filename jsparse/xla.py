@@ -163,7 +163,7 @@ def _backward_keys(queries: _Items, keys: _Items, part: _Part, mask: BlockMask, 
         return jnp.zeros(shape, dtype), jnp.zeros(shape, dtype)
 
     def step(carry, piece, i, listed, masked):
-        # As columns: scores by key need a mask by key, with which XLA on a CPU takes twice as long.
+        # As columns, for scores by query: masks of segments by key take XLA on a CPU as long as all the rest.
         dk, dv = carry
         j = owner[piece]
         scores = _product(q[i], k_columns[j], dtype) * scale

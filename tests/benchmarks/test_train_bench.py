@@ -187,7 +187,7 @@ def test_the_table_has_means_and_the_range_over_the_seeds():
     [
         ({"growth": 1}, "growth=1 must be at least 2"),
         ({"seeds": ()}, "seeds must have at least one entry"),
-        ({"group_ratio": 0.3}, "group_size=19 does not fit context=64"),
+        ({"group_ratio": 0.3}, r"group_size=19 \(0.3 of the context\) does not fit context=64"),
         ({"row": 17}, "row=17 must be at most half of context=32"),
         ({"documents": 0}, "documents must be an integer >= 1"),
     ],
