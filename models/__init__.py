@@ -16,5 +16,8 @@ from jsparse.models.lora import set_dropout_keys as set_dropout_keys
 from jsparse.models.masking import ModelMask as ModelMask
 from jsparse.models.rope import RopeConfig as RopeConfig
 from jsparse.models.sharding import MeshConfig as MeshConfig
+from jsparse.models.shipped import shipped_model as shipped_model
 from jsparse.models.tokenizer import byte_tokenizer as byte_tokenizer
 from jsparse.models.tokenizer import load_tokenizer as load_tokenizer
+from jsparse.models.tokenizer import plain_text_tokenizer as plain_text_tokenizer
+from jsparse.models.tokenizer import train_tokenizer as train_tokenizer

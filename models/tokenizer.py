@@ -1,9 +1,10 @@
 """Tokenizers: the one of a checkpoint, and one of plain bytes that needs no training."""
 
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import tokenizers
-from tokenizers import decoders, models, pre_tokenizers
+from tokenizers import AddedToken, decoders, models, pre_tokenizers, trainers
 
 END_OF_TEXT = "<|endoftext|>"
 
@@ -24,6 +25,15 @@ def load_tokenizer(directory: str | Path) -> tokenizers.Tokenizer:
         return tokenizers.Tokenizer.from_file(str(path))
     except Exception as error:  # the library raises bare Exception
         raise ValueError(f"{path} is not a tokenizer: {error}") from error
+
+
+def plain_text_tokenizer(tokenizer: tokenizers.Tokenizer) -> tokenizers.Tokenizer:
+    """A copy that never truncates or pads and takes the names of special tokens for text."""
+    plain = tokenizers.Tokenizer.from_str(tokenizer.to_str())
+    plain.no_truncation()
+    plain.no_padding()
+    plain.encode_special_tokens = True
+    return plain
 
 
 def byte_tokenizer() -> tokenizers.Tokenizer:
@@ -51,4 +61,37 @@ def byte_tokenizer() -> tokenizers.Tokenizer:
     # The marker written out in a document is text, not the end of a document. tokenizer.json cannot say so:
     # a tokenizer that was loaded again reads the marker as id 256, unless this is set there too.
     tokenizer.encode_special_tokens = True
+    return tokenizer
+
+
+def train_tokenizer(texts: Iterable[str], vocab_size: int, words: Sequence[str] = ()) -> tokenizers.Tokenizer:
+    """A byte-level BPE tokenizer (as GPT-2's) of ``vocab_size`` tokens, trained on ``texts``.
+
+    Digits are tokens of their own, as is each of ``words`` with the space before it, and the special token
+    ``<|endoftext|>``. Every text comes back from its ids. Raises ValueError for a vocabulary that has no room
+    for the 256 bytes and the words.
+
+    >>> tokenizer = train_tokenizer(["to be or not to be"], 262, words=["question"])
+    >>> tokenizer.encode("the question 12").tokens
+    ['t', 'h', 'e', ' question', 'Ġ', '1', '2']
+    """
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    least = len(alphabet) + len(words) + 1
+    if vocab_size < least:
+        raise ValueError(
+            f"vocab_size={vocab_size} must be at least {least}: {len(alphabet)} bytes, {len(words)} words "
+            "and a special token"
+        )
+    tokenizer = tokenizers.Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size - len(words) - 1, initial_alphabet=alphabet, show_progress=False
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    tokenizer.add_special_tokens([END_OF_TEXT])
+    tokenizer.add_tokens([AddedToken(f" {word}", normalized=False) for word in words])
+    tokenizer.encode_special_tokens = True  # as in byte_tokenizer
     return tokenizer

@@ -11,8 +11,9 @@ from pathlib import Path
 import numpy as np
 from tokenizers import Tokenizer
 
+from jsparse.models import plain_text_tokenizer
 from jsparse.train.documents import check_files as check_files
-from jsparse.train.documents import is_json_lines, plain_text_tokenizer
+from jsparse.train.documents import is_json_lines
 from jsparse.train.documents import read_documents as read_documents
 from jsparse.train.windows import PADDING as PADDING
 from jsparse.train.windows import Batch as Batch

@@ -9,6 +9,8 @@ import numpy as np
 from jaxtyping import Int32
 from tokenizers import Encoding, Tokenizer
 
+from jsparse.models import plain_text_tokenizer
+
 _BATCH_CHARACTERS = 1 << 18  # tokenised at a time, on all cores; a batch is longer only if one record is
 _ALLOWED = (
     'a line must be {"text": ...}, {"prompt": ..., "completion": ...} or '
@@ -110,15 +112,6 @@ def read_samples(
     (array([ 50,  43,  50,  61,  52, 256], dtype=int32), 4)
     """
     return _tokenise(_read_files(files), tokenizer, eos_token_id=eos_token_id, vocab_size=vocab_size)
-
-
-def plain_text_tokenizer(tokenizer: Tokenizer) -> Tokenizer:
-    """A copy that never truncates or pads and takes the names of special tokens for text."""
-    plain = Tokenizer.from_str(tokenizer.to_str())
-    plain.no_truncation()
-    plain.no_padding()
-    plain.encode_special_tokens = True
-    return plain
 
 
 def _read_files(files: Sequence[str | Path]) -> Iterator[_Record]:

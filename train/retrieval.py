@@ -11,16 +11,12 @@ from flax import nnx
 from jaxtyping import Array, Bool, Int32, Integer
 from tokenizers import Tokenizer
 
-from jsparse.models import Llama
+from jsparse.models import Llama, plain_text_tokenizer
 from jsparse.models.masking import ModelMask, hashable
+from jsparse.tasks import PASSKEY_HEADER, PASSKEY_NEEDLE, PASSKEY_QUESTION, question_and_answer
 from jsparse.train.progress import progress_bar
 
-# The task is that of LongLoRA's passkey_retrivial.py (arXiv 2309.12307, §4.2), after landmark attention
-# (arXiv 2305.16300, §4.2).
-_TASK = "Somewhere in this text there is a pass key. Find it and keep it in mind: I will ask for it.\n"
 _FILLER = "The grass grows. The river runs. The sun goes down. We walk on. And back home again.\n"
-_NEEDLE = "\nThe pass key is {key}. Remember it. {key} is the pass key.\n"
-_QUESTION = "\nWhat is the pass key? The pass key is"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -150,9 +146,7 @@ def _material(
     seed: int,
     haystack: Integer[np.ndarray, " N"] | None,
 ) -> _Material:
-    plain = Tokenizer.from_str(tokenizer.to_str())  # a copy, for what follows changes it
-    plain.no_truncation()
-    plain.no_padding()
+    plain = plain_text_tokenizer(tokenizer)
 
     def encode(text: str) -> list[int]:
         ids = plain.encode(text, add_special_tokens=False).ids
@@ -177,9 +171,9 @@ def _text(
     """The tokens of a text, ``length`` in all, and which of them are the answer: its last ones."""
     rng = np.random.default_rng([material.seed, length, sample])
     key = str(rng.integers(10 ** (material.digits - 1), 10**material.digits))
-    before = [*material.start, *material.encode(_TASK)]
-    needle = material.encode(_NEEDLE.format(key=key))
-    question, answer = _question_and_answer(material.encode, key)
+    before = [*material.start, *material.encode(PASSKEY_HEADER)]
+    needle = material.encode(PASSKEY_NEEDLE.format(key=key))
+    question, answer = question_and_answer(material.encode, PASSKEY_QUESTION, key)
 
     taken = len(before) + len(needle) + len(question) + len(answer)
     rest = length - taken
@@ -189,17 +183,6 @@ def _text(
     cut = round(depth * rest)
     parts = before, filler[:cut], needle, filler[cut:], question, answer
     return np.concatenate(parts).astype(np.int32), np.arange(length) >= length - len(answer)
-
-
-def _question_and_answer(encode: Callable[[str], list[int]], key: str) -> tuple[list[int], list[int]]:
-    """Their tokens, from both together: the answer's are what the model would have to generate.
-
-    A tokenizer may join the end of the question to the key. Such a token belongs to the answer.
-    """
-    together, question = encode(f"{_QUESTION} {key}"), encode(_QUESTION)
-    same = [a == b for a, b in zip(together, question, strict=False)]
-    border = same.index(False) if False in same else min(len(question), len(together))
-    return together[:border], together[border:]
 
 
 def _filler(material: _Material, count: int, rng: np.random.Generator) -> Integer[np.ndarray, " N"]:

@@ -11,11 +11,11 @@ from flax import nnx
 
 import jsparse
 from jsparse.models import Llama, LlamaConfig, byte_tokenizer
+from jsparse.tasks import PASSKEY_QUESTION, question_and_answer
 from jsparse.train import retrieval
 from jsparse.train.retrieval import (
     PasskeyAccuracy,
     _material,
-    _question_and_answer,
     _text,
     evaluate_passkeys,
 )
@@ -76,7 +76,7 @@ def test_the_answer_is_tokenized_behind_its_question():
     def encode(text):
         return tokenizer.encode(text).ids
 
-    question, answer = _question_and_answer(encode, "12")
+    question, answer = question_and_answer(encode, PASSKEY_QUESTION, "12")
     text = "\nWhat is the pass key? The pass key is 12"
     assert [*question, *answer] == encode(text)
     assert [tokenizer.id_to_token(one) for one in answer] == ["s ", "12"]

@@ -1,0 +1,288 @@
+"""Tasks that only a model which still sees its whole context can do, made from a seed, at any length.
+
+Each is a text of which the end is asked for: sentences hidden in some other text (the haystack), and a
+question about them. They are written for any tokenizer and any model that reads English.
+"""
+
+import dataclasses
+import re
+from collections.abc import Callable, Sequence
+
+import numpy as np
+from jaxtyping import Int32, Integer
+
+# Words that sources of programs hardly use. What is hidden is that a key "is" a value.
+WORDS = tuple(
+    """
+    acorn amber anchor anvil apple apricot apron arrow aspen attic badger banana banjo barley barrel basket
+    beacon beaver beetle birch biscuit bison blanket blossom bonnet bottle bouquet breeze bronze bucket butter
+    cabin cactus camel canary candle canoe canyon carpet carrot castle cedar cello chalk cherry chimney cider
+    clover cobalt cocoa coconut comet copper coral cotton cradle crane cricket crystal daisy desert diamond
+    dolphin donkey dragon eagle ebony elbow ember emerald falcon feather fern fiddle flamingo flute forest
+    fossil fountain garden garlic garnet ginger giraffe glacier goblet granite grape gravel guitar hammer
+    hamster harbor harvest hazel helmet hermit heron honey horizon hornet island ivory jacket jaguar jasmine
+    jelly jewel jungle kettle kitten ladder lagoon lantern laurel lemon leopard lily linen lizard lobster
+    lotus magnet mango maple marble meadow melon mitten monkey moose mountain mustard nettle nickel nutmeg
+    oasis ocean olive onion opal orange orchid otter oyster paddle panda panther parrot peach pearl pebble
+    pelican pepper pigeon pillow planet plum poppy prairie pumpkin puzzle quartz quilt rabbit raccoon radish
+    rainbow raven ribbon river robin ruby saddle saffron salmon sapphire scarf silver sparrow spider spruce
+    squirrel sunset swan tiger tomato topaz tulip turtle valley velvet violet violin walnut walrus willow wolf
+    """.split()
+)
+KEYS, VALUES = WORDS[0::2], WORDS[1::2]
+
+HEADER = "# Some words are explained in this text. Remember them.\n"
+LIST_HEADER = "# Some words come often in this list. Remember them.\n"
+LIST_QUESTION = "# The words that came most often are"
+
+# LongLoRA's passkey_retrivial.py (arXiv 2309.12307, §4.2), after landmark attention (arXiv 2305.16300, §4.2).
+PASSKEY_HEADER = (
+    "Somewhere in this text there is a pass key. Find it and keep it in mind: I will ask for it.\n"
+)
+PASSKEY_NEEDLE = "\nThe pass key is {key}. Remember it. {key} is the pass key.\n"
+PASSKEY_QUESTION = "\nWhat is the pass key? The pass key is"
+
+
+def statement(key: str, value: str) -> str:
+    return f"# {key} is {value}.\n"
+
+
+def question(key: str) -> str:
+    return f"# What is {key}? {key} is"
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Material:
+    """What tasks are made of.
+
+    ``encode``: the tokens of a string, without special tokens. ``haystack``: the tokens of some text, of
+    which every example takes a random stretch. ``start``: what the tokenizer puts before every text.
+    """
+
+    encode: Callable[[str], list[int]]
+    haystack: Integer[np.ndarray, " N"]
+    start: tuple[int, ...] = ()
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Example:
+    """One text, cut into what is read as a prompt, what is read token by token, and what should follow.
+
+    ``context`` is the prompt. ``tail`` is the rest of the text up to the answer: some of its last tokens and
+    the question. It is to be fed to the decode step, for only there does a sparse cache choose what it reads:
+    an answer that the prompt's own pass gave would flatter it. ``answer`` is what a perfect model goes on
+    with, and ``expected`` the words of it that count.
+    """
+
+    context: Int32[np.ndarray, " C"]
+    tail: Int32[np.ndarray, " T"]
+    answer: Int32[np.ndarray, " A"]
+    expected: tuple[str, ...]
+
+
+TaskFunction = Callable[..., Example]
+
+
+def score(text: str, expected: Sequence[str]) -> float:
+    """The fraction of the expected words that a model's text has (RULER's string_match_all, of whole words).
+
+    >>> score(" Tulip and rose", ("tulip", "maple"))
+    0.5
+    """
+    # Whole words: an arrow is no sparrow.
+    found = (re.search(rf"\b{re.escape(word)}\b", text, re.IGNORECASE) for word in expected)
+    return sum(map(bool, found)) / len(expected)
+
+
+def passkey(material: Material, length: int, rng: np.random.Generator, depth: float | None = None) -> Example:
+    """LongLoRA's task: five digits, said once (twice in its sentence), are asked for at the end."""
+    key = str(rng.integers(10_000, 100_000))
+    needle = PASSKEY_NEEDLE.format(key=key)
+    return _example(
+        material, length, rng, PASSKEY_HEADER, [needle], [_depth(rng, depth)], [], PASSKEY_QUESTION, (key,)
+    )
+
+
+def needle(material: Material, length: int, rng: np.random.Generator, depth: float | None = None) -> Example:
+    """A needle in a haystack: "amber is tulip" is said once, at ``depth``; what is amber?"""
+    key, value = str(rng.choice(KEYS)), str(rng.choice(VALUES))
+    depths = [_depth(rng, depth)]
+    needles = [_line(statement(key, value))]
+    return _example(material, length, rng, HEADER, needles, depths, [], _line(question(key)), (value,))
+
+
+def recall(material: Material, length: int, rng: np.random.Generator, depth: float | None = None) -> Example:
+    """Needles of many keys (RULER's multi-key retrieval), one for 64 tokens, of which one is asked for."""
+    pairs, needles, depths = _pairs(length, rng, depth)
+    if depth is not None:
+        depths[0] = depth
+    key, value = pairs[0]
+    return _example(material, length, rng, HEADER, needles, depths, [], _line(question(key)), (value,))
+
+
+def two_turns(
+    material: Material, length: int, rng: np.random.Generator, depth: float | None = None
+) -> Example:
+    """As ``recall``, but another key was asked for and answered before, about the same context (SCBench)."""
+    pairs, needles, depths = _pairs(length, rng, depth)
+    if depth is not None:
+        depths[0] = depth
+    (key, value), (other, others) = pairs[:2]
+    before = [_line(question(other)), f" {others}.\n"]
+    return _example(material, length, rng, HEADER, needles, depths, before, _line(question(key)), (value,))
+
+
+def tracking(
+    material: Material, length: int, rng: np.random.Generator, depth: float | None = None
+) -> Example:
+    """Variable tracking after RULER: "coral is amber", "amber is pearl", "pearl is tulip"; what is coral?
+
+    The answer is the chain, "amber is pearl is tulip", and its three words are expected. What a key is was
+    said before the key is used. One needle in four of the others is of another key too.
+    """
+    pairs, needles, depths = _pairs(length, rng, depth)
+    chain = pairs[:3]
+    for i in (0, 1, *range(6, len(pairs), 4)):
+        other = i + 1 if i < 2 else i - 1
+        needles[i] = _line(statement(pairs[i][0], pairs[other][0]))
+        if i >= 2:
+            depths[other], depths[i] = sorted((depths[other], depths[i]))
+    depths[2], depths[1], depths[0] = sorted(depths[:3])
+    if depth is not None:
+        depths[2] = depth * depths[1]
+    (asked, _), (first, _), (second, value) = chain
+    answer = f"{first} is {second} is {value}"
+    return _example(
+        material,
+        length,
+        rng,
+        HEADER,
+        needles,
+        depths,
+        [],
+        _line(question(asked)),
+        (first, second, value),
+        answer,
+    )
+
+
+def common_words(
+    material: Material, length: int, rng: np.random.Generator, depth: float | None = None
+) -> Example:
+    """Common words after RULER: of a list as long as the context, the three that come far more often.
+
+    Up to 128 words come equally often, three of them six times as often. There is no haystack, and
+    ``depth``, which is nowhere, must be None.
+    """
+    if depth is not None:
+        raise ValueError(f"depth={depth} must be None: common_words asks about the whole list")
+    encode = material.encode
+    header, asked = encode(LIST_HEADER), _line(LIST_QUESTION)
+    pool = rng.permutation(WORDS)[: int(np.clip(length // 16, 8, 128))]
+    common = tuple(map(str, pool[:3]))
+    question_ids, answer = question_and_answer(encode, asked, " ".join(common))
+    room = length - len(material.start) - len(header) - len(question_ids) - len(answer)
+    weights = np.where(np.arange(len(pool)) < 3, 6, 1)
+    tokens = np.array([len(encode(f" {word}")) for word in pool])
+    counts = np.floor(weights * room / (weights * tokens).sum()).astype(int)
+    if counts.min() < 1:
+        raise ValueError(f"length={length} is too short for a list of {len(pool)} words")
+    words = rng.permutation(np.repeat(pool, counts))
+    body = [token for word in words for token in encode(f" {word}")]
+    return _cut(rng, [*material.start, *header, *body], [*question_ids], answer, common)
+
+
+TASKS: dict[str, TaskFunction] = {
+    task.__name__: task for task in (passkey, needle, recall, two_turns, tracking, common_words)
+}
+
+
+# --- texts ---
+
+
+def _line(text: str) -> str:
+    return "\n" + text
+
+
+def _check_depth(depth: float | None) -> None:
+    if depth is not None and not 0 <= depth <= 1:
+        raise ValueError(f"depth must be from 0 (the start) to 1 (before the question), not {depth}")
+
+
+def _depth(rng: np.random.Generator, depth: float | None) -> float:
+    _check_depth(depth)
+    drawn = float(rng.random())  # also where it is given: texts of two depths differ in the depth alone
+    return drawn if depth is None else depth
+
+
+def _pairs(
+    length: int, rng: np.random.Generator, depth: float | None
+) -> tuple[list[tuple[str, str]], list[str], list[float]]:
+    """Keys with their values, their sentences, and where these stand by chance: one for 64 tokens."""
+    _check_depth(depth)
+    count = int(np.clip(length // 64, 3, len(KEYS)))
+    pairs = [(str(key), str(rng.choice(VALUES))) for key in rng.permutation(KEYS)[:count]]
+    needles = [_line(statement(key, value)) for key, value in pairs]
+    return pairs, needles, rng.random(count).tolist()
+
+
+def _example(
+    material: Material,
+    length: int,
+    rng: np.random.Generator,
+    header: str,
+    needles: list[str],
+    depths: list[float],
+    before: list[str],
+    asked: str,
+    expected: tuple[str, ...],
+    right: str | None = None,
+) -> Example:
+    """A text of ``length`` tokens with ``needles`` at ``depths``, and turns ``before`` the question."""
+    encode = material.encode
+    question_ids, answer = question_and_answer(encode, asked, right or " ".join(expected))
+    question_ids = [token for text in before for token in encode(text)] + question_ids
+    start = [*material.start, *encode(header)]
+    encoded = [encode(text) for text in needles]
+    rest = length - len(start) - sum(map(len, encoded)) - len(question_ids) - len(answer)
+    if rest < 0:
+        raise ValueError(f"length={length} is too short: the task alone takes {length - rest} tokens")
+    if rest > len(material.haystack):
+        raise ValueError(
+            f"length={length} needs {rest} tokens of haystack, but it has {len(material.haystack)}"
+        )
+    offset = int(rng.integers(len(material.haystack) - rest + 1))
+    haystack = material.haystack[offset : offset + rest].tolist()
+    text, last = start, 0
+    for i in np.argsort(depths, kind="stable"):
+        cut = round(depths[i] * rest)
+        text += [*haystack[last:cut], *encoded[i]]
+        last = cut
+    return _cut(rng, [*text, *haystack[last:]], question_ids, answer, expected)
+
+
+def _cut(
+    rng: np.random.Generator, text: list[int], asked: list[int], answer: list[int], expected: tuple[str, ...]
+) -> Example:
+    """The last 0 to 15 tokens of the text go with the question.
+
+    So the question starts anywhere between two choices of pages, where a choice is used again.
+    """
+    border = len(text) - int(rng.integers(16))
+    context, tail = text[:border], text[border:] + asked
+    return Example(
+        np.array(context, np.int32), np.array(tail, np.int32), np.array(answer, np.int32), expected
+    )
+
+
+def question_and_answer(
+    encode: Callable[[str], list[int]], asked: str, answer: str
+) -> tuple[list[int], list[int]]:
+    """Their tokens, from both together: the answer's are what the model would have to generate.
+
+    A tokenizer may join the end of the question to the answer. Such a token belongs to the answer.
+    """
+    together, alone = encode(f"{asked} {answer}"), encode(asked)
+    same = [a == b for a, b in zip(together, alone, strict=False)]
+    border = same.index(False) if False in same else min(len(alone), len(together))
+    return together[:border], together[border:]
