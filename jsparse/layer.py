@@ -93,7 +93,11 @@ def choose_pages(
         pages = jnp.broadcast_to(page_table[:, None], (batch, kv_heads, max_pages))
         k, _ = cache.read(pages, jnp.arange(kv_heads), jnp.float32)
         grouped = q.reshape(batch, kv_heads, group, -1).astype(jnp.float32)
-        scores = jnp.einsum("bhgd,bhpsd->bhgps", grouped, k).max(axis=-1)  # the last page is chosen anyway
+        # The last page, which holds less than a page of this sequence's keys, is chosen whatever its score.
+        if selection.score == "mean":
+            scores = jnp.einsum("bhgd,bhpd->bhgp", grouped, k.mean(axis=3))
+        else:
+            scores = jnp.einsum("bhgd,bhpsd->bhgps", grouped, k).max(axis=-1)
     return best_pages(scores, lengths, **options)
 
 

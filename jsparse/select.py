@@ -23,14 +23,15 @@ class Selection:
       query heads; "union" reads the union of the lists of its query heads, up to that many budgets; "query"
       gives each query head a list of its own.
     - ``score``: of a page. "bounds" is :func:`page_scores`; "exact" the largest product with a key in the
-      page, which reads all keys (an oracle to compare with); "random" has nothing to do with the keys.
+      page (an oracle to compare with) and "mean" the product with the mean of its keys, both of which read
+      all keys; "random" has nothing to do with the keys.
     - ``seed``: of the random scores, so that layers differ.
     """
 
     budget: int
     every: int = 4
     heads: Literal["max", "union", "query"] = "max"
-    score: Literal["bounds", "exact", "random"] = "bounds"
+    score: Literal["bounds", "exact", "mean", "random"] = "bounds"
     seed: int = 0
 
 

@@ -9,8 +9,15 @@ from jsparse.estimate import PooledBlocks, VerticalSlash
 from jsparse.models import LlamaConfig
 from jsparse.select import Selection
 
-Policy = Literal["lserve", "dense", "streaming", "quest", "oracle", "random"]
-POLICIES: tuple[Policy, ...] = ("lserve", "dense", "streaming", "quest", "oracle", "random")
+Policy = Literal["lserve", "dense", "streaming", "quest", "oracle", "mean", "random"]
+POLICIES: tuple[Policy, ...] = ("lserve", "dense", "streaming", "quest", "oracle", "mean", "random")
+_SCORES: dict[Policy, Literal["bounds", "exact", "mean", "random"]] = {
+    "lserve": "bounds",
+    "quest": "bounds",
+    "oracle": "exact",
+    "mean": "mean",
+    "random": "random",
+}
 _QUEST_DENSE_LAYERS = 2  # the layers that Quest leaves alone (arXiv 2406.10774, section 4.1)
 
 
@@ -27,7 +34,8 @@ class CacheConfig:
     - "quest": pages by the bounds of the keys of whole pages, of 16 tokens unless ``page_size`` says
       otherwise, chosen for each token; the first two layers read everything, no head streams (Quest, arXiv
       2406.10774). ``streaming_heads`` do not apply.
-    - "oracle", "random": as "lserve", with the pages that hold the largest products, or any. To compare with.
+    - "oracle", "mean", "random": as "lserve", with the pages of the largest product with a key, of that with
+      the mean of the keys, or any. To compare with.
 
     Size:
 
@@ -222,8 +230,8 @@ def layout_of(cache: CacheConfig, model: LlamaConfig) -> CacheLayout:
     page, logical = cache.page_sizes()
     selection = None
     # A budget that covers the capacity never selects.
-    if cache.policy not in ("dense", "streaming") and cache.budget and cache.budget < cache.capacity:
-        score = "exact" if cache.policy == "oracle" else "random" if cache.policy == "random" else "bounds"
+    if cache.policy in _SCORES and cache.budget and cache.budget < cache.capacity:
+        score = _SCORES[cache.policy]
         every = cache.select_every or (1 if cache.policy == "quest" else 4)
         selection = Selection(cache.budget, every, cache.select_heads, score)
     return CacheLayout(

@@ -116,7 +116,7 @@ def step_bytes(layout: CacheLayout, layers: tuple[LayerKVCache, ...], length: in
 
 def _scored(pages: PagedKVCache, selection: Selection) -> int:
     """The bytes of a whole pool that scores look at."""
-    looked_at = {"bounds": pages.bounds, "exact": pages.k, "random": ()}
+    looked_at = {"bounds": pages.bounds, "exact": pages.k, "mean": pages.k, "random": ()}
     return nbytes(looked_at[selection.score])
 
 

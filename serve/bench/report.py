@@ -23,6 +23,7 @@ _COLOURS = {
     "lserve": "#009E73",
     "oracle": "#CC79A7",
     "random": "#56B4E9",
+    "mean": "#D55E00",
 }
 
 

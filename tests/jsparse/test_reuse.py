@@ -79,6 +79,8 @@ def oracle_scores(q, k, score):
             keys = np.asarray(k[kv, page * PAGE : (page + 1) * PAGE], np.float64)
             if score == "exact":
                 scores[kv, g, page] = max(keys @ query)
+            elif score == "mean":
+                scores[kv, g, page] = keys.mean(0) @ query
             else:
                 logical = (keys[i : i + LOGICAL] for i in range(0, len(keys), LOGICAL))
                 scores[kv, g, page] = max(
@@ -104,7 +106,7 @@ append = jax.jit(append_paged)
 choose = jax.jit(choose_pages, static_argnames="selection")
 
 
-@pytest.mark.parametrize("score", ["bounds", "exact"])
+@pytest.mark.parametrize("score", ["bounds", "exact", "mean"])
 @pytest.mark.parametrize("mode", MODES)
 def test_pages_are_chosen_by_the_scores_that_are_named(mode, score):
     lengths = np.array([80, 45, 17, 8])

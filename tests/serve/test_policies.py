@@ -15,7 +15,7 @@ from jsparse.select import Selection
 from jsparse.serve import CacheConfig, SamplingParams, decode_logits, generate, loop
 from jsparse.serve.config import POLICIES, layout_of
 
-SELECTING = ["lserve", "oracle", "random"]
+SELECTING = ["lserve", "oracle", "mean", "random"]
 CACHE = CacheConfig(
     capacity=64, batch=2, page_size=8, logical_page_size=4, budget=16, sink=2, window=5, prefill_chunk=16
 )
@@ -42,7 +42,7 @@ def logits_after(model, sequence, policy, prompt):
 
 
 # "lserve" within and beyond its budget: test_generate.py, and test_lserve_defects.py for logits.
-@pytest.mark.parametrize("policy", ["oracle", "random"])
+@pytest.mark.parametrize("policy", ["oracle", "mean", "random"])
 def test_policies_that_select_are_dense_within_the_budget_and_sparse_beyond(
     small, sequence, uncached, policy
 ):
@@ -94,7 +94,8 @@ def test_a_prompt_is_read_whole_however_it_is_cut(small, sequence, uncached):
 
 def test_what_each_policy_selects_and_keeps(model):
     streams = [[True, False], [False, False]]
-    scores: dict[str, Any] = {"lserve": "bounds", "quest": "bounds", "oracle": "exact", "random": "random"}
+    scores: dict[str, Any] = {"lserve": "bounds", "quest": "bounds", "oracle": "exact"}
+    scores |= {name: name for name in ("mean", "random")}
     for policy in POLICIES:
         layout = layout_of(config(policy, streaming_heads=streams), model.config)
         selection = None
