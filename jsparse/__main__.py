@@ -1,4 +1,4 @@
-"""The command line: ``jsparse finetune | merge | plan | generate | evaluate | heads | bench | demo``.
+"""The command line: ``jsparse`` and the name of a command.
 
 The one module that knows every room. Rooms are imported when a command needs them, so that ``--help`` answers
 at once.
@@ -11,14 +11,17 @@ from importlib.metadata import version
 
 _USAGE = """usage: jsparse COMMAND [options]
 
+  pretrain   train a small model from nothing that needs the whole of its context
   finetune   extend a model's context with LongLoRA, or train it
   merge      write what a run has learned so far as a model, or as an adapter for PEFT
   plan       whether a run fits GPUs that need not be there (plan finetune, plan generate)
   generate   generate text from a prompt, with a dense or a sparse KV cache
-  evaluate   perplexity of text files, and passkeys found, at several context lengths
+  evaluate   perplexity of text files, and passkeys found, at several context lengths; what sparse caches
+             lose of long-context tasks (evaluate scoreboard)
   heads      learn which KV heads need the whole context (DuoAttention)
   bench      measure the time of a token (bench decode) or of a prompt (bench prefill) by context length
-  demo       all of it on a small model and real text, in a few minutes on a CPU
+  demo       what sparse caches do to the small model that ships with jsparse, in a minute or two on a CPU;
+             or the whole path from a random model on (demo --train)
 
 jsparse COMMAND --help lists the options; jsparse --version prints the version."""
 
@@ -39,6 +42,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         if name == "plan":
             return _plan(options)
+        if [name, *options[:1]] == ["evaluate", "scoreboard"]:
+            name, *options = "evaluate scoreboard", *options[1:]
         return _run(name, options)
     except (ValueError, OSError, NotImplementedError, FloatingPointError) as error:
         print("jsparse: error:", " ".join(str(error).split()), file=sys.stderr)
@@ -52,7 +57,7 @@ def _run(name: str, options: list[str]) -> int:
     if name not in _COMMANDS:
         raise ValueError(f"unknown command {name!r}; commands are {', '.join([*_COMMANDS, 'plan'])}")
     room = importlib.import_module(f"jsparse.{_COMMANDS[name]}")
-    return getattr(room, name)(options) or 0
+    return getattr(room, name.split()[-1])(options) or 0
 
 
 _PLAN_USAGE = """usage: jsparse plan RUN [options]
@@ -83,13 +88,15 @@ def _plan(options: list[str]) -> int:
 
 
 _COMMANDS = {
+    "pretrain": "train.commands",
     "finetune": "train.commands",
     "merge": "train.commands",
     "evaluate": "train.commands",
     "heads": "train.commands",
     "generate": "serve.commands",
     "bench": "serve.commands",
-    "demo": "examples.demo",
+    "evaluate scoreboard": "serve.commands",
+    "demo": "examples.commands",
 }
 
 if __name__ == "__main__":

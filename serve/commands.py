@@ -1,4 +1,4 @@
-"""The commands of this room: ``jsparse generate | plan generate | bench``."""
+"""The commands of this room: ``jsparse generate | plan generate | evaluate scoreboard | bench``."""
 
 import dataclasses
 import sys
@@ -12,13 +12,14 @@ from tokenizers.decoders import DecodeStream
 import jsparse
 from jsparse.command_line import check_can_write, parse, write_json
 from jsparse.compile_only import prepare_process
-from jsparse.models import Llama, load_config, load_tokenizer, reorder_heads
+from jsparse.models import Llama, load_config, load_tokenizer, reorder_heads, shipped_model
 from jsparse.models.sharding import MeshConfig
 from jsparse.plan import DEFAULT_MEMORY_FRACTION, print_plan
 from jsparse.serve.bench import DecodeBench, PrefillBench, bench_decode, bench_prefill
 from jsparse.serve.config import CacheConfig
 from jsparse.serve.generate import stream
 from jsparse.serve.plan import plan_generate as make_plan
+from jsparse.serve.quality import ScoreboardConfig, print_scoreboard, run_scoreboard
 from jsparse.serve.sampling import SamplingParams
 
 
@@ -28,7 +29,7 @@ class CacheOptions:
 
     budget: int | None = None
     """Tokens of the cache that a retrieval head reads a step, in whole pages; all of them by default."""
-    policy: Literal["lserve", "dense", "streaming", "quest", "oracle", "random"] = "lserve"
+    policy: Literal["lserve", "dense", "streaming", "quest", "oracle", "mean", "random"] = "lserve"
     """What decides which tokens those are; "streaming" lets every head stream, "quest" none."""
     page_size: int | None = None
     """Tokens a page of the cache: 64 by default, and 16 for Quest."""
@@ -56,7 +57,7 @@ class CacheOptions:
                 )
         if self.pattern is not None and self.policy in ("dense", "streaming", "quest"):
             raise ValueError(f"--policy {self.policy} does not ask which heads of a --pattern stream")
-        if self.policy in ("quest", "oracle", "random") and self.budget is None:
+        if self.policy in ("quest", "oracle", "mean", "random") and self.budget is None:
             raise ValueError(
                 f"--policy {self.policy} chooses what is read within a --budget, and none is given"
             )
@@ -79,8 +80,8 @@ class GenerateCommand(CacheOptions):
     The cache is dense unless --budget, --pattern or --policy makes it sparse.
     """
 
-    model: Path
-    """A Hugging Face folder with config.json, safetensors and tokenizer.json."""
+    model: Path = shipped_model()
+    """A Hugging Face folder with config.json, safetensors and tokenizer.json (default: the one shipped)."""
     prompt: str | None = None
     """The text to continue."""
     prompt_file: Path | None = None
@@ -186,6 +187,13 @@ def plan_generate(options: list[str]) -> int:
     else:
         write_json(command.json, plan.to_json())
     return 0 if plan.fits else 1
+
+
+def scoreboard(options: list[str]) -> None:
+    config = parse(ScoreboardConfig, "evaluate scoreboard", options)
+    rows = run_scoreboard(config)
+    if str(config.json) != "-":
+        print_scoreboard(rows, str(config.model))
 
 
 _BENCH_USAGE = """usage: jsparse bench KIND [options]

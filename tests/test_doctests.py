@@ -11,7 +11,7 @@ import pytest
 import jsparse
 
 ROOT = Path(__file__).parent.parent
-ROOMS = ["examples", "models", "pallas_kernels", "serve", "serve.bench", "train"]
+ROOMS = ["examples", "models", "pallas_kernels", "serve", "serve.bench", "serve.quality", "train"]
 
 
 def public_modules() -> list[str]:

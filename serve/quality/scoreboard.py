@@ -1,0 +1,318 @@
+"""``jsparse evaluate scoreboard``: every method on every task at every budget, on the same texts."""
+
+import dataclasses
+import math
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+from tokenizers import Tokenizer
+
+from jsparse.command_line import check_can_write, write_json
+from jsparse.corpus import standard_library_files
+from jsparse.heads import HeadPattern
+from jsparse.models import Llama, load_config, load_tokenizer, plain_text_tokenizer, shipped_model
+from jsparse.serve.config import CacheConfig, layout_of
+from jsparse.serve.quality.answers import Question, greedy_answers
+from jsparse.serve.quality.methods import METHODS, PAGE, Heads
+from jsparse.serve.quality.report import GRID, Row, check_can_draw, write_figures
+from jsparse.tasks import TASKS, Example, Material, needle, score
+
+PATTERN = "full_attention_heads.tsv"  # DuoAttention's name, in the model's folder
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ScoreboardConfig:
+    """What sparse KV caches lose of tasks that need the whole context, method by method and budget by budget.
+
+    Every method answers the same texts. Their questions are fed to the decode step token by token, where a
+    sparse cache chooses what it reads; answers are greedy. A score is the fraction of the expected words that
+    an answer has, of as many tokens as the right one, with Wilson's interval at 95 %.
+
+    Of the methods, quest reads everything in its first two layers: half of a model that has four.
+    """
+
+    model: Path = shipped_model()
+    """A Hugging Face folder with config.json, safetensors and tokenizer.json (default: the one shipped)."""
+    pattern: Path | None = None
+    """A head pattern (default: full_attention_heads.tsv of the model's folder, if it is there); without one
+    the methods that need one are left out."""
+    tasks: tuple[str, ...] = tuple(TASKS)
+    """What is asked for."""
+    methods: tuple[str, ...] = tuple(METHODS)
+    """The rows."""
+    budgets: tuple[float, ...] = (1 / 16, 1 / 8, 1 / 4, 1 / 2)
+    """Tokens that a head reads a step, as fractions of --length; rounded to pages of 64, at least two."""
+    length: int | None = None
+    """Tokens of a text with its answer (default: the most positions that the model has)."""
+    samples: int = 12
+    """Texts for each task and seed."""
+    seeds: int = 3
+    """Seeds; their texts count together, and the score of each is in the JSON file."""
+    depths: tuple[float, ...] = (0.0, 0.25, 0.5, 0.75, 1.0)
+    """Of the needle grid: where the needle is, from 0 to 1."""
+    grid_lengths: tuple[int, ...] | None = None
+    """Of the needle grid: tokens of a text (default: a quarter of --length, half, and all of it)."""
+    grid_methods: tuple[str, ...] = ("dense", "streaming", "random", "lserve")
+    """Of the needle grid: the methods, of which each takes every text of it; none leaves the grid out."""
+    grid_budget: float = 1 / 8
+    """Of the needle grid: the budget at all its lengths, as a fraction of --length."""
+    grid_samples: int = 12
+    """Of the needle grid: texts for each length and depth."""
+    haystack: tuple[Path, ...] = ()
+    """UTF-8 text files that the tasks are hidden in (default: the modules of Python's standard library that
+    jsparse holds out of training)."""
+    batch_size: int = 12
+    """Texts at a time; best a divisor of --samples times --seeds."""
+    seed: int = 0
+    """The first of the seeds."""
+    json: Path | None = None
+    """Write the scores to this file: a list of objects; "-" is stdout, without the tables."""
+    output: Path | None = None
+    """A folder for scoreboard.md and figures (needs the extra plot)."""
+
+    def __post_init__(self):
+        for name, known in (("tasks", TASKS), ("methods", METHODS), ("grid_methods", METHODS)):
+            given = getattr(self, name)
+            wrong = [one for one in given if one not in known]
+            if wrong:
+                raise ValueError(f"{name} must be of {', '.join(known)}, not {wrong[0]!r}")
+        for name in ("tasks", "methods", "budgets", "depths", "grid_methods", "grid_lengths"):
+            given = getattr(self, name) or ()
+            if len(set(given)) < len(given):
+                raise ValueError(f"{name} must name each once, not {', '.join(map(str, given))}")
+        for name in ("tasks", "methods", "budgets", "depths"):
+            if not getattr(self, name):
+                raise ValueError(f"{name} must not be empty")
+        for budget in (*self.budgets, self.grid_budget):
+            if not 0 < budget < 1:
+                raise ValueError(f"budgets must be fractions of --length between 0 and 1, not {budget}")
+        for depth in self.depths:
+            if not 0 <= depth <= 1:
+                raise ValueError(f"depths must be from 0 to 1, not {depth}")
+        for name in ("samples", "seeds", "grid_samples", "batch_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
+        if self.seed < 0:
+            raise ValueError(f"seed must be at least 0, not {self.seed}")
+
+
+Entries = dict[tuple[str, int | None], CacheConfig]  # by method and budget
+
+
+def run_scoreboard(config: ScoreboardConfig) -> list[Row]:
+    """The scores, of each task by each method at each of its budgets; then those of the needle grid.
+
+    Each is a dictionary with ``task``, ``method``, ``budget`` (tokens, None where the method has none),
+    ``length``, ``score``, ``low``, ``high``, ``samples`` and ``seed_scores`` (of each seed alone); ``task``
+    is "needle_grid" in those of the grid, which also have a ``depth``. What ``config`` names is written.
+
+    Raises ValueError or OSError before weights are read where settings do not fit one another or the model,
+    FloatingPointError where logits are not finite.
+    """
+    check_can_write(config.json, "json")
+    if config.output is not None:
+        check_can_draw(config.output)
+    llama, tokenizer = load_config(config.model), plain_text_tokenizer(load_tokenizer(config.model))
+    length = config.length or llama.max_position_embeddings
+    most = llama.max_position_embeddings
+    if not 0 < length <= most:
+        raise ValueError(f"length={length} must be from 1 to the model's max_position_embeddings={most}")
+    material = read_material(tokenizer, config.haystack or standard_library_files()[1], llama.vocab_size)
+    streams = streaming_heads(config)
+    entries = make_entries(config.methods, token_budgets(config.budgets, length), streams)
+    on_grid = {}
+    if config.grid_methods:
+        on_grid = make_entries(config.grid_methods, token_budgets([config.grid_budget], length), streams)
+    # One capacity for every length, so that the grid compiles nothing anew.
+    capacity = -(-length // PAGE) * PAGE
+    for of in (entries, on_grid):
+        for key, cache in of.items():
+            of[key] = dataclasses.replace(cache, capacity=capacity)
+            layout_of(dataclasses.replace(of[key], batch=1), llama)  # raises where it does not fit the model
+    texts = {task: task_examples(config, material, task, length) for task in config.tasks}
+    grid = grid_examples(config, material, length) if on_grid else {}
+
+    model = Llama.from_pretrained(config.model)
+    rows: list[Row] = []
+    for task, examples in texts.items():
+        started = time.perf_counter()
+        for (method, budget), scores in _scores(config, model, tokenizer, examples, entries).items():
+            by_seed = np.reshape(scores, (config.seeds, config.samples)).mean(axis=1).tolist()
+            rows.append(_row(task, method, budget, length, scores) | {"seed_scores": by_seed})
+        _done(config, rows, f"{task} at {length} tokens", started)
+    for grid_length, by_depth in grid.items():
+        started = time.perf_counter()
+        examples = [example for depth in config.depths for example in by_depth[depth]]
+        for (method, budget), scores in _scores(config, model, tokenizer, examples, on_grid).items():
+            cells = np.reshape(scores, (len(config.depths), config.grid_samples))
+            for depth, cell in zip(config.depths, cells, strict=True):
+                row = _row(GRID, method, budget, grid_length, cell)
+                rows.append(row | {"seed_scores": [row["score"]], "depth": depth})
+        _done(config, rows, f"needle grid at {grid_length} tokens", started)
+    if str(config.json) == "-":
+        write_json(Path("-"), rows)
+    if config.output is not None:
+        write_figures(rows, config.output)
+    return rows
+
+
+def _scores(
+    config: ScoreboardConfig,
+    model: Llama,
+    tokenizer: Tokenizer,
+    examples: Sequence[Example],
+    entries: Entries,
+) -> dict[tuple[str, int | None], list[float]]:
+    """The score of each example under each cache."""
+    questions = [Question(e.context, e.tail, len(e.answer)) for e in examples]
+    answers = greedy_answers(model, questions, list(entries.values()), batch_size=config.batch_size)
+    return {
+        key: [
+            score(tokenizer.decode(tokens), example.expected)
+            for tokens, example in zip(of_cache, examples, strict=True)
+        ]
+        for key, of_cache in zip(entries, answers, strict=True)
+    }
+
+
+def _row(task: str, method: str, budget: int | None, length: int, scores: Sequence | np.ndarray) -> Row:
+    mean, samples = float(np.mean(scores)), len(scores)
+    low, high = wilson_interval(mean, samples)
+    where = {"task": task, "method": method, "budget": budget, "length": length}
+    return where | {"score": mean, "low": low, "high": high, "samples": samples}
+
+
+def wilson_interval(mean: float, samples: int) -> tuple[float, float]:
+    """Wilson's score interval at 95 % of a mean of ``samples`` scores that are 0 or 1.
+
+    It stays within [0, 1], and has a width at 0 and 1 too. Where scores may lie between, as with several
+    expected words, their variance is less than it takes, and the interval wider than need be. (Wilson 1927.)
+
+    >>> [round(end, 3) for end in wilson_interval(1.0, 48)]
+    [0.926, 1.0]
+    """
+    z = 1.959964
+    centre = (mean + z * z / (2 * samples)) / (1 + z * z / samples)
+    half = z / (1 + z * z / samples) * math.sqrt(mean * (1 - mean) / samples + z * z / (4 * samples**2))
+    # An end at 0 or 1 is the mean itself, and rounding shall not put it on the wrong side.
+    return max(0.0, min(mean, centre - half)), min(1.0, max(mean, centre + half))
+
+
+def _done(config: ScoreboardConfig, rows: list[Row], what: str, started: float) -> None:
+    """Say it, and keep what there is so far."""
+    print(f"{what}: {time.perf_counter() - started:.0f} s", file=sys.stderr)
+    if config.json is not None and str(config.json) != "-":
+        write_json(config.json, rows)
+
+
+# --- what is compared ---
+
+
+def token_budgets(fractions: Sequence[float], length: int) -> list[int]:
+    """The fractions of a length in tokens, in whole pages of 64.
+
+    ValueError where one is less than two pages or two are the same number.
+
+    >>> token_budgets([1 / 16, 1 / 8], 2048)
+    [128, 256]
+    """
+    budgets: dict[int, float] = {}
+    for fraction in fractions:
+        tokens = round(fraction * length / PAGE) * PAGE
+        if tokens < 2 * PAGE:
+            raise ValueError(
+                f"budgets: {fraction:g} of length={length} is {tokens} tokens in pages of {PAGE}; "
+                f"a budget must be {2 * PAGE} at least"
+            )
+        if tokens in budgets:
+            raise ValueError(
+                f"budgets: {budgets[tokens]:g} and {fraction:g} of length={length} are both {tokens} tokens "
+                f"in pages of {PAGE}"
+            )
+        budgets[tokens] = fraction
+    return list(budgets)
+
+
+def make_entries(methods: Sequence[str], budgets: Sequence[int], streams: Heads | None) -> Entries:
+    """The cache of each method at each of its budgets; without ``streams``, less those that need it.
+
+    >>> list(make_entries(["dense", "right-heads", "lserve"], [128, 256], None))
+    [('dense', None), ('lserve', 128), ('lserve', 256)]
+    """
+    return {
+        (name, budget): METHODS[name].cache(budget, streams)
+        for name in methods
+        if streams is not None or not METHODS[name].needs_pattern
+        for budget in (budgets if METHODS[name].budgeted else [None])
+    }
+
+
+def streaming_heads(config: ScoreboardConfig) -> Heads | None:
+    """The half of the KV heads that stream by the pattern; None, said on stderr, where there is none."""
+    file = config.pattern or config.model / PATTERN
+    if config.pattern is None and not file.is_file():
+        asked = dict.fromkeys((*config.methods, *config.grid_methods))
+        left_out = [name for name in asked if METHODS[name].needs_pattern]
+        if left_out:
+            print(f"no --pattern, and no {file}: {', '.join(left_out)} left out", file=sys.stderr)
+        return None
+    return HeadPattern.load(file).threshold(0.5)
+
+
+# --- texts ---
+
+
+def task_examples(config: ScoreboardConfig, material: Material, task: str, length: int) -> list[Example]:
+    """``samples`` of each seed, by task, seed and length alone: the same whatever else is measured."""
+    number = list(TASKS).index(task)
+    return [
+        TASKS[task](material, length, np.random.default_rng([config.seed + seed, number, length, sample]))
+        for seed in range(config.seeds)
+        for sample in range(config.samples)
+    ]
+
+
+def grid_examples(
+    config: ScoreboardConfig, material: Material, length: int
+) -> Mapping[int, Mapping[float, list[Example]]]:
+    """Needles by length and depth; two depths of a sample differ in the depth alone."""
+    lengths = config.grid_lengths or tuple(dict.fromkeys((length // 4, length // 2, length)))
+    for one in lengths:
+        if not 0 < one <= length:
+            raise ValueError(f"grid_lengths must be from 1 to length={length}, not {one}")
+    number = len(TASKS)  # no task's
+    return {
+        one: {
+            depth: [
+                needle(material, one, np.random.default_rng([config.seed, number, one, sample]), depth)
+                for sample in range(config.grid_samples)
+            ]
+            for depth in config.depths
+        }
+        for one in lengths
+    }
+
+
+def read_material(tokenizer: Tokenizer, files: Sequence[Path], vocab_size: int) -> Material:
+    """What tasks are made of, in a model's tokens. ValueError where ids are beyond the model's vocabulary."""
+
+    def encode(text: str) -> list[int]:
+        ids = tokenizer.encode(text, add_special_tokens=False).ids
+        if max(ids, default=0) >= vocab_size:
+            raise ValueError(
+                f"tokenizer gives token id {max(ids)}, but the model's vocabulary has {vocab_size} entries: "
+                "it is not this model's"
+            )
+        return ids
+
+    def read(file: Path) -> str:
+        try:
+            return file.read_text(encoding="utf-8")
+        except UnicodeDecodeError as error:
+            raise ValueError(f"haystack: {file} is not UTF-8 text: {error}") from error
+
+    haystack = np.array([token for file in files for token in encode(read(file))], np.int32)
+    return Material(encode, haystack, tuple(tokenizer.encode("").ids))
