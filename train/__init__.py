@@ -22,5 +22,8 @@ from jsparse.train.patterns import AttentionPattern as AttentionPattern
 from jsparse.train.patterns import load_pattern as load_pattern
 from jsparse.train.patterns import save_pattern as save_pattern
 from jsparse.train.plan import plan_finetune as plan_finetune
+from jsparse.train.pretrain import PretrainConfig as PretrainConfig
+from jsparse.train.pretrain import PretrainResult as PretrainResult
+from jsparse.train.pretrain import pretrain as pretrain
 from jsparse.train.retrieval import PasskeyAccuracy as PasskeyAccuracy
 from jsparse.train.retrieval import evaluate_passkeys as evaluate_passkeys

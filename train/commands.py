@@ -1,6 +1,8 @@
 """The commands of this room: ``jsparse finetune | merge | plan finetune | evaluate | heads``."""
 
 import dataclasses
+import platform
+import shlex
 import signal
 import sys
 from pathlib import Path
@@ -11,7 +13,8 @@ import numpy as np
 
 from jsparse.command_line import check_can_write, parse, print_table, write_json
 from jsparse.compile_only import prepare_process
-from jsparse.models import Llama, load_config, load_tokenizer
+from jsparse.corpus import standard_library_files
+from jsparse.models import Llama, load_config, load_tokenizer, shipped_model
 from jsparse.plan import DEFAULT_MEMORY_FRACTION, print_plan
 from jsparse.train.config import FinetuneConfig
 from jsparse.train.data import read_documents
@@ -23,7 +26,11 @@ from jsparse.train.heads import HeadsConfig, learn_heads
 from jsparse.train.patterns import load_pattern, shifted_pattern
 from jsparse.train.plan import plan_finetune as make_plan
 from jsparse.train.plots import check_can_plot, plot_evaluation
+from jsparse.train.pretrain import PretrainConfig
+from jsparse.train.pretrain import pretrain as run_pretrain
 from jsparse.train.retrieval import evaluate_passkeys
+
+_LIBRARY_WINDOWS = 64  # of each context: seconds for a small model
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -60,13 +67,15 @@ class PlanFinetuneCommand(FinetuneConfig):
 class EvaluateCommand:
     """Perplexity of text files at several context lengths, and whether passkeys are found in long texts.
 
-    Perplexity is of the same tokens, with more or less before them.
+    Perplexity is of the same tokens, with more or less before them. With no options at all it is that of the
+    small model that ships with jsparse, on held-out modules of the standard library.
     """
 
-    model: Path
-    """A Hugging Face folder with config.json, safetensors and tokenizer.json."""
+    model: Path = shipped_model()
+    """A Hugging Face folder with config.json, safetensors and tokenizer.json (default: the one shipped)."""
     data: tuple[Path, ...] = ()
-    """UTF-8 text files, each one document; they are scored one after another in one row."""
+    """UTF-8 text files, each one document; they are scored one after another in one row. With neither --data
+    nor --passkeys: held-out modules of this Python's standard library."""
     contexts: tuple[int, ...] = (1024,)
     """Tokens a window, and of a text with passkeys unless --lengths says otherwise."""
     attention: Literal["full", "shifted", "trained"] = "full"
@@ -79,7 +88,7 @@ class EvaluateCommand:
     last: int | None = None
     """For --scoring last: tokens a window scores."""
     max_windows: int | None = None
-    """Score the first so many windows of each context only."""
+    """Score the first so many windows of each context only (default: all; 64 of the standard library)."""
     batch_size: int = 1
     """Windows, or texts with passkeys, at a time."""
     passkeys: bool = False
@@ -96,9 +105,8 @@ class EvaluateCommand:
     """Write the results to this file too: a list, with an object for each context, or length and depth."""
 
     def __post_init__(self):
-        if not self.data and not self.passkeys:
-            raise ValueError("give --data for perplexity, or --passkeys, or both")
-        if not self.data and (self.scoring, self.stride, self.last, self.max_windows) != ("new", *[None] * 3):
+        of_perplexity = self.scoring, self.stride, self.last, self.max_windows
+        if self.passkeys and not self.data and of_perplexity != ("new", None, None, None):
             raise ValueError("--scoring, --stride, --last and --max-windows are for perplexity: give --data")
         for name in ("lengths", "depths", "samples"):
             if not self.passkeys and getattr(self, name) is not None:
@@ -126,6 +134,20 @@ def finetune(options: list[str]) -> int:
         return 0
     print(
         f"jsparse: stopped by SIGTERM after step {len(result.losses)}, {last}; its checkpoint is in "
+        f"{result.output}, and the same command goes on",
+        file=sys.stderr,
+    )
+    return 128 + signal.SIGTERM
+
+
+def pretrain(options: list[str]) -> int:
+    config = parse(PretrainConfig, "pretrain", options)
+    result = run_pretrain(config, command=shlex.join(["jsparse", "pretrain", *options]))
+    if result.finished:
+        print(f"{result.output}: a model after {len(result.metrics)} steps")
+        return 0
+    print(
+        f"jsparse: stopped by SIGTERM after step {len(result.metrics)}; its checkpoint is in "
         f"{result.output}, and the same command goes on",
         file=sys.stderr,
     )
@@ -165,6 +187,9 @@ def _settings(command: FinetuneConfig) -> FinetuneConfig:
 
 def evaluate(options: list[str]) -> None:
     command = parse(EvaluateCommand, "evaluate", options)
+    of_library = not command.data and not command.passkeys
+    if of_library:
+        command = _of_standard_library(command)
     check_can_write(command.json, "json")
     if command.plot is not None:
         check_can_plot(command.plot)
@@ -179,6 +204,11 @@ def evaluate(options: list[str]) -> None:
     for length in (*(command.contexts if command.data else ()), *command.passkey_lengths):
         mask_for(length)  # raises, before the model is loaded, where a pattern does not fit
     model = Llama.from_pretrained(command.model)
+    if of_library:
+        print(
+            f"data: {len(command.data)} held-out modules of Python {platform.python_version()}'s standard "
+            f"library, at most {command.max_windows} windows of each context (--data reads other text)"
+        )
     perplexities = _perplexities(command, model, tokenizer, mask_for) if command.data else []
     passkeys = _passkeys(command, model, tokenizer, mask_for) if command.passkeys else []
     if command.plot is not None:
@@ -187,6 +217,13 @@ def evaluate(options: list[str]) -> None:
         rows = [dataclasses.asdict(result) for result in perplexities]
         rows += [dataclasses.asdict(result) | {"accuracy": result.accuracy} for result in passkeys]
         write_json(command.json, rows)
+
+
+def _of_standard_library(command: EvaluateCommand) -> EvaluateCommand:
+    """The command with the text that every machine has, and with no more of it than takes seconds."""
+    _, held_out = standard_library_files()
+    windows = _LIBRARY_WINDOWS if command.max_windows is None else command.max_windows
+    return dataclasses.replace(command, data=held_out, max_windows=windows)
 
 
 def _perplexities(command: EvaluateCommand, model, tokenizer, mask_for) -> list:

@@ -32,7 +32,7 @@ from jsparse.train.data import (
 from jsparse.train.export import export_model
 from jsparse.train.processes import is_first_process, wait_for_all
 from jsparse.train.progress import progress_bar
-from jsparse.train.run import DATA, METRICS, checkpoint_folder, describe_run, steps_taken
+from jsparse.train.run import DATA, METRICS, checkpoint_folder, describe_run, metrics_until, steps_taken
 from jsparse.train.start import extended_config, load_start, step_of
 from jsparse.train.step import Metrics, SplitModel, TrainState
 from jsparse.train.stopping import sigterm_noted
@@ -153,7 +153,7 @@ def _train(
 ) -> tuple[TrainState, list[dict]]:
     """Take the steps that ``state`` has not taken; returns the last state and all lines of metrics.jsonl."""
     start = int(state.step)
-    metrics = _metrics_until(config.output_folder / METRICS, start)
+    metrics = metrics_until(config.output_folder, start)
     wait_for_all("metrics")  # read by all before the first of them writes
     take_step = None
     with (
@@ -221,9 +221,3 @@ def _note(line: dict[str, Any]) -> str:
     loss = "step skipped" if line["loss"] is None else f"loss {line['loss']:.4f}"
     skipped = f", {line['skipped']} skipped" if line["skipped"] else ""
     return f"{loss}, {line['tokens_per_second']:,.0f} tokens/s{skipped}"
-
-
-def _metrics_until(path: Path, step: int) -> list[dict]:
-    """The lines of an interrupted run's metrics.jsonl up to a step; those after it will be written again."""
-    lines = path.read_text(encoding="utf-8").splitlines()[:step] if path.is_file() else []
-    return [line for line in map(json.loads, lines) if line["step"] <= step]

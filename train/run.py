@@ -69,10 +69,15 @@ def steps_taken(config: FinetuneConfig, run: dict) -> int:
         raise ValueError(
             f"output={config.output} must not lie in the folder of the model that is read, {config.model}"
         )
+    return steps_in(config.output_folder, config.steps, run)
+
+
+def steps_in(output: Path, steps: int, run: dict) -> int:
+    """``steps_taken`` of a run of so many steps, wherever it started from."""
     if not output.exists():
         return 0
     if not output.is_dir():
-        raise FileExistsError(f"output={config.output} is a file; it must be a folder, or not exist")
+        raise FileExistsError(f"output={output} is a file; it must be a folder, or not exist")
 
     folder = checkpoint_folder(output)
     step = _read_step(folder, run)
@@ -80,12 +85,19 @@ def steps_taken(config: FinetuneConfig, run: dict) -> int:
     others = sorted({file.name for file in output.iterdir()} - {METRICS, DATA, folder.name})
     if step == 0 and others:
         raise FileExistsError(
-            f"output={config.output} has other files ({', '.join(others[:3])}) and no checkpoints of this "
+            f"output={output} has other files ({', '.join(others[:3])}) and no checkpoints of this "
             "run; choose a new folder"
         )
-    if step > config.steps:
-        raise ValueError(f"steps={config.steps}, but {folder} has come to step {step} already")
+    if step > steps:
+        raise ValueError(f"steps={steps}, but {folder} has come to step {step} already")
     return step
+
+
+def metrics_until(output: Path, step: int) -> list[dict]:
+    """The lines of an interrupted run's metrics.jsonl up to a step; those after it will be written again."""
+    path = output / METRICS
+    lines = path.read_text(encoding="utf-8").splitlines()[:step] if path.is_file() else []
+    return [line for line in map(json.loads, lines) if line["step"] <= step]
 
 
 def _read_step(folder: Path, run: dict) -> int:

@@ -1,0 +1,196 @@
+"""What pretraining shows a model: real text, and texts that cannot be continued without looking far back."""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+from jaxtyping import Int32, Integer
+from tokenizers import Tokenizer
+
+from jsparse import tasks
+from jsparse.train.passkeys import Passkeys, passkey_sample
+
+# What a token is to be predicted as. Kinds from COPY on are answers: what stands before them decides them.
+NOT_SCORED, TEXT, COPY, RECALL, CHAIN, PASSKEY, COMMON, WORDS = range(-1, 7)
+KINDS = ("text", "copy", "recall", "chain", "passkey", "common", "words")
+
+_PLAIN_BELOW = 192  # tokens of a text that is too short for a header
+_ALIASES = 0.25  # of new keys, how many are another key
+_QUESTIONS = 0.5  # of what is said again, how much is asked for
+Sentence = tuple[list[int], list[int]]  # tokens and their kinds
+
+
+@dataclasses.dataclass(frozen=True)
+class Stage:
+    """Steps on rows of one length: ``rows`` of them a step, of kinds in the proportions of ``mix``."""
+
+    steps: int
+    length: int
+    rows: int
+    mix: Mapping[str, float]
+
+
+class Lessons:
+    """Makes rows from the tokens of real text.
+
+    Kinds of rows, by the names that a ``Stage`` mixes:
+
+    - "text": a stretch of the text.
+    - "copy": random words, and then the same words again. From these, induction is learned in a few hundred
+      steps; from the others alone it is not.
+    - "recall": a stretch of the text with sentences in it such as "amber is tulip", each said several
+      times, or asked for, at random places. Where it is said again, the value is an answer. Some keys are
+      other keys, and then the answer is the chain to a value; some texts have a passkey. Between key and
+      value stands " is", "?" or nothing: so a model looks for the value at each of these tokens, and not at
+      the last of a question alone. With up to four tokens there, keys were not told apart after 500 steps.
+    - "list": lists of words, of which three come more often, and the question which. The words themselves
+      are scored too: what comes next is best told by what came often.
+    - "passkeys": what ``jsparse heads`` asks (``jsparse.train.passkeys``).
+    """
+
+    def __init__(self, tokenizer: Tokenizer, text: Integer[np.ndarray, " N"]):
+        def encode(string: str) -> list[int]:
+            return tokenizer.encode(string, add_special_tokens=False).ids
+
+        self.text = text
+        self._encode = encode
+        self._words = np.array([_one_token(encode, word) for word in tasks.WORDS])
+        self._keys = np.array([_one_token(encode, word) for word in tasks.KEYS])
+        self._values = np.array([_one_token(encode, word) for word in tasks.VALUES])
+        self._headers = encode(tasks.HEADER), encode(tasks.PASSKEY_HEADER)
+        self._list_header = encode(tasks.LIST_HEADER)
+        self._list_question = encode("\n" + tasks.LIST_QUESTION)
+        self._said, self._asked = encode("\n#"), encode("\n# What is")
+        self._is, self._mark, self._end = encode(" is"), encode("?"), encode(".\n")
+        self._passkey_question = encode(tasks.PASSKEY_QUESTION)
+
+    def batch(
+        self, stage: Stage, step: int, seed: int
+    ) -> tuple[Int32[np.ndarray, "B T"], Int32[np.ndarray, "B T"]]:
+        """The tokens of a step's rows, and what each is to be predicted as.
+
+        A pure function of its arguments: row ``r`` is drawn from ``(seed, step, r)``.
+        """
+        makers = {
+            "text": self._text_row,
+            "copy": self._copy_row,
+            "recall": self._recall_row,
+            "list": self._list_row,
+            "passkeys": self._passkeys_row,
+        }
+        names = list(stage.mix)
+        edges = np.cumsum([stage.mix[name] for name in names])
+        rows = []
+        for row in range(stage.rows):
+            rng = np.random.default_rng([seed, step, row])
+            place = (row + rng.random()) / stage.rows * edges[-1]  # so that every step has all kinds
+            name = names[min(int(np.searchsorted(edges, place, side="right")), len(names) - 1)]
+            rows.append(makers[name](stage.length, rng))
+        tokens, kinds = zip(*rows, strict=True)
+        return np.array(tokens, np.int32), np.array(kinds, np.int32)
+
+    def _text_row(self, length: int, rng: np.random.Generator) -> Sentence:
+        return self._stretch(length, rng), [TEXT] * length
+
+    def _stretch(self, length: int, rng: np.random.Generator) -> list[int]:
+        start = rng.integers(len(self.text) - length + 1)
+        return self.text[start : start + length].tolist()
+
+    def _copy_row(self, length: int, rng: np.random.Generator) -> Sentence:
+        period = int(rng.integers(length // 8, length // 2 + 1))
+        words = rng.choice(self._words, period)
+        return np.resize(words, length).tolist(), [NOT_SCORED] * period + [COPY] * (length - period)
+
+    def _recall_row(self, length: int, rng: np.random.Generator) -> Sentence:
+        short = length < _PLAIN_BELOW
+        start = [] if short else self._headers[int(rng.random() < 0.2)]
+        spacing = rng.uniform(20, 48) if short else np.exp(rng.uniform(np.log(24), np.log(160)))
+        sentences = self._sentences(max(3, int(length / spacing)), rng, passkey=not short)
+        rest = length - len(start) - sum(len(tokens) for tokens, _ in sentences)
+        while rest < 0:  # the earliest go: what is asked of them later is then a guess, in short rows only
+            rest += len(sentences.pop(0)[0])
+        cuts = [*np.sort(rng.integers(0, rest + 1, len(sentences) - 1)), rest]  # the last is the row's end
+        text = self._stretch(rest, rng)
+        row, row_kinds, last = [*start], [NOT_SCORED] * len(start), 0
+        for cut, (tokens, kinds) in zip(cuts, sentences, strict=True):
+            row += text[last:cut] + tokens
+            row_kinds += [TEXT] * (cut - last) + kinds
+            last = cut
+        return row, row_kinds
+
+    def _sentences(self, count: int, rng: np.random.Generator, *, passkey: bool) -> list[Sentence]:
+        """What is said and asked, in order, of some keys; the last asks for any that was said."""
+        keys = rng.permutation(self._keys)[: max(2, int(count * rng.uniform(0.25, 0.5)))]
+        known: dict[int, int] = {}  # what a key was said to be: a value, or another key
+        passkey_at = rng.integers(count // 2 + 1) if passkey and rng.random() < 0.5 else count
+        digits: list[int] = []
+        sentences = []
+        for number in range(count):
+            if number == passkey_at:
+                key = str(rng.integers(10_000, 100_000))
+                digits = self._encode(f" {key}")
+                sentences.append(self._passkey_said(key))
+            elif digits and rng.random() < 0.08:
+                sentences.append(_answered(self._passkey_question, digits, PASSKEY, self._end))
+            else:
+                last = number == count - 1 and known
+                key = int(rng.choice(list(known) if last else keys))
+                sentences.append(self._said_of(key, known, rng))
+        return sentences
+
+    def _said_of(self, key: int, known: dict[int, int], rng: np.random.Generator) -> Sentence:
+        link = ([], self._is, self._mark)[rng.integers(3)]
+        if key not in known:
+            is_alias = known and rng.random() < _ALIASES
+            known[key] = int(rng.choice(list(known) if is_alias else self._values))
+            return _answered([*self._said, key, *link], [known[key]], NOT_SCORED, self._end)
+        if rng.random() >= _QUESTIONS:
+            return _answered([*self._said, key, *link], [known[key]], RECALL, self._end)
+        chain = [known[key]]
+        while chain[-1] in known:
+            chain += [*self._is, known[chain[-1]]]
+        before = [*self._asked, key, *self._mark, key, *link]
+        return _answered(before, chain, CHAIN if len(chain) > 1 else RECALL, self._end)
+
+    def _passkey_said(self, key: str) -> Sentence:
+        """The sentence has the key twice: the second time it is an answer."""
+        before, after = tasks.PASSKEY_NEEDLE.format(key=key).rsplit(f" {key}", 1)
+        return _answered(self._encode(before), self._encode(f" {key}"), PASSKEY, self._encode(after))
+
+    def _list_row(self, length: int, rng: np.random.Generator) -> Sentence:
+        """Lists of words with their questions, one after another, of any length up to the whole row."""
+        row, kinds = [*self._list_header], [NOT_SCORED] * len(self._list_header)
+        asked = len(self._list_question) + 3 + len(self._end)
+        while (room := length - len(row) - asked) >= 24:
+            count = room if rng.random() < 0.4 else int(np.exp(rng.uniform(np.log(24), np.log(room + 1))))
+            pool = rng.permutation(self._words)[: int(np.clip(count // rng.integers(4, 17), 8, 128))]
+            common = pool[:3]
+            weights = np.ones(len(pool))
+            weights[:3] = rng.uniform(4, 8)
+            times = np.round(weights * count / weights.sum()).astype(int)
+            words = rng.permutation(np.repeat(pool, times))[:count].tolist()
+            asks, answered = _answered(
+                self._list_question, rng.permutation(common).tolist(), COMMON, self._end
+            )
+            row += words + asks
+            kinds += [WORDS] * len(words) + answered
+        rest = length - len(row)
+        return row + self._stretch(rest, rng), kinds + [NOT_SCORED] * rest
+
+    def _passkeys_row(self, length: int, rng: np.random.Generator) -> Sentence:
+        needles, words = int(rng.integers(1, 1 + max(1, length // 256))), int(rng.integers(1, 6))
+        passkeys = Passkeys(self.text.astype(np.int32), self._encode, needles, words)
+        tokens, is_answer = passkey_sample(passkeys, length, rng)
+        return tokens.tolist(), np.where(is_answer, PASSKEY, NOT_SCORED).tolist()
+
+
+def _answered(before: Sequence[int], answer: list[int], kind: int, after: list[int]) -> Sentence:
+    tokens = [*before, *answer, *after]
+    return tokens, [NOT_SCORED] * len(before) + [kind] * len(answer) + [NOT_SCORED] * len(after)
+
+
+def _one_token(encode, word: str) -> int:
+    tokens = encode(f" {word}")
+    if len(tokens) != 1:
+        raise ValueError(f"tokenizer must have {word!r} as one token, but takes {len(tokens)}")
+    return tokens[0]
