@@ -9,7 +9,7 @@ VENV_PYTHON = $(VENV)/bin/python
 .PHONY: help demo test test-gpu-compile lint typecheck clean
 
 help:
-	@echo "make demo       train, extend, evaluate and generate with a small model on real text; results in demo/"
+	@echo "make demo       perplexity, generation and recall of the shipped model by cache; results in demo/"
 	@echo "make test       the tests, without those marked slow"
 	@echo "make test-gpu-compile"
 	@echo "                compile the GPU kernels and whole programs for H200s; needs Python >= 3.12 and no GPU"
@@ -19,7 +19,7 @@ help:
 	@echo "PYTHON=... and VENV=... choose the interpreter and the environment's folder."
 
 demo: $(VENV)/.installed-plot
-	$(VENV_PYTHON) -m jsparse demo
+	$(VENV_PYTHON) -m jsparse demo --output demo
 
 test: $(VENV)/.installed-test
 	$(VENV_PYTHON) -m pytest --numprocesses 2 --dist worksteal

@@ -1,11 +1,10 @@
-"""The whole idea in minutes on a CPU: train, extend with LongLoRA, measure, generate from a sparse cache.
+"""The whole path in minutes on a CPU: train, extend with LongLoRA, measure, generate from a sparse cache.
 
 The text is the Python standard library's own sources, a byte a token. Every number is measured in the run.
 The model is far too small to write Python: what the demo shows is that each step works, and what it changes.
 """
 
 import dataclasses
-import importlib.util
 import json
 import os
 import platform
@@ -16,13 +15,13 @@ from pathlib import Path
 
 import jax
 import numpy as np
+import tokenizers
 from flax import nnx
 from rich.console import Console
 
-from jsparse.command_line import parse
+from jsparse.corpus import standard_library_files
 from jsparse.examples.compare import difference
-from jsparse.examples.corpus import standard_library_files
-from jsparse.examples.report import draw_plot, print_tables
+from jsparse.examples.report import check_can_draw, draw_plot, print_trained
 from jsparse.models import Llama, LlamaConfig, byte_tokenizer, load_tokenizer
 from jsparse.serve import CacheConfig, SamplingParams, decode_logits, generate
 from jsparse.train import FinetuneConfig, finetune, perplexity_by_context, read_documents, shifted_head_masks
@@ -95,18 +94,9 @@ class DemoConfig:
         return [*contexts, self.long_context]
 
 
-def demo(options: list[str]) -> None:
-    """``jsparse demo``."""
-    config = parse(DemoConfig, "demo", options)
-    run_demo(config)
-    print(f"model, plot and numbers are in {config.output}: try")
-    print(f"  jsparse generate --model {config.output / 'long'} --prompt 'import os' --temperature 0.7")
-
-
 def run_demo(config: DemoConfig) -> dict:
     """Run every step, print the tables, and return what ``demo.json`` in the output folder holds."""
-    if importlib.util.find_spec("matplotlib") is None:
-        raise NotImplementedError("the demo draws a plot with matplotlib: pip install 'jsparse[plot]'")
+    check_can_draw()
     train_files, held_out_files = standard_library_files()
     prepare_output(config.output)
     console = Console(stderr=True)
@@ -122,9 +112,22 @@ def run_demo(config: DemoConfig) -> dict:
     long = extend(config, base, train_files)
     console.rule("4/5 perplexity on held-out modules")
     documents = read_documents(held_out_files, load_tokenizer(base), eos_token_id=END_OF_TEXT, vocab_size=257)
-    perplexity = measure_perplexity(config, base, long, evaluation_text(config, documents))
+    perplexity = measure_perplexity(
+        config, base, long, pieces(documents, 4 * config.long_context, config.evaluation_tokens)
+    )
     console.rule(f"5/5 generate after {config.prompt_tokens} tokens, from a dense and from sparse caches")
-    generation = measure_generation(config, long, documents)
+    extended = Llama.from_pretrained(long)
+    # Which heads stream without harm, learned gates would say (DuoAttention). Here half of each layer's must.
+    kv_heads = extended.config.num_key_value_heads
+    streaming_heads = np.tile(np.arange(kv_heads) < kv_heads // 2, (extended.config.num_hidden_layers, 1))
+    generation = measure_generation(
+        extended,
+        load_tokenizer(long),
+        documents,
+        cache_kinds(config, streaming_heads),
+        config.prompt_tokens,
+        config.new_tokens,
+    )
 
     results = {
         "settings": dataclasses.asdict(config) | {"output": str(config.output)},
@@ -138,8 +141,8 @@ def run_demo(config: DemoConfig) -> dict:
         "seconds": round(time.perf_counter() - started, 1),
     }
     (config.output / RESULTS).write_text(json.dumps(results, indent=1) + "\n")
-    draw_plot(results, config.output / "demo.png")
-    print_tables(results)
+    draw_plot(results, config.output / "demo.png", "perplexity of a byte, held-out modules")
+    print_trained(results)
     return results
 
 
@@ -215,11 +218,13 @@ def extend(config: DemoConfig, base: Path, files: tuple[Path, ...]) -> Path:
     return result.output
 
 
-def evaluation_text(config: DemoConfig, documents: list[np.ndarray]) -> np.ndarray:
-    """Pieces of four long contexts from the start of every held-out module that long, one after another."""
-    piece = 4 * config.long_context
-    tokens = np.concatenate([document[:piece] for document in documents if len(document) >= piece])
-    return tokens[: config.evaluation_tokens]
+def pieces(documents: list[np.ndarray], length: int, tokens: int) -> np.ndarray:
+    """Pieces of ``length`` from the start of every document that long, one after another, ``tokens`` in all.
+
+    >>> pieces([np.array([1, 2, 3]), np.array([4]), np.array([5, 6])], 2, 3)
+    array([1, 2, 5])
+    """
+    return np.concatenate([document[:length] for document in documents if len(document) >= length])[:tokens]
 
 
 def measure_perplexity(
@@ -256,22 +261,23 @@ def cache_kinds(config: DemoConfig, streaming_heads: np.ndarray) -> dict[str, Ca
     return {"dense": dense, "pages": pages, "pages and streaming": both}
 
 
-def measure_generation(config: DemoConfig, long: Path, documents: list[np.ndarray]) -> dict[str, dict]:
-    """Speed, text and distance from the dense logits, for each kind of cache.
+def measure_generation(
+    model: Llama,
+    tokenizer: tokenizers.Tokenizer,
+    documents: list[np.ndarray],
+    caches: dict[str, CacheConfig],
+    prompt_tokens: int,
+    new_tokens: int,
+) -> dict[str, dict]:
+    """Speed, text and distance from the logits of the first cache, the dense one, for each cache.
 
     The prompts are from the middle of held-out modules. Speed (after the prefill) and text are of the first
     prompt; logits are compared over the true continuations of all of them.
     """
-    model, tokenizer = Llama.from_pretrained(long), load_tokenizer(long)
-    needed = config.prompt_tokens + config.new_tokens
+    needed = prompt_tokens + new_tokens
     middles = [document[len(document) // 2 :] for document in documents]
     texts = [tokens[:needed] for tokens in middles if len(tokens) >= needed][:PROMPTS]
-    prompts, continuations = zip(*(np.split(text, [config.prompt_tokens]) for text in texts), strict=True)
-
-    # Which heads stream without harm, learned gates would say (DuoAttention). Here half of each layer's must.
-    kv_heads = model.config.num_key_value_heads
-    streaming_heads = np.tile(np.arange(kv_heads) < kv_heads // 2, (model.config.num_hidden_layers, 1))
-    caches = cache_kinds(config, streaming_heads)
+    prompts, continuations = zip(*(np.split(text, [prompt_tokens]) for text in texts), strict=True)
     sampling = SamplingParams(temperature=0.7, ignore_eos=True)
     dense, measured = None, {}
     with progress_bar(True) as bar:
@@ -279,7 +285,7 @@ def measure_generation(config: DemoConfig, long: Path, documents: list[np.ndarra
         for name, cache in caches.items():
             runs = []
             for _ in range(1 + TIMED_RUNS):
-                runs.append(generate(model, [prompts[0]], config.new_tokens, sampling, cache))
+                runs.append(generate(model, [prompts[0]], new_tokens, sampling, cache))
                 bar.update(task, advance=1, note=name)
             logits = []
             for prompt, continuation in zip(prompts, continuations, strict=True):

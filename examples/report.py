@@ -1,25 +1,62 @@
-"""What the demo found: two tables and a plot."""
+"""What the demos found: tables and a plot."""
 
+import importlib.util
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
+from jsparse.serve.quality import METHODS
 
-def print_tables(results: dict[str, Any]) -> None:
-    """Print perplexity by context length, and generation by kind of cache."""
+
+def print_trained(results: dict[str, Any]) -> None:
+    """Print what the training demo measured: perplexity by context length, generation by kind of cache."""
+    console = Console()
+    _print_perplexity(console, results, "byte", "model, attention when measured")
+    _print_generation(console, results)
+    settings = results["settings"]
+    notes = [
+        f"{_measured(results)}: {results['parameters']:,} parameters, {results['seconds']:.0f} s in all.",
+        f"base was trained at {results['contexts'][0]} tokens only. LongLoRA trained within its groups only: "
+        "full attention beyond them is new to the model.",
+        f"pages: a head reads {settings['budget']} tokens of the cache a step. streaming: half of the KV "
+        f"heads, chosen blindly, read the first {settings['sink']} and the last {settings['window']}.",
+        *_generation_notes(results),
+    ]
+    console.print("", *notes, sep="\n", highlight=False)
+
+
+def print_shipped(results: dict[str, Any]) -> None:
+    """Print what the demo of the shipped model measured: the same two tables, and recall by method."""
     console = Console()
     settings = results["settings"]
+    _print_perplexity(console, results, "token", "attention when measured")
+    _print_generation(console, results)
+    _print_recall(console, results)
+    notes = [
+        f"{_measured(results)}, {results['seconds']:.0f} s in all.",
+        *(f"{name}: {METHODS[name].about}." for name in results["generation"]),
+        f"A head that does not read everything reads {settings['budget']} tokens a step.",
+        "needle: a word is explained once, somewhere, and asked for at the end; recall: one of many such "
+        "words. The question is fed to the decode step, where a cache chooses what it reads.",
+        *_generation_notes(results),
+    ]
+    console.print("", *notes, sep="\n", highlight=False)
 
-    table = Table(title="Perplexity of a byte, held-out modules (lower is better)")
-    table.add_column("model, attention when measured")
+
+def _print_perplexity(console: Console, results: dict[str, Any], unit: str, what: str) -> None:
+    table = Table(title=f"Perplexity of a {unit}, held-out modules (lower is better)")
+    table.add_column(what)
     for context in results["contexts"]:
         table.add_column(f"{context} tokens", justify="right")
     for name, row in results["perplexity"].items():
         table.add_row(name, *(f"{value:.3f}" for value in row))
     console.print(table)
 
+
+def _print_generation(console: Console, results: dict[str, Any]) -> None:
+    settings = results["settings"]
     table = Table(
         title=f"Generating {settings['new_tokens']} tokens after a prompt of {settings['prompt_tokens']}"
     )
@@ -38,33 +75,45 @@ def print_tables(results: dict[str, Any]) -> None:
     console.print(table)
     for name, row in results["generation"].items():
         console.print(f"{name}: {row['text']!r}", markup=False, highlight=False)
-    console.print(f"\n{_notes(results)}", highlight=False)
 
 
-def _notes(results: dict[str, Any]) -> str:
-    """What was measured, on what, and what the rows mean."""
-    settings, machine, tokens = (
-        results["settings"],
-        results["machine"],
-        len(results["generation"]["dense"]["kl"]),
-    )
-    notes = [
+def _print_recall(console: Console, results: dict[str, Any]) -> None:
+    rows = results["recall"]
+    tasks = list(dict.fromkeys(row["task"] for row in rows))
+    scores = {(row["method"], row["task"]): row for row in rows}
+    table = Table(title=f"Found in texts of {rows[0]['length']} tokens, of {rows[0]['samples']} each")
+    table.add_column("cache")
+    for task in tasks:
+        table.add_column(task, justify="right")
+    for method in dict.fromkeys(row["method"] for row in rows):
+        table.add_row(method, *(f"{scores[method, task]['score']:.0%}" for task in tasks))
+    console.print(table)
+
+
+def _measured(results: dict[str, Any]) -> str:
+    machine = results["machine"]
+    return (
         f"Measured in this run on {machine['cores']} cores ({machine['processor']}, {machine['device']}), "
-        f"jax {machine['jax']}, Python {machine['python']}: {results['parameters']:,} parameters, "
-        f"{results['seconds']:.0f} s in all.",
-        f"base was trained at {results['contexts'][0]} tokens only. LongLoRA trained within its groups only: "
-        "full attention beyond them is new to the model.",
-        f"pages: a head reads {settings['budget']} tokens of the cache a step. streaming: half of the KV "
-        f"heads, chosen blindly, read the first {settings['sink']} and the last {settings['window']}.",
+        f"jax {machine['jax']}, Python {machine['python']}"
+    )
+
+
+def _generation_notes(results: dict[str, Any]) -> list[str]:
+    return [
         "tokens/s: decoding one sequence, the median of several runs after one that compiles.",
         "Δ: |logit - the dense cache's logit|; KL in nats; same top: the same most likely token; each "
-        f"cache fed the same {tokens} tokens of real text.",
+        f"cache fed the same {len(results['generation']['dense']['kl'])} tokens of real text.",
     ]
-    return "\n".join(notes)
 
 
-def draw_plot(results: dict[str, Any], path: Path) -> None:
-    """Draw what the tables say: perplexity by context length, and how KL is distributed over tokens."""
+def check_can_draw() -> None:
+    """NotImplementedError, before anything is computed, where a plot could not be drawn."""
+    if importlib.util.find_spec("matplotlib") is None:
+        raise NotImplementedError("the demo draws a plot with matplotlib: pip install 'jsparse[plot]'")
+
+
+def draw_plot(results: dict[str, Any], path: Path, label: str) -> None:
+    """Draw what the tables say: perplexity (``label``) by context length, and how KL is distributed."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg  # draws without a display or global state
     from matplotlib.figure import Figure
     from matplotlib.ticker import ScalarFormatter
@@ -79,7 +128,7 @@ def draw_plot(results: dict[str, Any], path: Path) -> None:
     left.set_yscale("log")
     left.set_xticks(results["contexts"], [str(context) for context in results["contexts"]])
     left.set_xlabel("context length (tokens)")
-    left.set_ylabel("perplexity of a byte, held-out modules")
+    left.set_ylabel(label)
     left.yaxis.set_major_formatter(ScalarFormatter())
     left.yaxis.set_minor_formatter(ScalarFormatter())
     left.legend()

@@ -1,15 +1,20 @@
-"""The demo from end to end, in miniature: everything happens, and the numbers are what they say."""
+"""Both demos from end to end, in miniature: everything happens, and the numbers are what they say."""
 
 import json
 import math
 
 import numpy as np
 import pytest
+from flax import nnx
 
+import jsparse
+from jsparse.__main__ import main
+from jsparse.corpus import standard_library_files
+from jsparse.examples import commands
 from jsparse.examples.compare import difference
-from jsparse.examples.corpus import standard_library_files
 from jsparse.examples.demo import DemoConfig, prepare_output, run_demo
-from jsparse.models import Llama
+from jsparse.examples.shipped import ShippedDemoConfig, run_shipped_demo
+from jsparse.models import Llama, LlamaConfig, byte_tokenizer
 from jsparse.serve import CacheConfig, decode_logits
 
 
@@ -105,3 +110,75 @@ def test_the_text_is_deterministic_and_disjoint():
 def test_a_prompt_that_does_not_fit_is_refused():
     with pytest.raises(ValueError, match="prompt_tokens=1000 and new_tokens=96 do not fit 1024"):
         DemoConfig(prompt_tokens=1000)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A tiny checkpoint of 512 positions with a head pattern, in the place of the shipped one."""
+    folder = tmp_path_factory.mktemp("shipped")
+    config = LlamaConfig(
+        vocab_size=257,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=1,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=512,
+        initializer_range=0.2,
+    )
+    Llama(config, rngs=nnx.Rngs(0)).save_pretrained(folder)
+    byte_tokenizer().save(str(folder / "tokenizer.json"))
+    jsparse.HeadPattern([[0.1, 0.9]]).save(folder / "full_attention_heads.tsv")
+    return folder
+
+
+SMALL = {"evaluation_tokens": 1024, "prompt_tokens": 300, "new_tokens": 10, "budget": 128, "samples": 1}
+
+
+@pytest.mark.slow
+def test_the_shipped_model_is_measured(folder, tmp_path, capsys):
+    output = tmp_path / "out"
+    results = run_shipped_demo(ShippedDemoConfig(model=folder, output=output, **SMALL))
+    assert json.loads((output / "demo.json").read_text()) == results
+    assert (output / "demo.png").read_bytes().startswith(b"\x89PNG")
+    assert results["contexts"] == [128, 256, 512] and len(results["perplexity"]) == 3
+    for row in results["perplexity"].values():
+        assert len(row) == 3 and all(1 < value < 2 * 257 for value in row)
+
+    methods = ["dense", "streaming", "lserve", "lserve-heads"]
+    assert list(results["generation"]) == methods
+    assert results["generation"]["dense"]["max_difference"] == 0
+    for method in methods[1:]:
+        assert results["generation"][method]["max_difference"] > 0
+    assert [(row["task"], row["method"]) for row in results["recall"]] == [
+        (task, method) for task in ("needle", "recall") for method in methods
+    ]
+    assert {row["budget"] for row in results["recall"]} == {None, 128}
+    out = capsys.readouterr().out
+    assert "held-out modules" in out and "Found in texts of 512 tokens" in out and "lserve-heads:" in out
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"budget": 100}, "budget=100 must be a multiple of 64, the tokens of a page, and 128 at least"),
+        ({"samples": 0}, "samples must be at least 1, not 0"),
+        ({"prompt_tokens": 510}, "prompt_tokens=510 and new_tokens=10 do not fit the model's 512 positions"),
+    ],
+)
+def test_what_does_not_fit_the_shipped_model_is_refused(folder, tmp_path, changes, message):
+    with pytest.raises(ValueError, match=message):
+        run_shipped_demo(ShippedDemoConfig(model=folder, output=tmp_path / "new", **(SMALL | changes)))
+    assert not (tmp_path / "new").exists()
+
+
+def test_train_says_which_demo_runs(monkeypatch, capsys, tmp_path):
+    ran = []
+    monkeypatch.setattr(commands, "run_demo", ran.append)
+    monkeypatch.setattr(commands, "run_shipped_demo", ran.append)
+    assert main(["demo"]) == 0
+    assert main(["demo", "--layers", "2", "--train", "--output", str(tmp_path)]) == 0
+    assert ran == [ShippedDemoConfig(), DemoConfig(layers=2, output=tmp_path)]
+    with pytest.raises(SystemExit):
+        main(["demo", "--train", "--help"])
+    assert "usage: jsparse demo --train" in capsys.readouterr().out

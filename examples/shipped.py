@@ -1,0 +1,149 @@
+"""What the shipped model shows in a minute or two on a CPU, with nothing trained and nothing downloaded.
+
+Perplexity on held-out modules of the standard library, text and logits from a dense and from sparse caches,
+and which caches still find what was said far back. Every number is measured in the run.
+"""
+
+import dataclasses
+import json
+import time
+from pathlib import Path
+
+import numpy as np
+from rich.console import Console
+
+import jsparse
+from jsparse.corpus import standard_library_files
+from jsparse.examples.demo import (
+    RESULTS,
+    machine,
+    measure_generation,
+    pieces,
+    prepare_output,
+)
+from jsparse.examples.report import check_can_draw, draw_plot, print_shipped
+from jsparse.models import Llama, load_config, load_tokenizer, shipped_model
+from jsparse.serve.quality import ScoreboardConfig, run_scoreboard
+from jsparse.serve.quality.methods import PAGE, SINK
+from jsparse.serve.quality.scoreboard import make_entries, streaming_heads
+from jsparse.train import perplexity_by_context, read_documents, shifted_head_masks
+
+METHODS = ("dense", "streaming", "lserve", "lserve-heads")  # of the scoreboard
+TASKS = ("needle", "recall")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ShippedDemoConfig:
+    """What attention patterns and sparse caches do to the small model that ships with jsparse.
+
+    Nothing is trained: a minute or two on two CPU cores. `jsparse demo --train` is the whole path instead,
+    from a random model to a longer context; `jsparse demo --train --help` lists its options.
+    """
+
+    model: Path = shipped_model()
+    """A Hugging Face folder, with a full_attention_heads.tsv if heads are to stream by it."""
+    output: Path | None = None
+    """Write every number and a plot into this folder (needs the extra plot). What an earlier demo left there
+    is replaced; another folder is refused."""
+    evaluation_tokens: int = 8192
+    """Held-out tokens that perplexity is measured on."""
+    prompt_tokens: int = 1500
+    """Length of the prompts to generate from."""
+    new_tokens: int = 96
+    """Tokens to generate."""
+    budget: int = 256
+    """Tokens that a head reads a step: of pages that it chooses, or sink and window together."""
+    samples: int = 8
+    """Texts of each task of recall."""
+
+    def __post_init__(self):
+        if self.budget % PAGE or self.budget < 2 * PAGE:
+            raise ValueError(
+                f"budget={self.budget} must be a multiple of {PAGE}, the tokens of a page, "
+                f"and {2 * PAGE} at least"
+            )
+        for name in ("evaluation_tokens", "prompt_tokens", "new_tokens", "samples"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
+
+
+def run_shipped_demo(config: ShippedDemoConfig) -> dict:
+    """Measure, print the tables, and return every number (``demo.json`` in the output folder, if any)."""
+    llama = load_config(config.model)
+    length = llama.max_position_embeddings
+    if config.prompt_tokens + config.new_tokens > length:
+        raise ValueError(
+            f"prompt_tokens={config.prompt_tokens} and new_tokens={config.new_tokens} do not fit the "
+            f"model's {length} positions"
+        )
+    scoreboard = ScoreboardConfig(
+        model=config.model,
+        tasks=TASKS,
+        methods=METHODS,
+        budgets=(config.budget / length,),
+        samples=config.samples,
+        seeds=1,
+        batch_size=config.samples,
+        grid_methods=(),
+    )
+    if config.output is not None:
+        check_can_draw()
+        prepare_output(config.output)
+    console, started = Console(stderr=True), time.perf_counter()
+    _, held_out_files = standard_library_files()
+    model, tokenizer = Llama.from_pretrained(config.model), load_tokenizer(config.model)
+    tokenizer.no_truncation()
+    ends = llama.eos_token_ids
+    documents = read_documents(
+        held_out_files, tokenizer, eos_token_id=ends[0] if ends else None, vocab_size=llama.vocab_size
+    )
+
+    console.rule("1/3 perplexity on held-out modules")
+    contexts = [length // 4, length // 2, length]
+    text = pieces(documents, 2 * length, config.evaluation_tokens)
+    perplexity = measure_perplexity(config, model, contexts, text)
+    console.rule(f"2/3 generate after {config.prompt_tokens} tokens, from a dense and from sparse caches")
+    entries = make_entries(METHODS, [config.budget], streaming_heads(scoreboard))
+    capacity = -(-(config.prompt_tokens + config.new_tokens) // PAGE) * PAGE
+    caches = {name: dataclasses.replace(cache, capacity=capacity) for (name, _), cache in entries.items()}
+    generation = measure_generation(
+        model, tokenizer, documents, caches, config.prompt_tokens, config.new_tokens
+    )
+    console.rule(f"3/3 what was said once in {length} tokens")
+    recall = run_scoreboard(scoreboard)
+
+    results = {
+        "settings": dataclasses.asdict(config)
+        | {"model": str(config.model), "output": None if config.output is None else str(config.output)},
+        "machine": machine(),
+        "held_out_files": [file.name for file in held_out_files],
+        "contexts": contexts,
+        "perplexity": perplexity,
+        "generation": generation,
+        "recall": recall,
+        "seconds": round(time.perf_counter() - started, 1),
+    }
+    print_shipped(results)
+    if config.output is not None:
+        (config.output / RESULTS).write_text(json.dumps(results, indent=1) + "\n")
+        draw_plot(results, config.output / "demo.png", "perplexity of a token, held-out modules")
+    return results
+
+
+def measure_perplexity(
+    config: ShippedDemoConfig, model: Llama, contexts: list[int], tokens: np.ndarray
+) -> dict[str, list[float]]:
+    """Perplexity of the same tokens at every context length, with all of attention and with parts of it."""
+    heads, window = model.config.num_attention_heads, config.budget - SINK
+    rows = {
+        "full": lambda context: None,
+        f"streaming: sink {SINK}, window {window}": lambda _: jsparse.streaming(sink=SINK, window=window),
+        "shifted groups of a quarter": lambda context: shifted_head_masks(heads, context // 4),
+    }
+    return {
+        name: [
+            result.perplexity
+            for result in perplexity_by_context(model, tokens, contexts, mask_for=mask_for, batch_size=2)
+        ]
+        for name, mask_for in rows.items()
+    }
