@@ -10,7 +10,7 @@ import pytest
 
 import jsparse
 from jsparse.__main__ import main
-from jsparse.models import Llama, byte_tokenizer
+from jsparse.models import Llama, byte_tokenizer, shipped_model
 from jsparse.serve import CacheConfig, generate
 from jsparse.train import evaluate_perplexity
 
@@ -45,6 +45,17 @@ def test_generate_prints_what_generate_gives(folder, capfd):
     assert code == 0
     assert out.rstrip("\n") == tokenizer.decode(ids).rstrip("\ufffd\n")
     assert "prompt of 8 tokens" in err and "12 tokens" in err and "tokens/s" in err
+
+
+def test_generate_needs_no_model(folder, capfd):
+    code, out, err = run(folder, capfd, "generate", "--prompt", "import os", "--max-new-tokens", "4")
+    assert code == 0 and out and "4 tokens" in err
+    code, same, _ = run(
+        folder,
+        capfd,
+        *("generate", "--model", str(shipped_model()), "--prompt", "import os", "--max-new-tokens", "4"),
+    )
+    assert code == 0 and same == out
 
 
 def test_generate_takes_a_prompt_file_and_a_sparse_cache(folder, capfd):
@@ -115,7 +126,7 @@ EVALUATE = "evaluate --model {}/model --data {}/text.txt --contexts 32"
 @pytest.mark.parametrize(
     ("command", "message"),
     [
-        ("polish", "unknown command 'polish'; commands are finetune, merge, evaluate, heads"),
+        ("polish", "unknown command 'polish'; commands are pretrain, finetune, merge, evaluate, heads"),
         (GENERATE + " --prompt a --budget 100", "budget=100 must be a multiple of page_size=64"),
         (GENERATE + " --prompt a --temperature -1", "temperature must be"),
         (GENERATE + " --prompt a --pattern {}/text.txt", "line 1"),

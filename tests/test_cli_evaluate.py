@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 
 from jsparse.__main__ import main
-from jsparse.models import Llama, byte_tokenizer, load_config
-from jsparse.train import evaluate_perplexity, shifted_head_masks
+from jsparse.corpus import standard_library_files
+from jsparse.models import Llama, byte_tokenizer, load_config, load_tokenizer, shipped_model
+from jsparse.train import evaluate_perplexity, read_documents, shifted_head_masks
 from jsparse.train.patterns import save_pattern, shifted_pattern
 
 TEXT = "def main():\n    return 0\n" * 20
@@ -44,6 +45,22 @@ def test_scoring_and_the_pattern_of_the_training(folder, capfd):
         assert (result["tokens"], result["stride"], result["last"]) == (32, 8, 8)
         assert result["perplexity"] == pytest.approx(expected.perplexity)
     assert results[0]["perplexity"] != pytest.approx(results[1]["perplexity"], rel=1e-3)
+
+
+def test_nothing_given_is_the_shipped_model_on_the_standard_library(folder, capfd):
+    code, out, err = run(folder, capfd, "--contexts 16 --json {}/shipped.json")
+    assert code == 0, err
+    _, files = standard_library_files()
+    assert f"data: {len(files)} held-out modules" in out and "at most 64 windows" in out
+    (result,) = json.loads((folder / "shipped.json").read_text())
+    model, tokenizer = Llama.from_pretrained(shipped_model()), load_tokenizer(shipped_model())
+    ends = model.config.eos_token_ids
+    documents = read_documents(
+        files, tokenizer, eos_token_id=ends[0] if ends else None, vocab_size=model.config.vocab_size
+    )
+    expected = evaluate_perplexity(model, np.concatenate(documents), context=16, max_windows=64)
+    assert result["tokens"] == expected.tokens == 15 + 63 * 8
+    assert result["perplexity"] == pytest.approx(expected.perplexity)
 
 
 def test_passkeys_alone_with_a_figure(folder, capfd):
@@ -86,7 +103,6 @@ def test_bad_input_is_one_line(folder, capfd, options, message):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ("--model m", "give --data for perplexity, or --passkeys, or both"),
         ("--model m --passkeys --stride 8", "--stride, --last and --max-windows are for perplexity"),
         ("--model m --data t --depths 0.5", "--depths is for passkeys: give --passkeys"),
         ("--model m --data t --attention learned", "--attention"),

@@ -141,7 +141,9 @@ def test_the_wheel_holds_every_module_and_the_license(tmp_path):
     subprocess.run(command, check=True)
     (wheel,) = tmp_path.glob("*.whl")
     names = [name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name]
-    packed = [*source_files(), ROOT / "pallas_kernels" / "measured.json"]
+    shipped = [path for path in (ROOT / "models" / "small").iterdir() if path.is_file()]
+    assert {"config.json", "model.safetensors", "tokenizer.json"} <= {path.name for path in shipped}
+    packed = [*source_files(), ROOT / "pallas_kernels" / "measured.json", *shipped]
     sources = [path.relative_to(ROOT).as_posix() for path in packed]
     assert sorted(names) == sorted(
         path if path.startswith("jsparse/") else f"jsparse/{path}" for path in sources

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 import jsparse.models.layers
-from jsparse.models import Llama, LlamaConfig
+from jsparse.models import Llama, LlamaConfig, load_tokenizer, shipped_model
 
 torch = pytest.importorskip("torch", reason="the oracle needs torch, from the extra `parity`")
 transformers = pytest.importorskip(
@@ -188,3 +188,15 @@ def test_interleaved_rope_is_seen(tmp_path, monkeypatch):
 def edit_config(directory, **fields):
     file = directory / "config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | fields))
+
+
+def test_the_shipped_model_and_its_tokenizer_are_read_by_transformers():
+    tokenizer = transformers.AutoTokenizer.from_pretrained(shipped_model())
+    text = "import os\n\n# amber is tulip. 123\n# What is amber? amber is"
+    ids = load_tokenizer(shipped_model()).encode(text).ids
+    assert tokenizer(text)["input_ids"] == ids
+    assert tokenizer.decode(ids) == text
+    tokens = np.array([ids], np.int32)
+    oracle = transformers.AutoModelForCausalLM.from_pretrained(shipped_model(), dtype=torch.float64)
+    ours = Llama.from_pretrained(shipped_model(), dtype=jnp.dtype("float32"))(jnp.asarray(tokens))
+    assert largest_difference(ours, oracle_logits(oracle.eval(), tokens)) < TOLERANCE
