@@ -4,12 +4,14 @@ import contextlib
 import importlib
 import json
 import re
+import shlex
 import shutil
 
 import numpy as np
 import pytest
 
 from jsparse import tasks
+from jsparse.__main__ import main
 from jsparse.models import Llama, load_tokenizer, train_tokenizer
 from jsparse.models.tokenizer import END_OF_TEXT
 from jsparse.train import PretrainConfig, pretrain
@@ -144,8 +146,8 @@ def data(tmp_path_factory):
 
 def tiny(output, data, **changes):
     settings = {"context": 128, "vocab_size": 512, "hidden_size": 16, "intermediate_size": 32, "layers": 1}
-    settings |= {"q_heads": 2, "kv_heads": 1, "head_dim": 8, "stage_steps": 2, "text_steps": 1, "final_steps": 2}
-    settings |= {"batch_tokens": 256, "checkpoint_every": 3}
+    settings |= {"q_heads": 2, "kv_heads": 1, "head_dim": 8, "stage_steps": 2, "text_steps": 1}
+    settings |= {"final_steps": 2, "batch_tokens": 256, "checkpoint_every": 3}
     return PretrainConfig(output=output, data=[data], **settings | changes)
 
 
@@ -185,6 +187,16 @@ def test_an_interrupted_run_goes_on_as_if_nothing_had_happened(finished, data, t
     assert (resumed.output / "model.safetensors").read_bytes() == (
         finished.output / "model.safetensors"
     ).read_bytes()
+
+
+def test_the_command_records_itself(data, tmp_path, capsys):
+    options = "--context 64 --vocab-size 512 --hidden-size 16 --intermediate-size 32 --layers 1 --q-heads 2"
+    options += " --kv-heads 1 --head-dim 8 --stage-steps 1 --text-steps 1 --final-steps 1 --batch-tokens 256"
+    command = ["pretrain", "--output", str(tmp_path / "out"), "--data", str(data), *options.split()]
+    assert main(command) == 0
+    assert capsys.readouterr().out == f"{tmp_path / 'out'}: a model after 2 steps\n"
+    record = json.loads((tmp_path / "out" / "pretrain.json").read_text())
+    assert record["command"] == shlex.join(["jsparse", *command])
 
 
 def test_a_folder_of_another_run_is_refused(finished, data, tmp_path):
