@@ -35,7 +35,8 @@ _SHORTEST = 64  # tokens of the first stage's rows
 _SHORT = 256  # tokens of rows up to which the learning rate stays as it is
 _TEXT_LENGTH = 512  # tokens of the rows that most text is in: longer ones take more time for as much
 _MIX = {"recall": 0.6, "list": 0.08, "copy": 0.08, "passkeys": 0.08, "text": 0.16}
-_TEXT_MIX = {"text": 0.6, "recall": 0.25, "list": 0.05, "copy": 0.05, "passkeys": 0.05}
+_TEXT_MIX = {"text": 0.5, "recall": 0.25, "list": 0.15, "copy": 0.05, "passkeys": 0.05}
+_LONG_MIX = {"recall": 0.5, "list": 0.15, "copy": 0.05, "passkeys": 0.1, "text": 0.2}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -112,10 +113,11 @@ class PretrainConfig:
         length = _SHORTEST
         while length < self.context:
             length *= 2
-            stages.append(self._stage(self.stage_steps, length, _MIX))
+            mix = _MIX if length <= _TEXT_LENGTH else _LONG_MIX
+            stages.append(self._stage(self.stage_steps, length, mix))
             if length == min(_TEXT_LENGTH, self.context):
                 stages.append(self._stage(self.text_steps, length, _TEXT_MIX))
-        return (*stages, self._stage(self.final_steps, self.context, _MIX))
+        return (*stages, self._stage(self.final_steps, self.context, _LONG_MIX))
 
     def _stage(self, steps: int, length: int, mix: Mapping[str, float]) -> Stage:
         need_room = "list", "passkeys"
