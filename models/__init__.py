@@ -20,4 +20,5 @@ from jsparse.models.shipped import shipped_model as shipped_model
 from jsparse.models.tokenizer import byte_tokenizer as byte_tokenizer
 from jsparse.models.tokenizer import load_tokenizer as load_tokenizer
 from jsparse.models.tokenizer import plain_text_tokenizer as plain_text_tokenizer
+from jsparse.models.tokenizer import text_encoder as text_encoder
 from jsparse.models.tokenizer import train_tokenizer as train_tokenizer

@@ -1,6 +1,6 @@
 """Tokenizers: the one of a checkpoint, and one of plain bytes that needs no training."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 import tokenizers
@@ -34,6 +34,22 @@ def plain_text_tokenizer(tokenizer: tokenizers.Tokenizer) -> tokenizers.Tokenize
     plain.no_padding()
     plain.encode_special_tokens = True
     return plain
+
+
+def text_encoder(tokenizer: tokenizers.Tokenizer, vocab_size: int) -> Callable[[str], list[int]]:
+    """Text to its tokens, without special tokens and whole; ValueError for ids that a model does not have."""
+    plain = plain_text_tokenizer(tokenizer)
+
+    def encode(text: str) -> list[int]:
+        ids = plain.encode(text, add_special_tokens=False).ids
+        if max(ids, default=0) >= vocab_size:
+            raise ValueError(
+                f"tokenizer gives token id {max(ids)}, but the model's vocabulary has {vocab_size} entries: "
+                "it is not this model's"
+            )
+        return ids
+
+    return encode
 
 
 def byte_tokenizer() -> tokenizers.Tokenizer:

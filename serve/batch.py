@@ -8,7 +8,7 @@ import numpy as np
 
 from jsparse.models import Llama
 from jsparse.serve import loop
-from jsparse.serve.config import CacheConfig, CacheLayout, check_fit, layout_of
+from jsparse.serve.config import CacheConfig, CacheLayout, check_fit, layout_of, power_of_two
 from jsparse.serve.request import Request, check_requests
 from jsparse.serve.sampling import RowParams, SamplingParams
 
@@ -96,7 +96,7 @@ class Batch:
         )
         rows = free[: len(requests)]
         # As many rows as a power of two: another number of prompts seldom compiles anew.
-        width = min(layout.batch, 1 << (len(requests) - 1).bit_length())
+        width = min(layout.batch, power_of_two(len(requests)))
         table = np.full((width, layout.pages_of(layout.capacity)), layout.num_pages, np.int32)  # none
         for i, row in enumerate(rows):
             count = layout.pages_of(lengths[i] + max_new[i])

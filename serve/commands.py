@@ -29,7 +29,7 @@ class CacheOptions:
 
     budget: int | None = None
     """Tokens of the cache that a retrieval head reads a step, in whole pages; all of them by default."""
-    policy: Literal["lserve", "dense", "streaming", "quest", "oracle", "mean", "random"] = "lserve"
+    policy: Literal["lserve", "dense", "streaming", "quest", "mean", "oracle", "random"] = "lserve"
     """What decides which tokens those are; "streaming" lets every head stream, "quest" none."""
     page_size: int | None = None
     """Tokens a page of the cache: 64 by default, and 16 for Quest."""
@@ -57,7 +57,7 @@ class CacheOptions:
                 )
         if self.pattern is not None and self.policy in ("dense", "streaming", "quest"):
             raise ValueError(f"--policy {self.policy} does not ask which heads of a --pattern stream")
-        if self.policy in ("quest", "oracle", "mean", "random") and self.budget is None:
+        if self.policy in ("quest", "mean", "oracle", "random") and self.budget is None:
             raise ValueError(
                 f"--policy {self.policy} chooses what is read within a --budget, and none is given"
             )

@@ -9,8 +9,8 @@ from jsparse.estimate import PooledBlocks, VerticalSlash
 from jsparse.models import LlamaConfig
 from jsparse.select import Selection
 
-Policy = Literal["lserve", "dense", "streaming", "quest", "oracle", "mean", "random"]
-POLICIES: tuple[Policy, ...] = ("lserve", "dense", "streaming", "quest", "oracle", "mean", "random")
+Policy = Literal["lserve", "dense", "streaming", "quest", "mean", "oracle", "random"]
+POLICIES: tuple[Policy, ...] = ("lserve", "dense", "streaming", "quest", "mean", "oracle", "random")
 _SCORES: dict[Policy, Literal["bounds", "exact", "mean", "random"]] = {
     "lserve": "bounds",
     "quest": "bounds",
@@ -34,7 +34,7 @@ class CacheConfig:
     - "quest": pages by the bounds of the keys of whole pages, of 16 tokens unless ``page_size`` says
       otherwise, chosen for each token; the first two layers read everything, no head streams (Quest, arXiv
       2406.10774). ``streaming_heads`` do not apply.
-    - "oracle", "mean", "random": as "lserve", with the pages of the largest product with a key, of that with
+    - "mean", "oracle", "random": as "lserve", with the pages of the largest product with a key, of that with
       the mean of the keys, or any. To compare with.
 
     Size:
@@ -214,8 +214,8 @@ def plan_cache(cache: CacheConfig, model: LlamaConfig, lengths: list[int], max_n
     """
     page, _ = cache.page_sizes()
     longest = max(length + new for length, new in zip(lengths, max_new, strict=True))
-    capacity = cache.capacity or _power_of_two(-(-longest // page)) * page
-    batch = cache.batch or _power_of_two(len(lengths))
+    capacity = cache.capacity or power_of_two(-(-longest // page)) * page
+    batch = cache.batch or power_of_two(len(lengths))
     layout = layout_of(dataclasses.replace(cache, capacity=capacity, batch=batch), model)
     check_fit(layout, model, lengths, max_new, free_rows=layout.batch, free_pages=layout.num_pages)
     return layout
@@ -325,7 +325,7 @@ def _layer_layouts(cache: CacheConfig, model: LlamaConfig) -> tuple[LayerLayout,
     return tuple(layouts)
 
 
-def _power_of_two(n: int) -> int:
+def power_of_two(n: int) -> int:
     """The smallest power of two that is at least n."""
     return 1 << (n - 1).bit_length()
 

@@ -11,7 +11,7 @@ from jsparse.models import Llama
 from jsparse.serve import loop
 from jsparse.serve.batch import Batch
 from jsparse.serve.config import CacheConfig, Reading, plan_cache
-from jsparse.serve.request import Request
+from jsparse.serve.request import Request, check_ids
 from jsparse.serve.sampling import SamplingParams
 
 
@@ -35,10 +35,7 @@ def decode_logits(
     (2, 257)
     """
     for name, tokens in (("prompt", prompt), ("continuation", continuation)):
-        if tokens.size == 0 or tokens.min() < 0 or tokens.max() >= model.config.vocab_size:
-            raise ValueError(
-                f"{name} must be one id or more in [0, vocab_size={model.config.vocab_size}), not {tokens}"
-            )
+        check_ids(name, tokens, model.config.vocab_size)
     layout = plan_cache(cache, model.config, [len(prompt)], [len(continuation)])
     batch = Batch(model, layout)
     batch.add([Request(prompt.astype(np.int32), len(continuation), SamplingParams(ignore_eos=True), 0)])

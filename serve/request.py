@@ -42,6 +42,12 @@ def check_requests(model: LlamaConfig, prompts, max_new_tokens, sampling, seed) 
     ]
 
 
+def check_ids(name: str, tokens: np.ndarray, vocab_size: int) -> None:
+    """ValueError for an array without tokens, or with one outside the vocabulary."""
+    if tokens.size == 0 or tokens.min() < 0 or tokens.max() >= vocab_size:
+        raise ValueError(f"{name} must be one id or more in [0, vocab_size={vocab_size}), not {tokens}")
+
+
 def _check_prompts(prompts, vocab_size: int) -> list[np.ndarray]:
     if isinstance(prompts, str) or not isinstance(prompts, Sequence | np.ndarray) or len(prompts) == 0:
         raise ValueError(f"prompts must be a list of at least one list of token ids, not {prompts!r}")

@@ -17,23 +17,25 @@ hypothesis.settings.load_profile("jsparse")
 
 @pytest.fixture(scope="session")
 def save_tiny_model():
-    """A function that writes a tiny byte-level checkpoint of 64 positions, with tokenizer, into a folder."""
+    """``save(folder, **fields)`` writes a tiny byte-level checkpoint: of 64 positions, unless fields of its
+    config say otherwise, with its tokenizer."""
     # Not above: jaxtyping checks only what is imported after pytest has read this file.
     from flax import nnx
 
     from jsparse.models import Llama, LlamaConfig, byte_tokenizer
 
-    def save(folder) -> None:
-        config = LlamaConfig(
-            vocab_size=257,
-            hidden_size=32,
-            intermediate_size=64,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            max_position_embeddings=64,
-            initializer_range=0.2,
-        )
+    def save(folder, **fields) -> None:
+        tiny = {
+            "vocab_size": 257,
+            "hidden_size": 32,
+            "intermediate_size": 64,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "max_position_embeddings": 64,
+            "initializer_range": 0.2,
+        }
+        config = LlamaConfig(**tiny | fields)
         Llama(config, rngs=nnx.Rngs(0)).save_pretrained(folder)
         byte_tokenizer().save(str(folder / "tokenizer.json"))
 

@@ -5,7 +5,6 @@ import math
 
 import numpy as np
 import pytest
-from flax import nnx
 
 import jsparse
 from jsparse.__main__ import main
@@ -14,7 +13,7 @@ from jsparse.examples import commands
 from jsparse.examples.compare import difference
 from jsparse.examples.demo import DemoConfig, prepare_output, run_demo
 from jsparse.examples.shipped import ShippedDemoConfig, run_shipped_demo
-from jsparse.models import Llama, LlamaConfig, byte_tokenizer
+from jsparse.models import Llama
 from jsparse.serve import CacheConfig, decode_logits
 
 
@@ -113,21 +112,10 @@ def test_a_prompt_that_does_not_fit_is_refused():
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
+def folder(tmp_path_factory, save_tiny_model):
     """A tiny checkpoint of 512 positions with a head pattern, in the place of the shipped one."""
     folder = tmp_path_factory.mktemp("shipped")
-    config = LlamaConfig(
-        vocab_size=257,
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=1,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=512,
-        initializer_range=0.2,
-    )
-    Llama(config, rngs=nnx.Rngs(0)).save_pretrained(folder)
-    byte_tokenizer().save(str(folder / "tokenizer.json"))
+    save_tiny_model(folder, num_hidden_layers=1, max_position_embeddings=512)
     jsparse.HeadPattern([[0.1, 0.9]]).save(folder / "full_attention_heads.tsv")
     return folder
 

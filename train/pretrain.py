@@ -21,13 +21,12 @@ from jsparse.models.tokenizer import END_OF_TEXT
 from jsparse.tasks import WORDS
 from jsparse.train.checkpoint import open_checkpoints
 from jsparse.train.checks import require_integers, require_numbers
-from jsparse.train.curriculum import KINDS, TEXT, Lessons, Stage
-from jsparse.train.curriculum import WORDS as WORDS_IN_LISTS
+from jsparse.train.curriculum import KINDS, LISTED, TEXT, Lessons, Stage
 from jsparse.train.data import check_files, digest_data, read_documents
 from jsparse.train.passkeys import WORDS as PASSKEY_WORDS
 from jsparse.train.progress import progress_bar
 from jsparse.train.run import METRICS, checkpoint_folder, metrics_until, steps_in
-from jsparse.train.step import SplitModel, TrainState, new_state, split_model
+from jsparse.train.step import SplitModel, TrainState, is_table, new_state, split_model
 from jsparse.train.stopping import sigterm_noted
 
 RECORD = "pretrain.json"
@@ -37,6 +36,8 @@ _TEXT_LENGTH = 512  # tokens of the rows that most text is in: longer ones take 
 _MIX = {"recall": 0.6, "list": 0.08, "copy": 0.08, "passkeys": 0.08, "text": 0.16}
 _TEXT_MIX = {"text": 0.5, "recall": 0.25, "list": 0.15, "copy": 0.05, "passkeys": 0.05}
 _LONG_MIX = {"recall": 0.5, "list": 0.15, "copy": 0.05, "passkeys": 0.1, "text": 0.2}
+_FAR_MIX = {"far": 0.6, "recall": 0.1, "passkeys": 0.1, "text": 0.2}
+_FAR_RATE = 0.25  # of the learning rates: they start again there for the last stage
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -46,7 +47,7 @@ class PretrainConfig:
     Everything is checked when it is made: ValueError names the field, the value and what is allowed.
 
     >>> [stage.length for stage in PretrainConfig(output="small").stages]
-    [64, 128, 256, 512, 512, 1024, 2048, 2048]
+    [64, 128, 256, 512, 512, 1024, 2048, 2048, 2048]
     """
 
     output: str | Path
@@ -78,10 +79,13 @@ class PretrainConfig:
     """Steps at 512 tokens (or the context, where it is shorter) with more text."""
     final_steps: int = 900
     """Steps at the full context after them."""
+    far_steps: int = 1200
+    """Steps at the full context at the very end, most rows of which ask for what was said once, far back."""
     batch_tokens: int = 4096
     """Tokens a step (half of it at 64 tokens), and never less than two rows."""
     learning_rate: float = 0.02
-    """Muon's, for the matrices of the layers. It falls to zero from the rows of 512 tokens on."""
+    """Muon's, for the matrices of the layers. It falls to zero from the rows of 512 tokens on; for
+    ``far_steps`` it starts again at a quarter, and falls to zero once more."""
     embedding_learning_rate: float = 0.003
     """Adam's, for embeddings, output and norms."""
     text_weight: float = 1.0
@@ -93,7 +97,7 @@ class PretrainConfig:
 
     def __post_init__(self):
         sizes = "context", "vocab_size", "hidden_size", "intermediate_size", "layers", "head_dim"
-        steps = "stage_steps", "text_steps", "final_steps", "checkpoint_every"
+        steps = "stage_steps", "text_steps", "final_steps", "far_steps", "checkpoint_every"
         require_integers(self, 1, *sizes, "q_heads", "kv_heads", *steps)
         require_integers(self, 2 * _SHORTEST, "batch_tokens")
         require_integers(self, 0, "seed")
@@ -117,7 +121,8 @@ class PretrainConfig:
             stages.append(self._stage(self.stage_steps, length, mix))
             if length == min(_TEXT_LENGTH, self.context):
                 stages.append(self._stage(self.text_steps, length, _TEXT_MIX))
-        return (*stages, self._stage(self.final_steps, self.context, _LONG_MIX))
+        stages.append(self._stage(self.final_steps, self.context, _LONG_MIX))
+        return (*stages, self._stage(self.far_steps, self.context, _FAR_MIX))
 
     def _stage(self, steps: int, length: int, mix: Mapping[str, float]) -> Stage:
         need_room = "list", "passkeys"
@@ -157,12 +162,14 @@ class PretrainConfig:
         In 300 steps of the first stage, a model of two layers learned to copy 94 % of the words; with Adam
         alone (a rate of 0.003) 2 %.
         """
-        falls_from = sum(stage.steps for stage in self.stages[:-1] if stage.length <= _SHORT)
+        falls_from = sum(stage.steps for stage in self.stages[:-2] if stage.length <= _SHORT)
+        far_from = self.steps - self.far_steps
 
         def schedule(rate: float) -> optax.Schedule:
             rising = optax.linear_schedule(0.0, rate, min(30, falls_from))
-            falling = optax.linear_schedule(rate, 0.0, self.steps - falls_from)
-            return optax.join_schedules([rising, falling], [falls_from])
+            falling = optax.linear_schedule(rate, 0.0, far_from - falls_from)
+            again = optax.linear_schedule(_FAR_RATE * rate, 0.0, self.far_steps)
+            return optax.join_schedules([rising, falling, again], [falls_from, far_from])
 
         muon = optax.contrib.muon(
             schedule(self.learning_rate),
@@ -268,8 +275,7 @@ def _muon_matrices(params: PyTree) -> PyTree:
     """Which axes Muon multiplies over, None for what is Adam's."""
 
     def of(path, param):
-        is_table = any(getattr(key, "key", None) in ("embed_tokens", "lm_head") for key in path)
-        return None if is_table or param.ndim != 2 else optax.contrib.MuonDimensionNumbers(0, 1)
+        return None if is_table(path) or param.ndim != 2 else optax.contrib.MuonDimensionNumbers(0, 1)
 
     return jax.tree.map_with_path(of, params)
 
@@ -299,7 +305,7 @@ def _pretrain_step(
         counts = _Counts(
             of_kind.sum((0, 1)), jnp.where(of_kind, nll[..., None], 0).sum((0, 1)), right.sum((0, 1))
         )
-        is_text = jnp.isin(jnp.arange(len(KINDS)), jnp.array([TEXT, WORDS_IN_LISTS]))
+        is_text = jnp.isin(jnp.arange(len(KINDS)), jnp.array([TEXT, LISTED]))
         text = (counts.nll * is_text).sum() / jnp.maximum((counts.tokens * is_text).sum(), 1)
         # By the root of their number, else copies, which are most, would leave little for the others.
         weights = jnp.sqrt(counts.tokens * ~is_text)

@@ -11,7 +11,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Int32, Integer
 from tokenizers import Tokenizer
 
-from jsparse.models import Llama, plain_text_tokenizer
+from jsparse.models import Llama, plain_text_tokenizer, text_encoder
 from jsparse.models.masking import ModelMask, hashable
 from jsparse.tasks import PASSKEY_HEADER, PASSKEY_NEEDLE, PASSKEY_QUESTION, question_and_answer
 from jsparse.train.progress import progress_bar
@@ -146,23 +146,13 @@ def _material(
     seed: int,
     haystack: Integer[np.ndarray, " N"] | None,
 ) -> _Material:
-    plain = plain_text_tokenizer(tokenizer)
-
-    def encode(text: str) -> list[int]:
-        ids = plain.encode(text, add_special_tokens=False).ids
-        if max(ids, default=0) >= vocab_size:
-            raise ValueError(
-                f"tokenizer gives token id {max(ids)}, but the model's vocabulary has {vocab_size} entries: "
-                "it is not this model's"
-            )
-        return ids
-
     if haystack is not None and haystack.size and not 0 <= haystack.min() <= haystack.max() < vocab_size:
         raise ValueError(
             f"haystack must be ids 0 to {vocab_size - 1}, the model's vocabulary, not {haystack.min()} to "
             f"{haystack.max()}"
         )
-    return _Material(encode, plain.encode("").ids, haystack, digits, seed)
+    start = plain_text_tokenizer(tokenizer).encode("").ids
+    return _Material(text_encoder(tokenizer, vocab_size), start, haystack, digits, seed)
 
 
 def _text(

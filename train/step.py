@@ -56,10 +56,14 @@ class SplitModel(NamedTuple):
         """
 
         def cast(path, param, like):
-            is_table = any(getattr(key, "key", None) in ("embed_tokens", "lm_head") for key in path)
-            return param if is_table else param.astype(like.dtype)
+            return param if is_table(path) else param.astype(like.dtype)
 
         return nnx.merge(self.graphdef, jax.tree.map_with_path(cast, params, self.trained), frozen)
+
+
+def is_table(path: tuple[Any, ...]) -> bool:
+    """Whether the parameter at ``path`` is the table of the embedding or of the output."""
+    return any(getattr(key, "key", None) in ("embed_tokens", "lm_head") for key in path)
 
 
 def split_model(model: Llama, is_trained: Any) -> tuple[PyTree, SplitModel]:

@@ -17,8 +17,8 @@ from jsparse.models import Llama
 from jsparse.select import Selection
 from jsparse.serve import loop
 from jsparse.serve.batch import Batch
-from jsparse.serve.config import CacheConfig, CacheLayout, Reading, check_fit, layout_of
-from jsparse.serve.request import Request
+from jsparse.serve.config import CacheConfig, CacheLayout, Reading, check_fit, layout_of, power_of_two
+from jsparse.serve.request import Request, check_ids
 from jsparse.serve.sampling import SamplingParams
 
 # Arrays are as long as a power of two, these at least: tasks seldom compile anew for another length.
@@ -179,16 +179,12 @@ def _arrays(rows: Sequence[Question], questions: Sequence[Question], batch_size:
     """Tails, their lengths, the numbers of new tokens, and room for answers; empty rows have one token."""
     longest_tail = max(_SHORTEST_TAIL, *(len(q.tail) for q in questions))
     longest_answer = max(_SHORTEST_ANSWER, *(q.new_tokens for q in questions))
-    tails = np.zeros((batch_size, _power_of_two(longest_tail)), np.int32)
+    tails = np.zeros((batch_size, power_of_two(longest_tail)), np.int32)
     lengths, new = np.zeros(batch_size, np.int32), np.ones(batch_size, np.int32)
     for i, q in enumerate(rows):
         tails[i, : len(q.tail)] = q.tail
         lengths[i], new[i] = len(q.tail), q.new_tokens
-    return tails, lengths, new, np.full((batch_size, _power_of_two(longest_answer)), -1, np.int32)
-
-
-def _power_of_two(n: int) -> int:
-    return 1 << (n - 1).bit_length()
+    return tails, lengths, new, np.full((batch_size, power_of_two(longest_answer)), -1, np.int32)
 
 
 def _check(
@@ -205,11 +201,6 @@ def _check(
                 raise ValueError(f"caches[{number}].{name} must be None, not {given}: batch_size decides")
     for number, question in enumerate(questions):
         for name in ("context", "tail"):
-            tokens = getattr(question, name)
-            if tokens.size == 0 or tokens.min() < 0 or tokens.max() >= vocab_size:
-                raise ValueError(
-                    f"questions[{number}].{name} must be one id or more in [0, vocab_size={vocab_size}), "
-                    f"not {tokens}"
-                )
+            check_ids(f"questions[{number}].{name}", getattr(question, name), vocab_size)
         if question.new_tokens < 1:
             raise ValueError(f"questions[{number}].new_tokens must be at least 1, not {question.new_tokens}")

@@ -13,7 +13,14 @@ from tokenizers import Tokenizer
 from jsparse.command_line import check_can_write, write_json
 from jsparse.corpus import standard_library_files
 from jsparse.heads import HeadPattern
-from jsparse.models import Llama, load_config, load_tokenizer, plain_text_tokenizer, shipped_model
+from jsparse.models import (
+    Llama,
+    load_config,
+    load_tokenizer,
+    plain_text_tokenizer,
+    shipped_model,
+    text_encoder,
+)
 from jsparse.serve.config import CacheConfig, layout_of
 from jsparse.serve.quality.answers import Question, greedy_answers
 from jsparse.serve.quality.methods import METHODS, PAGE, Heads
@@ -299,14 +306,7 @@ def grid_examples(
 def read_material(tokenizer: Tokenizer, files: Sequence[Path], vocab_size: int) -> Material:
     """What tasks are made of, in a model's tokens. ValueError where ids are beyond the model's vocabulary."""
 
-    def encode(text: str) -> list[int]:
-        ids = tokenizer.encode(text, add_special_tokens=False).ids
-        if max(ids, default=0) >= vocab_size:
-            raise ValueError(
-                f"tokenizer gives token id {max(ids)}, but the model's vocabulary has {vocab_size} entries: "
-                "it is not this model's"
-            )
-        return ids
+    encode = text_encoder(tokenizer, vocab_size)
 
     def read(file: Path) -> str:
         try:

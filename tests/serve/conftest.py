@@ -41,6 +41,11 @@ def one_layer():
 
 
 @pytest.fixture(scope="session")
+def small(one_layer):
+    return Llama(one_layer, rngs=nnx.Rngs(0))
+
+
+@pytest.fixture(scope="session")
 def cache():
     """Shared by most tests, which so share what is compiled: everything is read, four rows, small pages."""
     return CacheConfig(

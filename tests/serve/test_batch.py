@@ -6,9 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import nnx
 
-from jsparse.models import Llama
 from jsparse.serve import Batch, CacheConfig, SamplingParams, generate
 
 # Everything at once: few pages, chosen at every third token, codes, and a head that streams.
@@ -29,11 +27,6 @@ CACHE = CacheConfig(
 )
 SAMPLED = SamplingParams(temperature=0.8, top_k=20, top_p=0.9, ignore_eos=True)
 GREEDY = SamplingParams(ignore_eos=True)
-
-
-@pytest.fixture(scope="module")
-def small(one_layer):
-    return Llama(one_layer, rngs=nnx.Rngs(0))
 
 
 @pytest.fixture(scope="module")

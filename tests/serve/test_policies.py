@@ -7,10 +7,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import nnx
 
 import jsparse
-from jsparse.models import Llama, LlamaConfig
+from jsparse.models import LlamaConfig
 from jsparse.select import Selection
 from jsparse.serve import CacheConfig, SamplingParams, decode_logits, generate, loop
 from jsparse.serve.config import POLICIES, layout_of
@@ -20,11 +19,6 @@ CACHE = CacheConfig(
     capacity=64, batch=2, page_size=8, logical_page_size=4, budget=16, sink=2, window=5, prefill_chunk=16
 )
 GREEDY = SamplingParams(ignore_eos=True)
-
-
-@pytest.fixture(scope="module")
-def small(one_layer):
-    return Llama(one_layer, rngs=nnx.Rngs(0))
 
 
 @pytest.fixture(scope="module")

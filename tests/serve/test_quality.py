@@ -11,7 +11,7 @@ from flax import nnx
 
 import jsparse
 from jsparse.__main__ import main
-from jsparse.models import Llama, LlamaConfig, load_tokenizer, shipped_model
+from jsparse.models import Llama, load_tokenizer, shipped_model
 from jsparse.serve import CacheConfig, SamplingParams, decode_logits, generate, loop
 from jsparse.serve.config import layout_of
 from jsparse.serve.quality import METHODS, Method, ScoreboardConfig, greedy_answers, run_scoreboard
@@ -36,11 +36,6 @@ CACHES = [
     cache(policy="random", select_every=1),  # shares the prefill
     cache(streaming_heads=STREAMS, select_every=16, kv_bits=4),
 ]
-
-
-@pytest.fixture(scope="module")
-def small(one_layer):
-    return Llama(one_layer, rngs=nnx.Rngs(0))
 
 
 @pytest.fixture(scope="module")
@@ -144,19 +139,11 @@ def test_bad_questions_are_refused(small, questions, change, message):
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
+def folder(tmp_path_factory, save_tiny_model):
     """A model too small to answer anything, with a tokenizer for which short texts suffice."""
     folder = tmp_path_factory.mktemp("model")
-    config = LlamaConfig(
-        vocab_size=1536,
-        hidden_size=16,
-        intermediate_size=16,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        num_key_value_heads=2,
-        max_position_embeddings=512,
-    )
-    Llama(config, rngs=nnx.Rngs(0)).save_pretrained(folder)
+    sizes = {"vocab_size": 1536, "hidden_size": 16, "intermediate_size": 16, "num_attention_heads": 2}
+    save_tiny_model(folder, num_hidden_layers=1, max_position_embeddings=512, **sizes)
     shutil.copy(shipped_model() / "tokenizer.json", folder)
     jsparse.HeadPattern([[0.9, 0.1]]).save(folder / "full_attention_heads.tsv")
     return folder
@@ -220,6 +207,24 @@ def test_every_method_answers_every_task_at_every_budget(settings, perfect, tmp_
     for name in ("scoreboard.png", "needle_grid.png"):
         assert (config.output / name).read_bytes().startswith(b"\x89PNG")
     assert (config.output / "scoreboard.md").read_text().count("\n| ") == len(METHODS)
+
+
+def test_the_grid_gives_each_depth_its_own_scores(settings, monkeypatch):
+    """Right are needles in the second half only: depths and lengths must not change places."""
+
+    def scores(config, model, tokenizer, examples, entries):
+        def found(example):
+            (value,) = tokenizer.encode(f" {example.expected[0]}").ids
+            (place,) = np.flatnonzero(example.context == value)
+            return float(place > len(example.context) / 2 or len(example.context) < 200)
+
+        return {key: [found(example) for example in examples] for key in entries}
+
+    monkeypatch.setattr(board, "_scores", scores)
+    rows = run_scoreboard(settings(tasks=("needle",), grid_methods=("dense", "lserve"), depths=(0.0, 0.9)))
+    grid = [row for row in rows if row["task"] == GRID]
+    assert len(grid) == 2 * 2 * 2
+    assert all(row["score"] == (row["depth"] == 0.9 or row["length"] == 160) for row in grid)
 
 
 def test_every_method_sees_the_same_texts_whatever_else_is_measured(settings, perfect):

@@ -7,6 +7,7 @@ import re
 import shlex
 import shutil
 
+import jax
 import numpy as np
 import pytest
 
@@ -53,7 +54,7 @@ def test_tokenizer_gives_back_every_text_and_one_token_a_word_and_digit(tokenize
         train_tokenizer(["text"], 256, ["word"])
 
 
-@pytest.mark.parametrize("kind", ["text", "copy", "recall", "list", "passkeys"])
+@pytest.mark.parametrize("kind", ["text", "copy", "recall", "far", "list", "passkeys"])
 @pytest.mark.parametrize("length", [256, 512])
 def test_rows_are_full_and_some_of_each_counts(lessons, kind, length):
     for tokens, kinds in rows(lessons, kind, length):
@@ -80,10 +81,11 @@ def test_copies_repeat_what_came_before(lessons):
         assert 16 <= period <= 64 and (kinds[period:] == COPY).all()
 
 
-def test_what_is_recalled_was_said(lessons, tokenizer):
+@pytest.mark.parametrize("kind_of_row", ["recall", "far"])
+def test_what_is_recalled_was_said(lessons, tokenizer, kind_of_row):
     """Read as text: every answer is what its key was said to be, and a chain ends with no other key."""
     seen = dict.fromkeys((RECALL, CHAIN, PASSKEY), 0)
-    for tokens, kinds in rows(lessons, "recall", 1024, count=20):
+    for tokens, kinds in rows(lessons, kind_of_row, 1024, count=20):
         words = [tokenizer.decode([token]).strip() for token in tokens.tolist()]
         for kind in (RECALL, CHAIN):
             for place in np.flatnonzero(kinds == kind):
@@ -104,6 +106,16 @@ def test_what_is_recalled_was_said(lessons, tokenizer):
             assert f"The pass key is {digits[0]}." in said
             seen[PASSKEY] += 1
     assert min(seen.values()) > 3
+
+
+def test_far_rows_say_each_key_once_and_then_ask_for_all(lessons, tokenizer):
+    for tokens, kinds in rows(lessons, "far", 1024):
+        row = tokenizer.decode(tokens.tolist())
+        keys = re.findall(r"\n# (?:What is [a-z]+\? )?([a-z]+)(?: is|\?)? [a-z]+", row)
+        said, asked = keys[: len(keys) // 2], keys[len(keys) // 2 :]
+        assert len(said) == len(set(said)) >= 10 and sorted(said) == sorted(asked)
+        first = np.flatnonzero((kinds == RECALL) | (kinds == CHAIN))[0]
+        assert (kinds[first:] != TEXT).all()
 
 
 def test_lists_ask_for_the_three_most_common_words(lessons, tokenizer):
@@ -147,7 +159,7 @@ def data(tmp_path_factory):
 def tiny(output, data, **changes):
     settings = {"context": 128, "vocab_size": 512, "hidden_size": 16, "intermediate_size": 32, "layers": 1}
     settings |= {"q_heads": 2, "kv_heads": 1, "head_dim": 8, "stage_steps": 2, "text_steps": 1}
-    settings |= {"final_steps": 2, "batch_tokens": 256, "checkpoint_every": 3}
+    settings |= {"final_steps": 2, "far_steps": 2, "batch_tokens": 256, "checkpoint_every": 3}
     return PretrainConfig(output=output, data=[data], **settings | changes)
 
 
@@ -158,7 +170,7 @@ def finished(tmp_path_factory, data):
 
 
 def test_a_run_ends_in_a_hugging_face_folder(finished):
-    assert finished.finished and [line["step"] for line in finished.metrics] == list(range(1, 8))
+    assert finished.finished and [line["step"] for line in finished.metrics] == list(range(1, 10))
     model, tokenizer = Llama.from_pretrained(finished.output), load_tokenizer(finished.output)
     assert model.embed_tokens.embedding[...].dtype == "bfloat16"
     assert model.config.eos_token_ids == (tokenizer.token_to_id(END_OF_TEXT),)
@@ -167,6 +179,45 @@ def test_a_run_ends_in_a_hugging_face_folder(finished):
     record = json.loads((finished.output / "pretrain.json").read_text())
     assert record["command"] == "jsparse pretrain" and record["settings"]["seed"] == 0
     assert {"text", "recall"} <= set(record["last_steps"])
+
+
+def test_the_loss_is_that_of_its_docstring(data, tokenizer, lessons):
+    """From the logits, kind by kind: text by its mean, answers by the roots of their numbers."""
+    module = importlib.import_module("jsparse.train.pretrain")
+    config = tiny("out", data, text_weight=0.7)
+    state, split = module._start(config, tokenizer.token_to_id(END_OF_TEXT))
+    tokens, kinds = lessons.batch(Stage(1, 256, 4, {"recall": 0.5, "list": 0.25, "copy": 0.25}), 0, 0)
+    logits = np.asarray(split.join(state.params, split.frozen)(tokens), np.float64)[:, :-1]
+    normalised = logits - logits.max(-1, keepdims=True)
+    normalised -= np.log(np.exp(normalised).sum(-1, keepdims=True))
+    nll = -np.take_along_axis(normalised, tokens[:, 1:, None], axis=-1)[..., 0]
+    of_kind = {kind: kinds[:, 1:] == kind for kind in range(len(KINDS))}
+    text = nll[of_kind[TEXT] | of_kind[KINDS.index("words")]].mean()
+    answers = {kind: nll[where] for kind, where in of_kind.items() if KINDS[kind] not in ("text", "words")}
+    weights = {kind: np.sqrt(len(each)) for kind, each in answers.items() if len(each)}
+    assert len(weights) >= 3 and len(set(weights.values())) >= 3
+    mean = sum(weight * answers[kind].mean() for kind, weight in weights.items()) / sum(weights.values())
+
+    _, loss, counts = module._pretrain_step(split, config)(state, tokens, kinds)
+    assert float(loss) == pytest.approx(0.7 * text + mean, rel=1e-5)
+    right = logits.argmax(-1) == tokens[:, 1:]
+    assert counts.right.tolist() == [int(right[where].sum()) for where in of_kind.values()]
+
+
+def test_muon_has_the_matrices_of_the_layers_and_rates_fall_to_zero_twice(data):
+    module = importlib.import_module("jsparse.train.pretrain")
+    config = tiny("out", data, final_steps=8, far_steps=4)
+    state, _ = module._start(config, 256)
+    flat = jax.tree.leaves_with_path(module._muon_matrices(state.params), is_leaf=lambda leaf: leaf is None)
+    names = {jax.tree_util.keystr(path) for path, chosen in flat if chosen is not None}
+    assert len(names) == 7 and not any("embed" in name or "lm_head" in name for name in names)
+    optimizer, ones = config.optimizer(), jax.tree.map(np.ones_like, state.params)
+    opt_state, sizes = optimizer.init(state.params), []
+    for _ in range(config.steps + 1):
+        updates, opt_state = optimizer.update(ones, opt_state, state.params)
+        sizes.append(max(float(abs(update).max()) for update in jax.tree.leaves(updates)))
+    falls, rises, ends = config.steps - 5, config.steps - 4, config.steps
+    assert 0 < sizes[falls] < sizes[rises] < sizes[1] and 0 == sizes[ends] < sizes[ends - 1] < sizes[rises]
 
 
 def test_an_interrupted_run_goes_on_as_if_nothing_had_happened(finished, data, tmp_path, monkeypatch):
@@ -191,10 +242,11 @@ def test_an_interrupted_run_goes_on_as_if_nothing_had_happened(finished, data, t
 
 def test_the_command_records_itself(data, tmp_path, capsys):
     options = "--context 64 --vocab-size 512 --hidden-size 16 --intermediate-size 32 --layers 1 --q-heads 2"
-    options += " --kv-heads 1 --head-dim 8 --stage-steps 1 --text-steps 1 --final-steps 1 --batch-tokens 256"
+    options += " --kv-heads 1 --head-dim 8 --stage-steps 1 --text-steps 1 --final-steps 1 --far-steps 1"
+    options += " --batch-tokens 256"
     command = ["pretrain", "--output", str(tmp_path / "out"), "--data", str(data), *options.split()]
     assert main(command) == 0
-    assert capsys.readouterr().out == f"{tmp_path / 'out'}: a model after 2 steps\n"
+    assert capsys.readouterr().out == f"{tmp_path / 'out'}: a model after 3 steps\n"
     record = json.loads((tmp_path / "out" / "pretrain.json").read_text())
     assert record["command"] == shlex.join(["jsparse", *command])
 
@@ -248,7 +300,7 @@ def test_copying_is_learned_in_the_first_stage(data, tmp_path):
     """The claim that the curriculum rests on: induction appears within a few hundred short steps."""
     config = tiny(
         tmp_path / "out", data, context=64, hidden_size=128, intermediate_size=256, layers=2, q_heads=4,
-        kv_heads=2, head_dim=32, stage_steps=300, final_steps=1, batch_tokens=4096,
+        kv_heads=2, head_dim=32, stage_steps=300, final_steps=1, far_steps=1, batch_tokens=4096,
     )  # fmt: skip
     metrics = pretrain(config, progress=False).metrics
     assert np.mean([line["copy"]["right"] for line in metrics[280:300]]) > 0.8
