@@ -64,9 +64,13 @@ def test_it_recalls_a_word():
 
 @pytest.fixture(scope="module")
 def scores():
-    """Of recall at the full context, in percent of the samples: by method, and by budget."""
+    """Of recall at the full context and a quarter of its pages, by method and budget."""
+    methods = ("dense", "int8", "int4", "right-heads", "wrong-heads", "streaming", "random", "oracle")
+    methods += ("lserve", "lserve-flat", "lserve-reuse-1", "lserve-int8", "lserve-int4")
     rows = run_scoreboard(
-        ScoreboardConfig(tasks=("recall",), budgets=(1 / 16, 1 / 4), samples=24, seeds=2, grid_methods=())
+        ScoreboardConfig(
+            tasks=("recall",), methods=methods, budgets=(1 / 4,), samples=12, seeds=4, grid_methods=()
+        )
     )
     return {(row["method"], row["budget"]): row["score"] for row in rows}
 
@@ -85,7 +89,7 @@ def test_methods_stand_where_they_should(scores):
     assert scores["right-heads", None] >= 0.99 * dense - room
     assert scores["wrong-heads", None] <= dense - 0.3
     assert scores["random", quarter] <= scores["lserve", quarter] - 0.3
-    assert scores["oracle", LENGTH // 16] >= scores["random", LENGTH // 16] + 0.3
+    assert scores["oracle", quarter] >= scores["lserve", quarter]
     assert scores["streaming", quarter] <= 0.5
 
 
