@@ -217,6 +217,7 @@ def pretrain(config: PretrainConfig, *, command: str | None = None, progress: bo
         (file.read_text(encoding="utf-8") for file in files), config.vocab_size, (*WORDS, *PASSKEY_WORDS)
     )
     eos = tokenizer.token_to_id(END_OF_TEXT)
+    assert eos is not None  # train_tokenizer adds it
     digest = digest_data(files, tokenizer, context=config.context, eos_token_id=eos)
     run = _describe_run(config, digest)
     start = steps_in(config.output_folder, config.steps, run)

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 import jsparse
+from jsparse import tasks
 from jsparse.corpus import standard_library_files
 from jsparse.models import Llama, load_config, load_tokenizer, shipped_model
 from jsparse.serve import CacheConfig, generate
@@ -57,7 +58,7 @@ def test_it_knows_nearly_half_of_the_tokens_of_modules_held_out():
 def test_it_recalls_a_word():
     model, tokenizer = Llama.from_pretrained(FOLDER), load_tokenizer(FOLDER)
     code = "def first(items):\n    return items[0]\n\n" * 20
-    text = f"{jsparse.tasks.HEADER}\n# amber is tulip.\n{code}\n# What is amber? amber is"
+    text = f"{tasks.HEADER}\n# amber is tulip.\n{code}\n# What is amber? amber is"
     (tokens,) = generate(model, [tokenizer.encode(text).ids], max_new_tokens=1).tokens
     assert tokenizer.decode(tokens) == " tulip"
 
