@@ -4,7 +4,9 @@ How far the loop runs follows the longest sequence at hand, not the capacity of 
 a new length compiles nothing. On a Hopper GPU a kernel attends for single tokens; all else is portable XLA.
 """
 
+import functools
 from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +18,8 @@ from jsparse.device import hopper
 
 _IMPLEMENTATIONS = ("mosaic_gpu", "mosaic_gpu_interpret", "xla")
 _BLOCK_TOKENS = 512  # keys a step of the loop over pages: large enough for efficient products, small to hold
+_BLOCK_NUMBERS = 2**19  # in the keys of a large step for single queries, which a core's cache should hold
+_NEAR_TOKENS = 4096  # visited in small steps, and the most of a large one
 
 
 def decode_attention(
@@ -76,7 +80,7 @@ def decode_attention(
     if isinstance(cache, StreamingKVCache):
         position = cache.positions(lengths)[:, None]  # the ring holds what may be seen and nothing more
         ring = (cache.k, cache.v, position)
-        out = _attend(q[:, None], lengths[:, None] - 1, kv_heads, lambda _: ring, num_blocks=1, scale=scale)
+        out = _attend(q[:, None], lengths[:, None] - 1, kv_heads, [_Steps(lambda _: ring, 1)], scale=scale)
         return out[:, 0]
     assert page_table is not None
     out = paged_attention(q[:, None], cache, page_table, lengths - 1, lengths, pages=pages, scale=scale)
@@ -125,44 +129,71 @@ def paged_attention(
     if pages is None:
         pages = jnp.broadcast_to(jnp.arange(max_pages), (batch, kv_heads, max_pages))
     count = pages.shape[2]
-    # Blocks are the same whatever is listed: a list of all pages gives the bits that no list gives.
-    block = max(_BLOCK_TOKENS // page_size, 1)
-    pages = jnp.pad(pages, ((0, 0), (0, 0), (0, -count % block)), constant_values=-1)
     heads = jnp.arange(kv_heads)
-
-    def load(i):
-        listed = jax.lax.dynamic_slice_in_dim(pages, i * block, block, axis=2)
-        physical = jnp.take_along_axis(page_table[:, None], listed, axis=2, mode="clip")
-        position = listed[..., None] * page_size + jnp.arange(page_size)
-        # Position -1: no page listed here, or a slot beyond the sequence's end.
-        position = jnp.where(
-            (listed[..., None] >= 0) & (position < lengths[:, None, None, None]), position, -1
-        )
-        k, v = cache.read(physical, heads, q.dtype)
-        shape = (batch, kv_heads, block * page_size)
-        return k.reshape(*shape, -1), v.reshape(*shape, -1), position.reshape(shape)
-
     longest = jnp.minimum(jnp.max(lengths), count * page_size)
+
+    # Blocks are the same whatever is listed: a list of all pages gives the bits that no list gives.
+    def steps(first: int, last: int, tokens: int) -> _Steps:
+        """The pages from ``first`` to ``last`` of the lists in blocks of so many tokens."""
+        block = max(tokens // page_size, 1)
+        part = jnp.pad(
+            pages[:, :, first:last], ((0, 0), (0, 0), (0, -(last - first) % block)), constant_values=-1
+        )
+
+        def load(i):
+            listed = jax.lax.dynamic_slice_in_dim(part, i * block, block, axis=2)
+            physical = jnp.take_along_axis(page_table[:, None], listed, axis=2, mode="clip")
+            position = listed[..., None] * page_size + jnp.arange(page_size)
+            # Position -1: no page listed here, or a slot beyond the sequence's end.
+            position = jnp.where(
+                (listed[..., None] >= 0) & (position < lengths[:, None, None, None]), position, -1
+            )
+            k, v = cache.read(physical, heads, q.dtype)
+            shape = (batch, kv_heads, block * page_size)
+            return k.reshape(*shape, -1), v.reshape(*shape, -1), position.reshape(shape)
+
+        # In tokens of the block: none where the longest sequence ends before it.
+        rest = jnp.clip(longest - first * page_size, 0, (last - first) * page_size)
+        return _Steps(load, (rest + block * page_size - 1) // (block * page_size))
+
+    small, large = _block_tokens(q.shape[1], kv_heads * q.shape[3])
+    near = count if large == small else min(count, max(_NEAR_TOKENS // page_size, 1))
     return _attend(
         q,
         offsets[:, None] + jnp.arange(q.shape[1]),
         kv_heads,
-        load,
-        num_blocks=(longest + block * page_size - 1) // (block * page_size),
+        [steps(0, near, small), *([steps(near, count, large)] if count > near else [])],
         scale=scale,
     )
+
+
+def _block_tokens(queries: int, width: int) -> tuple[int, int]:
+    """How many keys of ``width`` numbers a step visits, near the beginning of a long list and after it.
+
+    For single queries a step is hardly more than the reading of its keys: larger steps cost less, as long as
+    what is read stays in the caches of a CPU and the last one is not mostly empty.
+    """
+    if queries > 1:
+        return _BLOCK_TOKENS, _BLOCK_TOKENS
+    return 2 * _BLOCK_TOKENS, min(max(_BLOCK_NUMBERS // width, 2 * _BLOCK_TOKENS), _NEAR_TOKENS)
+
+
+class _Steps(NamedTuple):
+    """``load(i)`` gives k, v [B, Hk, S, D] and positions [B, Hk or 1, S], -1: none, for ``i < count``."""
+
+    load: Callable
+    count: Any
 
 
 def _attend(
     q: Float[Array, "B C Hq D"],
     q_position: Int[Array, "B C"],
     kv_heads: int,
-    load: Callable,
+    loops: list[_Steps],
     *,
-    num_blocks,
     scale: float | None,
 ) -> Float[Array, "B C Hq D"]:
-    """Online softmax over blocks ``load(i)``: k, v [B, Hk, S, D], positions [B, Hk or 1, S], -1: none."""
+    """Online softmax over the blocks of keys that the loops load, one after the other."""
     batch, chunk, q_heads, dim = q.shape
     group = q_heads // kv_heads
     factor = dim**-0.5 if scale is None else scale
@@ -170,14 +201,16 @@ def _attend(
     grouped = q.reshape(batch, chunk, kv_heads, group, dim).transpose(0, 2, 3, 1, 4)
     grouped = grouped.reshape(batch, kv_heads, group * chunk, dim)
 
-    def visit(i, carry):
+    def visit(load, i, carry):
         out, largest, total = carry
         k, v, k_position = load(i)
-        held = k_position >= 0
+        # Made once: XLA would make the masks anew for each number that they hide.
+        held = jax.lax.optimization_barrier(k_position >= 0)
         # An empty slot may hold anything, and 0 * NaN is NaN.
         v = jnp.where(held[..., None], v, 0)
         visible = held[:, :, None] & (k_position[:, :, None] <= q_position[:, None, :, None])
-        scores = jnp.einsum("bhqd,bhsd->bhqs", grouped, k.astype(q.dtype), preferred_element_type=jnp.float32)
+        visible = jax.lax.optimization_barrier(visible)
+        scores = _scores(grouped, k.astype(q.dtype), keys_first=chunk == 1)
         scores = scores.reshape(batch, kv_heads, group, chunk, -1) * factor
         scores = jnp.where(visible[:, :, None], scores, -jnp.inf).reshape(batch, kv_heads, group * chunk, -1)
         new_largest = jnp.maximum(largest, scores.max(axis=-1))
@@ -199,10 +232,23 @@ def _attend(
         jnp.full(rows, -jnp.inf),
         jnp.zeros(rows),
     )
-    out, _, total = jax.lax.fori_loop(0, num_blocks, visit, start)
+    for load, count in loops:
+        start = jax.lax.fori_loop(0, count, functools.partial(visit, load), start)
+    out, _, total = start
     out = out / jnp.where(total == 0, 1, total)[..., None]
     out = out.reshape(batch, kv_heads, group, chunk, dim).transpose(0, 3, 1, 2, 4)
     return out.reshape(batch, chunk, q_heads, dim).astype(q.dtype)
+
+
+def _scores(q: Float[Array, "B H Q D"], k: Float[Array, "B H S D"], *, keys_first: bool):
+    """Products of queries and keys, float32 [B, H, Q, S].
+
+    The few queries of one token are columns of a product whose rows are the keys: a CPU would lay out all keys
+    anew as columns, which takes twice as long as the product.
+    """
+    if keys_first:
+        return jnp.einsum("bhsd,bhqd->bhsq", k, q, preferred_element_type=jnp.float32).swapaxes(2, 3)
+    return jnp.einsum("bhqd,bhsd->bhqs", q, k, preferred_element_type=jnp.float32)
 
 
 def _takes_kernel(implementation: str | None, q, cache: PagedKVCache | StreamingKVCache) -> bool:

@@ -1,7 +1,9 @@
 """What the program being traced will run on."""
 
+import functools
 import os
 import re
+from pathlib import Path
 
 import jax
 
@@ -25,6 +27,19 @@ def device_kind() -> str:
 def hopper() -> bool:
     """Whether that is a Hopper GPU (compute capability 9.0), and this jax can compile our kernels for it."""
     return jax.__version_info__ >= (0, 11, 2) and _HOPPER.search(device_kind()) is not None
+
+
+@functools.cache
+def cpu_has_bfloat16() -> bool:
+    """Whether the CPU multiplies bfloat16 itself (AVX-512 BF16, AMX, Arm's BF16), as far as Linux tells.
+
+    Where it does not, products of float32 are several times as fast.
+    """
+    try:
+        words = Path("/proc/cpuinfo").read_text().split()
+    except OSError:
+        return False
+    return not {"avx512_bf16", "amx_bf16", "bf16"}.isdisjoint(words)
 
 
 def kernel_limit(*, interpret: bool) -> str | None:

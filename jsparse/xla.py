@@ -1,9 +1,10 @@
 """Block-sparse attention for every device: only listed blocks are visited, forward and backward.
 
-Queries are cut into *items*: one block of queries, of all the query heads that share a list and a KV head. An
-item visits its list one block at a time with an online softmax, so that nothing of size T x T is ever stored.
-Items are sorted by the length of their lists and taken a chunk at a time: a chunk is one batched product, and
-ends with its longest list.
+Queries are cut into *items*: one block of queries, of all the query heads that share a list and a KV head
+(``jsparse.items``). An item visits its list some blocks at a time with an online softmax, so that nothing of
+size T x T is ever stored; a short list is visited in one step, with a plain softmax. Items are sorted by the
+length of their lists and taken a chunk at a time: a chunk is one batched product, and ends with its longest
+list.
 
 The backward pass recomputes the weights from lse. dQ goes over the same lists; dK and dV go over the
 transposed lists and sum over the query heads of a KV head on the way, so that the result does not depend on
@@ -11,235 +12,309 @@ any order of additions. Algorithm: FlashAttention-2 (arXiv 2307.08691, algorithm
 """
 
 import math
-from typing import Any, NamedTuple
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from jsparse.block_mask import BlockMask, offset_entries, transposed_lists
-from jsparse.masks import TokenMask
+from jsparse.block_mask import BlockMask, transposed_lists
+from jsparse.device import cpu_has_bfloat16, device_kind
+from jsparse.items import (
+    Items,
+    Lists,
+    Part,
+    from_key_items,
+    from_query_items,
+    join_heads,
+    key_items,
+    parts,
+    query_items,
+)
 
 # Scores of one chunk: large enough to keep the cores busy, small enough to stay in the cache.
 _CHUNK_SCORES = 1 << 20
-
-
-class _Lists(NamedTuple):
-    """For each item, which items of the other side to visit: entries start .. start + count of index."""
-
-    index: Any
-    start: Any
-    count: Any
-    full_count: Any
-
-
-class _Part(NamedTuple):
-    """Query heads that run together, the KV heads that they read, and the lists that they follow."""
-
-    q_heads: tuple[int, ...]
-    kv_heads: tuple[int, ...]
-    token_mask: TokenMask
-    lists: _Lists  # from query items to KV items
-    classes: int  # sets of KV heads with lists of their own
-    batched: bool  # every sequence has lists of its own
-
-
-class _Items(NamedTuple):
-    """Blocks of a sequence, [N items, B, H KV heads, M rows, ...], and what the element mask has to know."""
-
-    values: tuple[Any, ...]
-    position: Any  # [N], of the first token of each item
-    segment: Any  # [N, B, block] or None
+# Tokens that an item visits at a time, and those of a list that is short enough for one step.
+_STEP_TOKENS, _ONE_STEP_TOKENS = 512, 1024
 
 
 def forward(q, k, v, mask: BlockMask, scale, q_segment_ids=None, kv_segment_ids=None):
     """out [B, T, Hq, D] in q's dtype, lse [B, T, Hq] float32."""
-    out = jnp.zeros(q.shape, q.dtype)
-    lse = jnp.zeros(q.shape[:3], jnp.float32)
-    for part in _parts(mask, q.shape[2], k.shape[2]):
-        queries = _query_items((q,), part, mask, q_segment_ids)
-        keys = _key_items((k, v), part, mask, kv_segment_ids)
-        part_out, part_lse = _forward(queries, keys, part, mask, scale)
-        heads = np.asarray(part.q_heads)
-        out = out.at[:, :, heads].set(_from_query_items(part_out.astype(q.dtype), part, mask, q.shape[0]))
-        lse = lse.at[:, :, heads].set(_from_query_items(part_lse, part, mask, q.shape[0]))
-    return out, lse
+    batch, _, num_heads, _ = q.shape
+    outs, lses, heads = [], [], []
+    for part in parts(mask, num_heads, k.shape[2]):
+        queries = query_items((q,), part, q_segment_ids)
+        keys = key_items((k, v), part, kv_segment_ids)
+        out, lse = _forward(queries, keys, part, scale)
+        outs.append(from_query_items(out, part, batch))
+        lses.append(from_query_items(lse, part, batch))
+        heads.append(part.q_heads)
+    return join_heads(outs, heads, num_heads), join_heads(lses, heads, num_heads)
 
 
 def backward(q, k, v, mask: BlockMask, scale, q_segment_ids, kv_segment_ids, out, lse, d_out, d_lse):
     """The gradients of q, k and v."""
+    batch, _, num_heads, _ = q.shape
     # d_scores = weights * (d_weights - delta), where lse adds its own part to delta.
     delta = jnp.sum(out.astype(jnp.float32) * d_out.astype(jnp.float32), axis=-1) - d_lse
     # exp(score - inf) = 0: a query that sees nothing has no weights.
     lse = jnp.where(lse == -jnp.inf, jnp.inf, lse)
-    dq, dk, dv = (jnp.zeros(x.shape, jnp.float32) for x in (q, k, v))
-    for part in _parts(mask, q.shape[2], k.shape[2]):
-        queries = _query_items((q, d_out, lse, delta), part, mask, q_segment_ids)
-        keys = _key_items((k, v), part, mask, kv_segment_ids)
-        heads, kv_heads = np.asarray(part.q_heads), np.asarray(part.kv_heads)
-        part_dq = _backward_queries(queries, keys, part, mask, scale)
-        dq = dq.at[:, :, heads].set(_from_query_items(part_dq, part, mask, q.shape[0]))
-        part_dk, part_dv = _backward_keys(queries, keys, part, mask, scale)
-        dk = dk.at[:, :, kv_heads].add(_from_key_items(part_dk, part, mask, q.shape[0]))
-        dv = dv.at[:, :, kv_heads].add(_from_key_items(part_dv, part, mask, q.shape[0]))
-    return dq.astype(q.dtype), dk.astype(k.dtype), dv.astype(v.dtype)
+    dqs, dks, dvs, q_heads, kv_heads = [], [], [], [], []
+    for part in parts(mask, num_heads, k.shape[2]):
+        queries = query_items((q, d_out, lse, delta), part, q_segment_ids)
+        keys = key_items((k, v), part, kv_segment_ids)
+        dqs.append(from_query_items(_backward_queries(queries, keys, part, scale), part, batch))
+        q_heads.append(part.q_heads)
+    for part in parts(mask, num_heads, k.shape[2], by_key=True):
+        queries = query_items((q, d_out, lse, delta), part, q_segment_ids)
+        keys = key_items((k, v), part, kv_segment_ids)
+        dk, dv = _backward_keys(queries, keys, part, scale)
+        dks.append(from_key_items(dk, part, batch))
+        dvs.append(from_key_items(dv, part, batch))
+        kv_heads.append(part.kv_heads)
+    return (
+        join_heads(dqs, q_heads, num_heads).astype(q.dtype),
+        join_heads(dks, kv_heads, k.shape[2]).astype(k.dtype),
+        join_heads(dvs, kv_heads, v.shape[2]).astype(v.dtype),
+    )
 
 
 # --- the three passes over lists ---
 #
-# Every product is written as rows [m, c] times columns [c, k], with the operand transposed once beforehand
-# where need be: XLA on a CPU takes up to three times as long for the other orders.
+# Every product is rows times columns, or rows times rows: XLA on a CPU takes two to three times as long where
+# the left side would have to be turned. So the last pass computes its scores by key.
 
 
-def _forward(queries: _Items, keys: _Items, part: _Part, mask: BlockMask, scale):
-    (q,) = queries.values
-    k, v = keys.values
-    k_columns = jnp.swapaxes(k, -1, -2)
+def _forward(queries: Items, keys: Items, part: Part, scale):
+    (q,), (k, v) = queries.values, keys.values
     dtype = jnp.promote_types(q.dtype, jnp.float32)
+    q_scale, score_scale = _split_scale(q, scale, dtype)
 
-    def init(i):
-        shape = (i.shape[0], *q.shape[1:4])
-        return (
-            jnp.full(shape, -jnp.inf, dtype),
-            jnp.zeros(shape, dtype),
-            jnp.zeros((*shape, q.shape[-1]), dtype),
-        )
+    def start(items):
+        return _rows(q, items) * q_scale
 
-    def step(carry, i, j, listed, masked):
-        top, total, acc = carry
-        scores = _product(q[i], k_columns[j], dtype) * scale
-        scores = _hide(scores, _visible(queries, i, keys, j, listed, masked, part.token_mask, mask))
-        new_top = jnp.maximum(top, jnp.max(scores, axis=-1))
-        finite_top = jnp.where(new_top == -jnp.inf, 0, new_top)  # -inf - -inf is not a number
+    def init(q_rows):
+        shape = q_rows.shape[:-1]
+        return jnp.full(shape, -jnp.inf, dtype), jnp.zeros(shape, dtype), jnp.zeros(q_rows.shape, dtype)
+
+    def step(q_rows, carry, items, blocks, listed, masked):
+        scores = _by_rows(q_rows, _columns(k, blocks), dtype) * score_scale
+        if masked:
+            visible = _visible(queries, items[:, None], keys, blocks, part)
+            scores = _hide(scores, visible & _each(listed, part.mask.block_kv)[:, None, None])
+        top = jnp.max(scores, axis=-1)
+        if carry is not None:
+            top = jnp.maximum(top, carry[0])
+        finite_top = jnp.where(top == -jnp.inf, 0, top)  # -inf - -inf is not a number
         weights = jnp.exp(scores - finite_top[..., None])
-        decay = jnp.exp(top - finite_top)
-        total = total * decay + jnp.sum(weights, axis=-1)
-        acc = acc * decay[..., None] + _product(weights.astype(v.dtype), v[j], dtype)
-        return new_top, total, acc
+        total = jnp.sum(weights, axis=-1)
+        acc = _product(weights, _columns(v, blocks), dtype)
+        if carry is not None:
+            decay = jnp.exp(carry[0] - finite_top)
+            total = total + carry[1] * decay
+            acc = acc + carry[2] * decay[..., None]
+        return top, total, acc
 
     def finish(carry):
         top, total, acc = carry
         out = acc / jnp.where(total == 0, 1, total)[..., None]
-        return out.astype(q.dtype), (top + jnp.log(total)).astype(jnp.float32)
+        lse = (top + jnp.log(total)).astype(jnp.float32)
+        return _from_rows(out.astype(q.dtype), q), _from_rows(lse, q)
 
     return _over_lists(
-        part.lists, init, step, finish, chunk=_chunk(q, k), mask_all=queries.segment is not None
+        part.lists,
+        (start, init, step, finish),
+        scores_an_entry=_scores_an_entry(q, k),
+        entry_tokens=k.shape[2],
+        mask_all=queries.segment is not None,
     )
 
 
-def _backward_queries(queries: _Items, keys: _Items, part: _Part, mask: BlockMask, scale):
-    q, d_out, lse, delta = queries.values
-    k, v = keys.values
-    k_columns, v_columns = jnp.swapaxes(k, -1, -2), jnp.swapaxes(v, -1, -2)
+def _backward_queries(queries: Items, keys: Items, part: Part, scale):
+    q, (k, v) = queries.values[0], keys.values
     dtype = jnp.promote_types(q.dtype, jnp.float32)
 
-    def init(i):
-        return jnp.zeros((i.shape[0], *q.shape[1:]), dtype)
+    q_scale, score_scale = _split_scale(q, scale, dtype)
 
-    def step(dq, i, j, listed, masked):
-        scores = _product(q[i], k_columns[j], dtype) * scale
-        scores = _hide(scores, _visible(queries, i, keys, j, listed, masked, part.token_mask, mask))
-        weights = jnp.exp(scores - lse[i][..., None])
-        d_weights = _product(d_out[i], v_columns[j], dtype)
-        d_scores = weights * (d_weights - delta[i][..., None]) * scale
-        return dq + _product(d_scores.astype(k.dtype), k[j], dtype)
+    def start(items):
+        q_rows, *others = (_rows(x, items) for x in queries.values)
+        return q_rows * q_scale, *others
+
+    def init(own):
+        return jnp.zeros(own[0].shape, dtype)
+
+    def step(own, dq, items, blocks, listed, masked):
+        q_rows, d_out_rows, lse_rows, delta_rows = own
+        k_rows = _columns(k, blocks)
+        scores = _by_rows(q_rows, k_rows, dtype) * score_scale
+        if masked:
+            visible = _visible(queries, items[:, None], keys, blocks, part)
+            scores = _hide(scores, visible & _each(listed, part.mask.block_kv)[:, None, None])
+        weights = jnp.exp(scores - lse_rows[..., None])
+        d_weights = _by_rows(d_out_rows, _columns(v, blocks), dtype)
+        d_scores = weights * (d_weights - delta_rows[..., None]) * score_scale
+        more = _product(d_scores, k_rows, dtype)
+        return more if dq is None else dq + more
 
     return _over_lists(
-        part.lists, init, step, lambda dq: dq, chunk=_chunk(q, k), mask_all=queries.segment is not None
+        part.lists,
+        (start, init, step, lambda dq: _from_rows(dq * q_scale, q)),
+        scores_an_entry=_scores_an_entry(q, k),
+        entry_tokens=k.shape[2],
+        mask_all=queries.segment is not None,
     )
 
 
-def _backward_keys(queries: _Items, keys: _Items, part: _Part, mask: BlockMask, scale):
-    q, d_out, lse, delta = queries.values
-    k, v = keys.values
-    q_columns, d_out_columns = jnp.swapaxes(q, -1, -2), jnp.swapaxes(d_out, -1, -2)
-    k_columns, v_columns = jnp.swapaxes(k, -1, -2), jnp.swapaxes(v, -1, -2)
+def _backward_keys(queries: Items, keys: Items, part: Part, scale):
+    q, (k, v) = queries.values[0], keys.values
     dtype = jnp.promote_types(q.dtype, jnp.float32)
-    owner, pieces = _pieces(_Lists(*transposed_lists(*part.lists, num_kv_items=k.shape[0])))
+    owner, pieces = _pieces(Lists(*transposed_lists(*part.lists, num_kv_items=k.shape[0])))
+    owners, group = jnp.asarray(owner), q.shape[4]
+    q_scale, score_scale = _split_scale(q, scale, dtype)
 
-    def init(piece):
-        shape = (piece.shape[0], *k_columns.shape[1:])
-        return jnp.zeros(shape, dtype), jnp.zeros(shape, dtype)
+    def start(some):
+        items = owners[some]
+        return _columns(k, items[:, None]), _columns(v, items[:, None])
 
-    def step(carry, piece, i, listed, masked):
-        # As columns, for scores by query: masks of segments by key take XLA on a CPU as long as all the rest.
-        dk, dv = carry
-        j = owner[piece]
-        scores = _product(q[i], k_columns[j], dtype) * scale
-        scores = _hide(scores, _visible(queries, i, keys, j, listed, masked, part.token_mask, mask))
-        weights = jnp.exp(scores - lse[i][..., None])
-        dv = dv + _product(d_out_columns[i], weights.astype(d_out.dtype), dtype)
-        d_weights = _product(d_out[i], v_columns[j], dtype)
-        d_scores = weights * (d_weights - delta[i][..., None]) * scale
-        return dk + _product(q_columns[i], d_scores.astype(q.dtype), dtype), dv
+    def init(own):
+        return jnp.zeros(own[0].shape, dtype), jnp.zeros(own[1].shape, dtype)
+
+    def step(own, carry, some, blocks, listed, masked):
+        k_rows, v_rows = own
+        q_rows, d_out_rows, lse_columns, delta_columns = (_many_rows(x, blocks) for x in queries.values)
+        q_rows = q_rows * q_scale
+        # Turned once, and not again for each key.
+        lse_columns, delta_columns = lax.optimization_barrier((lse_columns, delta_columns))
+
+        def split(x):
+            return x.reshape(*x.shape[:-1], group, -1)
+
+        scores = split(_by_rows(k_rows, q_rows, dtype)) * score_scale  # [n, B, H, block_kv, G, W * block_q]
+        if masked:
+            visible = _visible(queries, blocks, keys, owners[some][:, None], part, by_key=True)
+            visible = visible & _each(listed, part.mask.block_q)[:, None, None]
+            visible = lax.optimization_barrier(visible)
+            scores = jnp.where(visible[:, :, None, :, None], scores, -jnp.inf)
+        weights = jnp.exp(scores - split(lse_columns)[..., None, :, :])
+        d_weights = split(_by_rows(v_rows, d_out_rows, dtype))
+        d_scores = weights * (d_weights - split(delta_columns)[..., None, :, :]) * score_scale
+        weights, d_scores = (x.reshape(*x.shape[:4], -1) for x in (weights, d_scores))
+        dk, dv = _product(d_scores, q_rows, dtype), _product(weights, d_out_rows, dtype)
+        return (dk, dv) if carry is None else (carry[0] + dk, carry[1] + dv)
 
     def finish(carry):
-        return jax.tree.map(lambda x: jnp.swapaxes(x, -1, -2), carry)
+        return jax.tree.map(lambda x: jnp.moveaxis(x, 2, 3), carry)
 
-    parts = _over_lists(pieces, init, step, finish, chunk=_chunk(q, k), mask_all=queries.segment is not None)
-    return _sum_by_owner(parts, owner, k.shape[0])
+    sums = _over_lists(
+        pieces,
+        (start, init, step, finish),
+        scores_an_entry=_scores_an_entry(q, k),
+        entry_tokens=q.shape[2] * group,
+        mask_all=queries.segment is not None,
+    )
+    return _sum_by_owner(sums, owner, k.shape[0])
 
 
 def _sum_by_owner(parts, owner, num_owners: int):
-    """The sum of each owner's pieces, in their order.
+    """The sum of each owner's pieces, in their order; owners ascend.
 
     A loop, and not ``segment_sum``: that adds by atomics on a GPU, in any order, and, told that the owners
-    are sorted, becomes more machine code than ptxas compiles in minutes.
+    are sorted, becomes more machine code than ptxas compiles in minutes. Most owners have one piece, and
+    where they are known the loop is over the others.
     """
+    if isinstance(owner, np.ndarray):
+        first = np.minimum(np.searchsorted(owner, np.arange(num_owners)), len(owner) - 1)
+        has_one = jnp.asarray(owner[first] == np.arange(num_owners))[:, None, None, None, None]
+        totals = jax.tree.map(lambda x: jnp.where(has_one, x[first], 0), parts)
+        rest = jnp.asarray(np.flatnonzero(owner[1:] == owner[:-1]) + 1)
+    else:
+        totals = jax.tree.map(lambda x: jnp.zeros((num_owners, *x.shape[1:]), x.dtype), parts)
+        rest = jnp.arange(owner.shape[0])
+    owners = jnp.asarray(owner)
 
-    def add(piece, totals):
-        to = owner[piece]
-        return jax.tree.map(lambda total, x: total.at[to].set(total[to] + x[piece]), totals, parts)
+    def add(nth, totals):
+        to = owners[rest[nth]]
+        return jax.tree.map(lambda total, x: total.at[to].set(total[to] + x[rest[nth]]), totals, parts)
 
-    zeros = jax.tree.map(lambda x: jnp.zeros((num_owners, *x.shape[1:]), x.dtype), parts)
-    return lax.fori_loop(0, owner.shape[0], add, zeros)
+    return lax.fori_loop(0, rest.shape[0], add, totals) if rest.shape[0] else totals
 
 
-def _over_lists(lists: _Lists, init, step, finish, *, chunk: int, mask_all: bool):
-    """A loop over all items, ``chunk`` at a time: init(items), then for each entry of their lists
-    step(carry, items, entries, listed, masked), then finish(carry).
+def _over_lists(
+    lists: Lists,
+    computation: tuple[Callable, Callable, Callable, Callable],
+    *,
+    scores_an_entry: int,
+    entry_tokens: int,
+    mask_all: bool,
+):
+    """A loop over all items, a chunk at a time, of ``computation = (start, init, step, finish)``::
 
-    First the blocks that need no element mask, then the others (``masked``); ``listed`` tells which items of
-    the chunk have that many blocks. With ``mask_all`` every block is masked.
+        own = start(items); carry = init(own)
+        carry = step(own, carry, items, entries, listed, masked)     # entries [n, W] of the items' lists
+        result = finish(carry)
+
+    First the steps in which no entry needs the element mask, then the others (``masked``), where ``listed``
+    tells which entries are there at all. With ``mask_all`` every block is masked. Where all lists are known
+    to fit one step, its carry is None.
     """
+    start, init, step, finish = computation
     num_items = lists.start.shape[0]
-    chunk = min(chunk, num_items)
-    xp = np if isinstance(lists.count, np.ndarray) else jnp
-    order = xp.argsort(lists.count, stable=True).astype(np.int32)
-    place = xp.argsort(order).astype(np.int32)
+    xp = np if lists.known else jnp
+    longest = int(lists.count.max()) if lists.known else -(-lists.index.shape[0] // num_items)
+    width = _width(longest, entry_tokens)
+    chunk = min(max(1, _CHUNK_SCORES // (scores_an_entry * width)), num_items)
+    once = lists.known and longest <= width
+    # All take one step: as they come. Otherwise by length, so that a chunk's longest list is not much longer.
+    order = xp.arange(num_items) if once else xp.argsort(lists.count, stable=True)
     padding = xp.broadcast_to(order[:1], -num_items % chunk)
-    index, start, count, full_count = (jnp.asarray(x) for x in lists)
+    chunks = xp.concatenate([padding, order]).astype(np.int32).reshape(-1, chunk)
+    all_full = once and not mask_all and bool(np.all(lists.full_count == width))
+    index, begin, count, full_count = (jnp.asarray(x) for x in lists)
     index = jnp.pad(index, (0, 1))  # lists may all be empty
     if mask_all:
         full_count = jnp.zeros_like(full_count)
 
     def one_chunk(items):
-        begin, full, total = start[items], full_count[items], count[items]
+        first, total = begin[items], count[items]
+        own = start(items)
 
-        def visit(carry, first, last, masked):
-            def body(t, carry):
-                # Items whose list has ended look at a block of their own again, and not at another's.
-                entry = jnp.minimum(first + t, jnp.maximum(last - 1, begin))
-                return step(carry, items, index[entry], first + t < last, masked)
+        def visit(t, carry, masked):
+            nth = t * width + jnp.arange(width, dtype=jnp.int32)
+            # Items whose list has ended look at a block of their own again, and not at another's.
+            entry = first[:, None] + jnp.minimum(nth, jnp.maximum(total - 1, 0)[:, None])
+            return step(own, carry, items, index[entry], nth < total[:, None], masked)
 
-            return lax.fori_loop(0, jnp.max(last - first), body, carry)
+        if once:
+            return finish(visit(0, None, masked=not all_full))
+        unmasked = jnp.min(full_count[items]) // width
+        steps = (jnp.max(total) + width - 1) // width
+        carry = lax.fori_loop(0, unmasked, lambda t, carry: visit(t, carry, masked=False), init(own))
+        carry = lax.fori_loop(unmasked, steps, lambda t, carry: visit(t, carry, masked=True), carry)
+        return finish(carry)
 
-        carry = visit(init(items), begin, begin + full, masked=False)
-        return finish(visit(carry, begin + full, begin + total, masked=True))
+    results = lax.map(one_chunk, jnp.asarray(chunks))
+    results = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:])[padding.shape[0] :], results)
+    if once:
+        return results
+    place = xp.argsort(order)
+    return jax.tree.map(lambda x: x[place], results)
 
-    chunks = jnp.asarray(xp.concatenate([padding, order]).reshape(-1, chunk))
-    results = lax.map(one_chunk, chunks)
-    return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:])[padding.shape[0] :][place], results)
+
+def _width(longest: int, entry_tokens: int) -> int:
+    """How many entries of a list are visited at a time."""
+    if longest * entry_tokens <= _ONE_STEP_TOKENS:
+        return max(longest, 1)
+    return max(1, _STEP_TOKENS // entry_tokens)
 
 
-def _pieces(lists: _Lists):
+def _pieces(lists: Lists):
     """(owner [P], the same lists cut into P pieces of bounded length).
 
     A sink's key block is listed by every query block: left whole, it would keep a chunk of short lists
     waiting.
     """
-    xp = np if isinstance(lists.count, np.ndarray) else jnp
+    xp = np if lists.known else jnp
     num_items, num_entries = lists.start.shape[0], lists.index.shape[0]
     length = max(1, -(-num_entries // num_items))
     last = xp.cumsum(-(-lists.count // length))
@@ -247,7 +322,7 @@ def _pieces(lists: _Lists):
     piece = xp.arange(max(1, num_pieces), dtype=np.int32)
     owner = xp.minimum(xp.searchsorted(last, piece, side="right"), num_items - 1).astype(np.int32)
     skipped = (piece - last[owner] + -(-lists.count[owner] // length)) * length
-    return jnp.asarray(owner), _Lists(
+    return owner, Lists(
         lists.index,
         (lists.start[owner] + skipped).astype(np.int32),
         xp.clip(lists.count[owner] - skipped, 0, length).astype(np.int32),
@@ -255,151 +330,100 @@ def _pieces(lists: _Lists):
     )
 
 
-def _chunk(q, k) -> int:
-    return max(1, _CHUNK_SCORES // (math.prod(q.shape[1:4]) * k.shape[3]))
+def _scores_an_entry(q, k) -> int:
+    """Scores of a query item and a KV item."""
+    return math.prod(q.shape[1:5]) * k.shape[2]
 
 
-def _product(rows, columns, dtype):
-    return jnp.matmul(rows, columns, preferred_element_type=dtype)
+# --- taking items out, and products of them ---
 
 
-def _visible(
-    queries: _Items, i, keys: _Items, j, listed, masked: bool, token_mask: TokenMask, mask: BlockMask
-):
-    """Which of KV items j the query items i see, bool [n, 1 or B, block_q or 1, block_kv or 1]."""
-    listed = listed[:, None, None, None]
-    if not masked:
-        return listed
-    q_position = queries.position[i][:, None, None] + np.arange(mask.block_q)[:, None]
-    kv_position = keys.position[j][:, None, None] + np.arange(mask.block_kv)
+def _rows(x, items):
+    """[N, B, block, H, G, ...] at items [n]: [n, B, H, G * block, ...]."""
+    x = jnp.moveaxis(_computed_in(x[items]), 2, 4)
+    return x.reshape(*x.shape[:3], -1, *x.shape[5:])
+
+
+def _from_rows(x, like):
+    """The inverse of _rows."""
+    block, heads, group = like.shape[2:5]
+    x = x.reshape(*x.shape[:2], heads, group, block, *x.shape[4:])
+    return jnp.moveaxis(x, 4, 2)
+
+
+def _many_rows(x, items):
+    """[N, B, block, H, G, ...] at items [n, W]: [n, B, H, G * W * block, ...]."""
+    x = jnp.moveaxis(_computed_in(x[items]), (2, 4, 5, 1, 3), (1, 2, 3, 4, 5))
+    return x.reshape(*x.shape[:3], -1, *x.shape[6:])
+
+
+def _columns(x, items):
+    """[N, B, block, H, D] at items [n, W]: [n, B, H, W * block, D]."""
+    x = jnp.moveaxis(_computed_in(x[items]), (2, 4, 1, 3), (1, 2, 3, 4))
+    return x.reshape(*x.shape[:3], -1, x.shape[-1])
+
+
+def _computed_in(x):
+    """In float32 where the CPU would make bfloat16 and float16 float32 at each product."""
+    if device_kind() != "cpu" or x.dtype not in (jnp.bfloat16, jnp.float16):
+        return x
+    return x if x.dtype == jnp.bfloat16 and cpu_has_bfloat16() else x.astype(jnp.float32)
+
+
+def _split_scale(q, scale, dtype) -> tuple[float, float]:
+    """(what queries are multiplied by, what scores are): queries, which are fewer, where nothing is lost."""
+    return (scale, 1.0) if _computed_in(q[:0]).dtype == dtype else (1.0, scale)
+
+
+def _by_rows(rows, other_rows, dtype):
+    """rows [..., m, c] times the transpose of other_rows [..., n, c]."""
+    return jnp.einsum("nbhmc,nbhkc->nbhmk", rows, other_rows, preferred_element_type=dtype)
+
+
+def _product(weights, rows, dtype):
+    """weights [..., m, c] times rows [..., c, k], weights in the dtype of rows."""
+    return jnp.matmul(weights.astype(rows.dtype), rows, preferred_element_type=dtype)
+
+
+# --- the element mask ---
+
+
+def _visible(queries: Items, q_items, keys: Items, kv_items, part: Part, *, by_key: bool = False):
+    """Which keys of kv_items [n, V] the queries of q_items [n, W] see: bool [n, B or 1, W * block_q, V *
+    block_kv], or turned, by key.
+
+    One of V and W is 1.
+    """
+    mask = part.mask
+    q_position = (queries.position[q_items][..., None] + np.arange(mask.block_q)).reshape(len(q_items), 1, -1)
+    kv_position = keys.position[kv_items][..., None] + np.arange(mask.block_kv)
+    kv_position = kv_position.reshape(len(kv_items), 1, -1)
+
+    def pairs(of_queries, of_keys):
+        if by_key:
+            return of_queries[..., None, :], of_keys[..., :, None]
+        return of_queries[..., :, None], of_keys[..., None, :]
+
     # No mask shows a later key, and so none of the tail that fills up the last block.
-    visible = token_mask(q_position, kv_position)[:, None] & listed
+    visible = part.token_mask(*pairs(q_position, kv_position))
     if queries.segment is not None:
-        visible = visible & (queries.segment[i][..., :, None] == keys.segment[j][..., None, :])
+        of_queries, of_keys = (
+            jnp.swapaxes(x.segment[items], 1, 2).reshape(len(items), x.segment.shape[1], -1)
+            for x, items in ((queries, q_items), (keys, kv_items))
+        )
+        of_queries, of_keys = pairs(of_queries, of_keys)
+        visible = visible & (of_queries == of_keys)
     return visible
 
 
+def _each(listed, block: int):
+    """[n, W] for each token of its blocks, [n, W * block]."""
+    return jnp.repeat(listed, block, axis=1)
+
+
 def _hide(scores, visible):
-    """-inf where not visible; scores [n, B, H, G * block_q, block_kv]."""
-    n, batch, heads, _, columns = scores.shape
-    visible = visible[:, :, None, None]
-    split = scores.reshape(n, batch, heads, -1, max(visible.shape[-2], 1), columns)
+    """-inf where not visible [n, B or 1, block_q, keys]; scores [n, B, H, G * block_q, keys]."""
+    # The heads share it: made once, and not again at each use of the scores.
+    visible = lax.optimization_barrier(visible)[:, :, None, None]
+    split = scores.reshape(*scores.shape[:3], -1, *visible.shape[-2:])
     return jnp.where(visible, split, -jnp.inf).reshape(scores.shape)
-
-
-# --- laying heads and blocks out as items, and back ---
-
-
-def _parts(mask: BlockMask, num_q_heads: int, num_kv_heads: int) -> list[_Part]:
-    """Heads that share static rows run as one part; heads with lists of their own all run as one part."""
-    group = num_q_heads // num_kv_heads
-    num_rows, nq = mask.kv_start.shape[-2:]
-    start, count, full_count = mask.kv_start, mask.kv_count, mask.kv_full_count
-    if mask.head_rows is None:
-        batched = start.ndim == 3
-        classes = min(num_rows, num_kv_heads)
-        kv_class = np.arange(num_rows) * classes // num_rows
-        if batched:
-            kv_class = np.arange(start.shape[0])[:, None] * classes + kv_class
-        offset = (
-            np.broadcast_to(kv_class[..., None] * mask.num_kv_blocks, start.shape)
-            .reshape(-1)
-            .astype(np.int32)
-        )
-        start, count, full_count = (x.reshape(-1) for x in (start, count, full_count))
-        lists = _Lists(offset_entries(mask.kv_index, start, offset), start, count, full_count)
-        q_heads, kv_heads = tuple(range(num_q_heads)), tuple(range(num_kv_heads))
-        return [_Part(q_heads, kv_heads, mask.token_masks[0], lists, classes, batched)]
-
-    parts = []
-    for row in range(num_rows):
-        q_heads = tuple(head for head in range(num_q_heads) if mask.head_rows[head] == row)
-        whole = [
-            head
-            for head in range(num_kv_heads)
-            if set(range(head * group, (head + 1) * group)) <= set(q_heads)
-        ]
-        # Heads that take only a part of their KV head's group bring their own copy of it.
-        kv_heads = (
-            tuple(whole) if len(whole) * group == len(q_heads) else tuple(head // group for head in q_heads)
-        )
-        index, begin = mask.kv_index, start[row]
-        if isinstance(index, np.ndarray):
-            index, begin = index[begin[0] : begin[-1] + count[row, -1]], begin - begin[0]
-        lists = _Lists(index, begin, count[row], full_count[row])
-        parts.append(_Part(q_heads, kv_heads, mask.token_masks[row], lists, 1, False))
-    return parts
-
-
-def _query_items(arrays, part: _Part, mask: BlockMask, segment_ids) -> _Items:
-    rows = part.lists.start.shape[0] // (mask.num_q_blocks * (arrays[0].shape[0] if part.batched else 1))
-    values = tuple(_split_queries(x, part, mask, rows) for x in arrays)
-    position = _positions(mask.num_q_blocks, mask.block_q, mask.kv_len - mask.q_len, values[0].shape[0])
-    return _Items(values, position, _split_segments(segment_ids, part, rows, mask.block_q))
-
-
-def _split_queries(x, part: _Part, mask: BlockMask, rows: int):
-    """[B, T, Hq, ...] to [items, B, H, G * block_q, ...]; items: sequences (if batched) x rows x blocks."""
-    x = _pad(x[:, :, np.asarray(part.q_heads)], mask.block_q)
-    batch, heads, tail = x.shape[0], len(part.kv_heads) // part.classes, x.shape[3:]
-    group = x.shape[2] // (rows * heads)
-    x = x.reshape(batch, -1, mask.block_q, rows, heads, group, *tail)
-    x = jnp.moveaxis(x, (3, 1, 0, 4, 5, 2), (0, 1, 2, 3, 4, 5))
-    if part.batched:
-        x = jnp.moveaxis(x, 2, 0)[:, :, :, None]
-    return x.reshape(-1, 1 if part.batched else batch, heads, group * mask.block_q, *tail)
-
-
-def _from_query_items(x, part: _Part, mask: BlockMask, batch: int):
-    """The inverse of _split_queries."""
-    heads, tail = x.shape[2], x.shape[4:]
-    group = x.shape[3] // mask.block_q
-    sequences = batch if part.batched else 1
-    x = x.reshape(sequences, -1, mask.num_q_blocks, batch // sequences, heads, group, mask.block_q, *tail)
-    x = jnp.moveaxis(x, (0, 3, 2, 6, 1, 4, 5), (0, 1, 2, 3, 4, 5, 6))
-    return x.reshape(batch, mask.num_q_blocks * mask.block_q, -1, *tail)[:, : mask.q_len]
-
-
-def _key_items(arrays, part: _Part, mask: BlockMask, segment_ids) -> _Items:
-    values = tuple(_split_keys(x, part, mask) for x in arrays)
-    position = _positions(mask.num_kv_blocks, mask.block_kv, 0, values[0].shape[0])
-    return _Items(values, position, _split_segments(segment_ids, part, part.classes, mask.block_kv))
-
-
-def _split_keys(x, part: _Part, mask: BlockMask):
-    """[B, S, Hk, D] to [items, B, H, block_kv, D]: items are sequences (where batched) x classes x blocks."""
-    x = _pad(x[:, :, np.asarray(part.kv_heads)], mask.block_kv)
-    batch, dim = x.shape[0], x.shape[3]
-    x = x.reshape(batch, -1, mask.block_kv, part.classes, x.shape[2] // part.classes, dim)
-    x = jnp.moveaxis(x, (3, 1, 0, 4, 2, 5), (0, 1, 2, 3, 4, 5))
-    if part.batched:
-        x = jnp.moveaxis(x, 2, 0)[:, :, :, None]
-    return x.reshape(-1, 1 if part.batched else batch, *x.shape[-3:])
-
-
-def _from_key_items(x, part: _Part, mask: BlockMask, batch: int):
-    """The inverse of _split_keys."""
-    sequences = batch if part.batched else 1
-    x = x.reshape(sequences, part.classes, mask.num_kv_blocks, batch // sequences, *x.shape[2:])
-    x = jnp.moveaxis(x, (0, 3, 2, 5, 1, 4, 6), (0, 1, 2, 3, 4, 5, 6))
-    return x.reshape(batch, mask.num_kv_blocks * mask.block_kv, -1, x.shape[-1])[:, : mask.kv_len]
-
-
-def _split_segments(segment_ids, part: _Part, copies: int, block: int):
-    """[B, T] to [items, B, block]."""
-    if segment_ids is None:
-        return None
-    x = _pad(segment_ids, block)
-    x = jnp.swapaxes(x.reshape(x.shape[0], -1, block), 0, 1)
-    if part.batched:
-        x = jnp.swapaxes(x, 0, 1)[:, None, :, None]
-        return jnp.broadcast_to(x, (x.shape[0], copies, *x.shape[2:])).reshape(-1, 1, block)
-    return jnp.tile(x, (copies, 1, 1))
-
-
-def _positions(num_blocks: int, block: int, offset: int, num_items: int):
-    return jnp.asarray(np.arange(num_items, dtype=np.int32) % num_blocks * block + offset)
-
-
-def _pad(x, block: int):
-    return jnp.pad(x, [(0, 0), (0, -x.shape[1] % block)] + [(0, 0)] * (x.ndim - 2))
