@@ -13,7 +13,17 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jsparse import BlockMask, TokenMask, attention, causal, shifted_groups, sliding_window, streaming
+from jsparse import (
+    BlockMask,
+    TokenMask,
+    attention,
+    causal,
+    items,
+    shifted_groups,
+    sliding_window,
+    streaming,
+    xla,
+)
 from jsparse.attention import _attention
 
 # On a machine with a GPU: JSPARSE_TEST_IMPLEMENTATION=mosaic_gpu, in half precision only.
@@ -230,6 +240,65 @@ def test_agrees_with_dense_float64(name, implementation):
     expected = dense(*qkv, visible_pairs(mask, case, options), case.scale, *cotangents)
     tolerances = FLOAT32 if dtype == jnp.float32 else BFLOAT16
     assert_close(run(qkv, mask, options, cotangents, implementation), expected, tolerances)
+
+
+@pytest.fixture
+def in_many_steps(monkeypatch):
+    """XLA in miniature: blocks as the mask has them, two or three to a step, and several chunks of items."""
+    monkeypatch.setattr(items, "device_kind", lambda: "a device with no block sizes of its own")
+    monkeypatch.setattr(xla, "_STEP_TOKENS", 32)
+    monkeypatch.setattr(xla, "_ONE_STEP_TOKENS", 16)
+    monkeypatch.setattr(xla, "_CHUNK_SCORES", 1 << 12)
+    jax.clear_caches()
+    yield
+    jax.clear_caches()
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "mixed masks in small blocks",
+        "blocks that divide nothing",
+        "packed, T != S",
+        "chosen for all heads",
+        "chosen a KV head",
+        "chosen a sequence and query head",
+    ],
+)
+def test_agrees_in_many_steps(name, in_many_steps):
+    case = CASES[name]
+    qkv, mask, options, cotangents = inputs(case)
+    expected = dense(*qkv, visible_pairs(mask, case, options), case.scale, *cotangents)
+    assert_close(run(qkv, mask, options, cotangents, "xla"), expected, FLOAT32)
+
+
+def test_long_lists_take_several_steps_in_the_blocks_that_suit_a_cpu():
+    case = Case([causal()] * 2 + [streaming(100, 1200)] * 2, 1300, 2100, batch=1)
+    qkv, mask, options, cotangents = inputs(case)
+    expected = dense(*qkv, visible_pairs(mask, case, options), case.scale, *cotangents)
+    assert_close(run(qkv, mask, options, cotangents, "xla"), expected, FLOAT32)
+
+
+def test_lists_that_say_less_than_their_token_mask_are_followed():
+    case = Case(None, 64, 64)
+    whole = BlockMask.from_token_masks(causal(), 64, 64, block_q=16, block_kv=16)
+    mask = dataclasses.replace(whole, kv_count=np.ones_like(whole.kv_count))
+    qkv, _, options, cotangents = inputs(case)
+    expected = dense(*qkv, visible_pairs(mask, case, options), case.scale, *cotangents)
+    assert_close(run(qkv, mask, options, cotangents, "xla"), expected, FLOAT32)
+
+
+@pytest.mark.parametrize("group", [1, 3, 4, 16])
+@pytest.mark.parametrize("by_key", [False, True])
+def test_block_sizes_follow_what_a_query_sees(group, by_key):
+    def sizes(mask, length=8192):
+        return items.block_sizes(mask, length, length, group, by_key=by_key)
+
+    own = {1: 128, 3: 32, 4: 32, 16: 16}[group]  # 128 rows of an item's own tokens, 16 tokens at least
+    visited = {1: 64, 3: 16, 4: 16, 16: 16}[group]
+    assert sizes(streaming(64, 256)) == sizes(sliding_window(1)) == ((visited, 128) if by_key else (own, 64))
+    assert sizes(causal())[1] == sizes(shifted_groups(4096, 0))[1] == 512
+    assert sizes(causal(), 100)[1] in (64, 128) and sizes(causal(), 1) == (16, 16)
 
 
 @given(
