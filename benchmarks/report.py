@@ -220,13 +220,14 @@ def markdown(document: Mapping[str, Any] | None, rows: Iterable[Any]) -> str:
     return "\n".join(lines)
 
 
-def put_between(text: str, section: str) -> str:
-    """The text with what stands between the two marks replaced.
+def put_between(text: str, section: str, begin: str = BEGIN, end: str = END) -> str:
+    """The text with what stands between the two marks replaced. Sections of other marks may end the same way.
 
-    >>> put_between(f"a {BEGIN} old {END} b", "new") == f"a {BEGIN}\\n\\nnew\\n\\n{END} b"
+    >>> put_between(f"{END} a {BEGIN} old {END} b", "new") == f"{END} a {BEGIN}\\n\\nnew\\n\\n{END} b"
     True
     """
-    if text.count(BEGIN) != 1 or text.count(END) != 1:
-        raise ValueError(f"the text must hold {BEGIN!r} and {END!r} once each")
-    before, rest = text.split(BEGIN)
-    return f"{before}{BEGIN}\n\n{section}\n\n{END}{rest.split(END)[1]}"
+    before, begun, rest = text.partition(begin)
+    _, ended, after = rest.partition(end)
+    if not begun or not ended or begin in rest:
+        raise ValueError(f"the text must hold {begin!r} and after it {end!r}, once each")
+    return f"{before}{begin}\n\n{section}\n\n{end}{after}"

@@ -1,0 +1,80 @@
+"""How attention grows with the length: exponents, and the memory of one call, each in a process of its own.
+
+python benchmarks/cpu_growth.py dense 4096        # prints {"bytes": ..., "seconds": ...}
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+
+def exponent(lengths: Sequence[float], values: Sequence[float]) -> float:
+    """b of the best ``values = a * lengths ** b``: least squares of the logarithms.
+
+    Raises ValueError for fewer than two lengths, and for values that are not positive.
+
+    >>> round(exponent([1, 2, 4], [3, 12, 48]), 6)
+    2.0
+    """
+    if len(set(lengths)) < 2 or len(lengths) != len(values) or min(*lengths, *values) <= 0:
+        raise ValueError(f"no exponent fits lengths={list(lengths)} and values={list(values)}")
+    return float(np.polyfit(np.log(lengths), np.log(values), 1)[0])
+
+
+def point_in_new_process(kind: str, length: int, *, small: bool, timeout: float) -> dict[str, float]:
+    """bytes and seconds of one call, without what the workers have set for memory: freed memory goes back."""
+    command = [sys.executable, __file__, kind, str(length), *["--small"] * small]
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("MALLOC_")}
+    environment["JAX_PLATFORMS"] = "cpu"
+    done = subprocess.run(command, capture_output=True, text=True, timeout=timeout, env=environment)
+    if done.returncode:
+        raise RuntimeError(f"exit code {done.returncode}: {' '.join(done.stderr.split())[-200:]}")
+    return json.loads(done.stdout.strip().splitlines()[-1])
+
+
+def point(kind: str, length: int, small: bool) -> dict[str, float]:
+    """The peak of memory in a call beyond what is there before it: inputs and compiled code. Linux only."""
+    import cpu_inputs
+    import jax
+    import jax.numpy as jnp
+    from cpu_ours import lists_of
+    from cpu_rows import sizes
+
+    import jsparse
+
+    of = sizes(small)
+    q, k, v, _ = (jnp.asarray(x) for x in cpu_inputs.sequences(length, of))
+    mask = lists_of(kind, length, of)
+    if isinstance(mask, jsparse.BlockMask):
+        attend = jax.jit(jsparse.attention).lower(q, k, v, mask).compile()
+        arguments = (q, k, v, mask)
+    else:
+        attend = jax.jit(lambda q, k, v: jsparse.attention(q, k, v, mask)).lower(q, k, v).compile()
+        arguments = (q, k, v)
+    jax.block_until_ready(arguments)
+    Path("/proc/self/clear_refs").write_text("5")  # the peak so far is forgotten
+    before, start = memory("VmRSS"), time.perf_counter()
+    jax.block_until_ready(attend(*arguments))
+    return {"seconds": time.perf_counter() - start, "bytes": memory("VmHWM") - before}
+
+
+def memory(field: str) -> int:
+    """Bytes, of a field of /proc/self/status."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(1024 * int(line.split()[1]) for line in lines if line.startswith(f"{field}:"))
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("kind")
+    parser.add_argument("length", type=int)
+    parser.add_argument("--small", action="store_true")
+    given = parser.parse_args()
+    print(json.dumps(point(given.kind, given.length, given.small)))

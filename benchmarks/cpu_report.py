@@ -1,0 +1,340 @@
+"""What benchmarks/cpu.py found: a file, tables, and the section of the README.
+
+The file is a list: first the header, then the results. A result has row, length, dtype, ours and peer (the
+contenders' names), and ratio_median, ratio_min and ratio_max (our time / its time), ours_ms and peer_ms
+(medians), rounds, same_work, and goal (the largest ratio wanted) where there is one; or error. ratio_median
+is null where there is no peer, and where there is an error.
+"""
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from cpu_rows import ABOUT, FLOOR, OURS
+from report import END, number, put_between, ratio
+
+BEGIN = "<!-- benchmarks/cpu.py --markdown writes from here -->"
+PLOTS = "benchmarks/results/cpu"
+TABLE = f"{PLOTS}/table.md"
+Result = Mapping[str, Any]
+
+
+def write(path: Path, document: Sequence[Result]) -> None:
+    """Writes the file whole or not at all: a run that is cut short leaves the last one."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = path.with_suffix(".tmp")
+    beside.write_text(json.dumps(document, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    os.replace(beside, path)
+
+
+def read(path: Path) -> list[dict[str, Any]]:
+    """ValueError for a file that holds something else."""
+    document = json.loads(path.read_text(encoding="utf-8"))
+    if not isinstance(document, list) or not document or "command" not in document[0]:
+        raise ValueError(f"{path} is no file of results: it must be a list that begins with a header")
+    return document
+
+
+def draw(document: Sequence[Result], folder: Path) -> None:
+    """The plots, where there is matplotlib."""
+    try:
+        import cpu_plots
+
+        cpu_plots.draw(document, folder)
+    except ImportError as error:
+        print(f"no plot was drawn: {error} (pip install 'jsparse[plot]')")
+
+
+# Words -------------------------------------------------------------------------------------------------
+
+
+def met(result: Result) -> bool | None:
+    """Whether the goal was reached; None without a goal. What was not measured reached nothing."""
+    if "goal" not in result:
+        return None
+    return result["ratio_median"] is not None and result["ratio_median"] <= result["goal"]
+
+
+def in_order(results: Sequence[Result]) -> list[Result]:
+    """The results of a row together, rows in the order in which they first come."""
+    rows = list(dict.fromkeys(result["row"] for result in results))
+    return sorted(results, key=lambda result: rows.index(result["row"]))
+
+
+def milliseconds(value: float | None) -> str:
+    return "" if value is None else f"{number(value)} ms"
+
+
+def goal(result: Result) -> str:
+    """
+    >>> goal({"goal": 0.5, "ratio_median": 0.4}), goal({"goal": 0.5, "ratio_median": None}), goal({})
+    ('≤ 0.5, met', '≤ 0.5, missed', '')
+    """
+    reached = met(result)
+    return "" if reached is None else f"≤ {result['goal']:g}, {'met' if reached else 'missed'}"
+
+
+def tokens(length: int) -> str:
+    return f"{length // 1024}k" if length % 1024 == 0 else str(length)
+
+
+def against(result: Result) -> str:
+    """The peer, and what it is where that is not the same work."""
+    fair = result.get("same_work", True) or result["peer"] in (FLOOR, "none", "the attention it serves")
+    return result["peer"] if fair else f"{result['peer']} (other work)"
+
+
+def in_short(result: Result) -> str:
+    """One line while it runs."""
+    start = f"{result['row']}: {result['ours']} / {result['peer']}:"
+    if "error" in result:
+        return f"{start} {result['error']}"
+    if "time_exponent" in result:
+        memory = f", memory {result['memory_exponent']:.2f}" if "memory_exponent" in result else ""
+        return f"{start} exponents: time {result['time_exponent']:.2f}{memory}"
+    if result["ratio_median"] is None:
+        beyond = f", {result['peak_bytes'] / 2**20:.0f} MiB" if "peak_bytes" in result else ""
+        return f"{start} {milliseconds(result['ours_ms'])}{beyond}"
+    return f"{start} {ratio(result)}, {milliseconds(result['ours_ms'])}  {goal(result)}"
+
+
+def about_machine(header: Result) -> str:
+    both = header["versions"]
+    named = [
+        f"{side}: " + ", ".join(f"{name} {version}" for name, version in both.get(side, {}).items())
+        for side in ("ours", "peers")
+    ]
+    small = "IN MINIATURE, the numbers mean nothing; " if header.get("small") else ""
+    return (
+        f"{small}{header['processor']}, {header['cores']} cores, {header['threads']} threads, "
+        f"{header['date']}; {'; '.join(named)}"
+    )
+
+
+# Terminal ----------------------------------------------------------------------------------------------
+
+
+def print_table(document: Sequence[Result]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    header, *results = document
+    console = Console(width=None if os.isatty(1) else 170)
+    table = Table(title=f"Our time / the peer's: {header['command']}")
+    for column in ("row", "tokens", "dtype", "ours", "peer"):
+        table.add_column(column)
+    for column in ("ours", "peer's", "ratio (least to largest)", "goal"):
+        table.add_column(column, justify="right", no_wrap=True)
+    previous = None
+    for result in in_order(results):
+        if previous not in (None, result["row"]):
+            table.add_section()
+        previous = result["row"]
+        start = (result["row"], tokens(result["length"]), result["dtype"], result["ours"], against(result))
+        if "error" in result:
+            table.add_row(*start, "", "", "error", goal(result))
+        elif "time_exponent" in result:
+            table.add_row(*start, "", "", in_short(result).split(": ")[-1], "")
+        else:
+            shown = "" if result["ratio_median"] is None else ratio(result)
+            times = milliseconds(result["ours_ms"]), milliseconds(result.get("peer_ms"))
+            table.add_row(*start, *times, shown, goal(result))
+    console.print(table)
+    for result in results:
+        if "error" in result:
+            line = f"error: {result['row']} {result['length']} {result['dtype']}, {result['error']}"
+            console.print(line, markup=False, highlight=False)
+    console.print(about_machine(header), markup=False, highlight=False)
+
+
+# README ------------------------------------------------------------------------------------------------
+
+
+def markdown(document: Sequence[Result]) -> str:
+    """What is ahead, what is not, ratios by length, how time and memory grow, how to measure it again.
+
+    Raises ValueError for results in miniature.
+    """
+    header, *results = document
+    if header["small"]:
+        raise ValueError("results of --small are no results: their numbers mean nothing")
+    ratios = paired(results)
+    lines = [
+        f"`{header['command']}`, on {about_machine(header)}.",
+        "",
+        "A ratio is our time / the peer's, the median of alternated rounds: ours is faster below 1. Both"
+        " sides use all threads, in processes of their own that take turns. Where it says other work, the"
+        " peer is dense and ours is not. **Bold** meets its goal, *italic* misses it; least and largest ratios, times"
+        f" and goals are in [{TABLE}]({TABLE}).",
+        "",
+        *summary(ratios),
+        "",
+        *by_length(ratios),
+        "",
+        *growth(results),
+        f"![prefill time against length]({PLOTS}/prefill.png)",
+        "",
+        f"![growth of time and memory]({PLOTS}/growth.png)",
+    ]
+    return "\n".join(lines)
+
+
+def full_table(document: Sequence[Result]) -> str:
+    """Every ratio with its times, spread, goal and notes, in Markdown."""
+    header, *results = document
+    ratios = paired(results)
+    notes = dict.fromkeys(
+        f"- {result['row']} {tokens(result['length'])} {result['dtype']}: {result['note']}"
+        for result in ratios
+        if "note" in result
+    )
+    lines = [
+        "# jsparse on a CPU beside others",
+        "",
+        f"`{header['command']}`, on {about_machine(header)}.",
+        "",
+        "Ratio: our time / the peer's, the median of alternated rounds (least to largest).",
+        "",
+        "| row | tokens | dtype | ours | peer | our time | ratio | goal |",
+        "|---|---|---|---|---|---|---|---|",
+        *(line(result) for result in ratios),
+        "",
+        *notes,
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def paired(results: Sequence[Result]) -> list[Result]:
+    """Those with a peer to report, row by row."""
+    return [result for result in in_order(results) if result["peer"] != "none" and result["row"] != "matmul"]
+
+
+def by_length(results: Sequence[Result]) -> list[str]:
+    """A table of median ratios: a line for each row, dtype, ours and peer, a column for each length."""
+    lengths = sorted({result["length"] for result in results})
+    lines = [
+        f"| row | dtype | ours / peer | {' | '.join(map(tokens, lengths))} |",
+        "|---" * (3 + len(lengths)) + "|",
+    ]
+    kinds = dict.fromkeys((r["row"], r["dtype"], r["ours"], against(r)) for r in results)
+    for row, dtype, ours, peer in kinds:
+        mine = {
+            r["length"]: r
+            for r in results
+            if (r["row"], r["dtype"], r["ours"], against(r)) == (row, dtype, ours, peer)
+        }
+        cells = [ratio_cell(mine[length]) if length in mine else "" for length in lengths]
+        both = peer if ours == OURS else f"{ours.removeprefix('jsparse, ')} / {peer}"
+        lines.append(f"| {row} | {dtype} | {both} | {' | '.join(cells)} |")
+    return lines
+
+
+def ratio_cell(result: Result) -> str:
+    """
+    >>> ratio_cell({"ratio_median": 0.25}), ratio_cell({"ratio_median": 0.6, "goal": 0.5})
+    ('0.25', '*0.6*')
+    """
+    if result["ratio_median"] is None:
+        return "not measured"
+    reached, shown = met(result), number(result["ratio_median"])
+    return shown if reached is None else f"**{shown}**" if reached else f"*{shown}*"
+
+
+def summary(results: Sequence[Result]) -> list[str]:
+    """Goals met and missed, and where jsparse is ahead of who does the same work and where it is not."""
+    with_goal = [result for result in results if "goal" in result]
+    reached = [result for result in with_goal if met(result)]
+    lines = [f"- **Goals**: {len(reached)} of {len(with_goal)} met."]
+    if missed := [named(result) for result in with_goal if not met(result)]:
+        lines.append(f"- **Missed**: {'; '.join(missed)}.")
+    measured = [result for result in results if result["ratio_median"] is not None]
+    rivals = [result for result in measured if result["peer"] not in (FLOOR, "the attention it serves")]
+    for title, ahead in (("Ahead of", True), ("Behind", False)):
+        there = [result for result in rivals if (result["ratio_median"] < 1) == ahead]
+        if there:
+            lines.append(f"- **{title}** {peers_of(there)}.")
+    if errors := [result for result in results if "error" in result]:
+        lines.append(f"- **Not measured**: {len(errors)} of {len(results)} ratios.")
+    return lines
+
+
+def named(result: Result) -> str:
+    """A result with its ratio, in a list."""
+    ours = "" if result["ours"] == OURS else f", {result['ours'].removeprefix('jsparse, ')}"
+    value = "not measured" if result["ratio_median"] is None else f"{number(result['ratio_median'])}"
+    return (
+        f"{result['row']} {tokens(result['length'])} {result['dtype']}{ours} / {result['peer']} {value} "
+        f"(goal {result['goal']:g})"
+    )
+
+
+def peers_of(results: Sequence[Result]) -> str:
+    """Peers with the rows and the range of the ratios, shortest ratio first.
+
+    >>> peers_of([{"peer": "a", "row": "r", "ratio_median": x} for x in (0.25, 0.5)])
+    'a in r (0.25 to 0.5)'
+    """
+    groups: dict[tuple[str, str], list[float]] = {}
+    for result in results:
+        groups.setdefault((against(result), result["row"]), []).append(result["ratio_median"])
+    parts = []
+    for (peer, row), values in sorted(groups.items(), key=lambda each: min(each[1])):
+        low, high = number(min(values)), number(max(values))
+        parts.append(f"{peer} in {row} ({low if low == high else f'{low} to {high}'})")
+    return "; ".join(parts)
+
+
+def line(result: Result) -> str:
+    about = ABOUT.get(result["row"], "")
+    start = (
+        f"| {result['row']}: {about} | {tokens(result['length'])} | {result['dtype']} "
+        f"| {result['ours']} | {against(result)}"
+    )
+    if "error" in result:
+        return f"{start} | | not measured: {result['error'].replace('|', '/')} | {goal(result)} |"
+    return f"{start} | {milliseconds(result['ours_ms'])} | {ratio(result)} | {goal(result)} |"
+
+
+def growth(results: Sequence[Result]) -> list[str]:
+    """A table of our own attention and tokens, by length: time and peak memory, and the exponents."""
+    points = [r for r in results if r["row"] in ("growth", "generate-token") and "ours_ms" in r]
+    fits = {(r["row"].split(",")[0], r["ours"]): r for r in results if "time_exponent" in r}
+    kinds = list(dict.fromkeys((r["row"], r["ours"]) for r in points))
+    if not kinds:
+        return []
+    lengths = sorted({r["length"] for r in points})
+    lines = [
+        "How time grows, and of attention the memory of a call beyond its inputs; with fitted exponents of"
+        " the length (time, memory).",
+        "",
+        f"| | {' | '.join(map(tokens, lengths))} | exponents |",
+        "|---" * (len(lengths) + 2) + "|",
+    ]
+    for row, ours in kinds:
+        cells = []
+        for length in lengths:
+            mine = [r for r in points if (r["row"], r["ours"], r["length"]) == (row, ours, length)]
+            cells += [cell(mine[0]) if mine else ""]
+        fit = fits.get((row, ours), {})
+        both = [f"{fit[name]:.2f}" for name in ("time_exponent", "memory_exponent") if name in fit]
+        title = f"attention, {ours}" if row == "growth" else f"a token, {ours}"
+        lines.append(f"| {title} | {' | '.join(cells)} | {', '.join(both)} |")
+    return [*lines, ""]
+
+
+def cell(result: Result) -> str:
+    beyond = f", {result['peak_bytes'] / 2**20:,.0f} MiB" if "peak_bytes" in result else ""
+    return milliseconds(result["ours_ms"]) + beyond
+
+
+def write_readme(readme: Path, results: Path) -> int:
+    document = read(results)
+    section = markdown(document)
+    table = results.with_suffix("") / "table.md"
+    table.parent.mkdir(exist_ok=True)
+    table.write_text(full_table(document), encoding="utf-8")
+    text = put_between(readme.read_text(encoding="utf-8"), section, BEGIN, END)
+    readme.write_text(text, encoding="utf-8")
+    return 0
