@@ -164,10 +164,10 @@ def markdown(document: Sequence[Result]) -> str:
     lines = [
         f"`{header['command']}`, on {about_machine(header)}.",
         "",
-        "A ratio is our time / the peer's, the median of alternated rounds: ours is faster below 1. Both"
-        " sides use all threads, in processes of their own that take turns. Where it says other work, the"
-        " peer is dense and ours is not. **Bold** meets its goal, *italic* misses it; least and largest ratios, times"
-        f" and goals are in [{TABLE}]({TABLE}).",
+        "A ratio is our time / the peer's, the median of alternated rounds: ours is faster below 1."
+        " Both sides use all threads, in processes of their own that take turns. Where it says other"
+        " work, the peer is dense and ours is not. **Bold** meets its goal, *italic* misses it; least and"
+        f" largest ratios, times and goals are in [{TABLE}]({TABLE}).",
         "",
         *summary(ratios),
         "",
