@@ -80,7 +80,7 @@ def decode_attention(
     if isinstance(cache, StreamingKVCache):
         position = cache.positions(lengths)[:, None]  # the ring holds what may be seen and nothing more
         ring = (cache.k, cache.v, position)
-        out = _attend(q[:, None], lengths[:, None] - 1, kv_heads, [_Steps(lambda _: ring, 1)], scale=scale)
+        out = _attend(q[:, None], lengths[:, None] - 1, kv_heads, [_Steps(lambda _: ring, 0, 1)], scale=scale)
         return out[:, 0]
     assert page_table is not None
     out = paged_attention(q[:, None], cache, page_table, lengths - 1, lengths, pages=pages, scale=scale)
@@ -126,6 +126,7 @@ def paged_attention(
     """
     batch, max_pages = page_table.shape
     kv_heads, page_size = cache.num_heads, cache.page_size
+    unlisted = pages is None
     if pages is None:
         pages = jnp.broadcast_to(jnp.arange(max_pages), (batch, kv_heads, max_pages))
     count = pages.shape[2]
@@ -152,9 +153,11 @@ def paged_attention(
             shape = (batch, kv_heads, block * page_size)
             return k.reshape(*shape, -1), v.reshape(*shape, -1), position.reshape(shape)
 
-        # In tokens of the block: none where the longest sequence ends before it.
         rest = jnp.clip(longest - first * page_size, 0, (last - first) * page_size)
-        return _Steps(load, (rest + block * page_size - 1) // (block * page_size))
+        size = block * page_size
+        # Every query of a prompt sees all of the blocks before the chunk: they need no mask.
+        full = jnp.min(jnp.minimum(offsets, lengths)) // size if unlisted and q.shape[1] > 1 else 0
+        return _Steps(load, full, (rest + size - 1) // size)
 
     small, large = _block_tokens(q.shape[1], kv_heads * q.shape[3])
     near = count if large == small else min(count, max(_NEAR_TOKENS // page_size, 1))
@@ -175,13 +178,17 @@ def _block_tokens(queries: int, width: int) -> tuple[int, int]:
     """
     if queries > 1:
         return _BLOCK_TOKENS, _BLOCK_TOKENS
-    return 2 * _BLOCK_TOKENS, min(max(_BLOCK_NUMBERS // width, 2 * _BLOCK_TOKENS), _NEAR_TOKENS)
+    return _BLOCK_TOKENS, min(max(_BLOCK_NUMBERS // width, _BLOCK_TOKENS), _NEAR_TOKENS)
 
 
 class _Steps(NamedTuple):
-    """``load(i)`` gives k, v [B, Hk, S, D] and positions [B, Hk or 1, S], -1: none, for ``i < count``."""
+    """``load(i)`` gives k, v [B, Hk, S, D] and positions [B, Hk or 1, S], -1: none, for ``i < count``.
+
+    All queries see all keys of the first ``full`` blocks.
+    """
 
     load: Callable
+    full: Any
     count: Any
 
 
@@ -201,18 +208,26 @@ def _attend(
     grouped = q.reshape(batch, chunk, kv_heads, group, dim).transpose(0, 2, 3, 1, 4)
     grouped = grouped.reshape(batch, kv_heads, group * chunk, dim)
 
-    def visit(load, i, carry):
+    keys_first = chunk == 1 and q.dtype == jnp.float32  # bfloat16 gains nothing by it
+
+    # Scaled first where nothing is lost by it; then a mask, or none, is all that blocks differ in.
+    if q.dtype == jnp.float32:
+        grouped, factor = grouped * factor, 1
+
+    def visit(load, masked, i, carry):
         out, largest, total = carry
         k, v, k_position = load(i)
-        # Made once: XLA would make the masks anew for each number that they hide.
-        held = jax.lax.optimization_barrier(k_position >= 0)
-        # An empty slot may hold anything, and 0 * NaN is NaN.
-        v = jnp.where(held[..., None], v, 0)
-        visible = held[:, :, None] & (k_position[:, :, None] <= q_position[:, None, :, None])
-        visible = jax.lax.optimization_barrier(visible)
-        scores = _scores(grouped, k.astype(q.dtype), keys_first=chunk == 1)
-        scores = scores.reshape(batch, kv_heads, group, chunk, -1) * factor
-        scores = jnp.where(visible[:, :, None], scores, -jnp.inf).reshape(batch, kv_heads, group * chunk, -1)
+        scores = _scores(grouped, k.astype(q.dtype), keys_first=keys_first) * factor
+        if masked:
+            # Made once: XLA would make the masks anew for each number that they hide.
+            held = jax.lax.optimization_barrier(k_position >= 0)
+            visible = held[:, :, None] & (k_position[:, :, None] <= q_position[:, None, :, None])
+            visible = jax.lax.optimization_barrier(visible)
+            # An empty slot may hold anything, and 0 * NaN is NaN.
+            v = jnp.where(held[..., None], v, 0)
+            scores = scores.reshape(batch, kv_heads, group, chunk, -1)
+            scores = jnp.where(visible[:, :, None], scores, -jnp.inf)
+            scores = scores.reshape(batch, kv_heads, group * chunk, -1)
         new_largest = jnp.maximum(largest, scores.max(axis=-1))
         shift = jnp.where(new_largest == -jnp.inf, 0, new_largest)  # nothing seen yet: exp(-inf - 0) = 0
         weights = jnp.exp(scores - shift[..., None])
@@ -232,8 +247,10 @@ def _attend(
         jnp.full(rows, -jnp.inf),
         jnp.zeros(rows),
     )
-    for load, count in loops:
-        start = jax.lax.fori_loop(0, count, functools.partial(visit, load), start)
+    for load, full, count in loops:
+        if not isinstance(full, int):
+            start = jax.lax.fori_loop(0, full, functools.partial(visit, load, False), start)
+        start = jax.lax.fori_loop(full, count, functools.partial(visit, load, True), start)
     out, _, total = start
     out = out / jnp.where(total == 0, 1, total)[..., None]
     out = out.reshape(batch, kv_heads, group, chunk, dim).transpose(0, 3, 1, 2, 4)
@@ -243,8 +260,8 @@ def _attend(
 def _scores(q: Float[Array, "B H Q D"], k: Float[Array, "B H S D"], *, keys_first: bool):
     """Products of queries and keys, float32 [B, H, Q, S].
 
-    The few queries of one token are columns of a product whose rows are the keys: a CPU would lay out all keys
-    anew as columns, which takes twice as long as the product.
+    The few queries of one token can be the columns of a product whose rows are the keys, which takes a CPU
+    up to half as long in float32 as the other order.
     """
     if keys_first:
         return jnp.einsum("bhsd,bhqd->bhsq", k, q, preferred_element_type=jnp.float32).swapaxes(2, 3)

@@ -264,6 +264,54 @@ def test_many_blocks_of_pages_and_queries_at_any_offset():
         )
 
 
+def long_sequences(lengths, heads, page=64):
+    """Keys and values of long sequences, and a cache of them in which all else is NaN."""
+    rows, pages = len(lengths), -(-max(lengths) // page) + 3
+    k, v = (random(rows, pages * page, heads, DIM, seed=seed) for seed in (1, 2))
+    zeros = PagedKVCache.zeros(
+        rows * pages, heads, DIM, page_size=page, logical_page_size=None, dtype=jnp.float32
+    )
+    dirty = jax.tree.map(lambda x: jnp.full_like(x, jnp.nan), zeros)
+    table = jnp.array(np.random.default_rng(0).permutation(rows * pages).reshape(rows, pages))
+    return (
+        k,
+        v,
+        append(dirty, jnp.array(k), jnp.array(v), table, jnp.zeros(rows, int), jnp.array(lengths)),
+        table,
+    )
+
+
+def test_single_queries_after_small_steps_and_large_ones():
+    # Around the end of the small steps, and of the first large one.
+    lengths = [300, 4095, 4096, 4097, 8193, 0]
+    k, v, cache, table = long_sequences(lengths, heads=2)
+    q = random(len(lengths), 4, DIM)
+    out = decode(jnp.array(q), cache, jnp.array(lengths), table, implementation="xla")
+    for row, length in enumerate(lengths):
+        if length:
+            expected = dense(q[row, None], k[row, :length], v[row, :length], [causal()] * 2)[0]
+            np.testing.assert_allclose(out[row], expected, atol=2e-6)
+    np.testing.assert_array_equal(out[-1], np.zeros((4, DIM)))
+    every = jnp.broadcast_to(jnp.arange(table.shape[1]), (len(lengths), 2, table.shape[1]))
+    listed = decode(jnp.array(q), cache, jnp.array(lengths), table, pages=every, implementation="xla")
+    np.testing.assert_array_equal(listed, out)
+
+
+def test_blocks_before_a_chunk_need_no_mask_to_give_the_same_bits():
+    # With a row that has just begun, no block is visible to all queries, and all are masked.
+    chunk, lengths = 9, [1600, 1200]
+    k, v, cache, table = long_sequences(lengths, heads=1)
+    q = jnp.array(random(2, chunk, 3, DIM))
+    run = jax.jit(paged_attention)
+    offsets = jnp.array(lengths) - chunk
+    out = run(q, cache, table, offsets, jnp.array(lengths))
+    for row, length in enumerate(lengths):
+        expected = dense(q[row], k[row, :length], v[row, :length], [causal()])
+        np.testing.assert_allclose(out[row], expected, atol=2e-6)
+    beside_a_beginning = run(q, cache, table, offsets.at[1].set(0), jnp.array([lengths[0], chunk]))
+    np.testing.assert_array_equal(beside_a_beginning[0], out[0])
+
+
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
 def test_caches_of_half_precision_stay_within_rounding(dtype, implementation):
