@@ -14,7 +14,7 @@ from jaxtyping import Array, Float, Int
 
 from jsparse import mosaic_decode
 from jsparse.cache import PagedKVCache, StreamingKVCache
-from jsparse.device import hopper
+from jsparse.device import hopper, product_dtype
 
 _IMPLEMENTATIONS = ("mosaic_gpu", "mosaic_gpu_interpret", "xla")
 _BLOCK_TOKENS = 512  # keys a step of the loop over pages: large enough for efficient products, small to hold
@@ -206,18 +206,18 @@ def _attend(
     factor = dim**-0.5 if scale is None else scale
     # The query heads of a KV head are rows of one product: [B, Hk, group * C, D].
     grouped = q.reshape(batch, chunk, kv_heads, group, dim).transpose(0, 2, 3, 1, 4)
-    grouped = grouped.reshape(batch, kv_heads, group * chunk, dim)
-
-    keys_first = chunk == 1 and q.dtype == jnp.float32  # bfloat16 gains nothing by it
+    dtype = product_dtype(q.dtype)
+    grouped = grouped.reshape(batch, kv_heads, group * chunk, dim).astype(dtype)
+    keys_first = chunk == 1 and dtype == jnp.float32  # bfloat16 gains nothing by it
 
     # Scaled first where nothing is lost by it; then a mask, or none, is all that blocks differ in.
-    if q.dtype == jnp.float32:
+    if dtype == jnp.float32:
         grouped, factor = grouped * factor, 1
 
     def visit(load, masked, i, carry):
         out, largest, total = carry
         k, v, k_position = load(i)
-        scores = _scores(grouped, k.astype(q.dtype), keys_first=keys_first) * factor
+        scores = _scores(grouped, k.astype(dtype), keys_first=keys_first) * factor
         if masked:
             # Made once: XLA would make the masks anew for each number that they hide.
             held = jax.lax.optimization_barrier(k_position >= 0)
@@ -233,7 +233,7 @@ def _attend(
         weights = jnp.exp(scores - shift[..., None])
         decay = jnp.exp(largest - shift)
         product = jnp.einsum(
-            "bhqs,bhsd->bhqd", weights.astype(q.dtype), v.astype(q.dtype), preferred_element_type=jnp.float32
+            "bhqs,bhsd->bhqd", weights.astype(dtype), v.astype(dtype), preferred_element_type=jnp.float32
         )
         return (
             out * decay[..., None] + product,

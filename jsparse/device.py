@@ -4,8 +4,10 @@ import functools
 import os
 import re
 from pathlib import Path
+from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 _HOPPER = re.compile(r"\b(GH|H)\d+\b")  # H100, H200, H800, H20, GH200
 
@@ -29,12 +31,20 @@ def hopper() -> bool:
     return jax.__version_info__ >= (0, 11, 2) and _HOPPER.search(device_kind()) is not None
 
 
-@functools.cache
-def cpu_has_bfloat16() -> bool:
-    """Whether the CPU multiplies bfloat16 itself (AVX-512 BF16, AMX, Arm's BF16), as far as Linux tells.
+def product_dtype(dtype) -> Any:
+    """What arrays of a floating dtype are multiplied in: float32 where a CPU would make them float32 anyway.
 
-    Where it does not, products of float32 are several times as fast.
+    It would do so at each product, and products of float32 are several times as fast.
     """
+    dtype = jnp.dtype(dtype)
+    if device_kind() != "cpu" or dtype.itemsize > 2 or (dtype == jnp.bfloat16 and _cpu_has_bfloat16()):
+        return dtype
+    return jnp.dtype(jnp.float32)
+
+
+@functools.cache
+def _cpu_has_bfloat16() -> bool:
+    """Whether the CPU multiplies bfloat16 itself (AVX-512 BF16, AMX, Arm's BF16), as far as Linux tells."""
     try:
         words = Path("/proc/cpuinfo").read_text().split()
     except OSError:

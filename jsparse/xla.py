@@ -20,7 +20,7 @@ import numpy as np
 from jax import lax
 
 from jsparse.block_mask import BlockMask, transposed_lists
-from jsparse.device import cpu_has_bfloat16, device_kind
+from jsparse.device import product_dtype
 from jsparse.items import (
     Items,
     Lists,
@@ -340,7 +340,7 @@ def _scores_an_entry(q, k) -> int:
 
 def _rows(x, items):
     """[N, B, block, H, G, ...] at items [n]: [n, B, H, G * block, ...]."""
-    x = jnp.moveaxis(_computed_in(x[items]), 2, 4)
+    x = jnp.moveaxis(_taken(x, items), 2, 4)
     return x.reshape(*x.shape[:3], -1, *x.shape[5:])
 
 
@@ -353,26 +353,23 @@ def _from_rows(x, like):
 
 def _many_rows(x, items):
     """[N, B, block, H, G, ...] at items [n, W]: [n, B, H, G * W * block, ...]."""
-    x = jnp.moveaxis(_computed_in(x[items]), (2, 4, 5, 1, 3), (1, 2, 3, 4, 5))
+    x = jnp.moveaxis(_taken(x, items), (2, 4, 5, 1, 3), (1, 2, 3, 4, 5))
     return x.reshape(*x.shape[:3], -1, *x.shape[6:])
 
 
 def _columns(x, items):
     """[N, B, block, H, D] at items [n, W]: [n, B, H, W * block, D]."""
-    x = jnp.moveaxis(_computed_in(x[items]), (2, 4, 1, 3), (1, 2, 3, 4))
+    x = jnp.moveaxis(_taken(x, items), (2, 4, 1, 3), (1, 2, 3, 4))
     return x.reshape(*x.shape[:3], -1, x.shape[-1])
 
 
-def _computed_in(x):
-    """In float32 where the CPU would make bfloat16 and float16 float32 at each product."""
-    if device_kind() != "cpu" or x.dtype not in (jnp.bfloat16, jnp.float16):
-        return x
-    return x if x.dtype == jnp.bfloat16 and cpu_has_bfloat16() else x.astype(jnp.float32)
+def _taken(x, items):
+    return x[items].astype(product_dtype(x.dtype))
 
 
 def _split_scale(q, scale, dtype) -> tuple[float, float]:
     """(what queries are multiplied by, what scores are): queries, which are fewer, where nothing is lost."""
-    return (scale, 1.0) if _computed_in(q[:0]).dtype == dtype else (1.0, scale)
+    return (scale, 1.0) if product_dtype(q.dtype) == dtype else (1.0, scale)
 
 
 def _by_rows(rows, other_rows, dtype):
