@@ -11,6 +11,7 @@ transposed lists and sum over the query heads of a KV head on the way, so that t
 any order of additions. Algorithm: FlashAttention-2 (arXiv 2307.08691, algorithms 1 and 2), on lists.
 """
 
+import functools
 import math
 from collections.abc import Callable
 
@@ -35,8 +36,10 @@ from jsparse.items import (
 
 # Scores of one chunk: large enough to keep the cores busy, small enough to stay in the cache.
 _CHUNK_SCORES = 1 << 20
-# Tokens that an item visits at a time, and those of a list that is short enough for one step.
-_STEP_TOKENS, _ONE_STEP_TOKENS = 512, 1024
+# Tokens that an item visits at a time: where nothing speaks for another number, and at most.
+_STEP_TOKENS, _MOST_STEP_TOKENS = 512, 1024
+# Going on to another step takes about as long as so many tokens more in one.
+_NEXT_STEP_TOKENS = 64
 
 
 def forward(q, k, v, mask: BlockMask, scale, q_segment_ids=None, kv_segment_ids=None):
@@ -127,7 +130,7 @@ def _forward(queries: Items, keys: Items, part: Part, scale):
         (start, init, step, finish),
         scores_an_entry=_scores_an_entry(q, k),
         entry_tokens=k.shape[2],
-        mask_all=queries.segment is not None,
+        alike=_alike(queries, keys),
     )
 
 
@@ -162,7 +165,7 @@ def _backward_queries(queries: Items, keys: Items, part: Part, scale):
         (start, init, step, lambda dq: _from_rows(dq * q_scale, q)),
         scores_an_entry=_scores_an_entry(q, k),
         entry_tokens=k.shape[2],
-        mask_all=queries.segment is not None,
+        alike=_alike(queries, keys),
     )
 
 
@@ -170,7 +173,7 @@ def _backward_keys(queries: Items, keys: Items, part: Part, scale):
     q, (k, v) = queries.values[0], keys.values
     dtype = jnp.promote_types(q.dtype, jnp.float32)
     owner, pieces = _pieces(Lists(*transposed_lists(*part.lists, num_kv_items=k.shape[0])))
-    owners, group = jnp.asarray(owner), q.shape[4]
+    owners, group, alike = jnp.asarray(owner), q.shape[4], _alike(queries, keys)
     q_scale, score_scale = _split_scale(q, scale, dtype)
 
     def start(some):
@@ -211,7 +214,7 @@ def _backward_keys(queries: Items, keys: Items, part: Part, scale):
         (start, init, step, finish),
         scores_an_entry=_scores_an_entry(q, k),
         entry_tokens=q.shape[2] * group,
-        mask_all=queries.segment is not None,
+        alike=alike and (lambda some, blocks: alike(blocks, owners[some][:, None])),
     )
     return _sum_by_owner(sums, owner, k.shape[0])
 
@@ -246,7 +249,7 @@ def _over_lists(
     *,
     scores_an_entry: int,
     entry_tokens: int,
-    mask_all: bool,
+    alike: Callable | None,
 ):
     """A loop over all items, a chunk at a time, of ``computation = (start, init, step, finish)``::
 
@@ -255,25 +258,23 @@ def _over_lists(
         result = finish(carry)
 
     First the steps in which no entry needs the element mask, then the others (``masked``), where ``listed``
-    tells which entries are there at all. With ``mask_all`` every block is masked. Where all lists are known
-    to fit one step, its carry is None.
+    tells which entries are there at all. Where there are segments, blocks that are not ``alike(items,
+    entries)`` are masked in any case. Where all lists are known to fit one step, its carry is None.
     """
     start, init, step, finish = computation
     num_items = lists.start.shape[0]
     xp = np if lists.known else jnp
     longest = int(lists.count.max()) if lists.known else -(-lists.index.shape[0] // num_items)
-    width = _width(longest, entry_tokens)
+    width = _width(lists.count if lists.known else None, longest, entry_tokens)
     chunk = min(max(1, _CHUNK_SCORES // (scores_an_entry * width)), num_items)
     once = lists.known and longest <= width
     # All take one step: as they come. Otherwise by length, so that a chunk's longest list is not much longer.
     order = xp.arange(num_items) if once else xp.argsort(lists.count, stable=True)
     padding = xp.broadcast_to(order[:1], -num_items % chunk)
     chunks = xp.concatenate([padding, order]).astype(np.int32).reshape(-1, chunk)
-    all_full = once and not mask_all and bool(np.all(lists.full_count == width))
+    all_full = once and alike is None and bool(np.all(lists.full_count == width))
     index, begin, count, full_count = (jnp.asarray(x) for x in lists)
     index = jnp.pad(index, (0, 1))  # lists may all be empty
-    if mask_all:
-        full_count = jnp.zeros_like(full_count)
 
     def one_chunk(items):
         first, total = begin[items], count[items]
@@ -283,7 +284,11 @@ def _over_lists(
             nth = t * width + jnp.arange(width, dtype=jnp.int32)
             # Items whose list has ended look at a block of their own again, and not at another's.
             entry = first[:, None] + jnp.minimum(nth, jnp.maximum(total - 1, 0)[:, None])
-            return step(own, carry, items, index[entry], nth < total[:, None], masked)
+            blocks, listed = index[entry], nth < total[:, None]
+            if masked or alike is None:
+                return step(own, carry, items, blocks, listed, masked)
+            either = [functools.partial(step, masked=masked) for masked in (False, True)]
+            return lax.cond(alike(items, blocks), *either, own, carry, items, blocks, listed)
 
         if once:
             return finish(visit(0, None, masked=not all_full))
@@ -301,11 +306,23 @@ def _over_lists(
     return jax.tree.map(lambda x: x[place], results)
 
 
-def _width(longest: int, entry_tokens: int) -> int:
-    """How many entries of a list are visited at a time."""
-    if longest * entry_tokens <= _ONE_STEP_TOKENS:
+def _width(counts, longest: int, entry_tokens: int) -> int:
+    """How many entries of a list are visited at a time.
+
+    Of lists that are known, the number that takes the fewest tokens: those of the entries, those that fill up
+    the last step of a list, and what it takes to go on from one step to the next.
+    """
+    if longest * entry_tokens <= _STEP_TOKENS:
         return max(longest, 1)
-    return max(1, _STEP_TOKENS // entry_tokens)
+    if counts is None:
+        return max(1, _STEP_TOKENS // entry_tokens)
+    counts, number = np.unique(counts, return_counts=True)
+
+    def tokens(width: int) -> int:
+        steps = int(-(-counts // width) @ number)
+        return steps * (width * entry_tokens + (0 if width >= longest else _NEXT_STEP_TOKENS))
+
+    return min(range(1, max(_MOST_STEP_TOKENS // entry_tokens, 1) + 1), key=tokens)
 
 
 def _pieces(lists: Lists):
@@ -411,6 +428,24 @@ def _visible(queries: Items, q_items, keys: Items, kv_items, part: Part, *, by_k
         of_queries, of_keys = pairs(of_queries, of_keys)
         visible = visible & (of_queries == of_keys)
     return visible
+
+
+def _alike(queries: Items, keys: Items) -> Callable | None:
+    """Of query items [n] or [n, W] and KV items [n, V], one of V and W 1: whether all their tokens are of one
+    segment, in each sequence; None where there are no segments.
+    """
+    if queries.segment is None:
+        return None
+    low, high = (
+        [reduce(x.segment, axis=-1) for x in (queries, keys)] for reduce in (jnp.min, jnp.max)
+    )  # [N, B]
+
+    def alike(q_items, kv_items):
+        q_items = q_items.reshape(q_items.shape[0], -1)
+        same = (low[0][q_items] == high[1][kv_items]) & (high[0][q_items] == low[1][kv_items])
+        return jnp.all(same & (low[0][q_items] == high[0][q_items]))
+
+    return alike
 
 
 def _each(listed, block: int):

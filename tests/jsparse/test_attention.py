@@ -247,7 +247,7 @@ def in_many_steps(monkeypatch):
     """XLA in miniature: blocks as the mask has them, two or three to a step, and several chunks of items."""
     monkeypatch.setattr(items, "device_kind", lambda: "a device with no block sizes of its own")
     monkeypatch.setattr(xla, "_STEP_TOKENS", 32)
-    monkeypatch.setattr(xla, "_ONE_STEP_TOKENS", 16)
+    monkeypatch.setattr(xla, "_MOST_STEP_TOKENS", 48)
     monkeypatch.setattr(xla, "_CHUNK_SCORES", 1 << 12)
     jax.clear_caches()
     yield
