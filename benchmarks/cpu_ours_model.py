@@ -13,6 +13,7 @@ from cpu_rows import Sizes, sizes
 from cpu_workers import Ready, repeated
 from flax import nnx
 
+from jsparse import PooledBlocks
 from jsparse.models import Llama, LlamaConfig
 from jsparse.serve import CacheConfig, SamplingParams, generate
 from jsparse.serve.bench.common import last_heads_stream
@@ -51,7 +52,10 @@ def cache_config(policy: str, model: LlamaConfig, capacity: int, of: Sizes) -> C
     if policy == "dense":
         return CacheConfig(policy="dense", capacity=capacity)
     streams = last_heads_stream(model, 0.5)
-    return CacheConfig(budget=of.budget, streaming_heads=streams, capacity=capacity)
+    estimate = PooledBlocks(budget=of.prompt_budget) if policy == "sparse prompt" else None
+    return CacheConfig(
+        budget=of.budget, streaming_heads=streams, prefill_estimate=estimate, capacity=capacity
+    )
 
 
 def generation(model: Llama, policy: str, length: int, of: Sizes) -> Ready:
