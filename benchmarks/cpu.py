@@ -1,6 +1,6 @@
 """jsparse on a CPU beside torch, FlexAttention, onnxruntime and transformers, row by row.
 
-    python benchmarks/cpu.py                            # all of it, at most 25 minutes
+    python benchmarks/cpu.py                            # all of it, 30 to 40 minutes on two cores
     python benchmarks/cpu.py --rows decode-pages selection --lengths 32768
     python benchmarks/cpu.py --peers-python OTHER/bin/python    # the peers live in another environment
     python benchmarks/cpu.py --markdown                 # the README's section, from the file of results
@@ -65,7 +65,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--rows", nargs="+", help=f"of {', '.join(ROWS)}; all by default")
     parser.add_argument("--lengths", nargs="+", type=int, help="of the rows'; all of them by default")
     parser.add_argument("--rounds", type=int, default=7, help="of each pair; fewer of what is slow")
-    parser.add_argument("--minutes", type=float, default=25.0, help="rows that are not reached are reported")
+    parser.add_argument("--minutes", type=float, default=50.0, help="rows that are not reached are reported")
     parser.add_argument("--peers-python", type=Path, default=Path(sys.executable), help="runs the peers")
     parser.add_argument("--threads", type=int, default=os.cpu_count(), help="of either side; all cores")
     parser.add_argument(

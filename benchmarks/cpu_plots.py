@@ -7,7 +7,7 @@ from typing import Any
 from cpu_rows import FLEX, FLOOR, KINDS, NOBODY, ONNX, OURS, SDPA, TORCH_MODEL
 from matplotlib.backends.backend_agg import FigureCanvasAgg  # draws without a display or global state
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, NullFormatter
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 # Okabe and Ito's colours, which most colour-blind people can tell apart; a contender keeps its own.
 COLOURS = {
@@ -89,6 +89,9 @@ def figure(title: str, panels: Mapping[str, Lines], unit: str) -> Figure:
         ticks = sorted({length for points in lines.values() for length, _ in points})
         axes.set_xticks(ticks, [f"{n // 1024}k" if n % 1024 == 0 else str(n) for n in ticks])
         axes.xaxis.set_minor_formatter(NullFormatter())
+        values = [value for points in lines.values() for _, value in points]
+        if max(values) < 100 * min(values):  # or hardly one power of ten has a label
+            axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
         axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
         axes.yaxis.set_minor_formatter(NullFormatter())
         axes.grid(color="#e6e6e6", linewidth=0.8)

@@ -18,6 +18,7 @@ from report import END, number, put_between, ratio
 BEGIN = "<!-- benchmarks/cpu.py --markdown writes from here -->"
 PLOTS = "benchmarks/results/cpu"
 TABLE = f"{PLOTS}/table.md"
+BOTH_DTYPES = ("prefill-streaming", "prefill-half", "decode-pages")
 Result = Mapping[str, Any]
 
 
@@ -243,47 +244,47 @@ def ratio_cell(result: Result) -> str:
 
 
 def summary(results: Sequence[Result]) -> list[str]:
-    """Goals met and missed, and where jsparse is ahead of who does the same work and where it is not."""
+    """How many goals are met, and by row where jsparse is ahead of all whom it was measured beside."""
     with_goal = [result for result in results if "goal" in result]
-    reached = [result for result in with_goal if met(result)]
-    lines = [f"- **Goals**: {len(reached)} of {len(with_goal)} met."]
-    if missed := [named(result) for result in with_goal if not met(result)]:
-        lines.append(f"- **Missed**: {'; '.join(missed)}.")
-    measured = [result for result in results if result["ratio_median"] is not None]
-    rivals = [result for result in measured if result["peer"] not in (FLOOR, "the attention it serves")]
-    for title, ahead in (("Ahead of", True), ("Behind", False)):
-        there = [result for result in rivals if (result["ratio_median"] < 1) == ahead]
+    lines = [f"- **Goals**: {sum(map(bool, map(met, with_goal)))} of {len(with_goal)} met."]
+    groups: dict[str, list[float]] = {}
+    for result in results:
+        if result["ratio_median"] is not None and result["peer"] not in (FLOOR, "the attention it serves"):
+            groups.setdefault(named(result), []).append(result["ratio_median"])
+    for title, wanted in (
+        ("Ahead throughout", lambda low, high: high < 1),
+        ("Ahead here, behind there", lambda low, high: low < 1 <= high),
+        ("Behind throughout", lambda low, high: low >= 1),
+    ):
+        there = [
+            f"{name} ({span(min(ratios), max(ratios))})"
+            for name, ratios in groups.items()
+            if wanted(min(ratios), max(ratios))
+        ]
         if there:
-            lines.append(f"- **{title}** {peers_of(there)}.")
+            lines.append(f"- **{title}**: {'; '.join(there)}.")
     if errors := [result for result in results if "error" in result]:
         lines.append(f"- **Not measured**: {len(errors)} of {len(results)} ratios.")
     return lines
 
 
 def named(result: Result) -> str:
-    """A result with its ratio, in a list."""
-    ours = "" if result["ours"] == OURS else f", {result['ours'].removeprefix('jsparse, ')}"
-    value = "not measured" if result["ratio_median"] is None else f"{number(result['ratio_median'])}"
-    return (
-        f"{result['row']} {tokens(result['length'])} {result['dtype']}{ours} / {result['peer']} {value} "
-        f"(goal {result['goal']:g})"
-    )
+    """Its row, and which of ours where there are several.
 
-
-def peers_of(results: Sequence[Result]) -> str:
-    """Peers with the rows and the range of the ratios, shortest ratio first.
-
-    >>> peers_of([{"peer": "a", "row": "r", "ratio_median": x} for x in (0.25, 0.5)])
-    'a in r (0.25 to 0.5)'
+    >>> named({"row": "finetune-step", "dtype": "float32", "ours": "jsparse, full"})
+    'finetune-step full'
     """
-    groups: dict[tuple[str, str], list[float]] = {}
-    for result in results:
-        groups.setdefault((against(result), result["row"]), []).append(result["ratio_median"])
-    parts = []
-    for (peer, row), values in sorted(groups.items(), key=lambda each: min(each[1])):
-        low, high = number(min(values)), number(max(values))
-        parts.append(f"{peer} in {row} ({low if low == high else f'{low} to {high}'})")
-    return "; ".join(parts)
+    which = "" if result["ours"] == OURS else f" {result['ours'].removeprefix('jsparse, ')}"
+    dtype = f" {result['dtype']}" if result["row"] in BOTH_DTYPES else ""
+    return f"{result['row']}{dtype}{which}"
+
+
+def span(low: float, high: float) -> str:
+    """
+    >>> span(0.25, 0.5), span(2.0, 2.0)
+    ('0.25 to 0.5', '2')
+    """
+    return number(low) if number(low) == number(high) else f"{number(low)} to {number(high)}"
 
 
 def line(result: Result) -> str:

@@ -281,11 +281,8 @@ def test_the_readme_says_what_is_ahead_and_what_is_not():
     text = cpu_report.markdown([HEADER, *RESULTS, *cpu.fitted(RESULTS)])
     for words in (
         "- **Goals**: 1 of 4 met.",
-        "prefill-streaming 8k float32 / floor of visited blocks 2.75 (goal 2.5); "
-        "decode-pages 32k float32 / torch Flex 1.5 (goal 0.5); "
-        "mask-building 8k float32 / create_block_mask not measured (goal 0.01).",
-        "- **Ahead of** torch SDPA, dense (other work) in prefill-streaming (0.1); torch Flex in",
-        "- **Behind** torch Flex in decode-pages (1.5).",
+        "- **Ahead throughout**: prefill-streaming float32 (0.1 to 0.7).",
+        "- **Behind throughout**: decode-pages float32 (1.5).",
         "- **Not measured**: 1 of 5 ratios.",
         "| prefill-streaming | float32 | torch Flex |",
         "| **0.7** |",
