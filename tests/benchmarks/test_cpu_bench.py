@@ -356,6 +356,7 @@ def check(results: list[dict[str, Any]]) -> None:
             assert each["rounds"] == 2 and each["ours_ms"] > 0 and each["peer_ms"] > 0
 
 
+@pytest.mark.slow
 def test_in_miniature_without_peers(tmp_path):
     """The peers' interpreter lacks every package: ours runs all the same, and each peer is an error."""
     bare = tmp_path / "python"
@@ -383,6 +384,7 @@ def test_in_miniature_without_peers(tmp_path):
         assert all("peak_bytes" in each for each in results if each["row"] == "growth")
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not TORCH, reason="torch is not installed")
 def test_in_miniature_with_peers(tmp_path):
     rows = ("prefill-half", "forward-backward", "decode-pages", "mask-building", "generate", "finetune-step")

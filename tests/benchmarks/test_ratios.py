@@ -54,7 +54,7 @@ def attend(mask, *, backward: bool) -> Callable:
 def test_streaming_takes_half_the_time_of_dense_at_4k(qkv, backward):
     ours = attend(jsparse.streaming(sink=64, window=256), backward=backward)
     dense = attend(jsparse.causal(), backward=backward)
-    assert median_ratio(lambda: ours(*qkv), lambda: dense(*qkv), rounds=7) < 0.5
+    assert median_ratio(lambda: ours(*qkv), lambda: dense(*qkv), rounds=3 if backward else 7) < 0.5
 
 
 @pytest.fixture(scope="module")
