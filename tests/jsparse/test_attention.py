@@ -19,10 +19,10 @@ from jsparse import (
     attention,
     causal,
     items,
+    list_loop,
     shifted_groups,
     sliding_window,
     streaming,
-    xla,
 )
 from jsparse.attention import _attention
 
@@ -246,9 +246,9 @@ def test_agrees_with_dense_float64(name, implementation):
 def in_many_steps(monkeypatch):
     """XLA in miniature: blocks as the mask has them, two or three to a step, and several chunks of items."""
     monkeypatch.setattr(items, "device_kind", lambda: "a device with no block sizes of its own")
-    monkeypatch.setattr(xla, "_STEP_TOKENS", 32)
-    monkeypatch.setattr(xla, "_MOST_STEP_TOKENS", 48)
-    monkeypatch.setattr(xla, "_CHUNK_SCORES", 1 << 12)
+    monkeypatch.setattr(list_loop, "_STEP_TOKENS", 32)
+    monkeypatch.setattr(list_loop, "_MOST_STEP_TOKENS", 48)
+    monkeypatch.setattr(list_loop, "_CHUNK_SCORES", 1 << 12)
     jax.clear_caches()
     yield
     jax.clear_caches()

@@ -1,0 +1,146 @@
+"""The loop of ``jsparse.xla`` over lists of blocks: a chunk of items at a time, some entries at a time."""
+
+import functools
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from jsparse.items import Lists
+
+# Scores of one chunk: large enough to keep the cores busy, small enough to stay in the cache.
+_CHUNK_SCORES = 1 << 20
+# Tokens that an item visits at a time: where nothing speaks for another number, and at most.
+_STEP_TOKENS, _MOST_STEP_TOKENS = 512, 1024
+# Going on to another step takes about as long as so many tokens more in one.
+_NEXT_STEP_TOKENS = 64
+
+
+def over_lists(
+    lists: Lists,
+    computation: tuple[Callable, Callable, Callable, Callable],
+    *,
+    scores_an_entry: int,
+    entry_tokens: int,
+    alike: Callable | None,
+):
+    """A loop over all items, a chunk at a time, of ``computation = (start, init, step, finish)``::
+
+        own = start(items); carry = init(own)
+        carry = step(own, carry, items, entries, listed, masked)     # entries [n, W] of the items' lists
+        result = finish(carry)
+
+    First the steps in which no entry needs the element mask, then the others (``masked``), where ``listed``
+    tells which entries are there at all. Where there are segments, blocks that are not ``alike(items,
+    entries)`` are masked in any case. Where all lists are known to fit one step, its carry is None.
+    """
+    start, init, step, finish = computation
+    num_items = lists.start.shape[0]
+    xp = np if lists.known else jnp
+    longest = int(lists.count.max()) if lists.known else -(-lists.index.shape[0] // num_items)
+    width = _width(lists.count if lists.known else None, longest, entry_tokens)
+    chunk = min(max(1, _CHUNK_SCORES // (scores_an_entry * width)), num_items)
+    once = lists.known and longest <= width
+    # All take one step: as they come. Otherwise by length, so that a chunk's longest list is not much longer.
+    order = xp.arange(num_items) if once else xp.argsort(lists.count, stable=True)
+    padding = xp.broadcast_to(order[:1], -num_items % chunk)
+    chunks = xp.concatenate([padding, order]).astype(np.int32).reshape(-1, chunk)
+    all_full = once and alike is None and bool(np.all(lists.full_count == width))
+    index, begin, count, full_count = (jnp.asarray(x) for x in lists)
+    index = jnp.pad(index, (0, 1))  # lists may all be empty
+
+    def one_chunk(items):
+        first, total = begin[items], count[items]
+        own = start(items)
+
+        def visit(t, carry, masked):
+            nth = t * width + jnp.arange(width, dtype=jnp.int32)
+            # Items whose list has ended look at a block of their own again, and not at another's.
+            entry = first[:, None] + jnp.minimum(nth, jnp.maximum(total - 1, 0)[:, None])
+            blocks, listed = index[entry], nth < total[:, None]
+            if masked or alike is None:
+                return step(own, carry, items, blocks, listed, masked)
+            either = [functools.partial(step, masked=masked) for masked in (False, True)]
+            return lax.cond(alike(items, blocks), *either, own, carry, items, blocks, listed)
+
+        if once:
+            return finish(visit(0, None, masked=not all_full))
+        unmasked = jnp.min(full_count[items]) // width
+        steps = (jnp.max(total) + width - 1) // width
+        carry = lax.fori_loop(0, unmasked, lambda t, carry: visit(t, carry, masked=False), init(own))
+        carry = lax.fori_loop(unmasked, steps, lambda t, carry: visit(t, carry, masked=True), carry)
+        return finish(carry)
+
+    results = lax.map(one_chunk, jnp.asarray(chunks))
+    results = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:])[padding.shape[0] :], results)
+    if once:
+        return results
+    place = xp.argsort(order)
+    return jax.tree.map(lambda x: x[place], results)
+
+
+def _width(counts, longest: int, entry_tokens: int) -> int:
+    """How many entries of a list are visited at a time.
+
+    Of lists that are known, the number that takes the fewest tokens: those of the entries, those that fill up
+    the last step of a list, and what it takes to go on from one step to the next.
+    """
+    if longest * entry_tokens <= _STEP_TOKENS:
+        return max(longest, 1)
+    if counts is None:
+        return max(1, _STEP_TOKENS // entry_tokens)
+    counts, number = np.unique(counts, return_counts=True)
+
+    def tokens(width: int) -> int:
+        steps = int(-(-counts // width) @ number)
+        return steps * (width * entry_tokens + (0 if width >= longest else _NEXT_STEP_TOKENS))
+
+    return min(range(1, max(_MOST_STEP_TOKENS // entry_tokens, 1) + 1), key=tokens)
+
+
+def cut_in_pieces(lists: Lists):
+    """(owner [P], the same lists cut into P pieces of bounded length).
+
+    A sink's key block is listed by every query block: left whole, it would keep a chunk of short lists
+    waiting.
+    """
+    xp = np if lists.known else jnp
+    num_items, num_entries = lists.start.shape[0], lists.index.shape[0]
+    length = max(1, -(-num_entries // num_items))
+    last = xp.cumsum(-(-lists.count // length))
+    num_pieces = int(last[-1]) if xp is np else num_items + num_entries // length
+    piece = xp.arange(max(1, num_pieces), dtype=np.int32)
+    owner = xp.minimum(xp.searchsorted(last, piece, side="right"), num_items - 1).astype(np.int32)
+    skipped = (piece - last[owner] + -(-lists.count[owner] // length)) * length
+    return owner, Lists(
+        lists.index,
+        (lists.start[owner] + skipped).astype(np.int32),
+        xp.clip(lists.count[owner] - skipped, 0, length).astype(np.int32),
+        xp.clip(lists.full_count[owner] - skipped, 0, length).astype(np.int32),
+    )
+
+
+def sum_by_owner(parts, owner, num_owners: int):
+    """The sum of each owner's pieces, in their order; owners ascend.
+
+    A loop, and not ``segment_sum``: that adds by atomics on a GPU, in any order, and, told that the owners
+    are sorted, becomes more machine code than ptxas compiles in minutes. Most owners have one piece, and
+    where they are known the loop is over the others.
+    """
+    if isinstance(owner, np.ndarray):
+        first = np.minimum(np.searchsorted(owner, np.arange(num_owners)), len(owner) - 1)
+        has_one = jnp.asarray(owner[first] == np.arange(num_owners))[:, None, None, None, None]
+        totals = jax.tree.map(lambda x: jnp.where(has_one, x[first], 0), parts)
+        rest = jnp.asarray(np.flatnonzero(owner[1:] == owner[:-1]) + 1)
+    else:
+        totals = jax.tree.map(lambda x: jnp.zeros((num_owners, *x.shape[1:]), x.dtype), parts)
+        rest = jnp.arange(owner.shape[0])
+    owners = jnp.asarray(owner)
+
+    def add(nth, totals):
+        to = owners[rest[nth]]
+        return jax.tree.map(lambda total, x: total.at[to].set(total[to] + x[rest[nth]]), totals, parts)
+
+    return lax.fori_loop(0, rest.shape[0], add, totals) if rest.shape[0] else totals
