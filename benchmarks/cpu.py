@@ -30,7 +30,7 @@ from pathlib import Path
 from typing import Any
 
 import cpu_report
-from cpu_growth import exponent, point_in_new_process
+from cpu_growth import exponent, peak_in_new_process
 from cpu_inputs import visible_blocks
 from cpu_rows import BLOCK, FLOOR, ROWS, Case, chosen_cases, sizes
 from cpu_turns import Pace, Workplace, entry, measure
@@ -141,8 +141,9 @@ def run_case(case: Case, at: Workplace, before: Sequence[dict[str, Any]]) -> lis
         for result in results:
             try:
                 timeout = max(at.seconds_left(), 0) + 60
-                point = point_in_new_process(result["ours"], case.length, small=at.small, timeout=timeout)
-                result["peak_bytes"] = int(point["bytes"])
+                result["peak_bytes"] = peak_in_new_process(
+                    result["ours"], case.length, small=at.small, timeout=timeout
+                )
             except Exception as error:  # no such files elsewhere than on Linux, or no time
                 result["note"] = f"memory was not measured: {type(error).__name__}: {error}"[:300]
     return results

@@ -1,14 +1,12 @@
 """How attention grows with the length: exponents, and the memory of one call, each in a process of its own.
 
-python benchmarks/cpu_growth.py dense 4096        # prints {"bytes": ..., "seconds": ...}
+python benchmarks/cpu_growth.py dense 4096        # prints the bytes
 """
 
 import argparse
-import json
 import os
 import subprocess
 import sys
-import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -28,18 +26,18 @@ def exponent(lengths: Sequence[float], values: Sequence[float]) -> float:
     return float(np.polyfit(np.log(lengths), np.log(values), 1)[0])
 
 
-def point_in_new_process(kind: str, length: int, *, small: bool, timeout: float) -> dict[str, float]:
-    """bytes and seconds of one call, without what the workers have set for memory: freed memory goes back."""
+def peak_in_new_process(kind: str, length: int, *, small: bool, timeout: float) -> int:
+    """The bytes of one call, without what the workers have set for memory: freed memory goes back."""
     command = [sys.executable, __file__, kind, str(length), *["--small"] * small]
     environment = {name: value for name, value in os.environ.items() if not name.startswith("MALLOC_")}
     environment["JAX_PLATFORMS"] = "cpu"
     done = subprocess.run(command, capture_output=True, text=True, timeout=timeout, env=environment)
     if done.returncode:
         raise RuntimeError(f"exit code {done.returncode}: {' '.join(done.stderr.split())[-200:]}")
-    return json.loads(done.stdout.strip().splitlines()[-1])
+    return int(done.stdout.strip().splitlines()[-1])
 
 
-def point(kind: str, length: int, small: bool) -> dict[str, float]:
+def peak(kind: str, length: int, small: bool) -> int:
     """The peak of memory in a call beyond what is there before it: inputs and compiled code. Linux only."""
     import cpu_inputs
     import jax
@@ -60,9 +58,9 @@ def point(kind: str, length: int, small: bool) -> dict[str, float]:
         arguments = (q, k, v)
     jax.block_until_ready(arguments)
     Path("/proc/self/clear_refs").write_text("5")  # the peak so far is forgotten
-    before, start = memory("VmRSS"), time.perf_counter()
+    before = memory("VmRSS")
     jax.block_until_ready(attend(*arguments))
-    return {"seconds": time.perf_counter() - start, "bytes": memory("VmHWM") - before}
+    return memory("VmHWM") - before
 
 
 def memory(field: str) -> int:
@@ -77,4 +75,4 @@ if __name__ == "__main__":
     parser.add_argument("length", type=int)
     parser.add_argument("--small", action="store_true")
     given = parser.parse_args()
-    print(json.dumps(point(given.kind, given.length, given.small)))
+    print(peak(given.kind, given.length, given.small))

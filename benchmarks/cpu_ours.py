@@ -12,7 +12,8 @@ from cpu_rows import BLOCK, KINDS, OURS, Sizes, sizes
 from cpu_workers import Ready, repeated, serve
 
 import jsparse
-from jsparse import BlockMask, block_mask
+from jsparse import BlockMask
+from jsparse.block_mask import build_block_mask
 from jsparse.cache import PagedKVCache
 from jsparse.decode import decode_attention
 from jsparse.select import page_bounds, select_pages
@@ -104,8 +105,7 @@ def build_mask(length: int, of: Sizes) -> Ready:
     mask = streaming(of)
 
     def call() -> BlockMask:
-        block_mask._from_token_masks.cache_clear()
-        return BlockMask.from_token_masks(mask, length, length)
+        return build_block_mask(mask, length, length, BLOCK, BLOCK)
 
     def outputs() -> dict[str, np.ndarray]:
         """1 where a block is listed, 2 where it is wholly visible: [1, query blocks, 1, key blocks]."""

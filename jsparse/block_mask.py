@@ -154,8 +154,8 @@ class BlockMask:
         )
 
 
-@functools.lru_cache(maxsize=16)  # the same object for the same masks, so that nothing compiles twice
-def _from_token_masks(masks, q_len, kv_len, block_q, block_kv):
+def build_block_mask(masks, q_len: int, kv_len: int, block_q: int, block_kv: int) -> BlockMask:
+    """What ``BlockMask.from_token_masks`` gives, made anew at each call."""
     per_head = (masks,) if isinstance(masks, TokenMask) else masks
     if not per_head or not all(isinstance(mask, TokenMask) for mask in per_head):
         raise ValueError(f"masks must be a TokenMask or a sequence of them, one a query head, not {masks!r}")
@@ -179,6 +179,10 @@ def _from_token_masks(masks, q_len, kv_len, block_q, block_kv):
         head_rows=None if isinstance(masks, TokenMask) else tuple(rows.index(mask) for mask in per_head),
         token_masks=rows,
     )
+
+
+# The same object for the same masks, so that nothing compiles twice.
+_from_token_masks = functools.lru_cache(maxsize=16)(build_block_mask)
 
 
 def _row_lists(mask, q_len, kv_len, block_q, block_kv):

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 import numpy as np
 
-from jsparse.block_mask import BlockMask, offset_entries
+from jsparse.block_mask import BlockMask, build_block_mask, offset_entries
 from jsparse.device import device_kind
 from jsparse.masks import TokenMask
 
@@ -108,19 +108,19 @@ def _row(mask: BlockMask, row: int) -> Lists:
 
 
 def _of_token_mask(mask: BlockMask, row: int, group: int, by_key: bool) -> BlockMask | None:
-    """The row's token mask in blocks of a size that suits a CPU; None where the lists say more than it does.
+    """The row's token mask in blocks of a size that suits a CPU; None elsewhere, and where the lists differ.
 
     Whatever the blocks, the token mask shows the same keys.
     """
     lists, token_mask = _row(mask, row), mask.token_masks[row]
     if device_kind() != "cpu" or not isinstance(lists.index, np.ndarray):
         return None
-    sizes = {"block_q": mask.block_q, "block_kv": mask.block_kv}
-    same = BlockMask.from_token_masks(token_mask, mask.q_len, mask.kv_len, **sizes)
+    # Made anew: kept, they would drive the masks that users call with out of the cache, to compile again.
+    same = build_block_mask(token_mask, mask.q_len, mask.kv_len, mask.block_q, mask.block_kv)
     if not all(np.array_equal(*pair) for pair in zip(lists, _row(same, 0), strict=True)):
         return None
-    block_q, block_kv = block_sizes(token_mask, mask.q_len, mask.kv_len, group, by_key=by_key)
-    return BlockMask.from_token_masks(token_mask, mask.q_len, mask.kv_len, block_q=block_q, block_kv=block_kv)
+    own_sizes = block_sizes(token_mask, mask.q_len, mask.kv_len, group, by_key=by_key)
+    return build_block_mask(token_mask, mask.q_len, mask.kv_len, *own_sizes)
 
 
 def block_sizes(

@@ -97,8 +97,7 @@ def _forward(queries: Items, keys: Items, part: Part, scale):
     def step(q_rows, carry, items, blocks, listed, masked):
         scores = _by_rows(q_rows, _columns(k, blocks), dtype) * score_scale
         if masked:
-            visible = _visible(queries, items[:, None], keys, blocks, part)
-            scores = _hide(scores, visible & _each(listed, part.mask.block_kv)[:, None, None])
+            scores = _hide(scores, _visible(queries, items[:, None], keys, blocks, part, listed))
         top = jnp.max(scores, axis=-1)
         if carry is not None:
             top = jnp.maximum(top, carry[0])
@@ -130,7 +129,6 @@ def _forward(queries: Items, keys: Items, part: Part, scale):
 def _backward_queries(queries: Items, keys: Items, part: Part, scale):
     q, (k, v) = queries.values[0], keys.values
     dtype = jnp.promote_types(q.dtype, jnp.float32)
-
     q_scale, score_scale = _split_scale(q, scale, dtype)
 
     def start(items):
@@ -145,8 +143,7 @@ def _backward_queries(queries: Items, keys: Items, part: Part, scale):
         k_rows = _columns(k, blocks)
         scores = _by_rows(q_rows, k_rows, dtype) * score_scale
         if masked:
-            visible = _visible(queries, items[:, None], keys, blocks, part)
-            scores = _hide(scores, visible & _each(listed, part.mask.block_kv)[:, None, None])
+            scores = _hide(scores, _visible(queries, items[:, None], keys, blocks, part, listed))
         weights = jnp.exp(scores - lse_rows[..., None])
         d_weights = _by_rows(d_out_rows, _columns(v, blocks), dtype)
         d_scores = weights * (d_weights - delta_rows[..., None]) * score_scale
@@ -188,9 +185,7 @@ def _backward_keys(queries: Items, keys: Items, part: Part, scale):
 
         scores = split(_by_rows(k_rows, q_rows, dtype)) * score_scale  # [n, B, H, block_kv, G, W * block_q]
         if masked:
-            visible = _visible(queries, blocks, keys, owners[some][:, None], part, by_key=True)
-            visible = visible & _each(listed, part.mask.block_q)[:, None, None]
-            visible = lax.optimization_barrier(visible)
+            visible = _visible(queries, blocks, keys, owners[some][:, None], part, listed, by_key=True)
             scores = jnp.where(visible[:, :, None, :, None], scores, -jnp.inf)
         weights = jnp.exp(scores - split(lse_columns)[..., None, :, :])
         d_weights = split(_by_rows(v_rows, d_out_rows, dtype))
@@ -267,9 +262,9 @@ def _product(weights, rows, dtype):
 # --- the element mask ---
 
 
-def _visible(queries: Items, q_items, keys: Items, kv_items, part: Part, *, by_key: bool = False):
-    """Which keys of kv_items [n, V] the queries of q_items [n, W] see: bool [n, B or 1, W * block_q, V *
-    block_kv], or turned, by key.
+def _visible(queries: Items, q_items, keys: Items, kv_items, part: Part, listed, *, by_key: bool = False):
+    """Which keys of kv_items [n, V] the queries of q_items [n, W] see, where ``listed`` [n, V], or [n, W] by
+    key: bool [n, B or 1, W * block_q, V * block_kv], or turned, by key.
 
     One of V and W is 1.
     """
@@ -292,7 +287,9 @@ def _visible(queries: Items, q_items, keys: Items, kv_items, part: Part, *, by_k
         )
         of_queries, of_keys = pairs(of_queries, of_keys)
         visible = visible & (of_queries == of_keys)
-    return visible
+    listed_tokens = jnp.repeat(listed, mask.block_q if by_key else mask.block_kv, axis=1)
+    # The heads share it: made once, and not again at each use of the scores.
+    return lax.optimization_barrier(visible & listed_tokens[:, None, None])
 
 
 def _alike(queries: Items, keys: Items) -> Callable | None:
@@ -313,14 +310,8 @@ def _alike(queries: Items, keys: Items) -> Callable | None:
     return alike
 
 
-def _each(listed, block: int):
-    """[n, W] for each token of its blocks, [n, W * block]."""
-    return jnp.repeat(listed, block, axis=1)
-
-
 def _hide(scores, visible):
     """-inf where not visible [n, B or 1, block_q, keys]; scores [n, B, H, G * block_q, keys]."""
-    # The heads share it: made once, and not again at each use of the scores.
-    visible = lax.optimization_barrier(visible)[:, :, None, None]
+    visible = visible[:, :, None, None]
     split = scores.reshape(*scores.shape[:3], -1, *visible.shape[-2:])
     return jnp.where(visible, split, -jnp.inf).reshape(scores.shape)

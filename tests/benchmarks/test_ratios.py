@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 
 import jsparse
-from jsparse import BlockMask, block_mask
+from jsparse.block_mask import build_block_mask
 from jsparse.cache import PagedKVCache
 from jsparse.decode import decode_attention
 from jsparse.select import page_bounds, select_pages
@@ -92,8 +92,7 @@ def test_block_lists_are_made_much_faster_than_they_are_attended():
     mask = jsparse.streaming(sink=64, window=256)
 
     def lists():
-        block_mask._from_token_masks.cache_clear()
-        return BlockMask.from_token_masks(mask, 32768, 32768).kv_index
+        return build_block_mask(mask, 32768, 32768, 128, 128).kv_index
 
     def all_pairs_of_blocks():
         block = np.arange(32768 // 8)

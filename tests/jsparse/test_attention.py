@@ -473,6 +473,17 @@ def test_a_second_call_compiles_nothing():
     assert compiled._cache_size() == before + 1
 
 
+def test_other_lengths_do_not_make_a_mask_compile_again():
+    compiled: Any = _attention
+    calls = [inputs(Case(MIXED, length, length))[:2] for length in (71, 50, 40, 71)]
+    for (q, k, v), masks in calls[:-1]:
+        attention(q, k, v, masks)
+    before = compiled._cache_size()
+    (q, k, v), masks = calls[-1]
+    attention(q, k, v, masks)
+    assert compiled._cache_size() == before
+
+
 @pytest.mark.parametrize(
     "change, message",
     [
