@@ -62,9 +62,9 @@ DEFAULT = Sizes(
         "decode-pages": (32768, 131072),
         "selection": (32768, 131072),
         "mask-building": (8192, 32768),
+        "growth": _WHOLE,
         "generate": (2048, 8192, 32768),
         "finetune-step": (2048, 4096, 8192),
-        "growth": _WHOLE,
     }
 )
 SMALL = Sizes(
@@ -75,9 +75,9 @@ SMALL = Sizes(
         "decode-pages": (1024,),
         "selection": (1024,),
         "mask-building": (1024,),
+        "growth": (1024, 2048),
         "generate": (256, 512),
         "finetune-step": (256,),
-        "growth": (1024, 2048),
     },
     heads=2,
     dim=32,

@@ -229,9 +229,8 @@ def _attend(
             scores = jnp.where(visible[:, :, None], scores, -jnp.inf)
             scores = scores.reshape(batch, kv_heads, group * chunk, -1)
         new_largest = jnp.maximum(largest, scores.max(axis=-1))
-        shift = jnp.where(new_largest == -jnp.inf, 0, new_largest)  # nothing seen yet: exp(-inf - 0) = 0
-        weights = jnp.exp(scores - shift[..., None])
-        decay = jnp.exp(largest - shift)
+        weights = jnp.exp(scores - new_largest[..., None])
+        decay = jnp.exp(largest - new_largest)
         product = jnp.einsum(
             "bhqs,bhsd->bhqd", weights.astype(dtype), v.astype(dtype), preferred_element_type=jnp.float32
         )
@@ -244,7 +243,7 @@ def _attend(
     rows = (batch, kv_heads, group * chunk)
     start = (
         jnp.zeros((*rows, dim), jnp.float32),
-        jnp.full(rows, -jnp.inf),
+        jnp.full(rows, jnp.finfo(jnp.float32).min),  # and not -inf, so that exp(-inf - it) = 0
         jnp.zeros(rows),
     )
     for load, full, count in loops:

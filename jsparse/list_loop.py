@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from jsparse.items import Lists
+from jsparse.items import Lists, power_of_two
 
 # Scores of one chunk: large enough to keep the cores busy, small enough to stay in the cache.
 _CHUNK_SCORES = 1 << 20
@@ -25,6 +25,7 @@ def over_lists(
     scores_an_entry: int,
     entry_tokens: int,
     alike: Callable | None,
+    backward: bool = False,
 ):
     """A loop over all items, a chunk at a time, of ``computation = (start, init, step, finish)``::
 
@@ -41,8 +42,10 @@ def over_lists(
     xp = np if lists.known else jnp
     longest = int(lists.count.max()) if lists.known else -(-lists.index.shape[0] // num_items)
     width = _width(lists.count if lists.known else None, longest, entry_tokens)
-    chunk = min(max(1, _CHUNK_SCORES // (scores_an_entry * width)), num_items)
     once = lists.known and longest <= width
+    # A single step forward holds less: no carry, and nothing as large as the scores besides them.
+    most_scores = _CHUNK_SCORES * (2 if once and not backward else 1)
+    chunk = _chunk(num_items, most_scores, scores_an_entry * width)
     # All take one step: as they come. Otherwise by length, so that a chunk's longest list is not much longer.
     order = xp.arange(num_items) if once else xp.argsort(lists.count, stable=True)
     padding = xp.broadcast_to(order[:1], -num_items % chunk)
@@ -79,6 +82,15 @@ def over_lists(
         return results
     place = xp.argsort(order)
     return jax.tree.map(lambda x: x[place], results)
+
+
+def _chunk(num_items: int, most_scores: int, item_scores: int) -> int:
+    """How many items are taken at a time: a power of two, which products are fastest at, or fewer where the
+    last chunk would be mostly empty.
+    """
+    most = power_of_two(most_scores // item_scores)
+    chunks = -(-num_items // most)
+    return -(-num_items // chunks)
 
 
 def _width(counts, longest: int, entry_tokens: int) -> int:

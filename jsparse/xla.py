@@ -90,23 +90,26 @@ def _forward(queries: Items, keys: Items, part: Part, scale):
     def start(items):
         return _rows(q, items) * q_scale
 
+    # A finite start, so that exp(-inf - lowest) = 0 where nothing is seen. Without a test for that case XLA
+    # can fuse the largest score with the exponents.
+    lowest = float(jnp.finfo(dtype).min)
+
     def init(q_rows):
         shape = q_rows.shape[:-1]
-        return jnp.full(shape, -jnp.inf, dtype), jnp.zeros(shape, dtype), jnp.zeros(q_rows.shape, dtype)
+        return jnp.full(shape, lowest, dtype), jnp.zeros(shape, dtype), jnp.zeros(q_rows.shape, dtype)
 
     def step(q_rows, carry, items, blocks, listed, masked):
         scores = _by_rows(q_rows, _columns(k, blocks), dtype) * score_scale
         if masked:
             scores = _hide(scores, _visible(queries, items[:, None], keys, blocks, part, listed))
-        top = jnp.max(scores, axis=-1)
+        top = jnp.max(scores, axis=-1, initial=lowest)
         if carry is not None:
             top = jnp.maximum(top, carry[0])
-        finite_top = jnp.where(top == -jnp.inf, 0, top)  # -inf - -inf is not a number
-        weights = jnp.exp(scores - finite_top[..., None])
+        weights = jnp.exp(scores - top[..., None])
         total = jnp.sum(weights, axis=-1)
         acc = _product(weights, _columns(v, blocks), dtype)
         if carry is not None:
-            decay = jnp.exp(carry[0] - finite_top)
+            decay = jnp.exp(carry[0] - top)
             total = total + carry[1] * decay
             acc = acc + carry[2] * decay[..., None]
         return top, total, acc
@@ -156,6 +159,7 @@ def _backward_queries(queries: Items, keys: Items, part: Part, scale):
         scores_an_entry=_scores_an_entry(q, k),
         entry_tokens=k.shape[2],
         alike=_alike(queries, keys),
+        backward=True,
     )
 
 
@@ -203,6 +207,7 @@ def _backward_keys(queries: Items, keys: Items, part: Part, scale):
         scores_an_entry=_scores_an_entry(q, k),
         entry_tokens=q.shape[2] * group,
         alike=alike and (lambda some, blocks: alike(blocks, owners[some][:, None])),
+        backward=True,
     )
     return sum_by_owner(sums, owner, k.shape[0])
 
@@ -312,6 +317,5 @@ def _alike(queries: Items, keys: Items) -> Callable | None:
 
 def _hide(scores, visible):
     """-inf where not visible [n, B or 1, block_q, keys]; scores [n, B, H, G * block_q, keys]."""
-    visible = visible[:, :, None, None]
-    split = scores.reshape(*scores.shape[:3], -1, *visible.shape[-2:])
-    return jnp.where(visible, split, -jnp.inf).reshape(scores.shape)
+    group = scores.shape[3] // visible.shape[2]
+    return jnp.where(jnp.tile(visible[:, :, None], (1, 1, 1, group, 1)), scores, -jnp.inf)
