@@ -36,6 +36,7 @@ def over_lists(
     First the steps in which no entry needs the element mask, then the others (``masked``), where ``listed``
     tells which entries are there at all. Where there are segments, blocks that are not ``alike(items,
     entries)`` are masked in any case. Where all lists are known to fit one step, its carry is None.
+    ``backward``: a step holds several arrays as large as the scores.
     """
     start, init, step, finish = computation
     num_items = lists.start.shape[0]
@@ -43,7 +44,7 @@ def over_lists(
     longest = int(lists.count.max()) if lists.known else -(-lists.index.shape[0] // num_items)
     width = _width(lists.count if lists.known else None, longest, entry_tokens)
     once = lists.known and longest <= width
-    # A single step forward holds less: no carry, and nothing as large as the scores besides them.
+    # A single step forward holds little besides its scores.
     most_scores = _CHUNK_SCORES * (2 if once and not backward else 1)
     chunk = _chunk(num_items, most_scores, scores_an_entry * width)
     # All take one step: as they come. Otherwise by length, so that a chunk's longest list is not much longer.
@@ -87,6 +88,9 @@ def over_lists(
 def _chunk(num_items: int, most_scores: int, item_scores: int) -> int:
     """How many items are taken at a time: a power of two, which products are fastest at, or fewer where the
     last chunk would be mostly empty.
+
+    >>> _chunk(64, 1 << 21, 7 << 15), _chunk(9, 1 << 21, 7 << 15), _chunk(9, 1 << 21, 1 << 22)
+    (8, 5, 1)
     """
     most = power_of_two(most_scores // item_scores)
     chunks = -(-num_items // most)
