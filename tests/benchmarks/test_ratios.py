@@ -38,7 +38,7 @@ def median_ratio(ours: Callable, dense: Callable, rounds: int) -> float:
 @pytest.fixture(scope="module")
 def qkv():
     random = np.random.default_rng(0)
-    return [jnp.asarray(random.standard_normal((1, 4096, 4, 64), np.float32)) for _ in range(3)]
+    return [jnp.asarray(random.standard_normal((1, 8192, 4, 64), np.float32)) for _ in range(3)]
 
 
 def attend(mask, *, backward: bool) -> Callable:
@@ -51,10 +51,11 @@ def attend(mask, *, backward: bool) -> Callable:
 
 
 @pytest.mark.parametrize("backward", [False, True], ids=["forward", "backward"])
-def test_streaming_takes_half_the_time_of_dense_at_4k(qkv, backward):
+def test_streaming_takes_two_fifths_of_the_time_of_dense_at_8k(qkv, backward):
+    """On an idle machine a sixth, or with jax 0.10 a quarter. At 4k that is 0.4, too close to any bound."""
     ours = attend(jsparse.streaming(sink=64, window=256), backward=backward)
     dense = attend(jsparse.causal(), backward=backward)
-    assert median_ratio(lambda: ours(*qkv), lambda: dense(*qkv), rounds=3 if backward else 7) < 0.5
+    assert median_ratio(lambda: ours(*qkv), lambda: dense(*qkv), rounds=3 if backward else 7) < 0.4
 
 
 @pytest.fixture(scope="module")
