@@ -132,15 +132,15 @@ def block_sizes(
     than 128 (of an item's own tokens) are slow, and of more than 512 no faster.
     """
     span = min(n for n in (kv_len, token_mask.window, token_mask.group_size) if n is not None)
-    visited = min(max(power_of_two(span // 8), 64), 512)
+    visited = min(max(power_of_two_up_to(span // 8), 64), 512)
     own = max(visited, 128)
     block_q, block_kv = (visited, own) if by_key else (own, visited)
-    block_q = max(power_of_two(block_q // group), 16)
+    block_q = max(power_of_two_up_to(block_q // group), 16)
     return min(block_q, _holding(q_len)), min(block_kv, _holding(kv_len))
 
 
-def power_of_two(n: int) -> int:
-    """The largest up to n, 1 at least."""
+def power_of_two_up_to(n: int) -> int:
+    """The largest power of two up to n, 1 at least."""
     return 1 << max(n, 1).bit_length() - 1
 
 

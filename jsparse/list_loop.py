@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from jsparse.items import Lists, power_of_two
+from jsparse.items import Lists, power_of_two_up_to
 
 # Scores of one chunk: large enough to keep the cores busy, small enough to stay in the cache.
 _CHUNK_SCORES = 1 << 20
@@ -92,7 +92,7 @@ def _chunk(num_items: int, most_scores: int, item_scores: int) -> int:
     >>> _chunk(64, 1 << 21, 7 << 15), _chunk(9, 1 << 21, 7 << 15), _chunk(9, 1 << 21, 1 << 22)
     (8, 5, 1)
     """
-    most = power_of_two(most_scores // item_scores)
+    most = power_of_two_up_to(most_scores // item_scores)
     chunks = -(-num_items // most)
     return -(-num_items // chunks)
 
