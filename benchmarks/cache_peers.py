@@ -17,8 +17,8 @@ from peers import OURS, Maker, Setup, from_torch, load, random_normal, to_torch,
 from rows import BLOCK, Decode, Select, dense, page_lists, work
 
 import jsparse
-from jsparse.cache import PagedKVCache
-from jsparse.quantize import Quantized, dequantize, quantize
+from jsparse.cache.pages import PagedKVCache
+from jsparse.cache.quantize import Quantized, dequantize, quantize
 
 
 def decode(row: Decode, setup: Setup) -> dict[str, Maker]:
@@ -109,8 +109,8 @@ def _quantised(row: Decode, setup: Setup, q, k, v, lists, in_pool: Pool, paged: 
     def ours() -> Contender:
         if setup.implementation not in ("mosaic_gpu", "mosaic_gpu_interpret"):
             raise NotImplementedError(f"implementation={setup.implementation!r} has no quantised pages")
-        from jsparse.mosaic_gpu import interpreter
-        from jsparse.pallas_kernels.paged_decode import paged_decode
+        from jsparse.implementations.hopper import interpreter
+        from jsparse.pallas_kernels.hopper.paged_decode import paged_decode
 
         interpret = interpreter() if setup.implementation == "mosaic_gpu_interpret" else None
 

@@ -13,10 +13,11 @@ from cpu_workers import Ready, repeated, serve
 
 import jsparse
 from jsparse import BlockMask
-from jsparse.block_mask import build_block_mask
-from jsparse.cache import PagedKVCache
-from jsparse.decode import decode_attention
-from jsparse.select import page_bounds, select_pages
+from jsparse.cache.decode import decode_attention
+from jsparse.cache.pages import PagedKVCache
+from jsparse.cache.select.best import select_pages
+from jsparse.masks.block_mask import build_block_mask
+from jsparse.masks.bounds import page_bounds
 
 PACKAGES = ("jax", "jaxlib", "flax", "numpy")
 

@@ -14,9 +14,9 @@ from cpu_workers import Ready, repeated
 from flax import nnx
 
 from jsparse import PooledBlocks
+from jsparse.evaluate.speed.common import last_heads_stream
 from jsparse.models import Llama, LlamaConfig
 from jsparse.serve import CacheConfig, SamplingParams, generate
-from jsparse.serve.bench.common import last_heads_stream
 from jsparse.train import FinetuneConfig
 from jsparse.train.start import is_trained, prepare, step_of
 from jsparse.train.step import new_state, split_model

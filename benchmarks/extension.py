@@ -36,12 +36,12 @@ from typing import Any, Literal
 import numpy as np
 import tyro
 
+from jsparse.evaluate.speed.common import RESULTS, check_integers, check_list, check_output, describe_machine
+from jsparse.evaluate.speed.report import machine_name, short_count
 from jsparse.examples.demo import END_OF_TEXT, DemoConfig, train_base
 from jsparse.models import Llama, load_tokenizer
-from jsparse.serve.bench.common import RESULTS, check_integers, check_list, check_output, describe_machine
-from jsparse.serve.bench.report import machine_name, short_count
+from jsparse.models.patterns import AttentionPattern, load_pattern
 from jsparse.train import FinetuneConfig, evaluate_perplexity, finetune, read_documents
-from jsparse.train.patterns import AttentionPattern, load_pattern
 
 KINDS = ("full", "shifted", "grouped")
 FIGURE, TEXT = "extension.png", "train.jsonl"

@@ -21,10 +21,10 @@ from typing import Any
 
 import jax
 
-from jsparse.compile_only import prepare_process
 from jsparse.models import LlamaConfig
 from jsparse.models.sharding import MeshConfig
-from jsparse.plan import Plan, print_plan
+from jsparse.plan.compile_only import prepare_process
+from jsparse.plan.program import Plan, print_plan
 from jsparse.train import FinetuneConfig
 from jsparse.train.plan import plan_finetune
 

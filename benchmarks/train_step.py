@@ -31,9 +31,7 @@ import tyro
 from flax import nnx
 
 import jsparse
-from jsparse.models import Llama, LlamaConfig
-from jsparse.models.masking import layer_masks
-from jsparse.serve.bench.common import (
+from jsparse.evaluate.speed.common import (
     RESULTS,
     Timing,
     check_integers,
@@ -43,7 +41,9 @@ from jsparse.serve.bench.common import (
     in_turns,
     milliseconds,
 )
-from jsparse.serve.bench.report import machine_name, short_count
+from jsparse.evaluate.speed.report import machine_name, short_count
+from jsparse.models import Llama, LlamaConfig
+from jsparse.models.masking import layer_masks
 from jsparse.train import FinetuneConfig
 from jsparse.train.flops import step_flops
 from jsparse.train.start import is_trained, prepare, step_of

@@ -13,8 +13,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Int, Int32
 
+from jsparse.cache.select.selection import Selection
 from jsparse.models import Llama
-from jsparse.select import Selection
 from jsparse.serve import loop
 from jsparse.serve.batch import Batch
 from jsparse.serve.config import CacheConfig, CacheLayout, Reading, check_fit, layout_of, power_of_two

@@ -14,7 +14,7 @@ import tokenizers
 
 from jsparse.models import Llama, load_tokenizer, reorder_heads
 from jsparse.serve.config import CacheConfig, power_of_two
-from jsparse.serve.generate import stream
+from jsparse.serve.generation import stream
 from jsparse.serve.logits import decode_logits
 from jsparse.serve.sampling import SamplingParams
 
@@ -47,7 +47,7 @@ class JsparseLM(_Base):
 
     A context is read whole as a prompt, and a prompt densely by the heads that do not stream: only tokens
     after it choose pages. Where a task puts its question at the end of the context, a sparse cache so looks
-    better than where the question too is decoded (``jsparse.tasks`` does that).
+    better than where the question too is decoded (``jsparse.texts.tasks`` does that).
 
     model: a Hugging Face folder with config.json, safetensors and tokenizer.json.
     cache: ``streaming_heads`` are the model's own, in the order of its checkpoint. ``batch`` must be None.

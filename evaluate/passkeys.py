@@ -13,8 +13,8 @@ from tokenizers import Tokenizer
 
 from jsparse.models import Llama, plain_text_tokenizer, text_encoder
 from jsparse.models.masking import ModelMask, hashable
-from jsparse.tasks import PASSKEY_HEADER, PASSKEY_NEEDLE, PASSKEY_QUESTION, question_and_answer
-from jsparse.train.progress import progress_bar
+from jsparse.reports.progress import progress_bar
+from jsparse.texts.tasks import PASSKEY_HEADER, PASSKEY_NEEDLE, PASSKEY_QUESTION, question_and_answer
 
 _FILLER = "The grass grows. The river runs. The sun goes down. We walk on. And back home again.\n"
 

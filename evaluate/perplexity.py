@@ -12,9 +12,9 @@ from flax import nnx
 from jaxtyping import Array, Float32, Int32, Integer
 
 from jsparse.models import Llama
+from jsparse.models.loss import next_targets, token_nll
 from jsparse.models.masking import ModelMask, hashable
-from jsparse.train.loss import next_targets, token_nll
-from jsparse.train.progress import progress_bar
+from jsparse.reports.progress import progress_bar
 
 Scoring = Literal["new", "all", "last"]
 

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from jsparse.train.evaluate import Perplexity
-from jsparse.train.retrieval import PasskeyAccuracy
+from jsparse.evaluate.passkeys import PasskeyAccuracy
+from jsparse.evaluate.perplexity import Perplexity
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -10,9 +10,10 @@ from pathlib import Path
 import numpy as np
 from tokenizers import Tokenizer
 
-from jsparse.command_line import check_can_write, write_json
-from jsparse.corpus import standard_library_files
-from jsparse.heads import HeadPattern
+from jsparse.evaluate.answers import Question, greedy_answers
+from jsparse.evaluate.methods import METHODS, PAGE, Heads
+from jsparse.evaluate.scoreboard_report import GRID, Row, check_can_draw, write_figures
+from jsparse.masks.head_pattern import HeadPattern
 from jsparse.models import (
     Llama,
     load_config,
@@ -21,11 +22,10 @@ from jsparse.models import (
     shipped_model,
     text_encoder,
 )
+from jsparse.reports.console import check_can_write, write_json
 from jsparse.serve.config import CacheConfig, layout_of
-from jsparse.serve.quality.answers import Question, greedy_answers
-from jsparse.serve.quality.methods import METHODS, PAGE, Heads
-from jsparse.serve.quality.report import GRID, Row, check_can_draw, write_figures
-from jsparse.tasks import TASKS, Example, Material, needle, score
+from jsparse.texts.corpus import standard_library_files
+from jsparse.texts.tasks import TASKS, Example, Material, needle, score
 
 PATTERN = "full_attention_heads.tsv"  # DuoAttention's name, in the model's folder
 

@@ -9,7 +9,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from jsparse.serve.quality.methods import METHODS
+from jsparse.evaluate.methods import METHODS
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

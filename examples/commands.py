@@ -1,8 +1,8 @@
 """The command of this room: ``jsparse demo``."""
 
-from jsparse.command_line import parse
 from jsparse.examples.demo import DemoConfig, run_demo
 from jsparse.examples.shipped import ShippedDemoConfig, run_shipped_demo
+from jsparse.reports.console import parse
 
 TRAIN = "--train"
 

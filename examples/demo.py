@@ -19,13 +19,13 @@ import tokenizers
 from flax import nnx
 from rich.console import Console
 
-from jsparse.corpus import standard_library_files
-from jsparse.examples.compare import difference
+from jsparse.evaluate.compare import difference
 from jsparse.examples.report import check_can_draw, draw_plot, print_trained
 from jsparse.models import Llama, LlamaConfig, byte_tokenizer, load_tokenizer
+from jsparse.reports.progress import progress_bar
 from jsparse.serve import CacheConfig, SamplingParams, decode_logits, generate
+from jsparse.texts.corpus import standard_library_files
 from jsparse.train import FinetuneConfig, finetune, perplexity_by_context, read_documents, shifted_head_masks
-from jsparse.train.progress import progress_bar
 
 END_OF_TEXT = 256  # the byte tokenizer's one id that is no byte
 RESULTS = "demo.json"

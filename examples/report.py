@@ -7,7 +7,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from jsparse.serve.quality import METHODS
+from jsparse.evaluate import METHODS
 
 
 def print_trained(results: dict[str, Any]) -> None:

@@ -13,7 +13,9 @@ import numpy as np
 from rich.console import Console
 
 import jsparse
-from jsparse.corpus import standard_library_files
+from jsparse.evaluate import ScoreboardConfig, run_scoreboard
+from jsparse.evaluate.methods import PAGE, SINK
+from jsparse.evaluate.scoreboard import make_entries, streaming_heads
 from jsparse.examples.demo import (
     RESULTS,
     machine,
@@ -23,9 +25,7 @@ from jsparse.examples.demo import (
 )
 from jsparse.examples.report import check_can_draw, draw_plot, print_shipped
 from jsparse.models import Llama, load_config, load_tokenizer, shipped_model
-from jsparse.serve.quality import ScoreboardConfig, run_scoreboard
-from jsparse.serve.quality.methods import PAGE, SINK
-from jsparse.serve.quality.scoreboard import make_entries, streaming_heads
+from jsparse.texts.corpus import standard_library_files
 from jsparse.train import perplexity_by_context, read_documents, shifted_head_masks
 
 METHODS = ("dense", "streaming", "lserve", "lserve-heads")  # of the scoreboard

@@ -91,11 +91,11 @@ _COMMANDS = {
     "pretrain": "train.commands",
     "finetune": "train.commands",
     "merge": "train.commands",
-    "evaluate": "train.commands",
+    "evaluate": "evaluate.commands",
     "heads": "train.commands",
     "generate": "serve.commands",
-    "bench": "serve.commands",
-    "evaluate scoreboard": "serve.commands",
+    "bench": "evaluate.commands",
+    "evaluate scoreboard": "evaluate.commands",
     "demo": "examples.commands",
 }
 

@@ -9,10 +9,13 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
-from jsparse import cudnn, mosaic_gpu, reference, sequence, sharded_xla
-from jsparse.block_mask import BlockMask
-from jsparse.device import device_kind, hopper
-from jsparse.masks import TokenMask
+from jsparse import sequence
+from jsparse.device import device_kind
+from jsparse.device import hopper as on_hopper
+from jsparse.implementations import cudnn, hopper, reference
+from jsparse.implementations.xla import on_mesh
+from jsparse.masks.block_mask import BlockMask
+from jsparse.masks.token_mask import TokenMask
 from jsparse.mesh import SEQUENCE_AXIS, sequence_devices
 from jsparse.pallas_kernels.measured import cudnn_is_faster
 from jsparse.sequence import SequenceSplit
@@ -131,11 +134,11 @@ class _Options(NamedTuple):
     def passes(self) -> tuple[Callable, Callable]:
         """forward(q, k, v, lists, scale, q_segment_ids, kv_segment_ids), which gives out and lse, and
         backward(the same, out, lse, d_out, d_lse), which gives the gradients of q, k and v."""
-        forward, backward = sharded_xla.forward, sharded_xla.backward
+        forward, backward = on_mesh.forward, on_mesh.backward
         if self.implementation != "xla":
             interpret = self.implementation == "mosaic_gpu_interpret"
-            forward = functools.partial(mosaic_gpu.forward, interpret=interpret)
-            backward = functools.partial(mosaic_gpu.backward, interpret=interpret)
+            forward = functools.partial(hopper.forward, interpret=interpret)
+            backward = functools.partial(hopper.backward, interpret=interpret)
         if isinstance(self.mask, SequenceSplit):
             forward = functools.partial(sequence.forward, forward)
             backward = functools.partial(sequence.backward, backward)
@@ -216,7 +219,7 @@ def _split_options(implementation, mask, q, k, scale, devices: int) -> _Options:
 def _limit(candidate: str, q, lists: BlockMask, scale: float) -> str | None:
     """Why an implementation other than cuDNN cannot take this call, or None where it can."""
     if candidate.startswith("mosaic_gpu"):
-        return mosaic_gpu.limit(q, lists, scale, interpret=candidate == "mosaic_gpu_interpret")
+        return hopper.limit(q, lists, scale, interpret=candidate == "mosaic_gpu_interpret")
     return None
 
 
@@ -225,7 +228,7 @@ def _choose(implementation, mask, q, k, limit) -> tuple[BlockMask, str]:
     candidates = _preferences(q) if implementation is None else (implementation,)
     for candidate in candidates:
         portable = default_block_sizes(q.shape[1], k.shape[1])
-        sizes = mosaic_gpu.block_sizes() if candidate.startswith("mosaic_gpu") else portable
+        sizes = hopper.block_sizes() if candidate.startswith("mosaic_gpu") else portable
         lists = _as_block_mask(mask, q.shape, k.shape, sizes)
         if limit(candidate, lists) is None:
             return lists, candidate
@@ -233,7 +236,7 @@ def _choose(implementation, mask, q, k, limit) -> tuple[BlockMask, str]:
 
 
 def _preferences(q) -> tuple[str, ...]:
-    if not hopper():
+    if not on_hopper():
         return ("xla",)
     if cudnn_is_faster(device_kind(), q.shape[-1], q.shape[1]):
         return "cudnn", "mosaic_gpu", "xla"

@@ -22,10 +22,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from jsparse.block_mask import BlockMask
-from jsparse.masks import TokenMask, causal
+from jsparse.implementations.xla.on_mesh import switch
+from jsparse.masks.block_mask import BlockMask
+from jsparse.masks.token_mask import TokenMask, causal
 from jsparse.mesh import SEQUENCE_AXIS, split_over_mesh
-from jsparse.sharded_xla import switch
 
 
 class View(NamedTuple):

@@ -17,8 +17,8 @@ from jsparse.models.masking import ModelMask as ModelMask
 from jsparse.models.rope import RopeConfig as RopeConfig
 from jsparse.models.sharding import MeshConfig as MeshConfig
 from jsparse.models.shipped import shipped_model as shipped_model
-from jsparse.models.tokenizer import byte_tokenizer as byte_tokenizer
-from jsparse.models.tokenizer import load_tokenizer as load_tokenizer
-from jsparse.models.tokenizer import plain_text_tokenizer as plain_text_tokenizer
-from jsparse.models.tokenizer import text_encoder as text_encoder
-from jsparse.models.tokenizer import train_tokenizer as train_tokenizer
+from jsparse.texts.tokenizer import byte_tokenizer as byte_tokenizer
+from jsparse.texts.tokenizer import load_tokenizer as load_tokenizer
+from jsparse.texts.tokenizer import plain_text_tokenizer as plain_text_tokenizer
+from jsparse.texts.tokenizer import text_encoder as text_encoder
+from jsparse.texts.tokenizer import train_tokenizer as train_tokenizer

@@ -156,7 +156,7 @@ class LlamaConfig:
 
     def to_hf(self) -> dict[str, Any]:
         """The fields of a ``config.json`` that transformers 5 reads to the same mathematics."""
-        return fields_to_hf(self)
+        return fields_to_hf({field.name: getattr(self, field.name) for field in dataclasses.fields(self)})
 
     def extend_context(self, length: int, method: str | None = None) -> "LlamaConfig":
         """A config for ``length`` positions, whose RoPE is extended by ``jsparse.models.extend.extend_rope``.

@@ -7,12 +7,9 @@ config than a model that is silently another one.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from jsparse.models.rope import FIELDS_OF_KIND, ROPE_KINDS, RopeConfig
-
-if TYPE_CHECKING:
-    from jsparse.models.config import LlamaConfig
 
 _REQUIRED = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
 
@@ -262,38 +259,39 @@ def _read_rope(name, entry, fields, max_position_embeddings):
     return RopeConfig(kind=kind, theta=theta, **entry)
 
 
-def fields_to_hf(config: LlamaConfig) -> dict[str, Any]:
-    """The fields of a ``config.json`` for this config, in the spelling of transformers 5."""
-    eos = list(config.eos_token_ids)
+def fields_to_hf(values: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields of a ``config.json``, as transformers 5 spells them, from the fields of a LlamaConfig."""
+    model_type = values["model_type"]
+    eos = list(values["eos_token_ids"])
     fields = {
-        "architectures": [f"{_CLASS_PREFIX[config.model_type]}ForCausalLM"],
-        "model_type": config.model_type,
-        "vocab_size": config.vocab_size,
-        "hidden_size": config.hidden_size,
-        "intermediate_size": config.intermediate_size,
-        "num_hidden_layers": config.num_hidden_layers,
-        "num_attention_heads": config.num_attention_heads,
-        "num_key_value_heads": config.num_key_value_heads,
-        "head_dim": config.head_dim,
+        "architectures": [f"{_CLASS_PREFIX[model_type]}ForCausalLM"],
+        "model_type": model_type,
+        "vocab_size": values["vocab_size"],
+        "hidden_size": values["hidden_size"],
+        "intermediate_size": values["intermediate_size"],
+        "num_hidden_layers": values["num_hidden_layers"],
+        "num_attention_heads": values["num_attention_heads"],
+        "num_key_value_heads": values["num_key_value_heads"],
+        "head_dim": values["head_dim"],
         "hidden_act": "silu",
-        "max_position_embeddings": config.max_position_embeddings,
-        "rms_norm_eps": config.rms_norm_eps,
-        "initializer_range": config.initializer_range,
-        "rope_parameters": _rope_to_hf(config.rope),
-        "tie_word_embeddings": config.tie_word_embeddings,
-        "bos_token_id": config.bos_token_id,
+        "max_position_embeddings": values["max_position_embeddings"],
+        "rms_norm_eps": values["rms_norm_eps"],
+        "initializer_range": values["initializer_range"],
+        "rope_parameters": _rope_to_hf(values["rope"]),
+        "tie_word_embeddings": values["tie_word_embeddings"],
+        "bos_token_id": values["bos_token_id"],
         "eos_token_id": (eos[0] if len(eos) == 1 else eos) if eos else None,
-        "pad_token_id": config.pad_token_id,
+        "pad_token_id": values["pad_token_id"],
     }
-    windows = config.sliding_windows or ()
+    windows = values["sliding_windows"] or ()
     window = next((window for window in windows if window is not None), None)
-    if config.model_type in ("llama", "qwen3"):
-        fields["attention_bias"] = config.attention_bias
-    if config.model_type == "llama":
-        fields["mlp_bias"] = config.mlp_bias
-    if config.model_type == "mistral":
+    if model_type in ("llama", "qwen3"):
+        fields["attention_bias"] = values["attention_bias"]
+    if model_type == "llama":
+        fields["mlp_bias"] = values["mlp_bias"]
+    if model_type == "mistral":
         fields["sliding_window"] = window
-    if config.model_type in ("qwen2", "qwen3"):
+    if model_type in ("qwen2", "qwen3"):
         fields["use_sliding_window"] = window is not None
         fields["sliding_window"] = window
         fields["layer_types"] = [

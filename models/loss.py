@@ -7,8 +7,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Bool, Float, Float32, Int32
 
-from jsparse.train.data import PADDING
-
+PADDING = 0  # the segment id of what fills a window up; documents and prompts count from 1
 _LOGITS_AT_ONCE = 2**26  # float32 logits of one sequence: 256 MiB
 
 

@@ -6,7 +6,7 @@ from typing import Any, TypeGuard
 
 import jsparse
 from jsparse.attention import Mask
-from jsparse.block_mask import BlockMask
+from jsparse.masks.block_mask import BlockMask
 from jsparse.models.config import LlamaConfig
 
 LayerMask = Sequence[jsparse.TokenMask] | BlockMask

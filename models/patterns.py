@@ -13,8 +13,8 @@ from jaxtyping import Bool
 
 from jsparse import BlockMask, TokenMask, causal, shifted_groups, streaming
 from jsparse.models import LlamaConfig
+from jsparse.models.longlora import shifted_head_masks
 from jsparse.models.masking import LayerMask
-from jsparse.train.longlora import shifted_head_masks
 
 PATTERN_FILE = "attention_pattern.json"
 KINDS = ("full", "shifted", "grouped", "longgen", "streaming")

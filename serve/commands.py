@@ -1,4 +1,4 @@
-"""The commands of this room: ``jsparse generate | plan generate | evaluate scoreboard | bench``."""
+"""The commands of this room: ``jsparse generate | plan generate``."""
 
 import dataclasses
 import sys
@@ -10,16 +10,14 @@ import numpy as np
 from tokenizers.decoders import DecodeStream
 
 import jsparse
-from jsparse.command_line import check_can_write, parse, write_json
-from jsparse.compile_only import prepare_process
 from jsparse.models import Llama, load_config, load_tokenizer, reorder_heads, shipped_model
 from jsparse.models.sharding import MeshConfig
-from jsparse.plan import DEFAULT_MEMORY_FRACTION, print_plan
-from jsparse.serve.bench import DecodeBench, PrefillBench, bench_decode, bench_prefill
+from jsparse.plan.compile_only import prepare_process
+from jsparse.plan.program import DEFAULT_MEMORY_FRACTION, print_plan
+from jsparse.reports.console import check_can_write, parse, write_json
 from jsparse.serve.config import CacheConfig
-from jsparse.serve.generate import stream
+from jsparse.serve.generation import stream
 from jsparse.serve.plan import plan_generate as make_plan
-from jsparse.serve.quality import ScoreboardConfig, print_scoreboard, run_scoreboard
 from jsparse.serve.sampling import SamplingParams
 
 
@@ -187,34 +185,3 @@ def plan_generate(options: list[str]) -> int:
     else:
         write_json(command.json, plan.to_json())
     return 0 if plan.fits else 1
-
-
-def scoreboard(options: list[str]) -> None:
-    config = parse(ScoreboardConfig, "evaluate scoreboard", options)
-    rows = run_scoreboard(config)
-    if str(config.json) != "-":
-        print_scoreboard(rows, str(config.model))
-
-
-_BENCH_USAGE = """usage: jsparse bench KIND [options]
-
-  decode     milliseconds a token at several context lengths, for each policy of the cache
-  prefill    seconds to the first token of prompts of several lengths
-
-jsparse bench KIND --help lists the options."""
-
-
-def bench(options: list[str]) -> None:
-    if not options or options[0] in ("-h", "--help"):
-        print(_BENCH_USAGE)
-        return
-    kind, *options = options
-    if kind == "decode":
-        config = parse(DecodeBench, "bench decode", options)
-        bench_decode(config)
-    elif kind == "prefill":
-        config = parse(PrefillBench, "bench prefill", options)
-        bench_prefill(config)
-    else:
-        raise ValueError(f"unknown kind {kind!r} of benchmark; kinds are decode, prefill")
-    print(f"the numbers are in {config.output}")

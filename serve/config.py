@@ -5,9 +5,10 @@ from typing import Any, Literal
 
 import numpy as np
 
-from jsparse.estimate import PooledBlocks, VerticalSlash
+from jsparse.cache.select.selection import Selection
+from jsparse.masks.pooled import PooledBlocks
+from jsparse.masks.vertical_slash import VerticalSlash
 from jsparse.models import LlamaConfig
-from jsparse.select import Selection
 
 Policy = Literal["lserve", "dense", "streaming", "quest", "mean", "oracle", "random"]
 POLICIES: tuple[Policy, ...] = ("lserve", "dense", "streaming", "quest", "mean", "oracle", "random")

@@ -15,10 +15,11 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from jsparse.cache import LayerKVCache, PagedKVCache, StreamingKVCache
-from jsparse.layer import attend_and_append
+from jsparse.cache.layer import LayerKVCache, attend_and_append
+from jsparse.cache.pages import PagedKVCache
+from jsparse.cache.ring import StreamingKVCache
+from jsparse.cache.select.selection import Selection
 from jsparse.models import Llama, LlamaConfig
-from jsparse.select import Selection
 from jsparse.serve.config import CacheLayout, Reading
 from jsparse.serve.sampling import RowParams, sample
 

@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 
 from jsparse.__main__ import main
-from jsparse.corpus import standard_library_files
 from jsparse.models import Llama, byte_tokenizer, load_config, load_tokenizer, shipped_model
+from jsparse.models.patterns import save_pattern, shifted_pattern
+from jsparse.texts.corpus import standard_library_files
 from jsparse.train import evaluate_perplexity, read_documents, shifted_head_masks
-from jsparse.train.patterns import save_pattern, shifted_pattern
 
 TEXT = "def main():\n    return 0\n" * 20
 

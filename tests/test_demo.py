@@ -8,13 +8,13 @@ import pytest
 
 import jsparse
 from jsparse.__main__ import main
-from jsparse.corpus import standard_library_files
+from jsparse.evaluate.compare import difference
 from jsparse.examples import commands
-from jsparse.examples.compare import difference
 from jsparse.examples.demo import DemoConfig, prepare_output, run_demo
 from jsparse.examples.shipped import ShippedDemoConfig, run_shipped_demo
 from jsparse.models import Llama
 from jsparse.serve import CacheConfig, decode_logits
+from jsparse.texts.corpus import standard_library_files
 
 
 @pytest.fixture(scope="module")

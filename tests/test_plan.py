@@ -11,15 +11,15 @@ import pytest
 from jax.sharding import AbstractMesh, NamedSharding, PartitionSpec
 from rich.console import Console
 
-import jsparse.compile_only
 import jsparse.device
 import jsparse.plan
-from jsparse.compile_only import DEVICES, Memory, bytes_a_device, compile_only_devices, memory_of
-from jsparse.flops import Passes, StepFlops
+import jsparse.plan.compile_only
 from jsparse.models import Llama, LlamaConfig
 from jsparse.models.checkpoint import load_config
 from jsparse.models.sharding import MeshConfig
-from jsparse.plan import Plan, Program, ProgramPlan, plan_program, print_plan
+from jsparse.plan.compile_only import DEVICES, Memory, bytes_a_device, compile_only_devices, memory_of
+from jsparse.plan.flops import Passes, StepFlops
+from jsparse.plan.program import Plan, Program, ProgramPlan, plan_program, print_plan
 from jsparse.serve import Batch, CacheConfig, loop
 from jsparse.serve.config import plan_cache
 from jsparse.serve.plan import generation_programs, plan_generate
@@ -45,7 +45,7 @@ FLOPS = StepFlops(Passes(1, 3, 1), Passes(2, 6, 2), Passes(10, 20), Passes(30, 6
 def no_compiler(monkeypatch):
     """A jax that could compile, without the plugin that does."""
     monkeypatch.setattr(jax, "__version_info__", (0, 12, 0))
-    monkeypatch.setattr(jsparse.compile_only.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(jsparse.plan.compile_only.importlib.util, "find_spec", lambda name: None)
 
 
 # --- devices ---

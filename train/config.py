@@ -9,12 +9,11 @@ import jax.numpy as jnp
 import optax
 
 import jsparse
+from jsparse.checks import require_choice, require_integers, require_numbers
 from jsparse.models.config import LlamaConfig
 from jsparse.models.extend import EXTENSIONS
 from jsparse.models.llama import REMAT
-from jsparse.models.sharding import MeshConfig
-from jsparse.train.checks import require_choice, require_integers, require_numbers
-from jsparse.train.patterns import (
+from jsparse.models.patterns import (
     AttentionPattern,
     StridedBlocks,
     full_pattern,
@@ -23,6 +22,7 @@ from jsparse.train.patterns import (
     shifted_pattern,
     streaming_pattern,
 )
+from jsparse.models.sharding import MeshConfig
 
 BLOCK = 128  # tokens, of strided attention
 

@@ -11,12 +11,12 @@ import numpy as np
 from flax import nnx
 
 from jsparse.models import Llama, has_lora, load_config, merge_lora, save_adapter
+from jsparse.models.patterns import AttentionPattern, save_pattern
 from jsparse.models.sharding import MeshConfig
-from jsparse.train.checkpoint import open_checkpoints
 from jsparse.train.config import FinetuneConfig
-from jsparse.train.patterns import AttentionPattern, save_pattern
-from jsparse.train.processes import is_first_process
-from jsparse.train.run import checkpoint_folder, digest_model
+from jsparse.train.run.checkpoint import open_checkpoints
+from jsparse.train.run.identity import checkpoint_folder, digest_model
+from jsparse.train.run.processes import is_first_process
 from jsparse.train.start import extended_config, is_trained, load_start
 
 TOKENIZER_FILES = (

@@ -18,25 +18,25 @@ from jsparse.models import LlamaConfig, load_tokenizer
 from jsparse.models.checkpoint import load_config
 from jsparse.models.masking import ModelMask
 from jsparse.models.sharding import batch_sharding, put
-from jsparse.train.checkpoint import open_checkpoints
+from jsparse.reports.progress import progress_bar
+from jsparse.texts.documents import check_files
 from jsparse.train.config import FinetuneConfig
-from jsparse.train.data import (
-    Windows,
-    batch_at,
-    check_files,
-    digest_data,
-    open_windows,
-    position_at,
-    write_windows,
-)
+from jsparse.train.data.batches import batch_at, digest_data, position_at
+from jsparse.train.data.windows import HEADER, Windows, open_windows, write_windows
 from jsparse.train.export import export_model
-from jsparse.train.processes import is_first_process, wait_for_all
-from jsparse.train.progress import progress_bar
-from jsparse.train.run import DATA, METRICS, checkpoint_folder, describe_run, metrics_until, steps_taken
+from jsparse.train.run.checkpoint import open_checkpoints
+from jsparse.train.run.identity import (
+    DATA,
+    METRICS,
+    checkpoint_folder,
+    describe_run,
+    metrics_until,
+    steps_taken,
+)
+from jsparse.train.run.processes import is_first_process, wait_for_all
+from jsparse.train.run.stopping import sigterm_noted
 from jsparse.train.start import extended_config, load_start, step_of
 from jsparse.train.step import Metrics, SplitModel, TrainState
-from jsparse.train.stopping import sigterm_noted
-from jsparse.train.windows import HEADER
 
 
 @dataclasses.dataclass(frozen=True)

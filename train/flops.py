@@ -4,12 +4,12 @@ import dataclasses
 from collections.abc import Sequence
 
 from jsparse.attention import Mask, default_block_sizes
-from jsparse.block_mask import BlockMask
-from jsparse.flops import Passes, StepFlops, attention_flops
-from jsparse.masks import causal
+from jsparse.masks.block_mask import BlockMask
+from jsparse.masks.token_mask import causal
 from jsparse.models import Llama, has_lora
 from jsparse.models.layers import Linear, linear_layers
 from jsparse.models.masking import ModelMask, layer_masks
+from jsparse.plan.flops import Passes, StepFlops, attention_flops
 
 # What the backward pass computes again of a layer.
 _AGAIN = {

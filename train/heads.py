@@ -15,12 +15,12 @@ from flax import nnx
 from jaxtyping import Array
 
 import jsparse
+from jsparse.checks import require_choice, require_integers, require_numbers
 from jsparse.models import Llama, LlamaConfig, load_config, load_tokenizer
-from jsparse.train.checks import require_choice, require_integers, require_numbers
-from jsparse.train.data import check_files, read_documents
-from jsparse.train.gates import gate_loss
-from jsparse.train.passkeys import Passkeys, check_passkeys_fit, passkey_batch
-from jsparse.train.progress import progress_bar
+from jsparse.reports.progress import progress_bar
+from jsparse.texts.documents import check_files, read_documents
+from jsparse.texts.passkeys import Passkeys, check_passkeys_fit, passkey_batch
+from jsparse.train.head_gates import gate_loss
 
 PATTERN_FILE = "full_attention_heads.tsv"
 _ADAM = optax.scale_by_adam()  # which is AdamW where nothing decays; the learning rate is applied by _step
@@ -146,7 +146,7 @@ def learn_heads(config: HeadsConfig, *, progress: bool = True) -> HeadsResult:
     step (the original does so before each step, so that what it saves lies slightly outside). A head whose
     gate stays high is a retrieval head.
 
-    data: text to hide the passkeys in (``jsparse.train.passkeys``), at least ``context`` tokens of it.
+    data: text to hide the passkeys in (``jsparse.texts.passkeys``), at least ``context`` tokens of it.
 
     ``output`` becomes full_attention_heads.tsv (``HeadPattern.load`` reads it), config.json with the settings
     (sink_size and recent_size by DuoAttention's names) and losses.tsv, with the two parts of each loss. They

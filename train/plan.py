@@ -8,11 +8,11 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import Mesh
 
-from jsparse.compile_only import compile_only_devices, find_device
 from jsparse.models import Llama, LlamaConfig
 from jsparse.models.masking import ModelMask
 from jsparse.models.sharding import abstract_parameters, batch_sharding
-from jsparse.plan import DEFAULT_MEMORY_FRACTION, Plan, Program, check_memory_fraction, plan_program
+from jsparse.plan.compile_only import compile_only_devices, find_device
+from jsparse.plan.program import DEFAULT_MEMORY_FRACTION, Plan, Program, check_memory_fraction, plan_program
 from jsparse.train.config import FinetuneConfig
 from jsparse.train.flops import step_flops
 from jsparse.train.start import extended_config, is_trained, prepare, step_of

@@ -15,19 +15,20 @@ import optax
 from flax import nnx
 from jaxtyping import Array, Float, Int, Int32, PyTree
 
-from jsparse.corpus import standard_library_files
+from jsparse.checks import require_integers, require_numbers
 from jsparse.models import Llama, LlamaConfig, train_tokenizer
-from jsparse.models.tokenizer import END_OF_TEXT
-from jsparse.tasks import WORDS
-from jsparse.train.checkpoint import open_checkpoints
-from jsparse.train.checks import require_integers, require_numbers
-from jsparse.train.curriculum import KINDS, LISTED, TEXT, Lessons, Stage
-from jsparse.train.data import check_files, digest_data, read_documents
-from jsparse.train.passkeys import WORDS as PASSKEY_WORDS
-from jsparse.train.progress import progress_bar
-from jsparse.train.run import METRICS, checkpoint_folder, metrics_until, steps_in
+from jsparse.reports.progress import progress_bar
+from jsparse.texts.corpus import standard_library_files
+from jsparse.texts.documents import check_files, read_documents
+from jsparse.texts.passkeys import WORDS as PASSKEY_WORDS
+from jsparse.texts.tasks import WORDS
+from jsparse.texts.tokenizer import END_OF_TEXT
+from jsparse.train.data.batches import digest_data
+from jsparse.train.data.curriculum import KINDS, LISTED, TEXT, Lessons, Stage
+from jsparse.train.run.checkpoint import open_checkpoints
+from jsparse.train.run.identity import METRICS, checkpoint_folder, metrics_until, steps_in
+from jsparse.train.run.stopping import sigterm_noted
 from jsparse.train.step import SplitModel, TrainState, is_table, new_state, split_model
-from jsparse.train.stopping import sigterm_noted
 
 RECORD = "pretrain.json"
 _SHORTEST = 64  # tokens of the first stage's rows
@@ -195,9 +196,9 @@ class PretrainResult:
 def pretrain(config: PretrainConfig, *, command: str | None = None, progress: bool = True) -> PretrainResult:
     """Train a Llama and its tokenizer from nothing, and write a Hugging Face folder in bfloat16.
 
-    The rows are those of :class:`jsparse.train.curriculum.Lessons`, longer from stage to stage. The loss is
-    ``text_weight`` times the mean over the tokens of real text, plus the mean over the kinds of answers, each
-    of which weighs as the root of how many a step has.
+    The rows are those of :class:`jsparse.train.data.curriculum.Lessons`, longer from stage to stage. The loss
+    is ``text_weight`` times the mean over the tokens of real text, plus the mean over the kinds of answers,
+    each of which weighs as the root of how many a step has.
 
     While it runs, ``output`` holds ``metrics.jsonl`` (a line a step: step, length, loss, and of each kind of
     token that the step had its loss and how many were predicted right) and ``checkpoints/``. The tokenizer,

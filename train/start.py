@@ -10,10 +10,10 @@ from jax.sharding import Mesh
 from jaxtyping import PyTree
 
 from jsparse.models import Llama, LlamaConfig, LoRAParam, add_lora, quantize_base
+from jsparse.models.longlora import is_trained_with_lora
 from jsparse.models.masking import ModelMask
 from jsparse.models.sharding import parameter_shardings, put
 from jsparse.train.config import FinetuneConfig
-from jsparse.train.longlora import is_trained_with_lora
 from jsparse.train.step import Metrics, SplitModel, TrainState, new_state, split_model, train_step
 
 

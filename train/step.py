@@ -11,9 +11,9 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float32, Int32, PyTree
 
 from jsparse.models import Llama, LoRAParam, set_dropout_keys
+from jsparse.models.loss import next_targets, token_nll
 from jsparse.models.masking import ModelMask
 from jsparse.models.sharding import parameter_shardings
-from jsparse.train.loss import next_targets, token_nll
 
 
 class TrainState(NamedTuple):

@@ -7,8 +7,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jsparse.cache import LayerKVCache, PagedKVCache, StreamingKVCache
-from jsparse.select import Selection
+from jsparse.cache.layer import LayerKVCache
+from jsparse.cache.pages import PagedKVCache
+from jsparse.cache.ring import StreamingKVCache
+from jsparse.cache.select.selection import Selection
 from jsparse.serve.config import CacheConfig, CacheLayout
 from jsparse.serve.loop import ModelShape
 

@@ -6,13 +6,13 @@ import sys
 from pathlib import Path
 from typing import Any, Literal
 
+from jsparse.evaluate.speed import common
+from jsparse.evaluate.speed.cache_bytes import bytes_table, nbytes, step_bytes
+from jsparse.evaluate.speed.common import DecodeRow, in_turns
+from jsparse.evaluate.speed.filled_cache import FilledCache, endless_rows
+from jsparse.evaluate.speed.report import draw_decode, model_name, print_bytes, print_decode
 from jsparse.models import Llama, LlamaConfig
 from jsparse.serve import loop
-from jsparse.serve.bench import common
-from jsparse.serve.bench.cache_bytes import bytes_table, nbytes, step_bytes
-from jsparse.serve.bench.common import DecodeRow, in_turns
-from jsparse.serve.bench.filled_cache import FilledCache, endless_rows
-from jsparse.serve.bench.report import draw_decode, model_name, print_bytes, print_decode
 from jsparse.serve.config import CacheConfig, CacheLayout, Policy, layout_of
 from jsparse.serve.loop import ModelShape
 

@@ -8,13 +8,16 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from jsparse.cache import LayerKVCache, PagedKVCache, StreamingKVCache
-from jsparse.decode import decode_attention
-from jsparse.layer import choose_pages
+from jsparse.cache.decode import decode_attention
+from jsparse.cache.layer import LayerKVCache, choose_pages
+from jsparse.cache.pages import PagedKVCache
+from jsparse.cache.ring import StreamingKVCache
+from jsparse.cache.select.best import with_newest_pages
+from jsparse.cache.select.selection import Selection
+from jsparse.evaluate.speed.common import milliseconds
+from jsparse.masks.bounds import page_bounds
 from jsparse.models import Llama
-from jsparse.select import Selection, page_bounds, with_newest_pages
 from jsparse.serve import loop
-from jsparse.serve.bench.common import milliseconds
 from jsparse.serve.config import CacheLayout, Reading
 from jsparse.serve.loop import DecodeState, ModelShape, ModelStructure
 from jsparse.serve.sampling import RowParams, SamplingParams

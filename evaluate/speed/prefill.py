@@ -8,12 +8,13 @@ from typing import Any, Literal
 
 import numpy as np
 
-from jsparse.estimate import PooledBlocks, VerticalSlash
+from jsparse.evaluate.speed import common
+from jsparse.evaluate.speed.common import PrefillRow, in_turns, milliseconds
+from jsparse.evaluate.speed.report import print_prefill
+from jsparse.masks.pooled import PooledBlocks
+from jsparse.masks.vertical_slash import VerticalSlash
 from jsparse.models import Llama, LlamaConfig
 from jsparse.serve.batch import Batch
-from jsparse.serve.bench import common
-from jsparse.serve.bench.common import PrefillRow, in_turns, milliseconds
-from jsparse.serve.bench.report import print_prefill
 from jsparse.serve.config import CacheConfig, CacheLayout, layout_of
 from jsparse.serve.request import check_requests
 from jsparse.serve.sampling import SamplingParams

@@ -11,8 +11,8 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
-from jsparse.serve.bench.cache_bytes import LOGICAL_PAGE, PAGE, CacheBytes
-from jsparse.serve.bench.common import DecodeRow, PrefillRow, Timing
+from jsparse.evaluate.speed.cache_bytes import LOGICAL_PAGE, PAGE, CacheBytes
+from jsparse.evaluate.speed.common import DecodeRow, PrefillRow, Timing
 
 _WIDTH = 110  # where stdout is no terminal: wide enough for every table
 # Okabe and Ito's colours, which most colour-blind people can tell apart; a policy keeps its own.

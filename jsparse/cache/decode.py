@@ -12,9 +12,11 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from jsparse import mosaic_decode
-from jsparse.cache import PagedKVCache, StreamingKVCache
-from jsparse.device import hopper, product_dtype
+from jsparse.cache import hopper
+from jsparse.cache.pages import PagedKVCache
+from jsparse.cache.ring import StreamingKVCache
+from jsparse.device import hopper as on_hopper
+from jsparse.device import product_dtype
 
 _IMPLEMENTATIONS = ("mosaic_gpu", "mosaic_gpu_interpret", "xla")
 _BLOCK_TOKENS = 512  # keys a step of the loop over pages: large enough for efficient products, small to hold
@@ -39,7 +41,7 @@ def decode_attention(
     over all ``lengths[b]`` tokens of a paged cache, or those in the listed ``pages`` only; over the sink and
     the window of a streaming cache. The newest token's own key is in the cache already. Consecutive query
     heads share a KV head. ``pages`` are indices into the sequence's row of ``page_table``, a list for each KV
-    head or for each query head, -1 for no page, as :func:`jsparse.select.select_pages` makes them; other
+    head or for each query head, -1 for no page, as ``jsparse.cache.select.select_pages`` makes them; other
     pages are not touched. A sequence of length 0 gives 0. Pages of int8 or int4 codes are read as the values
     that they stand for.
 
@@ -76,7 +78,7 @@ def decode_attention(
         return _by_query_head(q, cache, lengths, page_table, pages, scale, implementation)
     if _takes_kernel(implementation, q, cache):
         interpret = implementation == "mosaic_gpu_interpret"
-        return mosaic_decode.decode(q, cache, lengths, page_table, pages, scale, interpret=interpret)
+        return hopper.decode(q, cache, lengths, page_table, pages, scale, interpret=interpret)
     if isinstance(cache, StreamingKVCache):
         position = cache.positions(lengths)[:, None]  # the ring holds what may be seen and nothing more
         ring = (cache.k, cache.v, position)
@@ -270,9 +272,9 @@ def _scores(q: Float[Array, "B H Q D"], k: Float[Array, "B H S D"], *, keys_firs
 def _takes_kernel(implementation: str | None, q, cache: PagedKVCache | StreamingKVCache) -> bool:
     if implementation is not None and implementation not in _IMPLEMENTATIONS:
         raise ValueError(f"implementation must be None or one of {_IMPLEMENTATIONS}, not {implementation!r}")
-    if implementation == "xla" or (implementation is None and not hopper()):
+    if implementation == "xla" or (implementation is None and not on_hopper()):
         return False
-    reason = mosaic_decode.limit(q, cache, interpret=implementation == "mosaic_gpu_interpret")
+    reason = hopper.limit(q, cache, interpret=implementation == "mosaic_gpu_interpret")
     if reason is not None and implementation is not None:
         raise NotImplementedError(f"implementation={implementation!r}: {reason}")
     return reason is None

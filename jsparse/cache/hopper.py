@@ -5,29 +5,30 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jsparse import mosaic_gpu
-from jsparse.cache import PagedKVCache, StreamingKVCache
+from jsparse.cache.pages import PagedKVCache
+from jsparse.cache.quantize import Quantized
+from jsparse.cache.ring import StreamingKVCache
 from jsparse.device import kernel_limit
+from jsparse.implementations import hopper
 from jsparse.mesh import split_over_mesh
-from jsparse.quantize import Quantized
 
 
 def limit(q, cache: PagedKVCache | StreamingKVCache, *, interpret: bool) -> str | None:
     """Why the kernel cannot take this call, or None where it can."""
     if (reason := kernel_limit(interpret=interpret)) is not None:
         return reason
-    from jsparse.pallas_kernels.paged_decode import shape_limit
+    from jsparse.pallas_kernels.hopper.paged_decode import shape_limit
 
     return shape_limit(q, _pool(cache.k), interpret=interpret)
 
 
 def decode(q, cache: PagedKVCache | StreamingKVCache, lengths, page_table, pages, scale, *, interpret: bool):
     """``decode_attention`` by the kernel; on a mesh, each device's own sequences and heads."""
-    from jsparse.pallas_kernels.paged_decode import paged_decode
+    from jsparse.pallas_kernels.hopper.paged_decode import paged_decode
 
     options = {
         "scale": q.shape[-1] ** -0.5 if scale is None else scale,
-        "interpret": mosaic_gpu.interpreter() if interpret else None,
+        "interpret": hopper.interpreter() if interpret else None,
     }
     streaming = isinstance(cache, StreamingKVCache)
     pools, structure = jax.tree.flatten((_pool(cache.k), _pool(cache.v)))

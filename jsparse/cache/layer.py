@@ -1,14 +1,35 @@
 """What an attention layer does with its cache: append new tokens, and attend with them."""
 
+import dataclasses
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from jsparse.cache import LayerKVCache, PagedKVCache, append_paged, append_streaming
-from jsparse.decode import decode_attention
-from jsparse.estimate import PooledBlocks, VerticalSlash
-from jsparse.prefill import paged_prefill, streaming_prefill
-from jsparse.select import Selection, best_pages, random_scores, select_pages, with_newest_pages
+from jsparse.cache.decode import decode_attention
+from jsparse.cache.pages import PagedKVCache, append_paged
+from jsparse.cache.prefill import paged_prefill, streaming_prefill
+from jsparse.cache.ring import StreamingKVCache, append_streaming
+from jsparse.cache.select.best import best_pages, random_scores, select_pages, with_newest_pages
+from jsparse.cache.select.selection import Selection
+from jsparse.masks.pooled import PooledBlocks
+from jsparse.masks.vertical_slash import VerticalSlash
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class LayerKVCache:
+    """The cache of one attention layer, split by KV head: ``streaming_heads`` stream, all others are paged.
+
+    ``paged`` is None in a layer that only streams, ``streaming`` is None in a layer that never does.
+    ``selected`` are the pages that were chosen last, ``[B, H, n]``, None where none are.
+    """
+
+    paged: PagedKVCache | None
+    streaming: StreamingKVCache | None
+    streaming_heads: tuple[int, ...] = dataclasses.field(default=(), metadata={"static": True})
+    selected: Any = None
 
 
 def attend_and_append(

@@ -8,11 +8,14 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from jsparse.attention import attention
-from jsparse.cache import PagedKVCache, StreamingKVCache
-from jsparse.decode import paged_attention
+from jsparse.cache.decode import paged_attention
+from jsparse.cache.pages import PagedKVCache
+from jsparse.cache.ring import StreamingKVCache
 from jsparse.device import hopper
-from jsparse.estimate import PooledBlocks, VerticalSlash, all_blocks
-from jsparse.masks import sliding_window
+from jsparse.masks.estimate import all_blocks
+from jsparse.masks.pooled import PooledBlocks
+from jsparse.masks.token_mask import sliding_window
+from jsparse.masks.vertical_slash import VerticalSlash
 
 _BLOCK = 128  # tokens a block of lists, where nothing else says how many
 

@@ -2,8 +2,8 @@
 
 import jax
 
-from jsparse.block_mask import BlockMask
-from jsparse.masks import causal
+from jsparse.masks.block_mask import BlockMask
+from jsparse.masks.token_mask import causal
 
 
 def limit(q, k, mask: BlockMask, q_segment_ids, return_lse: bool) -> str | None:

@@ -14,8 +14,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jsparse.block_mask import BlockMask, offset_entries, transposed_lists
 from jsparse.device import device_kind, kernel_limit
+from jsparse.masks.block_mask import BlockMask, offset_entries, transposed_lists
 from jsparse.mesh import split_over_mesh
 from jsparse.pallas_kernels import measured
 from jsparse.pallas_kernels.lists import UNLIMITED, Heads, Lists
@@ -47,7 +47,7 @@ def block_sizes() -> tuple[int, int]:
 
 def forward(q, k, v, mask: BlockMask, scale, q_segment_ids, kv_segment_ids, *, interpret: bool):
     """out [B, T, Hq, D] in q's dtype, lse [B, T, Hq] float32, natural logarithm."""
-    from jsparse.pallas_kernels.forward import forward, forward_tiles
+    from jsparse.pallas_kernels.hopper.forward import forward, forward_tiles
 
     arrays, segments = _pad(q, k, v), _segments(q_segment_ids, kv_segment_ids)
     kernel = _kernel(forward, forward_tiles, arrays[0].shape[-1], mask, scale, interpret)
@@ -59,8 +59,8 @@ def backward(
     q, k, v, mask: BlockMask, scale, q_segment_ids, kv_segment_ids, out, lse, d_out, d_lse, *, interpret: bool
 ):
     """The gradients of q, k and v."""
-    from jsparse.pallas_kernels.backward_keys import backward_keys, keys_tiles
-    from jsparse.pallas_kernels.backward_queries import backward_queries, queries_tiles
+    from jsparse.pallas_kernels.hopper.backward_keys import backward_keys, keys_tiles
+    from jsparse.pallas_kernels.hopper.backward_queries import backward_queries, queries_tiles
 
     delta = jnp.sum(out.astype(jnp.float32) * d_out.astype(jnp.float32), axis=-1) - d_lse
     # Rows that see nothing, and those that fill up the last block, have no weights: exp2(score - inf) = 0.

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jsparse.block_mask import BlockMask
+from jsparse.masks.block_mask import BlockMask
 
 
 def forward(q, k, v, mask: BlockMask, scale, q_segment_ids=None, kv_segment_ids=None):

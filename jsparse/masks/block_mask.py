@@ -11,7 +11,7 @@ import numpy as np
 from jax.core import Tracer
 from jaxtyping import Int
 
-from jsparse.masks import TokenMask
+from jsparse.masks.token_mask import TokenMask
 
 
 @functools.partial(

@@ -9,7 +9,7 @@ import dataclasses
 
 import numpy as np
 
-from jsparse.block_mask import BlockMask
+from jsparse.masks.block_mask import BlockMask
 
 # Products of a block of queries with a block of keys, each 2 * block_q * block_kv * head_dim FLOPs. Forward:
 # scores, and weights times values. Backward: one pass makes dQ of scores, dweights and their product with the

@@ -11,14 +11,8 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
-from jsparse.compile_only import (
-    bytes_a_device,
-    compile_for,
-    is_out_of_memory,
-    kernel_calls,
-    memory_of,
-)
-from jsparse.flops import StepFlops
+from jsparse.plan.compile_only import bytes_a_device, compile_for, is_out_of_memory, kernel_calls, memory_of
+from jsparse.plan.flops import StepFlops
 
 # The part of a device's memory that JAX takes for arrays, unless XLA_CLIENT_MEM_FRACTION says otherwise.
 DEFAULT_MEMORY_FRACTION = 0.75

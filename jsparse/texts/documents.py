@@ -9,7 +9,7 @@ import numpy as np
 from jaxtyping import Int32
 from tokenizers import Encoding, Tokenizer
 
-from jsparse.models import plain_text_tokenizer
+from jsparse.texts.tokenizer import plain_text_tokenizer
 
 _BATCH_CHARACTERS = 1 << 18  # tokenised at a time, on all cores; a batch is longer only if one record is
 _ALLOWED = (

@@ -18,9 +18,8 @@ from jax import Array, lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from jsparse.pallas_kernels.lists import Heads, Lists, walk
-from jsparse.pallas_kernels.masking import key_bounds, pad_segments, same_segment, visible_to
-from jsparse.pallas_kernels.mosaic import (
+from jsparse.pallas_kernels.hopper.masking import key_bounds, pad_segments, same_segment, visible_to
+from jsparse.pallas_kernels.hopper.mosaic import (
     anew,
     bring,
     launch,
@@ -30,6 +29,7 @@ from jsparse.pallas_kernels.mosaic import (
     share_registers,
     tile_transforms,
 )
+from jsparse.pallas_kernels.lists import Heads, Lists, walk
 
 ROWS = 64  # of keys a warpgroup holds: the height of one wgmma
 

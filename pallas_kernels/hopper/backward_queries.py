@@ -16,9 +16,8 @@ from jax import Array, lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from jsparse.pallas_kernels.lists import Heads, Lists, walk
-from jsparse.pallas_kernels.masking import pad_segments, row_bounds, same_segment, visible
-from jsparse.pallas_kernels.mosaic import (
+from jsparse.pallas_kernels.hopper.masking import pad_segments, row_bounds, same_segment, visible
+from jsparse.pallas_kernels.hopper.mosaic import (
     anew,
     bring,
     launch,
@@ -28,6 +27,7 @@ from jsparse.pallas_kernels.mosaic import (
     share_registers,
     tile_transforms,
 )
+from jsparse.pallas_kernels.lists import Heads, Lists, walk
 
 ROWS = 64  # of queries a warpgroup holds: the height of one wgmma
 

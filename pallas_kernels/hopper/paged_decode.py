@@ -31,7 +31,7 @@ from jax import Array, lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from jsparse.pallas_kernels.mosaic import anew, launch, multiply, multiply_registers, tile_transforms
+from jsparse.pallas_kernels.hopper.mosaic import anew, launch, multiply, multiply_registers, tile_transforms
 
 HEAD_DIMS = (64, 128, 256)
 GROUPS = (8, 16)  # query heads of a KV head, rounded up

@@ -16,10 +16,11 @@ import numpy as np
 import pytest
 
 import jsparse
-from jsparse.block_mask import build_block_mask
-from jsparse.cache import PagedKVCache
-from jsparse.decode import decode_attention
-from jsparse.select import page_bounds, select_pages
+from jsparse.cache.decode import decode_attention
+from jsparse.cache.pages import PagedKVCache
+from jsparse.cache.select.best import select_pages
+from jsparse.masks.block_mask import build_block_mask
+from jsparse.masks.bounds import page_bounds
 
 
 def median_ratio(ours: Callable, dense: Callable, rounds: int) -> float:

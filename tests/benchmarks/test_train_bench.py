@@ -13,8 +13,8 @@ from extension import ExtensionBench, bench_extension
 from train_step import TrainStepBench, bench_train_step
 
 from jsparse.models import Llama
+from jsparse.models.patterns import load_pattern
 from jsparse.train import shifted_head_masks
-from jsparse.train.patterns import load_pattern
 
 SMALL: dict[str, Any] = {
     "hidden_size": 32,

@@ -8,9 +8,7 @@ import jax
 import numpy as np
 import pytest
 
-from jsparse.models import Llama, byte_tokenizer
-from jsparse.serve import CacheConfig, SamplingParams, decode_logits, generate
-from jsparse.serve.lm_eval import (
+from jsparse.evaluate.lm_eval import (
     JsparseLM,
     Wish,
     answer,
@@ -20,6 +18,8 @@ from jsparse.serve.lm_eval import (
     rolling_windows,
     score_continuation,
 )
+from jsparse.models import Llama, byte_tokenizer
+from jsparse.serve import CacheConfig, SamplingParams, decode_logits, generate
 
 installed = importlib.util.find_spec("lm_eval") is not None
 needs_harness = pytest.mark.skipif(not installed, reason="lm_eval is not installed")

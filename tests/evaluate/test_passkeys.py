@@ -10,15 +10,10 @@ import tokenizers
 from flax import nnx
 
 import jsparse
+from jsparse.evaluate import passkeys
+from jsparse.evaluate.passkeys import PasskeyAccuracy, _material, _text, evaluate_passkeys
 from jsparse.models import Llama, LlamaConfig, byte_tokenizer
-from jsparse.tasks import PASSKEY_QUESTION, question_and_answer
-from jsparse.train import retrieval
-from jsparse.train.retrieval import (
-    PasskeyAccuracy,
-    _material,
-    _text,
-    evaluate_passkeys,
-)
+from jsparse.texts.tasks import PASSKEY_QUESTION, question_and_answer
 
 BYTES = byte_tokenizer()
 VOCAB = 257
@@ -138,7 +133,7 @@ def test_results_stand_by_length_and_depth_and_a_length_has_one_shape(model, mon
         found = [int(k) > 50000 and 2 * p > len(f) for k, p, f in zip(key, place, filler, strict=True)]
         return np.array(found), np.full(len(tokens), True)
 
-    monkeypatch.setattr(retrieval, "_is_retrieved", find)
+    monkeypatch.setattr(passkeys, "_is_retrieved", find)
     results = evaluate_passkeys(model, BYTES, lengths=[300, 270], depths=[0.8, 0.2], samples=9, batch_size=4)
     assert shapes == {((4, length), (4, 6)) for length in (300, 270)}
     keys = {n: [int(read(_text(material(), n, sample, 0)[0])[0]) for sample in range(9)] for n in (300, 270)}

@@ -7,10 +7,11 @@ import pytest
 from flax import nnx
 
 from jsparse import BlockMask, causal, sliding_window
+from jsparse.evaluate import perplexity
+from jsparse.evaluate.perplexity import _nll
 from jsparse.models import Llama, LlamaConfig
-from jsparse.train import evaluate, evaluate_perplexity, perplexity_by_context, shifted_head_masks
-from jsparse.train.evaluate import _nll
-from jsparse.train.patterns import StridedBlocks, longgen_pattern
+from jsparse.models.patterns import StridedBlocks, longgen_pattern
+from jsparse.train import evaluate_perplexity, perplexity_by_context, shifted_head_masks
 
 VOCAB = 31
 
@@ -134,11 +135,11 @@ def test_a_file_of_tokens_is_read_in_place(model, tokens, tmp_path, monkeypatch)
     mapped = np.memmap(tmp_path / "tokens.bin", np.uint16, "r")
     read_from = []
 
-    def spied(tokens, *arguments, cut=evaluate._windows):
+    def spied(tokens, *arguments, cut=perplexity._windows):
         read_from.append(tokens)
         return cut(tokens, *arguments)
 
-    monkeypatch.setattr(evaluate, "_windows", spied)
+    monkeypatch.setattr(perplexity, "_windows", spied)
     result = evaluate_perplexity(model, mapped, context=16)
     assert all(np.shares_memory(one, mapped) for one in read_from) and read_from
     assert result == evaluate_perplexity(model, tokens, context=16)

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 from matplotlib.figure import Figure
 
-from jsparse.train.evaluate import Perplexity
-from jsparse.train.plots import _draw_passkeys, _draw_perplexity, check_can_plot, plot_evaluation
-from jsparse.train.retrieval import PasskeyAccuracy
+from jsparse.evaluate.passkeys import PasskeyAccuracy
+from jsparse.evaluate.perplexity import Perplexity
+from jsparse.evaluate.plots import _draw_passkeys, _draw_perplexity, check_can_plot, plot_evaluation
 
 PERPLEXITIES = [Perplexity(p, np.log(p), 100, context, 8) for context, p in ((2048, 8.5), (512, 9.5))]
 PASSKEYS = [

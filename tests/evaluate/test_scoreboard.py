@@ -11,15 +11,15 @@ from flax import nnx
 
 import jsparse
 from jsparse.__main__ import main
+from jsparse.evaluate import METHODS, Method, ScoreboardConfig, greedy_answers, run_scoreboard
+from jsparse.evaluate import scoreboard as board
+from jsparse.evaluate.answers import Question, prefill_layouts
+from jsparse.evaluate.scoreboard import token_budgets, wilson_interval
+from jsparse.evaluate.scoreboard_report import GRID, markdown_table, print_scoreboard
 from jsparse.models import Llama, load_tokenizer, shipped_model
 from jsparse.serve import CacheConfig, SamplingParams, decode_logits, generate, loop
 from jsparse.serve.config import layout_of
-from jsparse.serve.quality import METHODS, Method, ScoreboardConfig, greedy_answers, run_scoreboard
-from jsparse.serve.quality import scoreboard as board
-from jsparse.serve.quality.answers import Question, prefill_layouts
-from jsparse.serve.quality.report import GRID, markdown_table, print_scoreboard
-from jsparse.serve.quality.scoreboard import token_budgets, wilson_interval
-from jsparse.tasks import TASKS
+from jsparse.texts.tasks import TASKS
 
 CACHE = CacheConfig(
     capacity=64, page_size=8, logical_page_size=4, budget=16, prefill_chunk=16, sink=2, window=5
@@ -376,7 +376,7 @@ def test_tables_of_budgets_where_one_is_too_wide(settings, perfect, capsys, monk
     rows = run_scoreboard(settings())
     print_scoreboard(rows, "a model")
     assert capsys.readouterr().out.count("lserve-reuse-16") == 1
-    monkeypatch.setattr("jsparse.serve.quality.report._WIDTH", 80)
+    monkeypatch.setattr("jsparse.evaluate.scoreboard_report._WIDTH", 80)
     print_scoreboard(rows, "a model")
     out = capsys.readouterr().out
     assert out.count("lserve-reuse-16") == 2 and "a budget of 192 tokens" in out

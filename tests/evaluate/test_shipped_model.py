@@ -6,13 +6,13 @@ import numpy as np
 import pytest
 
 import jsparse
-from jsparse import tasks
-from jsparse.corpus import standard_library_files
+from jsparse.evaluate import ScoreboardConfig, greedy_answers, run_scoreboard
+from jsparse.evaluate.answers import Question
+from jsparse.evaluate.scoreboard import read_material, task_examples
 from jsparse.models import Llama, load_config, load_tokenizer, shipped_model
 from jsparse.serve import CacheConfig, generate
-from jsparse.serve.quality import ScoreboardConfig, greedy_answers, run_scoreboard
-from jsparse.serve.quality.answers import Question
-from jsparse.serve.quality.scoreboard import read_material, task_examples
+from jsparse.texts import tasks
+from jsparse.texts.corpus import standard_library_files
 
 FOLDER = shipped_model()
 LENGTH = 2048

@@ -13,20 +13,20 @@ import pytest
 from flax import nnx
 
 import jsparse
-from jsparse.models import Llama
-from jsparse.serve import loop
-from jsparse.serve.bench import common
-from jsparse.serve.bench.cache_bytes import bytes_table, nbytes, step_bytes
-from jsparse.serve.bench.decode import DecodeBench, bench_decode
-from jsparse.serve.bench.filled_cache import (
+from jsparse.evaluate.speed import common
+from jsparse.evaluate.speed.cache_bytes import bytes_table, nbytes, step_bytes
+from jsparse.evaluate.speed.decode import DecodeBench, bench_decode
+from jsparse.evaluate.speed.filled_cache import (
     FilledCache,
     attention_steps,
     endless_rows,
     listed_pages,
     random_state,
 )
-from jsparse.serve.bench.prefill import PrefillBench, bench_prefill
-from jsparse.serve.bench.report import draw_decode, spread
+from jsparse.evaluate.speed.prefill import PrefillBench, bench_prefill
+from jsparse.evaluate.speed.report import draw_decode, spread
+from jsparse.models import Llama
+from jsparse.serve import loop
 from jsparse.serve.config import Policy
 
 # Without pages, with all, with pages chosen in some layers and in all: each takes long to compile.

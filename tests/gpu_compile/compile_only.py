@@ -11,14 +11,14 @@ from typing import Any, NamedTuple
 from jax.sharding import Mesh
 from jaxlib.mlir import ir
 
-from jsparse.compile_only import (
+from jsparse.models.sharding import MeshConfig
+from jsparse.plan.compile_only import (
     DEVICES,
     compile_only_devices,
     lower_for,
     prepare_process,
     require_compiler,
 )
-from jsparse.models.sharding import MeshConfig
 
 prepare_process()
 try:

@@ -12,7 +12,8 @@ from compile_only import compile_for, mesh_of
 from jax.sharding import NamedSharding, PartitionSpec
 
 from jsparse.device import device_kind
-from jsparse.pallas_kernels import backward_keys, backward_queries, forward, measured, paged_decode
+from jsparse.pallas_kernels import measured
+from jsparse.pallas_kernels.hopper import backward_keys, backward_queries, forward, paged_decode
 from jsparse.pallas_kernels.lists import Heads, Lists
 
 HEAD_DIMS = (64, 128, 256)

@@ -12,11 +12,11 @@ from compile_only import compile_for, mesh_of
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jsparse import PooledBlocks, attention, causal, streaming
-from jsparse.compile_only import DEVICES, bytes_a_device, kernel_calls, memory_of
 from jsparse.models import LlamaConfig
 from jsparse.models.rope import RopeConfig
 from jsparse.models.sharding import MeshConfig
-from jsparse.plan import Program
+from jsparse.plan.compile_only import DEVICES, bytes_a_device, kernel_calls, memory_of
+from jsparse.plan.program import Program
 from jsparse.serve import CacheConfig
 from jsparse.serve.config import plan_cache
 from jsparse.serve.plan import generation_programs

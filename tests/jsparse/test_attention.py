@@ -13,18 +13,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jsparse import (
-    BlockMask,
-    TokenMask,
-    attention,
-    causal,
-    items,
-    list_loop,
-    shifted_groups,
-    sliding_window,
-    streaming,
-)
+from jsparse import BlockMask, TokenMask, attention, causal, shifted_groups, sliding_window, streaming
 from jsparse.attention import _attention
+from jsparse.implementations.xla import items, list_loop
 
 # On a machine with a GPU: JSPARSE_TEST_IMPLEMENTATION=mosaic_gpu, in half precision only.
 INTERPRETED = pytest.param(

@@ -13,7 +13,7 @@ from jax.sharding import AbstractMesh, AxisType
 
 import jsparse
 from jsparse import BlockMask, TokenMask, causal, shifted_groups, sliding_window, streaming
-from jsparse.reference import visible_keys
+from jsparse.implementations.reference import visible_keys
 from jsparse.sequence import earlier_keys, split_sequence
 
 token_masks = st.builds(

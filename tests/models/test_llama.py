@@ -10,7 +10,7 @@ import pytest
 from flax import nnx
 
 import jsparse
-from jsparse.block_mask import BlockMask
+from jsparse.masks.block_mask import BlockMask
 from jsparse.models import Llama
 from jsparse.models.masking import layer_masks, within_window
 

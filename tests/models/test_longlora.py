@@ -7,8 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from jsparse.models import Llama, LlamaConfig, LoRAParam, add_lora
+from jsparse.models.longlora import is_trained_with_lora
 from jsparse.train import shifted_head_masks
-from jsparse.train.longlora import is_trained_with_lora
 from jsparse.train.step import split_model
 
 

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jsparse.train.loss import next_targets, token_nll
+from jsparse.models.loss import next_targets, token_nll
 
 
 def test_a_token_counts_where_the_next_is_scored_and_of_its_document():

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 import jsparse
 from jsparse import BlockMask, HeadPattern, causal, streaming
 from jsparse.models import LlamaConfig
-from jsparse.train.patterns import (
+from jsparse.models.patterns import (
     AttentionPattern,
     StridedBlocks,
     full_pattern,

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 import jsparse
+from jsparse.cache.select.selection import Selection
 from jsparse.models import LlamaConfig
-from jsparse.select import Selection
 from jsparse.serve import CacheConfig, SamplingParams, decode_logits, generate, loop
 from jsparse.serve.config import POLICIES, layout_of
 

@@ -8,9 +8,9 @@ import pytest
 import jsparse
 from jsparse import HeadPattern
 from jsparse.models import LlamaConfig
+from jsparse.models.patterns import StridedBlocks
 from jsparse.models.sharding import MeshConfig
 from jsparse.train import FinetuneConfig
-from jsparse.train.patterns import StridedBlocks
 
 CONFIG = FinetuneConfig(model=Path("base"), data=(Path("text"),), output=Path("out"), context=64)
 

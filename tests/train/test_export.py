@@ -8,8 +8,8 @@ import pytest
 
 from jsparse.__main__ import main
 from jsparse.models import Llama, load_adapter
+from jsparse.models.patterns import load_pattern
 from jsparse.train import FinetuneConfig, MergeConfig, finetune, merge
-from jsparse.train.patterns import load_pattern
 
 TOKENS = np.random.default_rng(0).integers(0, 257, (2, 64)).astype(np.int32)
 

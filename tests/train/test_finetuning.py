@@ -1,7 +1,6 @@
 import dataclasses
 import json
 import shutil
-import sys
 
 import jax
 import jax.numpy as jnp
@@ -10,9 +9,9 @@ import pytest
 from flax import nnx
 
 from jsparse.models import Llama
-from jsparse.train import FinetuneConfig, finetune
-from jsparse.train.checkpoint import open_checkpoints
-from jsparse.train.patterns import load_pattern, shifted_pattern
+from jsparse.models.patterns import load_pattern, shifted_pattern
+from jsparse.train import FinetuneConfig, finetune, finetuning
+from jsparse.train.run.checkpoint import open_checkpoints
 from jsparse.train.start import load_start
 
 CONTEXT = 32  # of the base model
@@ -163,8 +162,7 @@ def test_checkpoints_of_another_run_are_refused_and_stay_as_they_are(config, run
 
 def test_an_interrupted_run_goes_on_as_if_nothing_had_happened(config, run, tmp_path, monkeypatch):
     broken = dataclasses.replace(config, output=tmp_path / "output", checkpoint_every=2)
-    module = sys.modules["jsparse.train.finetune"]  # the package's attribute of that name is the function
-    batch_at = module.batch_at
+    batch_at = finetuning.batch_at
 
     def stop_at_step_5(windows, step, **options):
         if step == 4:
@@ -172,7 +170,7 @@ def test_an_interrupted_run_goes_on_as_if_nothing_had_happened(config, run, tmp_
         return batch_at(windows, step, **options)
 
     with monkeypatch.context() as patch:
-        patch.setattr(module, "batch_at", stop_at_step_5)
+        patch.setattr(finetuning, "batch_at", stop_at_step_5)
         with pytest.raises(KeyboardInterrupt):
             finetune(dataclasses.replace(broken, steps=5), progress=False)
     assert {path.name for path in broken.output.iterdir()} == {"metrics.jsonl", "checkpoints", "data"}
@@ -216,9 +214,8 @@ def test_a_loss_that_is_not_finite_ends_the_run_and_writes_no_model(config, tmp_
 @pytest.mark.parametrize(("skipped", "in_row", "taken"), [(0, 0, 4), (2, 0, 2), (2, 1, 3), (2, 2, 3)])
 def test_the_learning_rate_reported_is_that_of_the_steps_the_optimizer_took(config, skipped, in_row, taken):
     """In line 5, ``taken`` steps have moved the weights before: the one that is skipped there has not."""
-    module = sys.modules["jsparse.train.finetune"]
     rising = dataclasses.replace(config, learning_rate=1.0, warmup_steps=10)
     numbers = (jnp.float32(2.0), jnp.float32(1.0), *(jnp.int32(n) for n in (7, skipped, in_row)))
-    line = module._metrics_line(rising, 5, module.Metrics(*numbers), 0.0)
+    line = finetuning._metrics_line(rising, 5, finetuning.Metrics(*numbers), 0.0)
     np.testing.assert_allclose(line["learning_rate"], (taken + 1) / 10, rtol=1e-6)
     assert (line["loss"] is None) == (in_row > 0) and line["skipped"] == skipped

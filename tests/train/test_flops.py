@@ -13,11 +13,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jsparse import BlockMask, TokenMask, causal, shifted_groups, streaming
-from jsparse.flops import Passes, attention_flops
 from jsparse.models import Llama, LlamaConfig, add_lora
+from jsparse.models.longlora import is_trained_with_lora
+from jsparse.plan.flops import Passes, attention_flops
 from jsparse.train import shifted_head_masks
 from jsparse.train.flops import step_flops
-from jsparse.train.longlora import is_trained_with_lora
 from jsparse.train.step import new_state, split_model, train_step
 
 LLAMA_2_7B = LlamaConfig(

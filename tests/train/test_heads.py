@@ -13,9 +13,9 @@ from flax import nnx
 
 import jsparse
 from jsparse.models import Llama, LlamaConfig, byte_tokenizer
+from jsparse.texts.passkeys import passkey_batch
 from jsparse.train import HeadsConfig, learn_heads
-from jsparse.train.gates import gate_loss, mixed_attend
-from jsparse.train.passkeys import passkey_batch
+from jsparse.train.head_gates import gate_loss, mixed_attend
 
 SINK, WINDOW = 1, 8
 LAYERS, KV_HEADS, GROUP = 2, 2, 2

@@ -5,8 +5,8 @@ import pytest
 
 import jsparse
 from jsparse.models import Llama
+from jsparse.models.patterns import StridedBlocks
 from jsparse.train import FinetuneConfig, MergeConfig, finetune, load_pattern, merge
-from jsparse.train.patterns import StridedBlocks
 
 
 @pytest.fixture(scope="module")

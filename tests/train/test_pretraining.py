@@ -1,7 +1,6 @@
 """Pretraining: rows ask for what they say, and a run is one run however often it stops."""
 
 import contextlib
-import importlib
 import json
 import re
 import shlex
@@ -12,14 +11,14 @@ import numpy as np
 import optax
 import pytest
 
-from jsparse import tasks
 from jsparse.__main__ import main
 from jsparse.models import Llama, load_tokenizer, train_tokenizer
-from jsparse.models.tokenizer import END_OF_TEXT
-from jsparse.train import PretrainConfig, pretrain
-from jsparse.train.curriculum import KINDS, NOT_SCORED, TEXT, Lessons, Stage
-from jsparse.train.passkeys import WORDS as PASSKEY_WORDS
-from jsparse.train.run import checkpoint_folder
+from jsparse.texts import tasks
+from jsparse.texts.passkeys import WORDS as PASSKEY_WORDS
+from jsparse.texts.tokenizer import END_OF_TEXT
+from jsparse.train import PretrainConfig, pretrain, pretraining
+from jsparse.train.data.curriculum import KINDS, NOT_SCORED, TEXT, Lessons, Stage
+from jsparse.train.run.identity import checkpoint_folder
 
 COPY, RECALL, CHAIN, PASSKEY, COMMON = map(KINDS.index, ("copy", "recall", "chain", "passkey", "common"))
 TEXT_SAMPLE = "def first(items):\n    for item in items:\n        return item\n\n\n" * 100
@@ -184,9 +183,8 @@ def test_a_run_ends_in_a_hugging_face_folder(finished):
 
 def test_the_loss_is_that_of_its_docstring(data, tokenizer, lessons):
     """From the logits, kind by kind: text by its mean, answers by the roots of their numbers."""
-    module = importlib.import_module("jsparse.train.pretrain")
     config = tiny("out", data, text_weight=0.7)
-    state, split = module._start(config, tokenizer.token_to_id(END_OF_TEXT))
+    state, split = pretraining._start(config, tokenizer.token_to_id(END_OF_TEXT))
     tokens, kinds = lessons.batch(Stage(1, 256, 4, {"recall": 0.5, "list": 0.25, "copy": 0.25}), 0, 0)
     logits = np.asarray(split.join(state.params, split.frozen)(tokens), np.float64)[:, :-1]
     normalised = logits - logits.max(-1, keepdims=True)
@@ -199,18 +197,17 @@ def test_the_loss_is_that_of_its_docstring(data, tokenizer, lessons):
     assert len(weights) >= 3 and len(set(weights.values())) >= 3
     mean = sum(weight * answers[kind].mean() for kind, weight in weights.items()) / sum(weights.values())
 
-    _, loss, counts = module._pretrain_step(split, config)(state, tokens, kinds)
+    _, loss, counts = pretraining._pretrain_step(split, config)(state, tokens, kinds)
     assert float(loss) == pytest.approx(0.7 * text + mean, rel=1e-5)
     right = logits.argmax(-1) == tokens[:, 1:]
     assert counts.right.tolist() == [int(right[where].sum()) for where in of_kind.values()]
 
 
 def test_muon_has_the_matrices_of_the_layers_and_rates_fall_to_zero_twice(data):
-    module = importlib.import_module("jsparse.train.pretrain")
     config = tiny("out", data, final_steps=8, far_steps=4)
-    state, _ = module._start(config, 256)
+    state, _ = pretraining._start(config, 256)
     of_muon = jax.tree.leaves_with_path(
-        module._muon_matrices(state.params),
+        pretraining._muon_matrices(state.params),
         is_leaf=lambda leaf: isinstance(leaf, optax.contrib.MuonDimensionNumbers),
     )
     names = {jax.tree_util.keystr(path) for path, _ in of_muon}
@@ -233,7 +230,7 @@ def test_an_interrupted_run_goes_on_as_if_nothing_had_happened(finished, data, t
         yield lambda: next(asked, False)
 
     with monkeypatch.context() as patch:
-        patch.setattr(importlib.import_module("jsparse.train.pretrain"), "sigterm_noted", stops_after_four)
+        patch.setattr(pretraining, "sigterm_noted", stops_after_four)
         stopped = pretrain(config, progress=False)
     assert not stopped.finished and len(stopped.metrics) == 4
     assert not (config.output_folder / "config.json").exists()

@@ -7,8 +7,8 @@ import pytest
 from flax import nnx
 
 from jsparse.models import Llama, add_lora
+from jsparse.models.longlora import is_trained_with_lora
 from jsparse.train import FinetuneConfig, shifted_head_masks
-from jsparse.train.longlora import is_trained_with_lora
 from jsparse.train.start import is_trained, prepare
 from jsparse.train.step import new_state, split_model, train_step
 

@@ -1,6 +1,7 @@
 """Training data: the order in which its windows come, and what they depend on.
 
-Files become samples (``documents.py``), samples windows on disk (``windows.py``), and windows batches.
+Files become samples (``jsparse.texts.documents``), samples windows on disk (``windows.py``), and windows
+batches.
 """
 
 import functools
@@ -11,15 +12,9 @@ from pathlib import Path
 import numpy as np
 from tokenizers import Tokenizer
 
-from jsparse.models import plain_text_tokenizer
-from jsparse.train.documents import check_files as check_files
-from jsparse.train.documents import is_json_lines
-from jsparse.train.documents import read_documents as read_documents
-from jsparse.train.windows import PADDING as PADDING
-from jsparse.train.windows import Batch as Batch
-from jsparse.train.windows import Windows as Windows
-from jsparse.train.windows import open_windows as open_windows
-from jsparse.train.windows import write_windows as write_windows
+from jsparse.texts.documents import check_files, is_json_lines
+from jsparse.texts.tokenizer import plain_text_tokenizer
+from jsparse.train.data.windows import Batch, Windows
 
 _PACKING = 1  # to be counted up when the same files come to lie otherwise in the windows
 

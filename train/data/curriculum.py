@@ -7,8 +7,8 @@ import numpy as np
 from jaxtyping import Int32, Integer
 from tokenizers import Tokenizer
 
-from jsparse import tasks
-from jsparse.train.passkeys import Passkeys, passkey_sample
+from jsparse.texts import tasks
+from jsparse.texts.passkeys import Passkeys, passkey_sample
 
 # What a token is to be predicted as. Kinds from COPY on are answers: what stands before them decides them.
 NOT_SCORED, TEXT, COPY, RECALL, CHAIN, PASSKEY, COMMON, LISTED = range(-1, 7)
@@ -47,7 +47,7 @@ class Lessons:
       Without these, a model missed 7 of 64 keys in texts of 2048 tokens, all in the first 36 % of the text.
     - "list": lists of words, of which three come more often, and the question which. The words themselves
       are scored too: what comes next is best told by what came often.
-    - "passkeys": what ``jsparse heads`` asks (``jsparse.train.passkeys``).
+    - "passkeys": what ``jsparse heads`` asks (``jsparse.texts.passkeys``).
     """
 
     def __init__(self, tokenizer: Tokenizer, text: Integer[np.ndarray, " N"]):

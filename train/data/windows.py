@@ -15,10 +15,9 @@ from jaxtyping import Bool, Int32, Integer, UInt, UInt8
 from rich.progress import Progress
 from tokenizers import Tokenizer
 
-from jsparse.train.documents import Sample, check_files, read_samples
-from jsparse.train.progress import progress_bar
-
-PADDING = 0  # the segment id of what fills a window up; documents and prompts count from 1
+from jsparse.models.loss import PADDING
+from jsparse.reports.progress import progress_bar
+from jsparse.texts.documents import Sample, check_files, read_samples
 
 HEADER, TOKENS, FLAGS = "windows.json", "tokens.bin", "flags.bin"
 _FORMAT = 1

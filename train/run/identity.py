@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from jsparse.models import LlamaConfig
-from jsparse.train.checkpoint import open_checkpoints
+from jsparse.models.patterns import AttentionPattern
 from jsparse.train.config import FinetuneConfig
-from jsparse.train.patterns import AttentionPattern
+from jsparse.train.run.checkpoint import open_checkpoints
 
 METRICS = "metrics.jsonl"
 DATA = "data"

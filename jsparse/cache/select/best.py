@@ -1,81 +1,10 @@
-"""Which pages of the KV cache a query should read: bounds of the keys, scores of the pages, and the best."""
+"""The pages of the KV cache that score best, and the lists that are read."""
 
-import dataclasses
 from typing import Literal
 
 import jax
 import jax.numpy as jnp
-import numpy as np
-from jaxtyping import Array, Float, Int, Num
-
-AnyArray = Array | np.ndarray
-
-
-@dataclasses.dataclass(frozen=True)
-class Selection:
-    """How the retrieval heads of a layer choose the pages that they read at a decode step.
-
-    - ``budget``: tokens that a list of pages holds at most, in whole pages; a context within it is read
-      whole.
-    - ``every``: the selector runs at every so many-th token of a sequence; the tokens between reuse its
-      choice (LServe, arXiv 2502.14866, section 3.5.3). What they wrote themselves is always read too.
-    - ``heads``: query heads share a KV head. "max" gives the KV head one list, by the largest score of its
-      query heads; "union" reads the union of the lists of its query heads, up to that many budgets; "query"
-      gives each query head a list of its own.
-    - ``score``: of a page. "bounds" is :func:`page_scores`; "exact" the largest product with a key in the
-      page (an oracle to compare with) and "mean" the product with the mean of its keys, both of which read
-      all keys; "random" has nothing to do with the keys.
-    - ``seed``: of the random scores, so that layers differ.
-    """
-
-    budget: int
-    every: int = 4
-    heads: Literal["max", "union", "query"] = "max"
-    score: Literal["bounds", "exact", "mean", "random"] = "bounds"
-    seed: int = 0
-
-
-def page_bounds(
-    k: Num[AnyArray, "*batch S D"], logical_page_size: int
-) -> tuple[Num[Array, "*batch P D"], Num[Array, "*batch P D"]]:
-    """The smallest and the largest value of each channel in every page of keys.
-
-    ``k`` is ``[..., S, D]``, after RoPE; the result ``(k_min, k_max)`` has ``P = S / logical_page_size``
-    pages. Raises ``ValueError`` where ``S`` is no multiple of the page. (Quest, arXiv 2406.10774, §3.3.)
-
-    >>> k_min, k_max = page_bounds(jnp.array([[1.0, 5.0], [2.0, 4.0], [0.0, 0.0], [3.0, -3.0]]), 2)
-    >>> k_min.tolist(), k_max.tolist()
-    ([[1.0, 4.0], [0.0, -3.0]], [[2.0, 5.0], [3.0, 0.0]])
-    """
-    *batch, length, dim = k.shape
-    if logical_page_size < 1 or length % logical_page_size:
-        raise ValueError(
-            f"logical_page_size={logical_page_size} must divide the {length} keys of k {k.shape}"
-        )
-    pages = jnp.asarray(k).reshape(*batch, length // logical_page_size, logical_page_size, dim)
-    return pages.min(axis=-2), pages.max(axis=-2)
-
-
-def page_scores(
-    q: Num[AnyArray, "*#batch D"], k_min: Num[AnyArray, "*#batch P D"], k_max: Num[AnyArray, "*#batch P D"]
-) -> Float[Array, "*batch P"]:
-    """An upper bound of ``q @ k`` over all keys ``k`` of each page::
-
-        score[p] = sum over channels d of max(q[d] * k_min[p, d], q[d] * k_max[p, d])
-
-    ``q`` is ``[..., D]``, the bounds ``[..., P, D]`` with ``k_min <= k_max``; leading axes broadcast. The
-    score is float32 and not divided by ``sqrt(D)``. (Quest, §3.3; LServe, arXiv 2502.14866, equation 2.)
-
-    >>> page_scores(jnp.array([1.0, -2.0]), jnp.array([[-1.0, -3.0]]), jnp.array([[4.0, 2.0]])).tolist()
-    [10.0]
-    """
-    # max(a * low, a * high) is a * high where a > 0 and a * low elsewhere, so two products do it.
-    q, k_min, k_max = (jnp.asarray(x, jnp.float32) for x in (q, k_min, k_max))
-
-    def product(x, bounds):
-        return jnp.einsum("...d,...pd->...p", x, bounds, precision=jax.lax.Precision.HIGHEST)
-
-    return product(jnp.maximum(q, 0), k_max) + product(jnp.minimum(q, 0), k_min)
+from jaxtyping import Array, Float, Int
 
 
 def select_pages(

@@ -1,4 +1,4 @@
-"""Heads and blocks laid out as items, for ``jsparse.xla``: blocks of one side of attention with their lists.
+"""Heads and blocks laid out as items, for ``passes.py``: blocks of one side of attention with their lists.
 
 A query item is one block of queries of all the query heads that share a list and a KV head; a KV item is one
 block of keys of the KV heads of such a class. Blocks stay as they lie in memory, ``[items, B, block, ...]``:
@@ -10,9 +10,9 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 import numpy as np
 
-from jsparse.block_mask import BlockMask, build_block_mask, offset_entries
 from jsparse.device import device_kind
-from jsparse.masks import TokenMask
+from jsparse.masks.block_mask import BlockMask, build_block_mask, offset_entries
+from jsparse.masks.token_mask import TokenMask
 
 
 class Lists(NamedTuple):

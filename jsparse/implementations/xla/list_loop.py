@@ -1,4 +1,4 @@
-"""The loop of ``jsparse.xla`` over lists of blocks: a chunk of items at a time, some entries at a time."""
+"""The loop of ``passes.py`` over lists of blocks: a chunk of items at a time, some entries at a time."""
 
 import functools
 from collections.abc import Callable
@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from jsparse.items import Lists, power_of_two_up_to
+from jsparse.implementations.xla.items import Lists, power_of_two_up_to
 
 # Scores of one chunk: large enough to keep the cores busy, small enough to stay in the cache.
 _CHUNK_SCORES = 1 << 20

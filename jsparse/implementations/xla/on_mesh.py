@@ -1,6 +1,6 @@
 """The portable implementation on each device's own sequences and heads, where a mesh is in context.
 
-XLA would split what ``jsparse.xla`` computes by itself, but it cannot see that the items of a list stay with
+XLA would split what ``passes.py`` computes by itself, but it cannot see that the items of a list stay with
 their sequence and head, and gathers them. So the mesh's shares are cut as for the GPU kernels.
 """
 
@@ -12,25 +12,25 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from jsparse import xla
-from jsparse.block_mask import BlockMask
+from jsparse.implementations.xla import passes
+from jsparse.masks.block_mask import BlockMask
 from jsparse.mesh import split_over_mesh
 
 
 def forward(q, k, v, mask: BlockMask, scale, q_segment_ids, kv_segment_ids):
-    """What ``xla.forward`` computes."""
+    """What ``passes.forward`` computes."""
 
     def run(mask, q, k, v, q_ids, kv_ids):
-        return xla.forward(q, k, v, mask, scale, q_ids, kv_ids)
+        return passes.forward(q, k, v, mask, scale, q_ids, kv_ids)
 
     return _split(run, mask, (q, k, v, q_segment_ids, kv_segment_ids), ("bthd", "bth"))
 
 
 def backward(q, k, v, mask: BlockMask, scale, q_segment_ids, kv_segment_ids, out, lse, d_out, d_lse):
-    """What ``xla.backward`` computes."""
+    """What ``passes.backward`` computes."""
 
     def run(mask, q, k, v, q_ids, kv_ids, out, lse, d_out, d_lse):
-        return xla.backward(q, k, v, mask, scale, q_ids, kv_ids, out, lse, d_out, d_lse)
+        return passes.backward(q, k, v, mask, scale, q_ids, kv_ids, out, lse, d_out, d_lse)
 
     operands = q, k, v, q_segment_ids, kv_segment_ids, out, lse, d_out, d_lse
     return _split(run, mask, operands, ("bthd", "bthd", "bthd"))

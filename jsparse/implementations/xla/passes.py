@@ -1,7 +1,7 @@
 """Block-sparse attention for every device: only listed blocks are visited, forward and backward.
 
 Queries are cut into *items*: one block of queries, of all the query heads that share a list and a KV head
-(``jsparse.items``). An item visits its list some blocks at a time with an online softmax, so that nothing of
+(``items.py``). An item visits its list some blocks at a time with an online softmax, so that nothing of
 size T x T is ever stored; a short list is visited in one step, with a plain softmax. Items are sorted by the
 length of their lists and taken a chunk at a time: a chunk is one batched product, and ends with its longest
 list.
@@ -19,9 +19,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from jsparse.block_mask import BlockMask, transposed_lists
 from jsparse.device import product_dtype
-from jsparse.items import (
+from jsparse.implementations.xla.items import (
     Items,
     Lists,
     Part,
@@ -32,7 +31,8 @@ from jsparse.items import (
     parts,
     query_items,
 )
-from jsparse.list_loop import cut_in_pieces, over_lists, sum_by_owner
+from jsparse.implementations.xla.list_loop import cut_in_pieces, over_lists, sum_by_owner
+from jsparse.masks.block_mask import BlockMask, transposed_lists
 
 
 def forward(q, k, v, mask: BlockMask, scale, q_segment_ids=None, kv_segment_ids=None):

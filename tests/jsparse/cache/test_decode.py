@@ -9,13 +9,15 @@ import numpy as np
 import pytest
 from jax.sharding import AbstractDevice, AbstractMesh
 
-import jsparse.layer
-from jsparse.cache import LayerKVCache, PagedKVCache, StreamingKVCache, append_paged, append_streaming
-from jsparse.decode import decode_attention, paged_attention
-from jsparse.layer import attend_and_append
-from jsparse.masks import causal, streaming
-from jsparse.quantize import dequantize, quantize
-from jsparse.select import Selection, select_pages
+import jsparse.cache.layer
+from jsparse.cache.decode import decode_attention, paged_attention
+from jsparse.cache.layer import LayerKVCache, attend_and_append
+from jsparse.cache.pages import PagedKVCache, append_paged
+from jsparse.cache.quantize import dequantize, quantize
+from jsparse.cache.ring import StreamingKVCache, append_streaming
+from jsparse.cache.select.best import select_pages
+from jsparse.cache.select.selection import Selection
+from jsparse.masks.token_mask import causal, streaming
 
 needs_kernels = pytest.mark.skipif(jax.__version_info__ < (0, 11, 2), reason="the kernels need jax >= 0.11.2")
 PAGE, LOGICAL, DIM = 8, 4, 8
@@ -339,8 +341,8 @@ def test_a_scale_replaces_the_default(implementation):
 @pytest.mark.parametrize("implementation", [x for x in IMPLEMENTATIONS if x != "xla"])
 @pytest.mark.parametrize("bits", [8, 4])
 def test_quantised_pages_are_attention_to_the_values_of_their_codes(bits, implementation):
-    from jsparse.mosaic_gpu import interpreter
-    from jsparse.pallas_kernels.paged_decode import paged_decode
+    from jsparse.implementations.hopper import interpreter
+    from jsparse.pallas_kernels.hopper.paged_decode import paged_decode
 
     dim, dtype, tolerance = fit(implementation)
     k, v = (quantize(jnp.array(random(6, 2, 64, dim, seed=seed)) + 0.5, bits) for seed in (1, 2))
@@ -373,7 +375,7 @@ def test_single_tokens_of_a_layer_go_through_the_kernel(implementation, monkeypa
         q[:, :15], k[:, :15], v[:, :15], layer, table, jnp.zeros(2, jnp.int32), jnp.array(lengths)
     )
     kernel = functools.partial(decode_attention, implementation=implementation)
-    monkeypatch.setattr(jsparse.layer, "decode_attention", kernel)
+    monkeypatch.setattr(jsparse.cache.layer, "decode_attention", kernel)
     by_kernel = jax.jit(lambda *args: attend_and_append(*args))  # a function that was not traced before
     row = np.arange(2)
     for n in range(more):

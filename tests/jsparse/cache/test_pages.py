@@ -7,7 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jsparse.cache import PagedKVCache, StreamingKVCache, append_paged, append_streaming
+from jsparse.cache.pages import PagedKVCache, append_paged
+from jsparse.cache.ring import StreamingKVCache, append_streaming
 
 PAGE, LOGICAL, HEADS, DIM = 64, 16, 2, 4
 CAPACITY = 192

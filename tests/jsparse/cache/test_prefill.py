@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 
 from jsparse import PooledBlocks, VerticalSlash
-from jsparse.cache import LayerKVCache, PagedKVCache
-from jsparse.layer import attend_and_append
-from jsparse.quantize import dequantize, quantize
+from jsparse.cache.layer import LayerKVCache, attend_and_append
+from jsparse.cache.pages import PagedKVCache
+from jsparse.cache.quantize import dequantize, quantize
 
 BLOCK, SEGMENT, PAGE, DIM, HEADS, KV_HEADS = 4, 8, 8, 8, 4, 2
 LENGTHS, CAPACITY = np.array([47, 17, 32, 0], np.int32), 48

@@ -5,10 +5,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jsparse.cache import PagedKVCache, append_paged
-from jsparse.decode import decode_attention
-from jsparse.quantize import quantize
-from jsparse.select import page_scores
+from jsparse.cache.decode import decode_attention
+from jsparse.cache.pages import PagedKVCache, append_paged
+from jsparse.cache.quantize import quantize
+from jsparse.masks.bounds import page_scores
 
 PAGE, LOGICAL, HEADS, DIM = 64, 16, 2, 8
 LENGTHS = [1, 15, 16, 17, 63, 64, 65, 130]

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from hypothesis.extra import numpy as arrays
 
-from jsparse.quantize import Quantized, dequantize, quantize
+from jsparse.cache.quantize import Quantized, dequantize, quantize
 
 
 def unpacked(codes, bits):

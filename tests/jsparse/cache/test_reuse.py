@@ -9,9 +9,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jsparse.cache import LayerKVCache, PagedKVCache, StreamingKVCache, append_paged
-from jsparse.layer import attend_and_append, choose_pages
-from jsparse.select import Selection, best_pages, random_scores, with_newest_pages
+from jsparse.cache.layer import LayerKVCache, attend_and_append, choose_pages
+from jsparse.cache.pages import PagedKVCache, append_paged
+from jsparse.cache.ring import StreamingKVCache
+from jsparse.cache.select.best import best_pages, random_scores, with_newest_pages
+from jsparse.cache.select.selection import Selection
 
 PAGE, LOGICAL, DIM, PAGES = 8, 4, 8, 10
 HEADS, KV_HEADS = 4, 2

@@ -4,8 +4,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jsparse.select import page_bounds, page_scores
-from jsparse.select import select_pages as select_by_bounds
+from jsparse.cache.select.best import select_pages as select_by_bounds
+from jsparse.masks.bounds import page_bounds, page_scores
 
 # LServe (arXiv 2502.14866), figure 7: a query, and the bounds (max, min) of four logical pages with their
 # scores.

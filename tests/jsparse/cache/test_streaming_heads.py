@@ -7,9 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jsparse.cache import StreamingKVCache, append_streaming
-from jsparse.decode import decode_attention
-from jsparse.prefill import streaming_prefill
+from jsparse.cache.decode import decode_attention
+from jsparse.cache.prefill import streaming_prefill
+from jsparse.cache.ring import StreamingKVCache, append_streaming
 
 
 def random(*shape, seed=0):

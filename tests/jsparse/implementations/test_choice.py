@@ -88,7 +88,9 @@ def test_cudnn_is_chosen_where_it_was_measured_to_be_faster(monkeypatch):
     row = {"device": "NVIDIA H200", "head_dim": 128, "min_tokens": 512}
     monkeypatch.setattr(measured, "_table", lambda: {"tiles": [], "cudnn_faster": [row]})
     chosen = []
-    monkeypatch.setattr("jsparse.cudnn.attention", lambda q, k, v, scale: chosen.append("cudnn") or q)
+    monkeypatch.setattr(
+        "jsparse.implementations.cudnn.attention", lambda q, k, v, scale: chosen.append("cudnn") or q
+    )
     for kind, mask, dim in (
         ("NVIDIA H200", causal(), 128),
         ("NVIDIA H100", causal(), 128),  # another device
@@ -126,7 +128,7 @@ def test_measured_tiles_replace_the_computed_ones(monkeypatch):
         seen.append((tiles.tile_kv, tiles.stages))
         return q, jnp.zeros((q.shape[0], q.shape[2], q.shape[1]))
 
-    monkeypatch.setattr("jsparse.pallas_kernels.forward.forward", kernel)
+    monkeypatch.setattr("jsparse.pallas_kernels.hopper.forward.forward", kernel)
     kernel.__name__ = "forward"
     for kind in ("NVIDIA H200", "NVIDIA H100"):
         with on(kind):

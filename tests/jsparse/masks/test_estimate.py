@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from jsparse import BlockMask, PooledBlocks, VerticalSlash, attention, causal
-from jsparse.estimate import all_blocks
+from jsparse.masks.estimate import all_blocks
 
 BLOCK, SEGMENT = 4, 8
 ESTIMATES = {

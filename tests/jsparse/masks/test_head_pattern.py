@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from jsparse.heads import HeadPattern
+from jsparse.masks.head_pattern import HeadPattern
 
 
 def test_threshold_takes_the_lowest_scores_of_the_whole_model():

@@ -9,8 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jsparse.models import byte_tokenizer
-from jsparse.train import documents
-from jsparse.train.documents import read_documents, read_samples
+from jsparse.texts import documents
+from jsparse.texts.documents import read_documents, read_samples
 
 END = 256
 

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from jsparse.models import byte_tokenizer
-from jsparse.train.passkeys import WORDS, Passkeys, check_passkeys_fit, passkey_batch, passkey_sample
+from jsparse.texts.passkeys import WORDS, Passkeys, check_passkeys_fit, passkey_batch, passkey_sample
 
 BYTES = byte_tokenizer()
 TEXT = "".join(f"({n}) the cat sat on the mat. " for n in range(150))

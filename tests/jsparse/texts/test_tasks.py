@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jsparse.models import byte_tokenizer
-from jsparse.tasks import KEYS, TASKS, VALUES, WORDS, Material, score, statement
+from jsparse.texts.tasks import KEYS, TASKS, VALUES, WORDS, Material, score, statement
 
 TOKENIZER = byte_tokenizer()
 START = (256,)

@@ -17,8 +17,8 @@ if jax.__version_info__ < (0, 12):
 from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from jsparse.pallas_kernels.backward_keys import backward_keys
-from jsparse.pallas_kernels.backward_queries import backward_queries
+from jsparse.pallas_kernels.hopper.backward_keys import backward_keys
+from jsparse.pallas_kernels.hopper.backward_queries import backward_queries
 from jsparse.pallas_kernels.lists import UNLIMITED, Heads, Lists
 
 # The conformance suite (tests/jsparse/test_attention.py) runs these kernels every time; here are more shapes.

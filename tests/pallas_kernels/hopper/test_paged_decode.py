@@ -11,14 +11,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jsparse.quantize import dequantize, quantize
+from jsparse.cache.quantize import dequantize, quantize
 
 if jax.__version_info__ < (0, 12):
     pytest.skip("the interpreter of Mosaic GPU kernels needs jax >= 0.12", allow_module_level=True)
 
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from jsparse.pallas_kernels.paged_decode import (
+from jsparse.pallas_kernels.hopper.paged_decode import (
     HEAD_DIMS,
     SHARED_MEMORY,
     SYSTEM_MEMORY,

@@ -4,8 +4,9 @@ import numpy as np
 import pytest
 
 from jsparse.models import Llama, byte_tokenizer
-from jsparse.train.data import Windows, batch_at, digest_data, position_at, write_windows
-from jsparse.train.loss import next_targets
+from jsparse.models.loss import next_targets
+from jsparse.train.data.batches import batch_at, digest_data, position_at
+from jsparse.train.data.windows import Windows, write_windows
 
 
 def numbered(count, context=10):

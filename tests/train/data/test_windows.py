@@ -12,8 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jsparse.models import byte_tokenizer
-from jsparse.train import documents, windows
-from jsparse.train.windows import FLAGS, HEADER, TOKENS, open_windows, write_windows
+from jsparse.texts import documents
+from jsparse.train.data import windows
+from jsparse.train.data.windows import FLAGS, HEADER, TOKENS, open_windows, write_windows
 
 END = 256
 

@@ -1,7 +1,7 @@
 import jax.numpy as jnp
 import numpy as np
 
-from jsparse.train.checkpoint import KEPT, open_checkpoints
+from jsparse.train.run.checkpoint import KEPT, open_checkpoints
 
 
 def state_of(step):

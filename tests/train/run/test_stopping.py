@@ -13,9 +13,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jsparse.train import FinetuneConfig, finetune
-from jsparse.train.checkpoint import open_checkpoints
-from jsparse.train.stopping import sigterm_noted
+from jsparse.train import FinetuneConfig, finetune, finetuning
+from jsparse.train.run.checkpoint import open_checkpoints
+from jsparse.train.run.stopping import sigterm_noted
 
 
 def test_sigterm_is_noted_within_and_ends_the_process_outside():
@@ -47,8 +47,7 @@ def test_sigterm_saves_the_step_and_the_run_goes_on_bit_for_bit(save_checkpoint,
     config = FinetuneConfig(
         model=base, data=text, output=tmp_path / "stopped", context=32, lora_rank=2, steps=4, batch_size=2
     )
-    module = sys.modules["jsparse.train.finetune"]
-    batch_at = module.batch_at
+    batch_at = finetuning.batch_at
 
     def terminate_at_step_2(windows, step, **options):
         if step == 1:
@@ -56,7 +55,7 @@ def test_sigterm_saves_the_step_and_the_run_goes_on_bit_for_bit(save_checkpoint,
         return batch_at(windows, step, **options)
 
     with monkeypatch.context() as patch:
-        patch.setattr(module, "batch_at", terminate_at_step_2)
+        patch.setattr(finetuning, "batch_at", terminate_at_step_2)
         stopped = finetune(config, progress=False)
     assert not stopped.finished and len(stopped.losses) == 2
     assert not (config.output_folder / "config.json").exists()
@@ -78,7 +77,7 @@ import resource, signal, sys
 import jax.numpy as jnp
 import numpy as np
 from pathlib import Path
-from jsparse.train.checkpoint import open_checkpoints
+from jsparse.train.run.checkpoint import open_checkpoints
 
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # as on a full disk, a write fails
 with open_checkpoints(Path(sys.argv[1]), writable=True) as checkpoints:

@@ -9,8 +9,10 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import jsparse
-from jsparse import BlockMask, causal, mosaic_gpu, streaming
-from jsparse.cache import PagedKVCache, StreamingKVCache
+from jsparse import BlockMask, causal, streaming
+from jsparse.cache.pages import PagedKVCache
+from jsparse.cache.ring import StreamingKVCache
+from jsparse.implementations import hopper
 
 
 def main(kind: str, mask: str) -> None:
@@ -88,7 +90,7 @@ def _make_interpreter_take_many_devices() -> None:
     from jax._src.pallas.mosaic_gpu.interpret import shared_memory
 
     shared_memory.GPUSharedMemory.assert_no_barriers_allocated = lambda self: None
-    mosaic_gpu.interpreter = plgpu.InterpretGPUParams
+    hopper.interpreter = plgpu.InterpretGPUParams
 
 
 if __name__ == "__main__":

@@ -1,0 +1,188 @@
+"""The commands of this room: ``jsparse evaluate | evaluate scoreboard | bench``."""
+
+import dataclasses
+import platform
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+
+from jsparse.evaluate.passkeys import evaluate_passkeys
+from jsparse.evaluate.perplexity import perplexity_by_context
+from jsparse.evaluate.plots import check_can_plot, plot_evaluation
+from jsparse.evaluate.scoreboard import ScoreboardConfig, run_scoreboard
+from jsparse.evaluate.scoreboard_report import print_scoreboard
+from jsparse.evaluate.speed import DecodeBench, PrefillBench, bench_decode, bench_prefill
+from jsparse.models import Llama, load_config, load_tokenizer, shipped_model
+from jsparse.models.patterns import load_pattern, shifted_pattern
+from jsparse.reports.console import check_can_write, parse, print_table, write_json
+from jsparse.texts.corpus import standard_library_files
+from jsparse.texts.documents import read_documents
+
+_LIBRARY_WINDOWS = 64  # of each context: seconds for a small model
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class EvaluateCommand:
+    """Perplexity of text files at several context lengths, and whether passkeys are found in long texts.
+
+    Perplexity is of the same tokens, with more or less before them. With no options at all it is that of the
+    small model that ships with jsparse, on held-out modules of the standard library.
+    """
+
+    model: Path = shipped_model()
+    """A Hugging Face folder with config.json, safetensors and tokenizer.json (default: the one shipped)."""
+    data: tuple[Path, ...] = ()
+    """UTF-8 text files, each one document; they are scored one after another in one row. With neither --data
+    nor --passkeys: held-out modules of this Python's standard library."""
+    contexts: tuple[int, ...] = (1024,)
+    """Tokens a window, and of a text with passkeys unless --lengths says otherwise."""
+    attention: Literal["full", "shifted", "trained"] = "full"
+    """"full" causal attention, LongLoRA's "shifted" groups of a quarter of each context, or as the model was
+    "trained": by the attention_pattern.json in its folder, whose groups must divide each context."""
+    scoring: Literal["new", "all", "last"] = "new"
+    """What a window scores: what is "new" since the last one, "all" its tokens (LongLoRA), or the "last"."""
+    stride: int | None = None
+    """Tokens from window to window (default: half of each context; 256 for "all"; --last for "last")."""
+    last: int | None = None
+    """For --scoring last: tokens a window scores."""
+    max_windows: int | None = None
+    """Score the first so many windows of each context only (default: all; 64 of the standard library)."""
+    batch_size: int = 1
+    """Windows, or texts with passkeys, at a time."""
+    passkeys: bool = False
+    """Ask for passkeys in texts of filler too; without --data, for nothing else."""
+    lengths: tuple[int, ...] | None = None
+    """With --passkeys: tokens of a text (default: --contexts)."""
+    depths: tuple[float, ...] | None = None
+    """With --passkeys: where they are hidden, from 0 to 1 (default: 0 0.25 0.5 0.75 1)."""
+    samples: int | None = None
+    """With --passkeys: texts for each length and depth (default 10)."""
+    plot: Path | None = None
+    """Draw the results into this file (needs the extra plot)."""
+    json: Path | None = None
+    """Write the results to this file too: a list, with an object for each context, or length and depth."""
+
+    def __post_init__(self):
+        of_perplexity = self.scoring, self.stride, self.last, self.max_windows
+        if self.passkeys and not self.data and of_perplexity != ("new", None, None, None):
+            raise ValueError("--scoring, --stride, --last and --max-windows are for perplexity: give --data")
+        for name in ("lengths", "depths", "samples"):
+            if not self.passkeys and getattr(self, name) is not None:
+                raise ValueError(f"--{name} is for passkeys: give --passkeys")
+
+    @property
+    def passkey_lengths(self) -> tuple[int, ...]:
+        """``lengths`` with its default filled in; none at all without --passkeys."""
+        if not self.passkeys:
+            return ()
+        return self.contexts if self.lengths is None else self.lengths
+
+
+def evaluate(options: list[str]) -> None:
+    command = parse(EvaluateCommand, "evaluate", options)
+    of_library = not command.data and not command.passkeys
+    if of_library:
+        command = _of_standard_library(command)
+    check_can_write(command.json, "json")
+    if command.plot is not None:
+        check_can_plot(command.plot)
+    config, tokenizer = load_config(command.model), load_tokenizer(command.model)
+    pattern = load_pattern(command.model) if command.attention == "trained" else None
+
+    def mask_for(length: int):
+        if command.attention == "shifted":
+            return shifted_pattern(config, length // 4).masks(config, length)
+        return None if pattern is None else pattern.masks(config, length)
+
+    for length in (*(command.contexts if command.data else ()), *command.passkey_lengths):
+        mask_for(length)  # raises, before the model is loaded, where a pattern does not fit
+    model = Llama.from_pretrained(command.model)
+    if of_library:
+        print(
+            f"data: {len(command.data)} held-out modules of Python {platform.python_version()}'s standard "
+            f"library, at most {command.max_windows} windows of each context (--data reads other text)"
+        )
+    perplexities = _perplexities(command, model, tokenizer, mask_for) if command.data else []
+    passkeys = _passkeys(command, model, tokenizer, mask_for) if command.passkeys else []
+    if command.plot is not None:
+        plot_evaluation(command.plot, perplexity={command.attention: perplexities}, passkeys=passkeys)
+    if command.json is not None:
+        rows = [dataclasses.asdict(result) for result in perplexities]
+        rows += [dataclasses.asdict(result) | {"accuracy": result.accuracy} for result in passkeys]
+        write_json(command.json, rows)
+
+
+def _of_standard_library(command: EvaluateCommand) -> EvaluateCommand:
+    """The command with the text that every machine has, and with no more of it than takes seconds."""
+    _, held_out = standard_library_files()
+    windows = _LIBRARY_WINDOWS if command.max_windows is None else command.max_windows
+    return dataclasses.replace(command, data=held_out, max_windows=windows)
+
+
+def _perplexities(command: EvaluateCommand, model, tokenizer, mask_for) -> list:
+    """Perplexity at each of --contexts, printed as a table."""
+    ends = model.config.eos_token_ids
+    documents = read_documents(
+        command.data, tokenizer, eos_token_id=ends[0] if ends else None, vocab_size=model.config.vocab_size
+    )
+    names = ("scoring", "stride", "last", "batch_size", "max_windows")
+    results = perplexity_by_context(
+        model,
+        np.concatenate(documents),
+        command.contexts,
+        mask_for=mask_for,
+        **{name: getattr(command, name) for name in names},
+    )
+    rows = [(r.context, f"{r.perplexity:.4f}", f"{r.nll:.4f}", f"{r.tokens:,}") for r in results]
+    title = f"{command.model}, {command.attention} attention"
+    print_table(title, ("context", "perplexity", "nll (nats)", "tokens scored"), rows)
+    return results
+
+
+def _passkeys(command: EvaluateCommand, model, tokenizer, mask_for) -> list:
+    """How many passkeys were found at each length and depth, printed as a table."""
+    given = {name: getattr(command, name) for name in ("depths", "samples")}
+    results = evaluate_passkeys(
+        model,
+        tokenizer,
+        lengths=command.passkey_lengths,
+        mask_for=mask_for,
+        batch_size=command.batch_size,
+        **{name: value for name, value in given.items() if value is not None},
+    )
+    rows = [(r.length, f"{r.depth:.0%}", f"{r.correct} of {r.samples}") for r in results]
+    title = f"{command.model}, {command.attention} attention: passkeys"
+    print_table(title, ("tokens", "depth", "found"), rows)
+    return results
+
+
+def scoreboard(options: list[str]) -> None:
+    config = parse(ScoreboardConfig, "evaluate scoreboard", options)
+    rows = run_scoreboard(config)
+    if str(config.json) != "-":
+        print_scoreboard(rows, str(config.model))
+
+
+_BENCH_USAGE = """usage: jsparse bench KIND [options]
+
+  decode     milliseconds a token at several context lengths, for each policy of the cache
+  prefill    seconds to the first token of prompts of several lengths
+
+jsparse bench KIND --help lists the options."""
+
+
+def bench(options: list[str]) -> None:
+    if not options or options[0] in ("-h", "--help"):
+        print(_BENCH_USAGE)
+        return
+    kind, *options = options
+    if kind == "decode":
+        config = parse(DecodeBench, "bench decode", options)
+        bench_decode(config)
+    elif kind == "prefill":
+        config = parse(PrefillBench, "bench prefill", options)
+        bench_prefill(config)
+    else:
+        raise ValueError(f"unknown kind {kind!r} of benchmark; kinds are decode, prefill")
+    print(f"the numbers are in {config.output}")

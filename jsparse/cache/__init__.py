@@ -1,0 +1,7 @@
+"""Where keys and values are kept while a sequence is decoded, and attention over them."""
+
+from jsparse.cache.decode import decode_attention as decode_attention
+from jsparse.cache.layer import LayerKVCache as LayerKVCache
+from jsparse.cache.pages import PagedKVCache as PagedKVCache
+from jsparse.cache.ring import StreamingKVCache as StreamingKVCache
+from jsparse.cache.select import Selection as Selection

@@ -1,0 +1,8 @@
+"""Whether a program fits devices that this machine does not have: memory by compiling, FLOPs by counting."""
+
+from jsparse.plan.program import DEFAULT_MEMORY_FRACTION as DEFAULT_MEMORY_FRACTION
+from jsparse.plan.program import Plan as Plan
+from jsparse.plan.program import Program as Program
+from jsparse.plan.program import check_memory_fraction as check_memory_fraction
+from jsparse.plan.program import plan_program as plan_program
+from jsparse.plan.program import print_plan as print_plan

@@ -1,0 +1,1 @@
+"""The kernels for Hopper GPUs (Pallas, Mosaic GPU)."""
