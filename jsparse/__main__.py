@@ -9,6 +9,8 @@ import sys
 from collections.abc import Sequence
 from importlib.metadata import version
 
+from jsparse.extras import MissingExtra
+
 _USAGE = """usage: jsparse COMMAND [options]
 
   pretrain   train a small model from nothing that needs the whole of its context
@@ -45,7 +47,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if [name, *options[:1]] == ["evaluate", "scoreboard"]:
             name, *options = "evaluate scoreboard", *options[1:]
         return _run(name, options)
-    except (ValueError, OSError, NotImplementedError, FloatingPointError) as error:
+    except (ValueError, OSError, NotImplementedError, MissingExtra, FloatingPointError) as error:
         print("jsparse: error:", " ".join(str(error).split()), file=sys.stderr)
         return 2
     except KeyboardInterrupt:

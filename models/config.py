@@ -136,6 +136,11 @@ class LlamaConfig:
                 )
 
     @property
+    def end_token(self) -> int | None:
+        """The token that ends a document: the first of the end tokens, or None."""
+        return self.eos_token_ids[0] if self.eos_token_ids else None
+
+    @property
     def qkv_bias(self) -> bool:
         """Whether q, k and v have biases: Qwen2 always, Llama and Qwen3 with ``attention_bias``."""
         return self.attention_bias or self.model_type == "qwen2"
@@ -144,6 +149,26 @@ class LlamaConfig:
     def qk_norm(self) -> bool:
         """Whether each head's query and key pass an RMS norm before RoPE: Qwen3 only."""
         return self.model_type == "qwen3"
+
+    @classmethod
+    def tiny(cls, **changes: Any) -> "LlamaConfig":
+        """A config for examples and tests: two layers, four heads on two KV heads, a vocabulary of bytes.
+
+        Its vocabulary is that of ``jsparse.models.byte_tokenizer``. ``changes`` replace fields.
+
+        >>> LlamaConfig.tiny(num_hidden_layers=1).head_dim
+        8
+        """
+        fields = {
+            "vocab_size": 257,
+            "hidden_size": 32,
+            "intermediate_size": 64,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "max_position_embeddings": 64,
+        }
+        return cls(**fields | changes)
 
     @classmethod
     def from_hf(cls, fields: Mapping[str, Any]) -> "LlamaConfig":
