@@ -11,7 +11,7 @@ def is_integer(value: object) -> bool:
 
 
 def require_integer(name: str, value: Any, least: int = 1, most: int | None = None) -> None:
-    """ValueError that names the argument and what is allowed, unless ``value`` is an integer in that range."""
+    """ValueError that names the argument and what is allowed, unless ``value`` is an integer in the range."""
     if not is_integer(value) or value < least or (most is not None and value > most):
         allowed = f">= {least}" if most is None else f"from {least} to {most}"
         raise ValueError(f"{name} must be an integer {allowed}, not {value!r}")
