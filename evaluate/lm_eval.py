@@ -67,7 +67,7 @@ class JsparseLM(_Base):
 
         import lm_eval
         from jsparse.serve import CacheConfig
-        from jsparse.serve.lm_eval import JsparseLM
+        from jsparse.evaluate.lm_eval import JsparseLM
 
         lm = JsparseLM("my-llama", CacheConfig(budget=1024))
         print(lm_eval.simple_evaluate(model=lm, tasks=["lambada_openai"])["results"])

@@ -20,7 +20,7 @@ from typing import Any
 def tiles(kernel: str, device: str, choose: Callable[..., Any], **shape: int) -> Any:
     """``choose(**shape)``, the kernel's own choice, with the fields replaced that were measured to be faster.
 
-    >>> from jsparse.pallas_kernels.forward import forward_tiles
+    >>> from jsparse.pallas_kernels.hopper.forward import forward_tiles
     >>> tiles("forward", "cpu", forward_tiles, head_dim=128, block_q=128, block_kv=128)
     ForwardTiles(warpgroups=2, tile_kv=128, stages=2)
     """
