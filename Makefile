@@ -4,13 +4,17 @@
 VENV ?= .venv
 VENV_GPU ?= .venv-gpu
 PYTHON ?=
+# Of the GPU kernels to compile: `all` that a chooser can return, or the `chosen` ones of common shapes.
+TILES ?= all
 VENV_PYTHON = $(VENV)/bin/python
 
-.PHONY: help demo test test-gpu-compile lint typecheck clean
+.PHONY: help demo test test-versions test-gpu-compile lint typecheck clean
 
 help:
 	@echo "make demo       perplexity, generation and recall of the shipped model by cache; results in demo/"
 	@echo "make test       the tests, without those marked slow"
+	@echo "make test-versions"
+	@echo "                the part of them that can differ between versions of jax and flax"
 	@echo "make test-gpu-compile"
 	@echo "                compile the GPU kernels and whole programs for H200s; needs Python >= 3.12 and no GPU"
 	@echo "make lint       ruff: rules and format"
@@ -24,10 +28,23 @@ demo: $(VENV)/.installed-plot
 test: $(VENV)/.installed-test
 	$(VENV_PYTHON) -m pytest --numprocesses 2 --dist worksteal
 
+# What can differ between two pairs of versions of jax and flax: every module imports and its examples are true, one
+# suite per room, and the comparison with transformers where torch is installed.
+VERSIONS = tests/test_doctests.py tests/test_plan.py \
+    tests/jsparse/test_attention.py tests/jsparse/masks/test_estimate.py \
+    tests/jsparse/cache/test_decode.py tests/jsparse/cache/test_pages.py tests/jsparse/texts/test_tokenizer.py \
+    tests/models/test_parity.py tests/models/test_adapter_parity.py tests/models/test_llama.py \
+    tests/models/test_checkpoint.py tests/models/test_frozen_base.py \
+    tests/serve/test_generation.py tests/evaluate/test_perplexity.py \
+    tests/train/test_finetuning.py tests/train/test_export.py tests/train/test_many_devices.py
+
+test-versions: $(VENV)/.installed-test
+	$(VENV_PYTHON) -m pytest --numprocesses 2 --dist worksteal $(VERSIONS)
+
 # In an environment of its own: with the CUDA plugin installed, tests on a CPU would start by looking for a GPU.
 test-gpu-compile:
 	$(MAKE) --no-print-directory VENV=$(VENV_GPU) $(VENV_GPU)/.installed-gpu-compile
-	$(VENV_GPU)/bin/python tests/gpu_compile/run.py
+	$(VENV_GPU)/bin/python tests/gpu_compile/run.py --tiles $(TILES)
 
 lint: $(VENV)/.installed-lint
 	$(VENV_PYTHON) -m ruff check .

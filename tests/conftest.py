@@ -1,12 +1,37 @@
 """What every test shares: the CPU unless told otherwise, and random cases that are the same in every run."""
 
+import hashlib
 import os
+import platform
+from importlib.metadata import version
+from pathlib import Path
 
 # Before anything imports jax.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("PJRT_NPROC", "8")  # interpreted GPU kernels: jsparse.device says why
 # Most of a test is compiling. XLA's own passes stay as they are; only machine code is optimised less.
 os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
+
+
+def compilation_cache() -> Path:
+    """A folder of the user's for what jax has compiled: a second run of the tests takes half the time.
+
+    Its name says for what: code of another jaxlib, or for a CPU with other instructions, may not run here.
+    """
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.is_file() else []
+    cpu = next((line for line in lines if line.startswith(("flags", "Features"))), platform.node())
+    name = f"jaxlib-{version('jaxlib')}-{hashlib.sha256(cpu.encode()).hexdigest()[:12]}"
+    caches = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    folder = caches / "jsparse-tests" / name
+    folder.mkdir(parents=True, exist_ok=True)
+    folder.parent.chmod(0o700)  # code that we run later must be nobody else's
+    return folder
+
+
+if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = str(compilation_cache())
+    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.1"
 
 import hypothesis  # noqa: E402
 import pytest  # noqa: E402

@@ -1,4 +1,4 @@
-"""Every kernel at every choice of tiles that its chooser can return."""
+"""Every kernel at every choice of tiles that its chooser can return, or at those that most calls get."""
 
 import dataclasses
 import functools
@@ -12,6 +12,7 @@ from compile_only import compile_for, mesh_of
 from jax.sharding import NamedSharding, PartitionSpec
 
 from jsparse.device import device_kind
+from jsparse.implementations import hopper
 from jsparse.pallas_kernels import measured
 from jsparse.pallas_kernels.hopper import backward_keys, backward_queries, forward, paged_decode
 from jsparse.pallas_kernels.lists import Heads, Lists
@@ -52,29 +53,36 @@ def check(case: Case) -> tuple[list, list[str]]:
     return [*case[:3], *numbers], wrong
 
 
-def cases() -> list[Case]:
-    """All of them. Choosers are asked on the compiled device, for which choices may have been measured."""
+def cases(tiles: str) -> list[Case]:
+    """All of them, or the chosen ones: bfloat16, blocks as ``attention`` makes them, pages of 64 tokens.
+
+    Choosers are asked on the compiled device, for which choices may have been measured.
+    """
+    if tiles not in ("all", "chosen"):
+        raise SystemExit(f"--tiles must be all or chosen, not {tiles!r}")
+    every = tiles == "all"
     with jax.set_mesh(mesh_of()):
         return [
-            *_attention_cases(forward.forward, forward.forward_tiles),
-            *_attention_cases(backward_queries.backward_queries, backward_queries.queries_tiles),
-            *_attention_cases(backward_keys.backward_keys, backward_keys.keys_tiles),
-            *_decode_cases(),
+            *_attention_cases(forward.forward, forward.forward_tiles, every),
+            *_attention_cases(backward_queries.backward_queries, backward_queries.queries_tiles, every),
+            *_attention_cases(backward_keys.backward_keys, backward_keys.keys_tiles, every),
+            *_decode_cases(every),
         ]
 
 
-def _attention_cases(kernel: Callable, choose: Callable) -> Iterator[Case]:
+def _attention_cases(kernel: Callable, choose: Callable, every: bool) -> Iterator[Case]:
     name = kernel.__name__
     for head_dim in HEAD_DIMS:
         choices: dict[Any, list] = {}
-        for blocks in itertools.product(BLOCKS, BLOCKS):
+        for blocks in itertools.product(BLOCKS, BLOCKS) if every else [hopper.block_sizes()]:
             shape = {"head_dim": head_dim, "block_q": blocks[0], "block_kv": blocks[1]}
             tiles = measured.tiles(name, device_kind(), choose, **shape)
             choices.setdefault(tiles, []).append(blocks)
         for tiles, blocks in choices.items():
             # The smallest blocks that lead to this choice and the largest. float16 differs in one conversion.
             small, large = (jnp.bfloat16, *blocks[0]), (jnp.bfloat16, *blocks[-1])
-            variants = [*itertools.product((small, large), (False, True)), ((jnp.float16, *blocks[-1]), True)]
+            variants = [*itertools.product((small, large), (False, True))]
+            variants += [((jnp.float16, *blocks[-1]), True)] if every else []
             for (dtype, block_q, block_kv), segments in dict.fromkeys(variants):
                 arrays = f"{jnp.dtype(dtype).name} {head_dim}, blocks {block_q} {block_kv}"
                 yield Case(
@@ -106,9 +114,10 @@ def _attention(kernel: Callable, arrays, lists, heads, segments, **options: Any)
     return kernel(*arrays, lists, heads, segments=segments, scale=0.125, **options)
 
 
-def _decode_cases() -> Iterator[Case]:
+def _decode_cases(every: bool) -> Iterator[Case]:
     for head_dim, bits, group, tiles in paged_decode.all_tiles():
-        for dtype, page in (*((jnp.bfloat16, page) for page in PAGES), (jnp.float16, 64)):
+        variants = [*((jnp.bfloat16, page) for page in PAGES), (jnp.float16, 64)]
+        for dtype, page in variants if every else [(jnp.bfloat16, 64)]:
             q = _shape((BATCH, KV_HEADS * group, head_dim), dtype)
             table = _shape((BATCH, KV_HEADS, LENGTH // page), jnp.int32)
             pool = (BATCH * LENGTH // page, KV_HEADS, page)

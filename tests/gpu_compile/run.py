@@ -1,12 +1,13 @@
-"""Compiles the GPU kernels, and whole programs that call them, for H200s that need not be there.
+"""Compiles the GPU kernels, and whole programs that call them, for H200s this machine does not have.
 
-    python tests/gpu_compile/run.py [kernels | programs]
+    python tests/gpu_compile/run.py [kernels] [programs] [--tiles all | chosen]
 
-Prints registers, spills and shared memory of every kernel at every choice of tiles, and the bytes a device
-that a training step and a decode loop need. Exits with 1 where anything spills, does not fit or does not
-compile.
+Prints registers, spills and shared memory of every kernel, at every choice of tiles or at those that most
+calls get, and the bytes per device that a training step and a decode loop need. Exits with 1 where anything
+spills, does not fit or does not compile.
 """
 
+import argparse
 import concurrent.futures
 import doctest
 import multiprocessing
@@ -19,8 +20,8 @@ import kernels
 import programs
 
 
-def main(names: list[str]) -> int:
-    parts = {"programs": (programs, programs.PROGRAMS), "kernels": (kernels, kernels.cases())}
+def main(names: list[str], tiles: str) -> int:
+    parts = {"programs": (programs, programs.PROGRAMS), "kernels": (kernels, kernels.cases(tiles))}
     unknown = set(names) - set(parts)
     if unknown:
         raise SystemExit(f"unknown part {', '.join(unknown)}; allowed are {', '.join(parts)}")
@@ -65,4 +66,8 @@ def _print_row(columns: dict[str, int], values: list) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    parser = argparse.ArgumentParser()
+    parser.add_argument("names", nargs="*")
+    parser.add_argument("--tiles", default="all")
+    options = parser.parse_args()
+    sys.exit(main(options.names, options.tiles))
