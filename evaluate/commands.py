@@ -122,9 +122,9 @@ def _of_standard_library(command: EvaluateCommand) -> EvaluateCommand:
 
 def _perplexities(command: EvaluateCommand, model, tokenizer, mask_for) -> list:
     """Perplexity at each of --contexts, printed as a table."""
-    ends = model.config.eos_token_ids
+    config = model.config
     documents = read_documents(
-        command.data, tokenizer, eos_token_id=ends[0] if ends else None, vocab_size=model.config.vocab_size
+        command.data, tokenizer, eos_token_id=config.end_token, vocab_size=config.vocab_size
     )
     names = ("scoring", "stride", "last", "batch_size", "max_windows")
     results = perplexity_by_context(

@@ -214,7 +214,7 @@ def test_heads_learns_a_pattern_that_generate_takes(folder, capfd):
     assert run(folder, capfd, *words, "--prompt", "def", "--max-new-tokens", "3")[0] == 0
 
     code, _, err = run(folder, capfd, *command)
-    assert code == 2 and "holds another pattern" in err
+    assert code == 2 and "has files (config.json, full_attention_heads.tsv, losses.tsv)" in err
     assert run(folder, capfd, "--help")[1].count("\n  heads ") == 1
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import jax
 
+from jsparse.masks.head_pattern import PATTERN_FILE
 from jsparse.models import load_config
 from jsparse.plan.compile_only import prepare_process
 from jsparse.plan.program import DEFAULT_MEMORY_FRACTION, print_plan
@@ -122,7 +123,7 @@ def heads(options: list[str]) -> None:
     result = learn_heads(config)
     for layer, streams in enumerate(result.pattern.threshold(0.5)):
         print(f"layer {layer}: {streams.sum()} of {streams.size} KV heads stream at sparsity 0.5")
-    path = result.output / "full_attention_heads.tsv"
+    path = result.output / PATTERN_FILE
     print(f"the pattern is {path}: try")
     print(
         f"  jsparse generate --model {config.model} --pattern {path} --sparsity 0.5 "

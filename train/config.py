@@ -23,6 +23,7 @@ from jsparse.models.patterns import (
     streaming_pattern,
 )
 from jsparse.models.sharding import MeshConfig
+from jsparse.train.run.paths import as_paths
 
 BLOCK = 128  # tokens, of strided attention
 
@@ -236,8 +237,7 @@ class FinetuneConfig:
 
     @property
     def data_files(self) -> tuple[Path, ...]:
-        files = [self.data] if isinstance(self.data, str | Path) else self.data
-        return tuple(Path(file) for file in files)
+        return as_paths(self.data)
 
     @property
     def groups(self) -> int | None:

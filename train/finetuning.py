@@ -86,7 +86,7 @@ def finetune(config: FinetuneConfig, *, progress: bool = True) -> FinetuneResult
     pattern = config.pattern(model_config)
     mask = pattern.masks(model_config, config.context)
     tokenizer = load_tokenizer(config.model)
-    eos = base_config.eos_token_ids[0] if base_config.eos_token_ids else None
+    eos = base_config.end_token
     digest = digest_data(config.data_files, tokenizer, context=config.context, eos_token_id=eos)
     run = describe_run(config, digest, model_config, pattern)
     start = steps_taken(config, run)

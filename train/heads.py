@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,14 +14,16 @@ from flax import nnx
 from jaxtyping import Array
 
 import jsparse
-from jsparse.checks import require_choice, require_integers, require_numbers
-from jsparse.models import Llama, LlamaConfig, load_config, load_tokenizer
+from jsparse.checks import require_choice, require_integers, require_new_folder, require_numbers
+from jsparse.masks.head_pattern import PATTERN_FILE
+from jsparse.models import Llama, LlamaConfig, load_config, load_tokenizer, plain_text_tokenizer, text_encoder
+from jsparse.reports.console import write_json
 from jsparse.reports.progress import progress_bar
 from jsparse.texts.documents import check_files, read_documents
 from jsparse.texts.passkeys import Passkeys, check_passkeys_fit, passkey_batch
 from jsparse.train.head_gates import gate_loss
+from jsparse.train.run.paths import as_paths
 
-PATTERN_FILE = "full_attention_heads.tsv"
 _ADAM = optax.scale_by_adam()  # which is AdamW where nothing decays; the learning rate is applied by _step
 
 
@@ -104,8 +105,7 @@ class HeadsConfig:
 
     @property
     def data_files(self) -> tuple[Path, ...]:
-        files = [self.data] if isinstance(self.data, str | Path) else self.data
-        return tuple(Path(file) for file in files)
+        return as_paths(self.data)
 
     @property
     def shortest(self) -> int:
@@ -163,7 +163,7 @@ def learn_heads(config: HeadsConfig, *, progress: bool = True) -> HeadsResult:
     finite; then nothing is written.
     """
     check_files(config.data_files)
-    _check_output(config)
+    require_new_folder(config.output_folder)
     model_config = load_config(config.model)
     if config.context > model_config.max_position_embeddings:
         raise ValueError(
@@ -246,23 +246,11 @@ def _step(
 def _passkeys(config: HeadsConfig, model_config: LlamaConfig) -> Passkeys:
     """The haystack and the settings of the samples, after the check that they fit the sample lengths."""
     tokenizer = load_tokenizer(config.model)
-    tokenizer.no_truncation()  # lengths saved in tokenizer.json must not change the samples
-    tokenizer.no_padding()
-
-    def encode(text: str) -> list[int]:
-        ids = tokenizer.encode(text, add_special_tokens=False).ids
-        if max(ids) >= model_config.vocab_size:
-            raise ValueError(
-                f"model: the tokenizer gives token id {max(ids)}, but the vocabulary has "
-                f"{model_config.vocab_size} entries: the tokenizer is not this model's"
-            )
-        return ids
-
-    ends = model_config.eos_token_ids
+    encode = text_encoder(tokenizer, model_config.vocab_size)
     documents = read_documents(
         config.data_files,
         tokenizer,
-        eos_token_id=ends[0] if ends else None,
+        eos_token_id=model_config.end_token,
         vocab_size=model_config.vocab_size,
     )
     haystack = np.concatenate(documents)
@@ -271,20 +259,10 @@ def _passkeys(config: HeadsConfig, model_config: LlamaConfig) -> Passkeys:
             f"data: {len(documents)} file(s) with {len(haystack)} tokens in all do not fill one sample of "
             f"context={config.context} tokens; give more text or a shorter context"
         )
-    start = tuple(tokenizer.encode("").ids)  # what the tokenizer puts before every text
+    start = tuple(plain_text_tokenizer(tokenizer).encode("").ids)  # what it puts before every text
     passkeys = Passkeys(haystack, encode, config.needles, config.words, start)
     check_passkeys_fit(passkeys, config.shortest)
     return passkeys
-
-
-def _check_output(config: HeadsConfig) -> None:
-    output = config.output_folder
-    if output.exists() and not output.is_dir():
-        raise FileExistsError(f"output={output} is a file; it must be a folder, or not exist")
-    others = sorted(file.name for file in output.iterdir()) if output.exists() else []
-    if others:
-        holds = "holds another pattern" if PATTERN_FILE in others else "has other files"
-        raise FileExistsError(f"output={output} {holds} ({', '.join(others[:3])}); choose a new folder")
 
 
 def _write(
@@ -297,7 +275,7 @@ def _write(
     for field in ("sink", "window", "output"):
         del settings[field]
     folder = config.output_folder
-    (folder / "config.json").write_text(json.dumps(settings, indent=1) + "\n", encoding="utf-8")
+    write_json(folder / "config.json", settings)
     lines = ["step\tloss\tdistance\tmean_gate\n"]
     lines += [f"{step}\t{a:.6g}\t{b:.6g}\t{c:.6g}\n" for step, (a, b, c) in enumerate(losses, start=1)]
     (folder / "losses.tsv").write_text("".join(lines), encoding="utf-8")

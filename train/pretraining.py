@@ -17,6 +17,7 @@ from jaxtyping import Array, Float, Int, Int32, PyTree
 
 from jsparse.checks import require_integers, require_numbers
 from jsparse.models import Llama, LlamaConfig, train_tokenizer
+from jsparse.reports.console import write_json
 from jsparse.reports.progress import progress_bar
 from jsparse.texts.corpus import standard_library_files
 from jsparse.texts.documents import check_files, read_documents
@@ -27,6 +28,7 @@ from jsparse.train.data.batches import digest_data
 from jsparse.train.data.curriculum import KINDS, LISTED, TEXT, Lessons, Stage
 from jsparse.train.run.checkpoint import open_checkpoints
 from jsparse.train.run.identity import METRICS, checkpoint_folder, metrics_until, steps_in
+from jsparse.train.run.paths import as_paths
 from jsparse.train.run.stopping import sigterm_noted
 from jsparse.train.step import SplitModel, TrainState, is_table, new_state, split_model
 
@@ -141,8 +143,7 @@ class PretrainConfig:
 
     @property
     def data_files(self) -> tuple[Path, ...]:
-        files = [self.data] if isinstance(self.data, str | Path) else self.data
-        return tuple(map(Path, files)) or standard_library_files(packages=True)[0]
+        return as_paths(self.data) or standard_library_files(packages=True)[0]
 
     def model_config(self, eos_token_id: int) -> LlamaConfig:
         return LlamaConfig(
@@ -406,7 +407,7 @@ def _export(
         "eos_token": END_OF_TEXT,
         "model_max_length": config.context,
     }
-    for name, content in (("tokenizer_config.json", settings), (RECORD, record)):
-        (config.output_folder / name).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    write_json(config.output_folder / "tokenizer_config.json", settings)
+    write_json(config.output_folder / RECORD, record)
     rounded = jax.tree.map(lambda param: param.astype(jnp.bfloat16), state.params)
     nnx.merge(split.graphdef, rounded, split.frozen).save_pretrained(config.output_folder)

@@ -371,11 +371,11 @@ def test_an_output_that_would_overwrite_something(config, folder, tmp_path):
 
     config.output.mkdir()
     (config.output / "full_attention_heads.tsv").write_text("0.5\n")
-    refused(config.output, r"output=.* holds another pattern \(full_attention_heads.tsv\)")
+    refused(config.output, r"output=.* has files \(full_attention_heads.tsv\)")
     assert (config.output / "full_attention_heads.tsv").read_text() == "0.5\n"
     (tmp_path / "file").write_text("mine")
     refused(tmp_path / "file", "file is a file")
-    refused(folder / "model", "has other files .*config.json")
+    refused(folder / "model", "has files .*config.json")
 
 
 def test_gates_of_another_model():
