@@ -1,4 +1,4 @@
-"""The commands of this room: ``jsparse evaluate | evaluate scoreboard | bench``."""
+"""The commands of this room: ``jsparse evaluate | scoreboard | bench decode | bench prefill``."""
 
 import dataclasses
 import platform
@@ -12,7 +12,9 @@ from jsparse.evaluate.perplexity import perplexity_by_context
 from jsparse.evaluate.plots import check_can_plot, plot_evaluation
 from jsparse.evaluate.scoreboard import ScoreboardConfig, run_scoreboard
 from jsparse.evaluate.scoreboard_report import print_scoreboard
-from jsparse.evaluate.speed import DecodeBench, PrefillBench, bench_decode, bench_prefill
+from jsparse.evaluate.speed import DecodeBench, PrefillBench
+from jsparse.evaluate.speed import bench_decode as run_decode_bench
+from jsparse.evaluate.speed import bench_prefill as run_prefill_bench
 from jsparse.models import Llama, load_config, load_tokenizer, shipped_model
 from jsparse.models.patterns import load_pattern, shifted_pattern
 from jsparse.reports.console import check_can_write, parse, print_table, write_json
@@ -164,25 +166,13 @@ def scoreboard(options: list[str]) -> None:
         print_scoreboard(rows, str(config.model))
 
 
-_BENCH_USAGE = """usage: jsparse bench KIND [options]
-
-  decode     milliseconds a token at several context lengths, for each policy of the cache
-  prefill    seconds to the first token of prompts of several lengths
-
-jsparse bench KIND --help lists the options."""
+def bench_decode(options: list[str]) -> None:
+    config = parse(DecodeBench, "bench decode", options)
+    run_decode_bench(config)
+    print(f"the numbers are in {config.output}")
 
 
-def bench(options: list[str]) -> None:
-    if not options or options[0] in ("-h", "--help"):
-        print(_BENCH_USAGE)
-        return
-    kind, *options = options
-    if kind == "decode":
-        config = parse(DecodeBench, "bench decode", options)
-        bench_decode(config)
-    elif kind == "prefill":
-        config = parse(PrefillBench, "bench prefill", options)
-        bench_prefill(config)
-    else:
-        raise ValueError(f"unknown kind {kind!r} of benchmark; kinds are decode, prefill")
+def bench_prefill(options: list[str]) -> None:
+    config = parse(PrefillBench, "bench prefill", options)
+    run_prefill_bench(config)
     print(f"the numbers are in {config.output}")

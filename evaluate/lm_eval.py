@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import tokenizers
 
+from jsparse.extras import require_extra
 from jsparse.models import Llama, load_tokenizer, reorder_heads
 from jsparse.serve.config import CacheConfig, power_of_two
 from jsparse.serve.generation import stream
@@ -60,14 +61,14 @@ class JsparseLM(_Base):
 
     Chat templates are not applied. Logits of a whole continuation are kept at once, in float32.
 
-    Raises NotImplementedError where lm_eval is not installed, ValueError for arguments out of range, and as
+    Raises MissingExtra where lm_eval is not installed, ValueError for arguments out of range, and as
     the cache, the model and the tokenizer do when they are loaded.
 
     With ``pip install 'jsparse[lm-eval]'``, and the data of a task within reach::
 
         import lm_eval
         from jsparse.serve import CacheConfig
-        from jsparse.serve.lm_eval import JsparseLM
+        from jsparse.evaluate.lm_eval import JsparseLM
 
         lm = JsparseLM("my-llama", CacheConfig(budget=1024))
         print(lm_eval.simple_evaluate(model=lm, tasks=["lambada_openai"])["results"])
@@ -84,8 +85,7 @@ class JsparseLM(_Base):
         prefix_token_id: int | None = None,
         dtype: Any = None,
     ):
-        if not _INSTALLED:
-            raise NotImplementedError("the harness is not installed: pip install 'jsparse[lm-eval]'")
+        require_extra("lm_eval", "lm-eval", "the harness is not installed")
         super().__init__()
         if cache.batch is not None:
             raise ValueError(f"cache.batch={cache.batch} must be None: give batch_size")
