@@ -241,9 +241,7 @@ def score_continuation(
 
     >>> from flax import nnx
     >>> from jsparse.models import LlamaConfig
-    >>> config = LlamaConfig(
-    ...     vocab_size=4, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2
-    ... )
+    >>> config = LlamaConfig.tiny(vocab_size=4)
     >>> model = Llama(config, rngs=nnx.Rngs(0))
     >>> total = sum(np.exp(score_continuation(model, [1, 2], [i], CacheConfig(), 8)[0]) for i in range(4))
     >>> round(float(total), 5)

@@ -74,9 +74,7 @@ def evaluate_passkeys(
     too short for the length, all before anything is computed; FloatingPointError where logits are not finite.
 
     >>> from jsparse.models import LlamaConfig, byte_tokenizer
-    >>> config = LlamaConfig(
-    ...     vocab_size=257, hidden_size=8, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2
-    ... )
+    >>> config = LlamaConfig.tiny()
     >>> model = Llama(config, rngs=nnx.Rngs(0))
     >>> evaluate_passkeys(model, byte_tokenizer(), lengths=[256], depths=[0.5], samples=2)
     [PasskeyAccuracy(length=256, depth=0.5, correct=0, samples=2)]

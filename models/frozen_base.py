@@ -30,8 +30,7 @@ def quantize_base(model: nnx.Module, bits: int) -> None:
     layers whose inputs 64 does not divide.
 
     >>> from jsparse.models import Llama, LlamaConfig
-    >>> model = Llama(LlamaConfig(vocab_size=9, hidden_size=64, intermediate_size=64, num_hidden_layers=1,
-    ...                           num_attention_heads=2), rngs=nnx.Rngs(0))
+    >>> model = Llama(LlamaConfig.tiny(hidden_size=64), rngs=nnx.Rngs(0))
     >>> quantize_base(model, 4)
     >>> model.layers[0].mlp.up_proj.codes.shape, model.layers[0].mlp.up_proj.codes.dtype.name
     ((64, 64), 'uint4')

@@ -35,9 +35,7 @@ class Llama(nnx.Module):
     softmax inside are float32, and logits are float32. The sub-modules are named as in Hugging Face's
     checkpoints, with ``lm_head`` None when it is tied to the embedding.
 
-    >>> config = LlamaConfig(
-    ...     vocab_size=257, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4
-    ... )
+    >>> config = LlamaConfig.tiny()
     >>> model = Llama(config, rngs=nnx.Rngs(0))
     >>> model(jnp.array([[1, 2, 3]])).shape
     (1, 3, 257)

@@ -27,9 +27,7 @@ def layer_masks(config: LlamaConfig, mask: ModelMask | None) -> list[Mask]:
     ValueError for another number of masks, naming the layer; TypeError for what is no mask;
     NotImplementedError where mask and window together are no mask that we can write down.
 
-    >>> config = LlamaConfig(
-    ...     vocab_size=16, hidden_size=8, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2
-    ... )
+    >>> config = LlamaConfig.tiny(num_attention_heads=2)
     >>> everything, recent = jsparse.causal(), jsparse.sliding_window(4)
     >>> layer_masks(config, [everything, recent]) == [(everything, recent)] * 2  # one a head
     True

@@ -19,7 +19,7 @@ from jsparse.models.weight_codes import coded_matmul, decode_kernel, encode_kern
 
 qwix = pytest.importorskip("qwix", reason="codes need qwix, from the extra `qlora`")
 
-CONFIG = LlamaConfig(
+CONFIG = LlamaConfig.tiny(
     vocab_size=61,
     hidden_size=64,
     intermediate_size=128,

@@ -25,9 +25,8 @@ IS_ANSWER[0, 25:30] = IS_ANSWER[1, [12, 13, 37]] = True
 
 
 def random_model(vocab_size=50, model_type="llama", **fields) -> Llama:
-    config = LlamaConfig(
+    config = LlamaConfig.tiny(
         vocab_size=vocab_size,
-        hidden_size=32,
         intermediate_size=48,
         num_hidden_layers=LAYERS,
         num_attention_heads=KV_HEADS * GROUP,
