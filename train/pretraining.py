@@ -3,8 +3,7 @@
 import dataclasses
 import functools
 import json
-import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,7 +17,6 @@ from jaxtyping import Array, Float, Int, Int32, PyTree
 from jsparse.checks import require_integers, require_numbers
 from jsparse.models import Llama, LlamaConfig, train_tokenizer
 from jsparse.reports.console import write_json
-from jsparse.reports.progress import progress_bar
 from jsparse.texts.corpus import standard_library_files
 from jsparse.texts.documents import check_files, read_documents
 from jsparse.texts.passkeys import WORDS as PASSKEY_WORDS
@@ -27,9 +25,9 @@ from jsparse.texts.tokenizer import END_OF_TEXT
 from jsparse.train.data.batches import digest_data
 from jsparse.train.data.curriculum import KINDS, LISTED, TEXT, Lessons, Stage
 from jsparse.train.run.checkpoint import open_checkpoints
-from jsparse.train.run.identity import METRICS, checkpoint_folder, metrics_until, steps_in
+from jsparse.train.run.identity import checkpoint_folder, steps_in
+from jsparse.train.run.loop import run_steps
 from jsparse.train.run.paths import as_paths
-from jsparse.train.run.stopping import sigterm_noted
 from jsparse.train.step import SplitModel, TrainState, is_table, new_state, split_model
 
 RECORD = "pretrain.json"
@@ -236,7 +234,17 @@ def pretrain(config: PretrainConfig, *, command: str | None = None, progress: bo
         def save(step: int, state: TrainState) -> None:
             checkpoints.save(step, state, run)
 
-        state, metrics = _train(config, split, lessons, state, save=save, progress=progress)
+        state, metrics = run_steps(
+            state,
+            _step_taker(config, split, lessons),
+            output=config.output_folder,
+            steps=config.steps,
+            checkpoint_every=config.checkpoint_every,
+            save=save,
+            name="pretraining",
+            note=_note,
+            progress=progress,
+        )
     finished = int(state.step) == config.steps
     if finished:
         record = {
@@ -277,10 +285,10 @@ def _start(config: PretrainConfig, eos_token_id: int) -> tuple[TrainState, Split
 def _muon_matrices(params: PyTree) -> PyTree:
     """Which axes Muon multiplies over, None for what is Adam's."""
 
-    def of(path, param):
+    def axes(path, param):
         return None if is_table(path) or param.ndim != 2 else optax.contrib.MuonDimensionNumbers(0, 1)
 
-    return jax.tree.map_with_path(of, params)
+    return jax.tree.map_with_path(axes, params)
 
 
 class _Counts(NamedTuple):
@@ -326,47 +334,24 @@ def _pretrain_step(
     return step
 
 
-def _train(
-    config: PretrainConfig,
-    split: SplitModel,
-    lessons: Lessons,
-    state: TrainState,
-    *,
-    save: Callable[[int, TrainState], None],
-    progress: bool,
-) -> tuple[TrainState, list[dict[str, Any]]]:
-    """Take the steps that ``state`` has not taken; returns the last state and all lines of metrics.jsonl."""
-    start = int(state.step)
-    metrics = metrics_until(config.output_folder, start)
-    take_step = _pretrain_step(split, config)
-    with (
-        open(config.output_folder / METRICS, "w", encoding="utf-8") as file,
-        progress_bar(progress) as bar,
-        sigterm_noted() as asked_to_stop,
-    ):
-        file.writelines(json.dumps(line) + "\n" for line in metrics)
-        task = bar.add_task("pretraining", total=config.steps, completed=start, note="compiling")
-        for step, stage in _steps_from(start, config.stages):
-            tokens, kinds = lessons.batch(stage, step, config.seed)
-            state, loss, counts = take_step(state, tokens, kinds)
-            line = _metrics_line(step + 1, stage, float(loss), counts)
-            metrics.append(line)
-            file.write(json.dumps(line) + "\n")
-            file.flush()
-            bar.update(task, advance=1, note=f"{stage.length} tokens, loss {line['loss']:.3f}")
-            stopping = asked_to_stop()
-            if (step + 1) % config.checkpoint_every == 0 or step + 1 == config.steps or stopping:
-                os.fsync(file.fileno())  # whoever finds the checkpoint finds the metrics up to it
-                save(step + 1, state)
-            if stopping:
-                break
-    return state, metrics
+def _step_taker(
+    config: PretrainConfig, split: SplitModel, lessons: Lessons
+) -> Callable[[int, TrainState], tuple[TrainState, dict[str, Any]]]:
+    """``take_step(step, state) -> state, line of metrics.jsonl``; steps count through all stages."""
+    stage_of_step = [stage for stage in config.stages for _ in range(stage.steps)]
+    jitted = _pretrain_step(split, config)
+
+    def take_step(step: int, state: TrainState) -> tuple[TrainState, dict[str, Any]]:
+        stage = stage_of_step[step]
+        tokens, kinds = lessons.batch(stage, step, config.seed)
+        state, loss, counts = jitted(state, tokens, kinds)
+        return state, _metrics_line(step + 1, stage, float(loss), counts)
+
+    return take_step
 
 
-def _steps_from(start: int, stages: Sequence[Stage]) -> Iterator[tuple[int, Stage]]:
-    """Every step from ``start`` on, numbered through all stages, with its stage."""
-    numbered = enumerate(stage for stage in stages for _ in range(stage.steps))
-    return ((step, stage) for step, stage in numbered if step >= start)
+def _note(line: dict[str, Any]) -> str:
+    return f"{line['length']} tokens, loss {line['loss']:.3f}"
 
 
 def _metrics_line(step: int, stage: Stage, loss: float, counts: _Counts) -> dict[str, Any]:
