@@ -14,7 +14,7 @@ from jsparse.models.sharding import abstract_parameters, batch_sharding
 from jsparse.plan.compile_only import compile_only_devices, find_device
 from jsparse.plan.program import DEFAULT_MEMORY_FRACTION, Plan, Program, check_memory_fraction, plan_program
 from jsparse.train.config import FinetuneConfig
-from jsparse.train.flops import step_flops
+from jsparse.train.model_flops import step_flops
 from jsparse.train.start import extended_config, is_trained, make_step, prepare
 from jsparse.train.step import new_state, split_model
 

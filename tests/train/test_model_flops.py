@@ -17,7 +17,7 @@ from jsparse.models import Llama, LlamaConfig, add_lora
 from jsparse.models.longlora import is_trained_with_lora
 from jsparse.plan.flops import Passes, attention_flops
 from jsparse.train import shifted_head_masks
-from jsparse.train.flops import step_flops
+from jsparse.train.model_flops import step_flops
 from jsparse.train.step import new_state, split_model, train_step
 
 LLAMA_2_7B = LlamaConfig(
