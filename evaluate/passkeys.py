@@ -14,6 +14,7 @@ from tokenizers import Tokenizer
 from jsparse.models import Llama, plain_text_tokenizer, text_encoder
 from jsparse.models.masking import ModelMask, hashable
 from jsparse.reports.progress import progress_bar
+from jsparse.texts.passkeys import hide_needles, random_stretch
 from jsparse.texts.tasks import PASSKEY_HEADER, PASSKEY_NEEDLE, PASSKEY_QUESTION, question_and_answer
 
 _FILLER = "The grass grows. The river runs. The sun goes down. We walk on. And back home again.\n"
@@ -168,9 +169,9 @@ def _text(
     if rest < 0:
         raise ValueError(f"lengths: {length} is too short for the {taken} tokens of the task and its passkey")
     filler = _filler(material, rest, rng)
-    cut = round(depth * rest)
-    parts = before, filler[:cut], needle, filler[cut:], question, answer
-    return np.concatenate(parts).astype(np.int32), np.arange(length) >= length - len(answer)
+    text = hide_needles(filler, [needle], [round(depth * rest)])
+    tokens = np.array([*before, *text, *question, *answer], np.int32)
+    return tokens, np.arange(length) >= length - len(answer)
 
 
 def _filler(material: _Material, count: int, rng: np.random.Generator) -> Integer[np.ndarray, " N"]:
@@ -182,8 +183,7 @@ def _filler(material: _Material, count: int, rng: np.random.Generator) -> Intege
             f"haystack has {len(material.haystack)} tokens, but the longest text needs {count} beside the "
             "passkey; give more or shorter lengths"
         )
-    start = int(rng.integers(spare + 1))
-    return material.haystack[start : start + count]
+    return random_stretch(material.haystack, count, rng)
 
 
 def _batches(

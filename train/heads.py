@@ -121,8 +121,8 @@ class HeadsConfig:
 
     def learning_rate_at(self, step: int) -> float:
         """The learning rate of a step, counted from 0."""
-        to_the_end = min(step, self.steps - 1 - step)  # the first one or the last
-        return self.learning_rate * min(0.1 + 0.9 * to_the_end / max(self.steps // 5, 1), 1.0)
+        rising = optax.linear_schedule(0.1 * self.learning_rate, self.learning_rate, max(self.steps // 5, 1))
+        return float(rising(min(step, self.steps - 1 - step)))  # falls at the end as it rises from the start
 
 
 @dataclasses.dataclass(frozen=True)

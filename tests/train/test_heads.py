@@ -303,6 +303,12 @@ def test_the_learning_rate_rises_and_falls(config):
         rates(10, *range(10)), 0.02 * np.array([0.1, 0.55] + [1] * 6 + [0.55, 0.1]), rtol=1e-5
     )
     assert rates(1, 0) == pytest.approx([0.002])
+    for steps in (1, 2, 3, 4, 9, 10, 11, 57):
+        formula = [
+            0.02 * min(0.1 + 0.9 * min(step, steps - 1 - step) / max(steps // 5, 1), 1.0)
+            for step in range(steps)
+        ]
+        np.testing.assert_allclose(rates(steps, *range(steps)), formula, rtol=1e-6)
 
 
 # --- what is refused ---
