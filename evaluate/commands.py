@@ -38,7 +38,7 @@ class EvaluateCommand:
     """UTF-8 text files, each one document; they are scored one after another in one row. With neither --data
     nor --passkeys: held-out modules of this Python's standard library."""
     contexts: tuple[int, ...] = (1024,)
-    """Tokens a window, and of a text with passkeys unless --lengths says otherwise."""
+    """Tokens per window, and of a text with passkeys unless --lengths says otherwise."""
     attention: Literal["full", "shifted", "trained"] = "full"
     """"full" causal attention, LongLoRA's "shifted" groups of a quarter of each context, or as the model was
     "trained": by the attention_pattern.json in its folder, whose groups must divide each context."""
@@ -47,7 +47,7 @@ class EvaluateCommand:
     stride: int | None = None
     """Tokens from window to window (default: half of each context; 256 for "all"; --last for "last")."""
     last: int | None = None
-    """For --scoring last: tokens a window scores."""
+    """For --scoring last: tokens that each window scores."""
     max_windows: int | None = None
     """Score the first so many windows of each context only (default: all; 64 of the standard library)."""
     batch_size: int = 1

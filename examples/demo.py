@@ -52,7 +52,7 @@ class DemoConfig:
     extension_steps: int = 300
     """LongLoRA steps at the long context."""
     batch_tokens: int = 1024
-    """Tokens a training step, at either context."""
+    """Tokens per training step, at either context."""
     evaluation_tokens: int = 32768
     """Held-out tokens that perplexity is measured on."""
     prompt_tokens: int = 900
@@ -60,7 +60,7 @@ class DemoConfig:
     new_tokens: int = 96
     """Tokens to generate."""
     budget: int = 256
-    """Tokens of the cache that a retrieval head of the sparse cache reads a step."""
+    """Tokens of the cache that a retrieval head of the sparse cache reads per step."""
     sink: int = 16
     """First tokens that a streaming head keeps."""
     window: int = 128

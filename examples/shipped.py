@@ -53,7 +53,7 @@ class ShippedDemoConfig:
     new_tokens: int = 96
     """Tokens to generate."""
     budget: int = 256
-    """Tokens that a head reads a step: of pages that it chooses, or sink and window together."""
+    """Tokens that a head reads per step: of pages that it chooses, or sink and window together."""
     samples: int = 8
     """Texts of each task of recall."""
 

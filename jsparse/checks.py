@@ -10,7 +10,10 @@ from jsparse.integers import require_integer
 
 def require_integers(config: Any, minimum: int, *fields: str) -> None:
     for field in fields:
-        require_integer(field, getattr(config, field), minimum)
+        value = getattr(config, field)
+        if not isinstance(value, int):  # NumPy's are refused too: settings are written as JSON
+            raise ValueError(f"{field} must be an integer >= {minimum}, not {value!r}")
+        require_integer(field, value, minimum)
 
 
 def require_numbers(config: Any, *fields: str, allow_zero: bool = False) -> None:

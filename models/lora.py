@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from jsparse.integers import require_integer
 from jsparse.models.frozen_base import dequantize_base, is_quantized
 from jsparse.models.layers import DropoutKey, Linear, LoRAParam, linear_layers, logical_axes
 
@@ -41,8 +42,7 @@ def add_lora(
     >>> model.layers[0].self_attn.q_proj.lora_a.shape
     (32, 2)
     """
-    if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
-        raise ValueError(f"rank must be an integer >= 1, not {rank!r}")
+    require_integer("rank", rank)
     if isinstance(alpha, bool) or not isinstance(alpha, int | float) or not 0 < alpha < float("inf"):
         raise ValueError(f"alpha must be a positive number, not {alpha!r}")
     if isinstance(dropout, bool) or not isinstance(dropout, int | float) or not 0 <= dropout < 1:

@@ -47,7 +47,7 @@ def layer_masks(config: LlamaConfig, mask: ModelMask | None) -> list[Mask]:
         entries = [_unwrapped(entry, number) for number, entry in enumerate(mask)]
         names = [f"mask[{number}], of layer {number}," for number in range(layers)]
     each_layer = zip(entries, names, config.sliding_windows, strict=True)
-    return [_layer_mask(config, entry, name, window) for entry, name, window in each_layer]
+    return [_within_model(config, entry, name, window) for entry, name, window in each_layer]
 
 
 def _is_one_a_layer(mask: Any) -> TypeGuard[Sequence]:
@@ -65,7 +65,7 @@ def _unwrapped(entry: Any, layer: int) -> Any:
     return entry[0] if is_single else entry
 
 
-def _layer_mask(config: LlamaConfig, mask: Any, name: str, window: int | None) -> Mask:
+def _within_model(config: LlamaConfig, mask: Any, name: str, window: int | None) -> Mask:
     """``mask`` within one layer's ``window``, checked; errors call it ``name``."""
     if isinstance(mask, BlockMask):
         if window is not None:

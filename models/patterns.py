@@ -17,7 +17,7 @@ from jsparse.models.longlora import shifted_head_masks
 from jsparse.models.masking import LayerMask
 
 PATTERN_FILE = "attention_pattern.json"
-KINDS = ("full", "shifted", "grouped", "longgen", "streaming")
+KINDS = ("shifted", "grouped", "full", "longgen", "streaming")
 _VERSION = 1  # of the file
 
 
@@ -98,7 +98,7 @@ class AttentionPattern:
         _require_positive("length", length)
         self._check_model(config)
         self._check_groups(length)
-        return tuple(_layer_mask(layer, length) for layer in self.layers)
+        return tuple(_mask_of_rules(layer, length) for layer in self.layers)
 
     def _check_model(self, config: LlamaConfig) -> None:
         own = len(self.layers), len(self.layers[0])
@@ -276,7 +276,7 @@ def _same_in_every_layer(kind: str, config: LlamaConfig, heads: tuple[HeadRule, 
 # --- rules to masks ---
 
 
-def _layer_mask(layer: tuple[HeadRule, ...], length: int) -> LayerMask:
+def _mask_of_rules(layer: tuple[HeadRule, ...], length: int) -> LayerMask:
     if isinstance(layer[0], StridedBlocks):
         return strided_block_mask(layer[0], length)
     return tuple(rule for rule in layer if isinstance(rule, TokenMask))  # all are, as __post_init__ checked

@@ -36,7 +36,7 @@ from jsparse.train.step import Metrics, SplitModel, TrainState
 
 @dataclasses.dataclass(frozen=True)
 class FinetuneResult:
-    """``output``: the Hugging Face folder. ``losses``: one a step, from the first; nan where a step was
+    """``output``: the Hugging Face folder. ``losses``: one per step, from the first; nan where a step was
     skipped. ``metrics``: the last step's line. ``finished``: whether all steps were taken; SIGTERM ends a run
     before, and there is no model then.
     """
@@ -56,9 +56,9 @@ def finetune(config: FinetuneConfig, *, progress: bool = True) -> FinetuneResult
     norms trained beside it, merged into the weights at the end. The result is an ordinary Llama: serve it
     with full or any sparse attention.
 
-    While it runs, ``output`` holds ``metrics.jsonl`` (a line a step: step, loss, tokens that had a target,
-    tokens a second, learning rate, gradient norm before clipping, steps skipped so far), ``checkpoints/`` and
-    ``data/``, the text as tokens. config.json, the weights and attention_pattern.json, which says what each
+    While it runs, ``output`` holds ``metrics.jsonl`` (one line per step: step, loss, tokens that had a
+    target, tokens per second, learning rate, gradient norm before clipping, steps skipped so far),
+    ``checkpoints/`` and ``data/``, the text as tokens. config.json, the weights and attention_pattern.json, which says what each
     head saw, appear at the end. The same call after an interruption goes on from the last checkpoint, bit for
     bit as if nothing had happened. SIGTERM ends a run after the step that it is at, with a checkpoint.
 

@@ -41,7 +41,7 @@ class HeadsConfig:
     model: str | Path
     """The checkpoint, which stays as it is: a Hugging Face folder with safetensors and a tokenizer.json."""
     data: Sequence[str | Path]
-    """Text files (one, or several), or .jsonl files with a "text" a line, to hide passkeys in."""
+    """Text files (one, or several), or .jsonl files with one "text" per line, to hide passkeys in."""
     output: str | Path
     """A new folder, for the pattern (full_attention_heads.tsv), its config.json and losses.tsv."""
     context: int
@@ -56,9 +56,9 @@ class HeadsConfig:
     window: int = 256
     """Recent tokens that a streaming head sees, the query's own included."""
     needles: int = 10
-    """Passkeys a sample."""
+    """Passkeys per sample."""
     words: int = 32
-    """Random words a passkey."""
+    """Random words per passkey."""
     dtype: str | None = None
     """To compute in: "float32", "bfloat16", or None for the checkpoint's. Gates are in float32."""
     remat: bool = True
@@ -67,7 +67,7 @@ class HeadsConfig:
     steps: int = 2000
     """Optimizer steps."""
     batch_size: int = 1
-    """Samples a step."""
+    """Samples per step."""
     learning_rate: float = 0.02
     """AdamW's. It rises to this from a tenth in the first fifth of the steps, and falls back in the last."""
     l1: float = 0.05
@@ -127,7 +127,7 @@ class HeadsConfig:
 
 @dataclasses.dataclass(frozen=True)
 class HeadsResult:
-    """``pattern``: the gates, each in [0, 1]. ``losses``: one a step, before its update. ``output``: the
+    """``pattern``: the gates, each in [0, 1]. ``losses``: one per step, before its update. ``output``: the
     folder.
     """
 

@@ -68,9 +68,9 @@ class PretrainConfig:
     layers: int = 4
     """Transformer layers."""
     q_heads: int = 4
-    """Query heads a layer."""
+    """Query heads per layer."""
     kv_heads: int = 2
-    """KV heads a layer."""
+    """KV heads per layer."""
     head_dim: int = 64
     """Of each."""
 
@@ -83,7 +83,7 @@ class PretrainConfig:
     far_steps: int = 1200
     """Steps at the full context at the very end, most rows of which ask for what was said once, far back."""
     batch_tokens: int = 4096
-    """Tokens a step (half of it at 64 tokens), and never less than two rows."""
+    """Tokens per step (half of it at 64 tokens), and never less than two rows."""
     learning_rate: float = 0.02
     """Muon's, for the matrices of the layers. It falls to zero from the rows of 512 tokens on; for
     ``far_steps`` it starts again at a quarter, and falls to zero once more."""
@@ -183,8 +183,8 @@ class PretrainConfig:
 
 @dataclasses.dataclass(frozen=True)
 class PretrainResult:
-    """``output``: the Hugging Face folder. ``metrics``: a line a step. ``finished``: whether all steps were
-    taken; SIGTERM ends a run before, and there is no model then.
+    """``output``: the Hugging Face folder. ``metrics``: one line per step. ``finished``: whether all steps
+    were taken; SIGTERM ends a run before, and there is no model then.
     """
 
     output: Path
@@ -199,8 +199,8 @@ def pretrain(config: PretrainConfig, *, command: str | None = None, progress: bo
     is ``text_weight`` times the mean over the tokens of real text, plus the mean over the kinds of answers,
     each of which weighs as the root of how many a step has.
 
-    While it runs, ``output`` holds ``metrics.jsonl`` (a line a step: step, length, loss, and of each kind of
-    token that the step had its loss and how many were predicted right) and ``checkpoints/``. The tokenizer,
+    While it runs, ``output`` holds ``metrics.jsonl`` (one line per step: step, length, loss, and of each kind
+    of token that the step had its loss and how many were predicted right) and ``checkpoints/``. The tokenizer,
     the model and ``pretrain.json``, which says how it was made, come at the end. The same call after an
     interruption goes on from the last checkpoint, bit for bit as if nothing had happened.
 

@@ -200,7 +200,7 @@ def _padding(length: int) -> _Piece:
 
 
 def _gather(pieces: Iterable[_Piece]) -> Iterator[_Piece]:
-    """The same tokens in fewer pieces, for short documents would be a write each."""
+    """The same tokens in fewer pieces: one piece per document would write once per short document."""
     held, length = [], 0
     for piece in pieces:
         held.append(piece)
