@@ -58,9 +58,10 @@ def finetune(config: FinetuneConfig, *, progress: bool = True) -> FinetuneResult
 
     While it runs, ``output`` holds ``metrics.jsonl`` (one line per step: step, loss, tokens that had a
     target, tokens per second, learning rate, gradient norm before clipping, steps skipped so far),
-    ``checkpoints/`` and ``data/``, the text as tokens. config.json, the weights and attention_pattern.json, which says what each
-    head saw, appear at the end. The same call after an interruption goes on from the last checkpoint, bit for
-    bit as if nothing had happened. SIGTERM ends a run after the step that it is at, with a checkpoint.
+    ``checkpoints/`` and ``data/``, the text as tokens. config.json, the weights and attention_pattern.json,
+    which says what each head saw, appear at the end. The same call after an interruption goes on from the
+    last checkpoint, bit for bit as if nothing had happened. SIGTERM ends a run after the step that it is at,
+    with a checkpoint.
 
     A step whose loss or gradient is not finite is skipped and counted; its line has null for them.
 

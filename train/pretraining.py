@@ -200,9 +200,9 @@ def pretrain(config: PretrainConfig, *, command: str | None = None, progress: bo
     each of which weighs as the root of how many a step has.
 
     While it runs, ``output`` holds ``metrics.jsonl`` (one line per step: step, length, loss, and of each kind
-    of token that the step had its loss and how many were predicted right) and ``checkpoints/``. The tokenizer,
-    the model and ``pretrain.json``, which says how it was made, come at the end. The same call after an
-    interruption goes on from the last checkpoint, bit for bit as if nothing had happened.
+    of token that the step had its loss and how many were predicted right) and ``checkpoints/``. The
+    tokenizer, the model and ``pretrain.json``, which says how it was made, come at the end. The same call
+    after an interruption goes on from the last checkpoint, bit for bit as if nothing had happened.
 
     command: what to name in pretrain.json as the command that made it. progress: a progress bar, if stderr is
     a terminal.

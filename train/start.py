@@ -1,5 +1,6 @@
 """What a run starts from: the model it trains, split and placed, and the state before its first step."""
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -13,7 +14,7 @@ from jsparse.models.longlora import is_trained_with_lora
 from jsparse.models.masking import ModelMask
 from jsparse.models.sharding import parameter_shardings, put
 from jsparse.train.config import FinetuneConfig
-from jsparse.train.step import SplitModel, TrainState, new_state, split_model, train_step
+from jsparse.train.step import Metrics, SplitModel, TrainState, new_state, split_model, train_step
 
 
 def extended_config(config: FinetuneConfig, model: LlamaConfig) -> LlamaConfig:
@@ -66,7 +67,7 @@ def prepare(config: FinetuneConfig, model: Llama) -> Llama:
 
 def make_step(
     config: FinetuneConfig, split: SplitModel, mask: ModelMask, mesh: Mesh | None
-) -> jax.stages.Wrapped:
+) -> Callable[..., tuple[TrainState, Metrics]]:
     """The jitted step that the run takes and that its plan compiles; see ``train_step``."""
     return train_step(
         split,
