@@ -159,7 +159,7 @@ class LlamaConfig:
         >>> LlamaConfig.tiny(num_hidden_layers=1).head_dim
         8
         """
-        fields = {
+        fields: dict[str, Any] = {
             "vocab_size": 257,
             "hidden_size": 32,
             "intermediate_size": 64,

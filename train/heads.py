@@ -122,7 +122,8 @@ class HeadsConfig:
     def learning_rate_at(self, step: int) -> float:
         """The learning rate of a step, counted from 0."""
         rising = optax.linear_schedule(0.1 * self.learning_rate, self.learning_rate, max(self.steps // 5, 1))
-        return float(rising(min(step, self.steps - 1 - step)))  # falls at the end as it rises from the start
+        # It falls at the end as it rises from the start.
+        return float(jnp.asarray(rising(min(step, self.steps - 1 - step))))
 
 
 @dataclasses.dataclass(frozen=True)
