@@ -9,9 +9,9 @@ that what slows the machine down slows both of its sides. Weights and tokens are
 on them.
 
 Beside the times stand the FLOPs of the same step, by formula from the lists of blocks that are visited
-(``jsparse.train.flops``). The smaller a model, the larger the part of attention in its step, and so what
-shifted groups save of a step here is more than they save of a large model's step at the same context; what
-they save of attention is the same.
+(``jsparse.train.model_flops``). The smaller a model, the larger the part of attention in its step, and so
+what shifted groups save of a step here is more than they save of a large model's step at the same context;
+what they save of attention is the same.
 """
 
 import dataclasses
@@ -45,7 +45,7 @@ from jsparse.evaluate.speed.report import machine_name, short_count
 from jsparse.models import Llama, LlamaConfig
 from jsparse.models.masking import layer_masks
 from jsparse.train import FinetuneConfig
-from jsparse.train.flops import step_flops
+from jsparse.train.model_flops import step_flops
 from jsparse.train.start import is_trained, prepare, step_of
 from jsparse.train.step import new_state, split_model
 

@@ -50,9 +50,7 @@ def greedy_answers(
 
     >>> from flax import nnx
     >>> from jsparse.models import LlamaConfig
-    >>> config = LlamaConfig(
-    ...     vocab_size=257, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4
-    ... )
+    >>> config = LlamaConfig.tiny(max_position_embeddings=256)
     >>> model = Llama(config, rngs=nnx.Rngs(0))
     >>> question = Question(np.arange(200, dtype=np.int32), np.arange(9, dtype=np.int32), new_tokens=3)
     >>> caches = [CacheConfig(policy="dense"), CacheConfig(budget=128)]

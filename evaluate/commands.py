@@ -1,4 +1,4 @@
-"""The commands of this room: ``jsparse evaluate | evaluate scoreboard | bench``."""
+"""The commands of this room: ``jsparse evaluate | scoreboard | bench decode | bench prefill``."""
 
 import dataclasses
 import platform
@@ -12,7 +12,9 @@ from jsparse.evaluate.perplexity import perplexity_by_context
 from jsparse.evaluate.plots import check_can_plot, plot_evaluation
 from jsparse.evaluate.scoreboard import ScoreboardConfig, run_scoreboard
 from jsparse.evaluate.scoreboard_report import print_scoreboard
-from jsparse.evaluate.speed import DecodeBench, PrefillBench, bench_decode, bench_prefill
+from jsparse.evaluate.speed import DecodeBench, PrefillBench
+from jsparse.evaluate.speed import bench_decode as run_decode_bench
+from jsparse.evaluate.speed import bench_prefill as run_prefill_bench
 from jsparse.models import Llama, load_config, load_tokenizer, shipped_model
 from jsparse.models.patterns import load_pattern, shifted_pattern
 from jsparse.reports.console import check_can_write, parse, print_table, write_json
@@ -36,7 +38,7 @@ class EvaluateCommand:
     """UTF-8 text files, each one document; they are scored one after another in one row. With neither --data
     nor --passkeys: held-out modules of this Python's standard library."""
     contexts: tuple[int, ...] = (1024,)
-    """Tokens a window, and of a text with passkeys unless --lengths says otherwise."""
+    """Tokens per window, and of a text with passkeys unless --lengths says otherwise."""
     attention: Literal["full", "shifted", "trained"] = "full"
     """"full" causal attention, LongLoRA's "shifted" groups of a quarter of each context, or as the model was
     "trained": by the attention_pattern.json in its folder, whose groups must divide each context."""
@@ -45,7 +47,7 @@ class EvaluateCommand:
     stride: int | None = None
     """Tokens from window to window (default: half of each context; 256 for "all"; --last for "last")."""
     last: int | None = None
-    """For --scoring last: tokens a window scores."""
+    """For --scoring last: tokens that each window scores."""
     max_windows: int | None = None
     """Score the first so many windows of each context only (default: all; 64 of the standard library)."""
     batch_size: int = 1
@@ -122,9 +124,9 @@ def _of_standard_library(command: EvaluateCommand) -> EvaluateCommand:
 
 def _perplexities(command: EvaluateCommand, model, tokenizer, mask_for) -> list:
     """Perplexity at each of --contexts, printed as a table."""
-    ends = model.config.eos_token_ids
+    config = model.config
     documents = read_documents(
-        command.data, tokenizer, eos_token_id=ends[0] if ends else None, vocab_size=model.config.vocab_size
+        command.data, tokenizer, eos_token_id=config.end_token, vocab_size=config.vocab_size
     )
     names = ("scoring", "stride", "last", "batch_size", "max_windows")
     results = perplexity_by_context(
@@ -164,25 +166,13 @@ def scoreboard(options: list[str]) -> None:
         print_scoreboard(rows, str(config.model))
 
 
-_BENCH_USAGE = """usage: jsparse bench KIND [options]
-
-  decode     milliseconds a token at several context lengths, for each policy of the cache
-  prefill    seconds to the first token of prompts of several lengths
-
-jsparse bench KIND --help lists the options."""
+def bench_decode(options: list[str]) -> None:
+    config = parse(DecodeBench, "bench decode", options)
+    run_decode_bench(config)
+    print(f"the numbers are in {config.output}")
 
 
-def bench(options: list[str]) -> None:
-    if not options or options[0] in ("-h", "--help"):
-        print(_BENCH_USAGE)
-        return
-    kind, *options = options
-    if kind == "decode":
-        config = parse(DecodeBench, "bench decode", options)
-        bench_decode(config)
-    elif kind == "prefill":
-        config = parse(PrefillBench, "bench prefill", options)
-        bench_prefill(config)
-    else:
-        raise ValueError(f"unknown kind {kind!r} of benchmark; kinds are decode, prefill")
+def bench_prefill(options: list[str]) -> None:
+    config = parse(PrefillBench, "bench prefill", options)
+    run_prefill_bench(config)
     print(f"the numbers are in {config.output}")

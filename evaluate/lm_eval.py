@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import tokenizers
 
+from jsparse.extras import require_extra
 from jsparse.models import Llama, load_tokenizer, reorder_heads
 from jsparse.serve.config import CacheConfig, power_of_two
 from jsparse.serve.generation import stream
@@ -60,7 +61,7 @@ class JsparseLM(_Base):
 
     Chat templates are not applied. Logits of a whole continuation are kept at once, in float32.
 
-    Raises NotImplementedError where lm_eval is not installed, ValueError for arguments out of range, and as
+    Raises MissingExtra where lm_eval is not installed, ValueError for arguments out of range, and as
     the cache, the model and the tokenizer do when they are loaded.
 
     With ``pip install 'jsparse[lm-eval]'``, and the data of a task within reach::
@@ -84,8 +85,7 @@ class JsparseLM(_Base):
         prefix_token_id: int | None = None,
         dtype: Any = None,
     ):
-        if not _INSTALLED:
-            raise NotImplementedError("the harness is not installed: pip install 'jsparse[lm-eval]'")
+        require_extra("lm_eval", "lm-eval", "the harness is not installed")
         super().__init__()
         if cache.batch is not None:
             raise ValueError(f"cache.batch={cache.batch} must be None: give batch_size")
@@ -241,9 +241,7 @@ def score_continuation(
 
     >>> from flax import nnx
     >>> from jsparse.models import LlamaConfig
-    >>> config = LlamaConfig(
-    ...     vocab_size=4, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2
-    ... )
+    >>> config = LlamaConfig.tiny(vocab_size=4)
     >>> model = Llama(config, rngs=nnx.Rngs(0))
     >>> total = sum(np.exp(score_continuation(model, [1, 2], [i], CacheConfig(), 8)[0]) for i in range(4))
     >>> round(float(total), 5)

@@ -14,6 +14,7 @@ from tokenizers import Tokenizer
 from jsparse.models import Llama, plain_text_tokenizer, text_encoder
 from jsparse.models.masking import ModelMask, hashable
 from jsparse.reports.progress import progress_bar
+from jsparse.texts.passkeys import hide_needles, random_stretch
 from jsparse.texts.tasks import PASSKEY_HEADER, PASSKEY_NEEDLE, PASSKEY_QUESTION, question_and_answer
 
 _FILLER = "The grass grows. The river runs. The sun goes down. We walk on. And back home again.\n"
@@ -74,9 +75,7 @@ def evaluate_passkeys(
     too short for the length, all before anything is computed; FloatingPointError where logits are not finite.
 
     >>> from jsparse.models import LlamaConfig, byte_tokenizer
-    >>> config = LlamaConfig(
-    ...     vocab_size=257, hidden_size=8, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2
-    ... )
+    >>> config = LlamaConfig.tiny()
     >>> model = Llama(config, rngs=nnx.Rngs(0))
     >>> evaluate_passkeys(model, byte_tokenizer(), lengths=[256], depths=[0.5], samples=2)
     [PasskeyAccuracy(length=256, depth=0.5, correct=0, samples=2)]
@@ -170,9 +169,9 @@ def _text(
     if rest < 0:
         raise ValueError(f"lengths: {length} is too short for the {taken} tokens of the task and its passkey")
     filler = _filler(material, rest, rng)
-    cut = round(depth * rest)
-    parts = before, filler[:cut], needle, filler[cut:], question, answer
-    return np.concatenate(parts).astype(np.int32), np.arange(length) >= length - len(answer)
+    text = hide_needles(filler, [needle], [round(depth * rest)])
+    tokens = np.array([*before, *text, *question, *answer], np.int32)
+    return tokens, np.arange(length) >= length - len(answer)
 
 
 def _filler(material: _Material, count: int, rng: np.random.Generator) -> Integer[np.ndarray, " N"]:
@@ -184,8 +183,7 @@ def _filler(material: _Material, count: int, rng: np.random.Generator) -> Intege
             f"haystack has {len(material.haystack)} tokens, but the longest text needs {count} beside the "
             "passkey; give more or shorter lengths"
         )
-    start = int(rng.integers(spare + 1))
-    return material.haystack[start : start + count]
+    return random_stretch(material.haystack, count, rng)
 
 
 def _batches(

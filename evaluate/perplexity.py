@@ -79,9 +79,7 @@ def evaluate_perplexity(
     FloatingPointError where a likelihood is not finite.
 
     >>> from jsparse.models import LlamaConfig
-    >>> config = LlamaConfig(
-    ...     vocab_size=16, hidden_size=8, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2
-    ... )
+    >>> config = LlamaConfig.tiny()
     >>> model = Llama(config, rngs=nnx.Rngs(0))
     >>> evaluate_perplexity(model, np.arange(40) % 16, context=16, stride=8).tokens
     39

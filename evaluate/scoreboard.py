@@ -13,7 +13,7 @@ from tokenizers import Tokenizer
 from jsparse.evaluate.answers import Question, greedy_answers
 from jsparse.evaluate.methods import METHODS, PAGE, Heads
 from jsparse.evaluate.scoreboard_report import GRID, Row, check_can_draw, write_figures
-from jsparse.masks.head_pattern import HeadPattern
+from jsparse.masks.head_pattern import PATTERN_FILE, HeadPattern
 from jsparse.models import (
     Llama,
     load_config,
@@ -26,8 +26,6 @@ from jsparse.reports.console import check_can_write, write_json
 from jsparse.serve.config import CacheConfig, layout_of
 from jsparse.texts.corpus import standard_library_files
 from jsparse.texts.tasks import TASKS, Example, Material, needle, score
-
-PATTERN = "full_attention_heads.tsv"  # DuoAttention's name, in the model's folder
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -259,7 +257,7 @@ def make_entries(methods: Sequence[str], budgets: Sequence[int], streams: Heads 
 
 def streaming_heads(config: ScoreboardConfig) -> Heads | None:
     """The half of the KV heads that stream by the pattern; None, said on stderr, where there is none."""
-    file = config.pattern or config.model / PATTERN
+    file = config.pattern or config.model / PATTERN_FILE
     if config.pattern is None and not file.is_file():
         asked = dict.fromkeys((*config.methods, *config.grid_methods))
         left_out = [name for name in asked if METHODS[name].needs_pattern]

@@ -5,7 +5,6 @@ The model is far too small to write Python: what the demo shows is that each ste
 """
 
 import dataclasses
-import json
 import os
 import platform
 import shutil
@@ -22,6 +21,7 @@ from rich.console import Console
 from jsparse.evaluate.compare import difference
 from jsparse.examples.report import check_can_draw, draw_plot, print_trained
 from jsparse.models import Llama, LlamaConfig, byte_tokenizer, load_tokenizer
+from jsparse.reports.console import write_json
 from jsparse.reports.progress import progress_bar
 from jsparse.serve import CacheConfig, SamplingParams, decode_logits, generate
 from jsparse.texts.corpus import standard_library_files
@@ -52,7 +52,7 @@ class DemoConfig:
     extension_steps: int = 300
     """LongLoRA steps at the long context."""
     batch_tokens: int = 1024
-    """Tokens a training step, at either context."""
+    """Tokens per training step, at either context."""
     evaluation_tokens: int = 32768
     """Held-out tokens that perplexity is measured on."""
     prompt_tokens: int = 900
@@ -60,7 +60,7 @@ class DemoConfig:
     new_tokens: int = 96
     """Tokens to generate."""
     budget: int = 256
-    """Tokens of the cache that a retrieval head of the sparse cache reads a step."""
+    """Tokens of the cache that a retrieval head of the sparse cache reads per step."""
     sink: int = 16
     """First tokens that a streaming head keeps."""
     window: int = 128
@@ -140,7 +140,7 @@ def run_demo(config: DemoConfig) -> dict:
         "generation": generation,
         "seconds": round(time.perf_counter() - started, 1),
     }
-    (config.output / RESULTS).write_text(json.dumps(results, indent=1) + "\n")
+    write_json(config.output / RESULTS, results)
     draw_plot(results, config.output / "demo.png", "perplexity of a byte, held-out modules")
     print_trained(results)
     return results
@@ -154,7 +154,7 @@ def prepare_output(output: Path) -> None:
         raise ValueError(f"output: {output} is there and no earlier demo wrote it; name a new folder")
     shutil.rmtree(output, ignore_errors=True)
     output.mkdir(parents=True)
-    (output / RESULTS).write_text("{}\n")  # so that a demo that was interrupted can be run again
+    write_json(output / RESULTS, {})  # so that a demo that was interrupted can be run again
 
 
 def train_base(config: DemoConfig, files: tuple[Path, ...]) -> Path:

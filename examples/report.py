@@ -1,6 +1,5 @@
 """What the demos found: tables and a plot."""
 
-import importlib.util
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +7,7 @@ from rich.console import Console
 from rich.table import Table
 
 from jsparse.evaluate import METHODS
+from jsparse.extras import require_extra
 
 
 def print_trained(results: dict[str, Any]) -> None:
@@ -107,9 +107,8 @@ def _generation_notes(results: dict[str, Any]) -> list[str]:
 
 
 def check_can_draw() -> None:
-    """NotImplementedError, before anything is computed, where a plot could not be drawn."""
-    if importlib.util.find_spec("matplotlib") is None:
-        raise NotImplementedError("the demo draws a plot with matplotlib: pip install 'jsparse[plot]'")
+    """MissingExtra, before anything is computed, if a plot could not be drawn."""
+    require_extra("matplotlib", "plot", "the demo draws a plot with matplotlib")
 
 
 def draw_plot(results: dict[str, Any], path: Path, label: str) -> None:

@@ -5,7 +5,6 @@ and which caches still find what was said far back. Every number is measured in 
 """
 
 import dataclasses
-import json
 import time
 from pathlib import Path
 
@@ -24,7 +23,9 @@ from jsparse.examples.demo import (
     prepare_output,
 )
 from jsparse.examples.report import check_can_draw, draw_plot, print_shipped
+from jsparse.integers import cdiv
 from jsparse.models import Llama, load_config, load_tokenizer, shipped_model
+from jsparse.reports.console import write_json
 from jsparse.texts.corpus import standard_library_files
 from jsparse.train import perplexity_by_context, read_documents, shifted_head_masks
 
@@ -52,7 +53,7 @@ class ShippedDemoConfig:
     new_tokens: int = 96
     """Tokens to generate."""
     budget: int = 256
-    """Tokens that a head reads a step: of pages that it chooses, or sink and window together."""
+    """Tokens that a head reads per step: of pages that it chooses, or sink and window together."""
     samples: int = 8
     """Texts of each task of recall."""
 
@@ -92,10 +93,8 @@ def run_shipped_demo(config: ShippedDemoConfig) -> dict:
     console, started = Console(stderr=True), time.perf_counter()
     _, held_out_files = standard_library_files()
     model, tokenizer = Llama.from_pretrained(config.model), load_tokenizer(config.model)
-    tokenizer.no_truncation()
-    ends = llama.eos_token_ids
     documents = read_documents(
-        held_out_files, tokenizer, eos_token_id=ends[0] if ends else None, vocab_size=llama.vocab_size
+        held_out_files, tokenizer, eos_token_id=llama.end_token, vocab_size=llama.vocab_size
     )
 
     console.rule("1/3 perplexity on held-out modules")
@@ -104,7 +103,7 @@ def run_shipped_demo(config: ShippedDemoConfig) -> dict:
     perplexity = measure_perplexity(config, model, contexts, text)
     console.rule(f"2/3 generate after {config.prompt_tokens} tokens, from a dense and from sparse caches")
     entries = make_entries(METHODS, [config.budget], streaming_heads(scoreboard))
-    capacity = -(-(config.prompt_tokens + config.new_tokens) // PAGE) * PAGE
+    capacity = cdiv(config.prompt_tokens + config.new_tokens, PAGE) * PAGE
     caches = {name: dataclasses.replace(cache, capacity=capacity) for (name, _), cache in entries.items()}
     generation = measure_generation(
         model, tokenizer, documents, caches, config.prompt_tokens, config.new_tokens
@@ -125,7 +124,7 @@ def run_shipped_demo(config: ShippedDemoConfig) -> dict:
     }
     print_shipped(results)
     if config.output is not None:
-        (config.output / RESULTS).write_text(json.dumps(results, indent=1) + "\n")
+        write_json(config.output / RESULTS, results)
         draw_plot(results, config.output / "demo.png", "perplexity of a token, held-out modules")
     return results
 

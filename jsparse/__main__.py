@@ -1,52 +1,116 @@
 """The command line: ``jsparse`` and the name of a command.
 
-The one module that knows every room. Rooms are imported when a command needs them, so that ``--help`` answers
+The one module that knows every room. A room is imported when one of its commands runs, so ``--help`` answers
 at once.
 """
 
+import dataclasses
 import importlib
 import sys
-from collections.abc import Sequence
+import textwrap
+from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 
 from jsparse.extras import MissingExtra
 
-_USAGE = """usage: jsparse COMMAND [options]
 
-  pretrain   train a small model from nothing that needs the whole of its context
-  finetune   extend a model's context with LongLoRA, or train it
-  merge      write what a run has learned so far as a model, or as an adapter for PEFT
-  plan       whether a run fits GPUs that need not be there (plan finetune, plan generate)
-  generate   generate text from a prompt, with a dense or a sparse KV cache
-  evaluate   perplexity of text files, and passkeys found, at several context lengths; what sparse caches
-             lose of long-context tasks (evaluate scoreboard)
-  heads      learn which KV heads need the whole context (DuoAttention)
-  bench      measure the time of a token (bench decode) or of a prompt (bench prefill) by context length
-  demo       what sparse caches do to the small model that ships with jsparse, in a minute or two on a CPU;
-             or the whole path from a random model on (demo --train)
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Command:
+    """One command, or several under one name; ``evaluate`` is both.
 
-jsparse COMMAND --help lists the options; jsparse --version prints the version."""
+    - help: what it does, for the usage of the command above it.
+    - function: "module:function" in the package; it takes the options and may return an exit code.
+    - commands: those that follow its name, by their own.
+    - note: the end of its usage, if it is more than one command.
+    """
+
+    help: str
+    function: str | None = None
+    commands: Mapping[str, "_Command"] = dataclasses.field(default_factory=dict)
+    note: str = ""
+
+
+_SCOREBOARD = _Command(
+    help="what sparse caches lose of long-context tasks", function="evaluate.commands:scoreboard"
+)
+_PLAN = _Command(
+    help="whether a run fits GPUs this machine does not have",
+    commands={
+        "finetune": _Command(
+            help="bytes and FLOPs of the step that jsparse finetune would run with the same options",
+            function="train.commands:plan_finetune",
+        ),
+        "generate": _Command(
+            help="bytes for one chunk of a prompt and for one token, by prompt length and cache",
+            function="serve.commands:plan_generate",
+        ),
+    },
+    note="Compiles the real program for GPUs this machine does not have. It needs the extra gpu-compile, and "
+    "of the model only its config.json.",
+)
+_BENCH = _Command(
+    help="measure the time per token or per prompt, by context length",
+    commands={
+        "decode": _Command(
+            help="milliseconds per token at several context lengths, for each policy of the cache",
+            function="evaluate.commands:bench_decode",
+        ),
+        "prefill": _Command(
+            help="seconds to the first token, for prompts of several lengths",
+            function="evaluate.commands:bench_prefill",
+        ),
+    },
+)
+_JSPARSE = _Command(
+    help="block-sparse attention for long contexts",
+    commands={
+        "pretrain": _Command(
+            help="train a small model, from nothing, that needs its whole context",
+            function="train.commands:pretrain",
+        ),
+        "finetune": _Command(
+            help="extend a model's context with LongLoRA, or train it", function="train.commands:finetune"
+        ),
+        "merge": _Command(
+            help="write what a run has learned so far as a model, or as an adapter for PEFT",
+            function="train.commands:merge",
+        ),
+        "evaluate": _Command(
+            help="perplexity of text files, and passkeys found, at several context lengths",
+            function="evaluate.commands:evaluate",
+            commands={"scoreboard": _SCOREBOARD},
+        ),
+        "heads": _Command(
+            help="learn which KV heads need the whole context (DuoAttention)", function="train.commands:heads"
+        ),
+        "generate": _Command(
+            help="generate text from a prompt, with a dense or a sparse KV cache",
+            function="serve.commands:generate",
+        ),
+        "scoreboard": _SCOREBOARD,
+        "plan": _PLAN,
+        "bench": _BENCH,
+        "demo": _Command(
+            help="what sparse caches do to the small model that ships with jsparse, in a minute or two on a "
+            "CPU; or the whole path, starting from a random model (demo --train)",
+            function="examples.commands:demo",
+        ),
+    },
+    note="jsparse --version prints the version.",
+)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command and return the exit code: 2, with one line on stderr, where the input cannot be used.
+    """Run one command and return the exit code: 2, with one line on stderr, if the input cannot be used.
 
     Options that do not parse or do not fit one another end in tyro's SystemExit, with code 2 too.
     """
-    arguments = sys.argv[1:] if arguments is None else list(arguments)
-    if not arguments or arguments[0] in ("-h", "--help"):
-        print(_USAGE)
-        return 0
-    if arguments[0] == "--version":
+    options = list(sys.argv[1:] if arguments is None else arguments)
+    if options[:1] == ["--version"]:
         print(f"jsparse {version('jsparse')}")
         return 0
-    name, *options = arguments
     try:
-        if name == "plan":
-            return _plan(options)
-        if [name, *options[:1]] == ["evaluate", "scoreboard"]:
-            name, *options = "evaluate scoreboard", *options[1:]
-        return _run(name, options)
+        return _run("jsparse", _JSPARSE, options)
     except (ValueError, OSError, NotImplementedError, MissingExtra, FloatingPointError) as error:
         print("jsparse: error:", " ".join(str(error).split()), file=sys.stderr)
         return 2
@@ -55,51 +119,31 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 130
 
 
-def _run(name: str, options: list[str]) -> int:
-    if name not in _COMMANDS:
-        raise ValueError(f"unknown command {name!r}; commands are {', '.join([*_COMMANDS, 'plan'])}")
-    room = importlib.import_module(f"jsparse.{_COMMANDS[name]}")
-    return getattr(room, name.split()[-1])(options) or 0
-
-
-_PLAN_USAGE = """usage: jsparse plan RUN [options]
-
-  finetune   bytes and FLOPs of the step that jsparse finetune would run with the same options
-  generate   bytes of a prompt's chunk and of a token, by prompt length and cache
-
-Compiles the real program for GPUs that need not be there; needs the extra gpu-compile, and the model's
-config.json only. jsparse plan RUN --help lists the options."""
-
-
-def _plan(options: list[str]) -> int:
+def _run(name: str, command: _Command, options: list[str]) -> int:
+    """Run a command, or the one among its ``commands`` that the options name; returns the exit code."""
+    if options and options[0] in command.commands:
+        return _run(f"{name} {options[0]}", command.commands[options[0]], options[1:])
+    if command.function is not None:
+        module, function = command.function.split(":")
+        return getattr(importlib.import_module(f"jsparse.{module}"), function)(options) or 0
     if not options or options[0] in ("-h", "--help"):
-        print(_PLAN_USAGE)
+        print(_usage(name, command))
         return 0
-    kind, *options = options
-    if kind == "finetune":
-        from jsparse.train.commands import plan_finetune as plan
-    elif kind == "generate":
-        from jsparse.serve.commands import plan_generate as plan
-    else:
-        raise ValueError(f"unknown run {kind!r} to plan; runs are finetune, generate")
-    try:
-        return plan(options)
-    except RuntimeError as error:  # the compiler's
-        message = f"the program does not compile, and nothing is estimated: {error}"
-        raise NotImplementedError(message) from error
+    unknown = f"{name} {options[0]}".removeprefix("jsparse ")
+    raise ValueError(f"unknown command {unknown!r}; commands are {', '.join(command.commands)}")
 
 
-_COMMANDS = {
-    "pretrain": "train.commands",
-    "finetune": "train.commands",
-    "merge": "train.commands",
-    "evaluate": "evaluate.commands",
-    "heads": "train.commands",
-    "generate": "serve.commands",
-    "bench": "evaluate.commands",
-    "evaluate scoreboard": "evaluate.commands",
-    "demo": "examples.commands",
-}
+def _usage(name: str, command: _Command) -> str:
+    width = 2 + max(map(len, command.commands))
+    rows = [
+        textwrap.fill(
+            f"  {word:{width}}{one.help}", 100, subsequent_indent=" " * (2 + width), break_long_words=False
+        )
+        for word, one in command.commands.items()
+    ]
+    note = textwrap.fill(f"{name} COMMAND --help lists the options. {command.note}", 100)
+    return "\n".join([f"usage: {name} COMMAND [options]", "", *rows, "", note])
+
 
 if __name__ == "__main__":
     sys.exit(main())

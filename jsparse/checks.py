@@ -1,14 +1,19 @@
-"""Checks of the fields of a configuration, each a ValueError that names the field and what is allowed."""
+"""Checks of a configuration, each an error that names the field, its value and what is allowed."""
 
 import math
+from collections.abc import Collection
+from pathlib import Path
 from typing import Any
+
+from jsparse.integers import require_integer
 
 
 def require_integers(config: Any, minimum: int, *fields: str) -> None:
     for field in fields:
         value = getattr(config, field)
-        if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
+        if not isinstance(value, int):  # NumPy's are refused too: settings are written as JSON
             raise ValueError(f"{field} must be an integer >= {minimum}, not {value!r}")
+        require_integer(field, value, minimum)
 
 
 def require_numbers(config: Any, *fields: str, allow_zero: bool = False) -> None:
@@ -23,4 +28,20 @@ def require_choice(config: Any, field: str, *allowed: str | int | None) -> None:
     if getattr(config, field) not in allowed:
         raise ValueError(
             f"{field} must be one of {', '.join(map(repr, allowed))}, not {getattr(config, field)!r}"
+        )
+
+
+def require_new_folder(path: Path, option: str = "output", *, allowed: Collection[str] = ()) -> None:
+    """FileExistsError unless a folder does not exist yet or holds nothing: no result is overwritten.
+
+    - option: what the path was given as, the beginning of the message.
+    - allowed: names of files that may be there.
+    """
+    if path.exists() and not path.is_dir():
+        raise FileExistsError(f"{option}={path} is a file; it must be a folder, or not exist")
+    others = sorted({file.name for file in path.iterdir()} - set(allowed)) if path.exists() else []
+    if others:
+        raise FileExistsError(
+            f"{option}={path} has {'other ' if allowed else ''}files ({', '.join(others[:3])}); "
+            "choose a new folder"
         )

@@ -72,8 +72,7 @@ def save_adapter(model: Llama, directory: str | Path, *, base: str | Path, train
     cannot hold, an empty ``base``, and a folder with other weights in it; NotADirectoryError where
     ``directory`` is a file. Then nothing is written.
 
-    >>> config = LlamaConfig(vocab_size=9, hidden_size=8, intermediate_size=8, num_hidden_layers=1,
-    ...                      num_attention_heads=2)
+    >>> config = LlamaConfig.tiny()
     >>> model = Llama(config, rngs=nnx.Rngs(0))
     >>> add_lora(model, rank=2, alpha=4, rngs=nnx.Rngs(1), targets=("q_proj", "v_proj"))
     >>> save_adapter(model, "adapter", base="my-llama", trained=LoRAParam)
@@ -118,8 +117,7 @@ def load_adapter(model: Llama, directory: str | Path) -> None:
     ``config.json`` of another model; and, in one message, for all tensors that are missing, unexpected,
     misshapen or of a dtype other than float32, float16 and bfloat16.
 
-    >>> config = LlamaConfig(vocab_size=9, hidden_size=8, intermediate_size=8, num_hidden_layers=1,
-    ...                      num_attention_heads=2)
+    >>> config = LlamaConfig.tiny()
     >>> base, tuned = Llama(config, rngs=nnx.Rngs(0)), Llama(config, rngs=nnx.Rngs(0))
     >>> add_lora(tuned, rank=2, alpha=4, rngs=nnx.Rngs(1), targets=("q_proj",))
     >>> save_adapter(tuned, "adapter", base="my-llama", trained=LoRAParam)

@@ -9,6 +9,8 @@ import re
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
+from jsparse.integers import require_integer
+
 # Fields that change the mathematics, or the base's weights before anything is added to them, and the values
 # with which they do not.
 _INERT_VALUES: dict[str, tuple[Any, ...]] = {
@@ -92,8 +94,7 @@ class AdapterConfig:
 
 
 def _rank(value: Any) -> int:
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise ValueError(f"r must be an integer >= 1, not {value!r}")
+    require_integer("r", value)
     return value
 
 

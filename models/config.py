@@ -159,7 +159,7 @@ class LlamaConfig:
         >>> LlamaConfig.tiny(num_hidden_layers=1).head_dim
         8
         """
-        fields = {
+        fields: dict[str, Any] = {
             "vocab_size": 257,
             "hidden_size": 32,
             "intermediate_size": 64,
@@ -196,10 +196,7 @@ class LlamaConfig:
         Raises ValueError for a length below 1 and for an unknown method, NotImplementedError for a method
         that does not compose with the RoPE kind of the checkpoint.
 
-        >>> config = LlamaConfig(
-        ...     vocab_size=257, hidden_size=64, intermediate_size=128, num_hidden_layers=2,
-        ...     num_attention_heads=4, max_position_embeddings=512,
-        ... )
+        >>> config = LlamaConfig.tiny(max_position_embeddings=512)
         >>> longer = config.extend_context(1500)
         >>> longer.rope.kind, longer.rope.factor, longer.max_position_embeddings
         ('linear', 3.0, 1536)

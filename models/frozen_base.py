@@ -9,7 +9,7 @@ from jax.sharding import Mesh
 
 from jsparse.models.layers import FrozenCodes, linear_layers, logical_axes
 from jsparse.models.sharding import parameter_shardings
-from jsparse.models.weight_codes import TILE, check_bits, decode_kernel, encode_kernel, import_qwix
+from jsparse.models.weight_codes import TILE, check_bits, decode_kernel, encode_kernel, require_qwix
 
 V = TypeVar("V", bound=nnx.Variable)
 
@@ -25,19 +25,18 @@ def quantize_base(model: nnx.Module, bits: int) -> None:
     ``merge_lora`` and ``dequantize_base`` make ordinary kernels again. What the codes lost stays lost: those
     hold what the codes stand for.
 
-    Raises, before anything changes, ImportError without qwix (the extra ``qlora``); ValueError for other
+    Raises, before anything changes, MissingExtra without qwix (the extra ``qlora``); ValueError for other
     bits, for a model whose base has codes already, for one without linear layers and, in 4 bits, naming the
     layers whose inputs 64 does not divide.
 
     >>> from jsparse.models import Llama, LlamaConfig
-    >>> model = Llama(LlamaConfig(vocab_size=9, hidden_size=64, intermediate_size=64, num_hidden_layers=1,
-    ...                           num_attention_heads=2), rngs=nnx.Rngs(0))
+    >>> model = Llama(LlamaConfig.tiny(hidden_size=64), rngs=nnx.Rngs(0))
     >>> quantize_base(model, 4)
     >>> model.layers[0].mlp.up_proj.codes.shape, model.layers[0].mlp.up_proj.codes.dtype.name
     ((64, 64), 'uint4')
     """
     check_bits(bits)
-    import_qwix()  # now, before anything changes
+    require_qwix()  # now, before anything changes
     linears = dict(linear_layers(model))
     if not linears:
         raise ValueError("the model has no linear layers to quantize")

@@ -33,14 +33,12 @@ def reorder_heads(
     model with LoRA adapters.
 
     >>> from jsparse.models import LlamaConfig
-    >>> config = LlamaConfig(
-    ...     vocab_size=9, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=4
-    ... )
+    >>> config = LlamaConfig.tiny(num_hidden_layers=1)
     >>> model, streams = reorder_heads(
-    ...     Llama(config, rngs=nnx.Rngs(0)), np.array([[True, False, True, False]])
+    ...     Llama(config, rngs=nnx.Rngs(0)), np.array([[True, False]])
     ... )
     >>> streams
-    array([[False, False,  True,  True]])
+    array([[False,  True]])
     """
     streams = np.asarray(streaming_heads)
     expected = (model.config.num_hidden_layers, model.config.num_key_value_heads)

@@ -4,8 +4,6 @@ A field that is not known here may change the mathematics, so it is an error: be
 config than a model that is silently another one.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from typing import Any
 

@@ -35,9 +35,7 @@ class Llama(nnx.Module):
     softmax inside are float32, and logits are float32. The sub-modules are named as in Hugging Face's
     checkpoints, with ``lm_head`` None when it is tied to the embedding.
 
-    >>> config = LlamaConfig(
-    ...     vocab_size=257, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4
-    ... )
+    >>> config = LlamaConfig.tiny()
     >>> model = Llama(config, rngs=nnx.Rngs(0))
     >>> model(jnp.array([[1, 2, 3]])).shape
     (1, 3, 257)
@@ -108,8 +106,8 @@ class Llama(nnx.Module):
         of each layer and computes the rest again, which costs a third more time; "attention" keeps also what
         attention gave, the dearest part of a long context; "dots" keeps all products with weights. Other than
         with "none", ``attend`` is traced more than once and must be pure. ``trained`` is the filter
-        (``nnx.split``) of the layers' parameters whose gradients are taken: they are then ready before the
-        backward pass goes on to the layer before, which need not wait with what they are computed from.
+        (``nnx.split``) of the layers' parameters whose gradients are taken, so their gradients are finished,
+        and their inputs freed, before the backward pass reaches the previous layer.
         """
         self._check_tokens(tokens)
         if remat not in REMAT:

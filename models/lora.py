@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from jsparse.integers import require_integer
 from jsparse.models.frozen_base import dequantize_base, is_quantized
 from jsparse.models.layers import DropoutKey, Linear, LoRAParam, linear_layers, logical_axes
 
@@ -36,14 +37,12 @@ def add_lora(
     match no linear layer, and for a model that has adapters already; then nothing is attached.
 
     >>> from jsparse.models import Llama, LlamaConfig
-    >>> model = Llama(LlamaConfig(vocab_size=9, hidden_size=8, intermediate_size=8, num_hidden_layers=1,
-    ...                           num_attention_heads=2), rngs=nnx.Rngs(0))
+    >>> model = Llama(LlamaConfig.tiny(), rngs=nnx.Rngs(0))
     >>> add_lora(model, rank=2, alpha=4, rngs=nnx.Rngs(1), targets=("q_proj", "layers.*.mlp.*"))
     >>> model.layers[0].self_attn.q_proj.lora_a.shape
-    (8, 2)
+    (32, 2)
     """
-    if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
-        raise ValueError(f"rank must be an integer >= 1, not {rank!r}")
+    require_integer("rank", rank)
     if isinstance(alpha, bool) or not isinstance(alpha, int | float) or not 0 < alpha < float("inf"):
         raise ValueError(f"alpha must be a positive number, not {alpha!r}")
     if isinstance(dropout, bool) or not isinstance(dropout, int | float) or not 0 <= dropout < 1:
@@ -91,8 +90,7 @@ def set_dropout_keys(model: nnx.Module, key: jax.Array | None) -> None:
     model's state, and go with its layers into ``jax.checkpoint``. Adapters without dropout get none.
 
     >>> from jsparse.models import Llama, LlamaConfig
-    >>> model = Llama(LlamaConfig(vocab_size=9, hidden_size=8, intermediate_size=8, num_hidden_layers=1,
-    ...                           num_attention_heads=2), rngs=nnx.Rngs(0))
+    >>> model = Llama(LlamaConfig.tiny(), rngs=nnx.Rngs(0))
     >>> add_lora(model, rank=2, alpha=4, rngs=nnx.Rngs(1), dropout=0.1)
     >>> set_dropout_keys(model, jax.random.key(0))  # training
     >>> set_dropout_keys(model, None)  # evaluation

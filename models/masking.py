@@ -27,9 +27,7 @@ def layer_masks(config: LlamaConfig, mask: ModelMask | None) -> list[Mask]:
     ValueError for another number of masks, naming the layer; TypeError for what is no mask;
     NotImplementedError where mask and window together are no mask that we can write down.
 
-    >>> config = LlamaConfig(
-    ...     vocab_size=16, hidden_size=8, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2
-    ... )
+    >>> config = LlamaConfig.tiny(num_attention_heads=2)
     >>> everything, recent = jsparse.causal(), jsparse.sliding_window(4)
     >>> layer_masks(config, [everything, recent]) == [(everything, recent)] * 2  # one a head
     True
@@ -49,7 +47,7 @@ def layer_masks(config: LlamaConfig, mask: ModelMask | None) -> list[Mask]:
         entries = [_unwrapped(entry, number) for number, entry in enumerate(mask)]
         names = [f"mask[{number}], of layer {number}," for number in range(layers)]
     each_layer = zip(entries, names, config.sliding_windows, strict=True)
-    return [_layer_mask(config, entry, name, window) for entry, name, window in each_layer]
+    return [_within_model(config, entry, name, window) for entry, name, window in each_layer]
 
 
 def _is_one_a_layer(mask: Any) -> TypeGuard[Sequence]:
@@ -67,7 +65,7 @@ def _unwrapped(entry: Any, layer: int) -> Any:
     return entry[0] if is_single else entry
 
 
-def _layer_mask(config: LlamaConfig, mask: Any, name: str, window: int | None) -> Mask:
+def _within_model(config: LlamaConfig, mask: Any, name: str, window: int | None) -> Mask:
     """``mask`` within one layer's ``window``, checked; errors call it ``name``."""
     if isinstance(mask, BlockMask):
         if window is not None:

@@ -17,7 +17,7 @@ from jsparse.models.longlora import shifted_head_masks
 from jsparse.models.masking import LayerMask
 
 PATTERN_FILE = "attention_pattern.json"
-KINDS = ("full", "shifted", "grouped", "longgen", "streaming")
+KINDS = ("shifted", "grouped", "full", "longgen", "streaming")
 _VERSION = 1  # of the file
 
 
@@ -58,9 +58,7 @@ class AttentionPattern:
     Raises ValueError for an unknown kind, for layers of different numbers of heads, and for a layer in which
     only some heads have ``StridedBlocks`` or where they differ.
 
-    >>> config = LlamaConfig(
-    ...     vocab_size=16, hidden_size=8, intermediate_size=16, num_hidden_layers=3, num_attention_heads=2
-    ... )
+    >>> config = LlamaConfig.tiny(num_hidden_layers=3)
     >>> pattern = longgen_pattern(config, streaming(sink=2, window=6))
     >>> [layer[0] == causal() for layer in pattern.layers]
     [False, True, False]
@@ -100,7 +98,7 @@ class AttentionPattern:
         _require_positive("length", length)
         self._check_model(config)
         self._check_groups(length)
-        return tuple(_layer_mask(layer, length) for layer in self.layers)
+        return tuple(_mask_of_rules(layer, length) for layer in self.layers)
 
     def _check_model(self, config: LlamaConfig) -> None:
         own = len(self.layers), len(self.layers[0])
@@ -218,9 +216,7 @@ def longgen_pattern(
         or ``StridedBlocks`` (its block-sparse attention).
     full_layers: their numbers; None: the middle third, as in the paper.
 
-    >>> config = LlamaConfig(
-    ...     vocab_size=16, hidden_size=8, intermediate_size=16, num_hidden_layers=6, num_attention_heads=2
-    ... )
+    >>> config = LlamaConfig.tiny(num_hidden_layers=6)
     >>> pattern = longgen_pattern(config, StridedBlocks(block=64, window=2, stride=8))
     >>> [number for number, layer in enumerate(pattern.layers) if layer[0] == causal()]
     [2, 3]
@@ -254,10 +250,7 @@ def streaming_pattern(
     streaming_heads: one truth value for each layer and KV head, such as ``HeadPattern.threshold`` gives; the
         query heads follow their KV head.
 
-    >>> config = LlamaConfig(
-    ...     vocab_size=16, hidden_size=8, intermediate_size=16, num_hidden_layers=1, num_attention_heads=4,
-    ...     num_key_value_heads=2,
-    ... )
+    >>> config = LlamaConfig.tiny(num_hidden_layers=1)
     >>> pattern = streaming_pattern(config, np.array([[False, True]]), sink=4, window=8)
     >>> [mask.window for mask in pattern.layers[0]]
     [None, None, 8, 8]
@@ -283,7 +276,7 @@ def _same_in_every_layer(kind: str, config: LlamaConfig, heads: tuple[HeadRule, 
 # --- rules to masks ---
 
 
-def _layer_mask(layer: tuple[HeadRule, ...], length: int) -> LayerMask:
+def _mask_of_rules(layer: tuple[HeadRule, ...], length: int) -> LayerMask:
     if isinstance(layer[0], StridedBlocks):
         return strided_block_mask(layer[0], length)
     return tuple(rule for rule in layer if isinstance(rule, TokenMask))  # all are, as __post_init__ checked

@@ -17,6 +17,7 @@ from flax import nnx
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, PyTree
 
+from jsparse.integers import require_integer
 from jsparse.mesh import BATCH_AXES, HEAD_AXES, SEQUENCE_AXIS, dividing
 
 MESH_AXES = (*BATCH_AXES, *HEAD_AXES, SEQUENCE_AXIS)
@@ -47,8 +48,7 @@ class MeshConfig:
 
     def __post_init__(self):
         for name, size in dataclasses.asdict(self).items():
-            if isinstance(size, bool) or not isinstance(size, int) or size < 1:
-                raise ValueError(f"mesh: {name} must be an integer >= 1, not {size!r}")
+            require_integer(f"mesh: {name}", size)
 
     def __str__(self):
         return ", ".join(f"{name}={size}" for name, size in dataclasses.asdict(self).items() if size > 1)
@@ -114,7 +114,7 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
 def keep_tokens_split(x: Array) -> Array:
     """Activations [B, T, ...], kept split by batch and sequence on the mesh in context; as they are without.
 
-    Said at the border of every layer: otherwise the compiler may hand the split of a matrix on to them.
+    Said at the border of every layer: otherwise the compiler may propagate a matrix's sharding to them.
     """
     mesh = jax.sharding.get_abstract_mesh()
     free = {

@@ -4,12 +4,12 @@ qwix (the extra ``qlora``) encodes. Decoding is here and does not need it: qwix 
 codes up, and on a mesh that gathers one that is split along both axes. Here the codes stay where they lie.
 """
 
-from types import ModuleType
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Float32, Int8, UInt4
+
+from jsparse.extras import require_extra
 
 Codes = Int8[Array, "in out"] | UInt4[Array, "in out"]
 Scales = Float32[Array, "tiles out"]
@@ -48,15 +48,17 @@ def encode_kernel(kernel: Float[Array, "in out"], bits: int) -> tuple[Codes, Sca
     inputs of an output, so 4.5 bits a weight; the paper's quantised scales are not used. Scales are chosen so
     that the largest value has the largest code.
 
-    Raises ImportError without qwix, ValueError for other bits and, in 4 bits, for a number of inputs that 64
-    does not divide.
+    Raises MissingExtra without qwix, ValueError for other bits and, in 4 bits, for a number of inputs that is
+    not a multiple of 64.
 
     >>> codes, scales = encode_kernel(jnp.ones((64, 2)), 4)
     >>> codes.dtype.name, scales.shape
     ('uint4', (1, 2))
     """
     check_bits(bits)
-    qwix = import_qwix()
+    require_qwix()
+    import qwix
+
     if bits == 8:
         coded = qwix.quantize(kernel.astype(jnp.float32), jnp.int8, channelwise_axes=[1])
     else:
@@ -96,12 +98,6 @@ def check_bits(bits: int) -> None:
         raise ValueError(f"bits must be 4 or 8, not {bits!r}")
 
 
-def import_qwix() -> ModuleType:
-    """qwix, or an ImportError that says how to get it."""
-    try:
-        import qwix
-    except ImportError as error:
-        raise ImportError(
-            "a base in 4 or 8 bits needs qwix, which is not installed: pip install 'jsparse[qlora]'"
-        ) from error
-    return qwix
+def require_qwix() -> None:
+    """MissingExtra unless kernels can be encoded."""
+    require_extra("qwix", "qlora", "a base in 4 or 8 bits needs qwix, which is not installed")

@@ -34,9 +34,7 @@ class Batch:
 
     >>> from flax import nnx
     >>> from jsparse.models import LlamaConfig
-    >>> config = LlamaConfig(
-    ...     vocab_size=257, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4
-    ... )
+    >>> config = LlamaConfig.tiny(max_position_embeddings=128)
     >>> batch = Batch(Llama(config, rngs=nnx.Rngs(0)), CacheConfig(capacity=128, batch=2))
     >>> [event.prompt for event in batch.add_prompts([[1, 2, 3]], max_new_tokens=8)]
     [0]

@@ -13,7 +13,7 @@ import jsparse
 from jsparse.models import Llama, load_config, load_tokenizer, reorder_heads, shipped_model
 from jsparse.models.sharding import MeshConfig
 from jsparse.plan.compile_only import prepare_process
-from jsparse.plan.program import DEFAULT_MEMORY_FRACTION, print_plan
+from jsparse.plan.program import DEFAULT_MEMORY_FRACTION, compiler_errors_explained, print_plan
 from jsparse.reports.console import check_can_write, parse, write_json
 from jsparse.serve.config import CacheConfig
 from jsparse.serve.generation import stream
@@ -177,9 +177,10 @@ def plan_generate(options: list[str]) -> int:
     check_can_write(command.json, "json")
     prepare_process()
     names = ("device", "prompt_tokens", "max_new_tokens", "batch", "dtype", "mesh", "memory_fraction")
-    plan = make_plan(
-        load_config(command.model), command.cache(), **{name: getattr(command, name) for name in names}
-    )
+    with compiler_errors_explained():
+        plan = make_plan(
+            load_config(command.model), command.cache(), **{name: getattr(command, name) for name in names}
+        )
     if command.json is None:
         print_plan(plan)
     else:

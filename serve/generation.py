@@ -69,9 +69,7 @@ def generate(
 
     >>> from flax import nnx
     >>> from jsparse.models import Llama, LlamaConfig
-    >>> config = LlamaConfig(
-    ...     vocab_size=257, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4
-    ... )
+    >>> config = LlamaConfig.tiny()
     >>> result = generate(Llama(config, rngs=nnx.Rngs(0)), [[1, 2, 3], [4]], max_new_tokens=5)
     >>> [len(tokens) for tokens in result.tokens], result.finish_reasons
     ([5, 5], ['length', 'length'])
@@ -121,9 +119,7 @@ def stream(
 
     >>> from flax import nnx
     >>> from jsparse.models import Llama, LlamaConfig
-    >>> config = LlamaConfig(
-    ...     vocab_size=257, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4
-    ... )
+    >>> config = LlamaConfig.tiny()
     >>> events = stream(Llama(config, rngs=nnx.Rngs(0)), [[1, 2, 3]], max_new_tokens=2)
     >>> [(event.prompt, event.finish_reason) for event in events]
     [(0, None), (0, 'length')]

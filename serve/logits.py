@@ -27,9 +27,7 @@ def decode_logits(
 
     >>> from flax import nnx
     >>> from jsparse.models import LlamaConfig
-    >>> config = LlamaConfig(
-    ...     vocab_size=257, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4
-    ... )
+    >>> config = LlamaConfig.tiny()
     >>> model = Llama(config, rngs=nnx.Rngs(0))
     >>> decode_logits(model, np.array([1, 2, 3]), np.array([4, 5]), CacheConfig(budget=None)).shape
     (2, 257)

@@ -39,6 +39,14 @@ import pytest  # noqa: E402
 hypothesis.settings.register_profile("jsparse", derandomize=True, deadline=None, max_examples=20)
 hypothesis.settings.load_profile("jsparse")
 
+_SERVED = {
+    "vocab_size": 61,
+    "intermediate_size": 48,
+    "initializer_range": 0.2,
+    "max_position_embeddings": 256,
+    "eos_token_ids": (60,),
+}
+
 
 @pytest.fixture(scope="session")
 def save_tiny_model():
@@ -50,18 +58,58 @@ def save_tiny_model():
     from jsparse.models import Llama, LlamaConfig, byte_tokenizer
 
     def save(folder, **fields) -> None:
-        tiny = {
-            "vocab_size": 257,
-            "hidden_size": 32,
-            "intermediate_size": 64,
-            "num_hidden_layers": 2,
-            "num_attention_heads": 4,
-            "num_key_value_heads": 2,
-            "max_position_embeddings": 64,
-            "initializer_range": 0.2,
-        }
-        config = LlamaConfig(**tiny | fields)
+        config = LlamaConfig.tiny(**{"initializer_range": 0.2} | fields)
         Llama(config, rngs=nnx.Rngs(0)).save_pretrained(folder)
         byte_tokenizer().save(str(folder / "tokenizer.json"))
 
     return save
+
+
+# One small model for all tests of serving and of evaluation, and the oracle: the same model without a cache.
+
+
+@pytest.fixture(scope="session")
+def model():
+    from flax import nnx
+
+    from jsparse.models import Llama, LlamaConfig
+
+    model = Llama(LlamaConfig.tiny(**_SERVED), rngs=nnx.Rngs(0))
+    assert model.lm_head is not None
+    kernel = model.lm_head.kernel
+    kernel[...] = kernel[...].at[:, 60].set(0)  # its end token is never the most likely one
+    return model
+
+
+@pytest.fixture(scope="session")
+def one_layer():
+    """The configuration of a model that compiles faster."""
+    from jsparse.models import LlamaConfig
+
+    return LlamaConfig.tiny(**_SERVED, num_hidden_layers=1)
+
+
+@pytest.fixture(scope="session")
+def small(one_layer):
+    from flax import nnx
+
+    from jsparse.models import Llama
+
+    return Llama(one_layer, rngs=nnx.Rngs(0))
+
+
+@pytest.fixture(scope="session")
+def uncached():
+    """logits [T, vocab] of a sequence without a cache; one compilation for every length up to 128."""
+    import jax.numpy as jnp
+    import numpy as np
+    from flax import nnx
+
+    call = nnx.jit(lambda model, tokens, mask: model(tokens, mask=mask), static_argnames="mask")
+
+    def logits(model, tokens, mask=None):
+        padded = np.zeros((1, 128), np.int32)
+        padded[0, : len(tokens)] = tokens
+        return np.asarray(call(model, jnp.array(padded), mask))[0, : len(tokens)]
+
+    return logits

@@ -214,7 +214,7 @@ def test_heads_learns_a_pattern_that_generate_takes(folder, capfd):
     assert run(folder, capfd, *words, "--prompt", "def", "--max-new-tokens", "3")[0] == 0
 
     code, _, err = run(folder, capfd, *command)
-    assert code == 2 and "holds another pattern" in err
+    assert code == 2 and "has files (config.json, full_attention_heads.tsv, losses.tsv)" in err
     assert run(folder, capfd, "--help")[1].count("\n  heads ") == 1
 
 
@@ -268,7 +268,7 @@ def test_bench_refuses_options_that_do_not_fit(folder, capfd, command, message):
 @pytest.mark.parametrize(
     ("command", "message"),
     [
-        ("bench training", "unknown kind 'training' of benchmark; kinds are decode, prefill"),
+        ("bench training", "unknown command 'bench training'; commands are decode, prefill"),
         ("bench decode --model {}/nothing --output {}/new", "nothing is not a checkpoint folder"),
         ("bench prefill --model {}/model --output {}/new --contexts 64", "max_position_embeddings=64"),
         ("bench decode --model {}/model --output {}/text.txt --contexts 8", "text.txt is a file"),
@@ -299,4 +299,46 @@ def test_processes_are_named_in_full(capsys):
 def test_a_plan_names_what_it_can_plan(capsys):
     assert main(["plan", "--help"]) == 0 and "gpu-compile" in capsys.readouterr().out
     assert main(["plan", "training"]) == 2
-    assert "unknown run 'training' to plan; runs are finetune, generate" in capsys.readouterr().err
+    assert "unknown command 'plan training'; commands are finetune, generate" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("options", [["generate"], ["finetune"]])
+def test_a_plan_that_does_not_compile_is_one_line(options, monkeypatch, capsys):
+    import jsparse.serve.commands
+    import jsparse.train.commands
+
+    def fail(*args, **kwargs):
+        raise RuntimeError("too many\nregisters")
+
+    for room in (jsparse.serve.commands, jsparse.train.commands):
+        monkeypatch.setattr(room, "make_plan", fail)
+        monkeypatch.setattr(room, "prepare_process", lambda: None)
+    model = ["--model", str(shipped_model())]
+    given = {"generate": ["--prompt-tokens", "64"], "finetune": ["--context", "64"]}[options[0]]
+    assert main(["plan", *options, *model, *given]) == 2
+    expected = "jsparse: error: the program does not compile, and nothing is estimated: too many registers\n"
+    assert capsys.readouterr().err == expected
+
+
+def test_a_package_that_is_not_installed_is_one_line(folder, capfd, monkeypatch):
+    monkeypatch.setitem(sys.modules, "qwix", None)
+    settings = "--context 64 --steps 1 --batch-size 1 --base-bits 8"
+    command = "finetune --model {}/model --data {}/text.txt --output {}/coded " + settings
+    code, out, err = run(folder, capfd, *command.split())
+    assert code == 2 and out == "" and err.startswith("jsparse: error: ") and err.count("\n") == 1
+    assert "needs qwix, which is not installed: pip install 'jsparse[qlora]'" in err
+    assert not (folder / "coded" / "config.json").exists()
+
+
+def test_the_scoreboard_has_two_names(capfd):
+    for command in (["scoreboard"], ["evaluate", "scoreboard"]):
+        with pytest.raises(SystemExit) as exit:
+            main([*command, "--help"])
+        assert exit.value.code == 0 and "usage: jsparse evaluate scoreboard" in capfd.readouterr().out
+
+
+@pytest.mark.parametrize("name", ["plan", "bench"])
+def test_a_name_of_several_commands_lists_them(name, capfd):
+    assert main([name]) == main([name, "--help"]) == 0
+    out = capfd.readouterr().out
+    assert out.count(f"usage: jsparse {name} COMMAND") == 2 and max(map(len, out.splitlines())) <= 100

@@ -54,9 +54,8 @@ def test_nothing_given_is_the_shipped_model_on_the_standard_library(folder, capf
     assert f"data: {len(files)} held-out modules" in out and "at most 64 windows" in out
     (result,) = json.loads((folder / "shipped.json").read_text())
     model, tokenizer = Llama.from_pretrained(shipped_model()), load_tokenizer(shipped_model())
-    ends = model.config.eos_token_ids
     documents = read_documents(
-        files, tokenizer, eos_token_id=ends[0] if ends else None, vocab_size=model.config.vocab_size
+        files, tokenizer, eos_token_id=model.config.end_token, vocab_size=model.config.vocab_size
     )
     expected = evaluate_perplexity(model, np.concatenate(documents), context=16, max_windows=64)
     assert result["tokens"] == expected.tokens == 15 + 63 * 8

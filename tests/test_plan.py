@@ -27,15 +27,7 @@ from jsparse.train import FinetuneConfig
 from jsparse.train.plan import plan_finetune, step_program
 from jsparse.train.start import extended_config, load_start
 
-CONFIG = LlamaConfig(
-    vocab_size=257,
-    hidden_size=32,
-    intermediate_size=64,
-    num_hidden_layers=2,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    max_position_embeddings=64,
-)
+CONFIG = LlamaConfig.tiny()
 FINETUNE = FinetuneConfig(model="-", data="-", output="-", context=64, batch_size=2)
 ONE_DEVICE = MeshConfig().make(jax.devices()[:1])
 FLOPS = StepFlops(Passes(1, 3, 1), Passes(2, 6, 2), Passes(10, 20), Passes(30, 60), Passes(4, 8, 4))

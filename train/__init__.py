@@ -12,7 +12,7 @@ from jsparse.models.patterns import save_pattern as save_pattern
 from jsparse.texts.documents import read_documents as read_documents
 from jsparse.train.config import FinetuneConfig as FinetuneConfig
 from jsparse.train.data.batches import batch_at as batch_at
-from jsparse.train.data.windows import Batch as Batch
+from jsparse.train.data.windows import TrainBatch as TrainBatch
 from jsparse.train.data.windows import Windows as Windows
 from jsparse.train.data.windows import open_windows as open_windows
 from jsparse.train.data.windows import write_windows as write_windows

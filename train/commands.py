@@ -8,9 +8,10 @@ from pathlib import Path
 
 import jax
 
+from jsparse.masks.head_pattern import PATTERN_FILE
 from jsparse.models import load_config
 from jsparse.plan.compile_only import prepare_process
-from jsparse.plan.program import DEFAULT_MEMORY_FRACTION, print_plan
+from jsparse.plan.program import DEFAULT_MEMORY_FRACTION, compiler_errors_explained, print_plan
 from jsparse.reports.console import check_can_write, parse, write_json
 from jsparse.train.config import FinetuneConfig
 from jsparse.train.export import MergeConfig
@@ -96,13 +97,14 @@ def plan_finetune(options: list[str]) -> int:
     command = parse(PlanFinetuneCommand, "plan finetune", options)
     check_can_write(command.json, "json")
     prepare_process()
-    plan = make_plan(
-        _settings(command),
-        load_config(command.model),
-        device=command.device,
-        hosts=command.hosts,
-        memory_fraction=command.memory_fraction,
-    )
+    with compiler_errors_explained():
+        plan = make_plan(
+            _settings(command),
+            load_config(command.model),
+            device=command.device,
+            hosts=command.hosts,
+            memory_fraction=command.memory_fraction,
+        )
     if command.json is None:
         print_plan(plan)
     else:
@@ -122,7 +124,7 @@ def heads(options: list[str]) -> None:
     result = learn_heads(config)
     for layer, streams in enumerate(result.pattern.threshold(0.5)):
         print(f"layer {layer}: {streams.sum()} of {streams.size} KV heads stream at sparsity 0.5")
-    path = result.output / "full_attention_heads.tsv"
+    path = result.output / PATTERN_FILE
     print(f"the pattern is {path}: try")
     print(
         f"  jsparse generate --model {config.model} --pattern {path} --sparsity 0.5 "

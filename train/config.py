@@ -14,6 +14,7 @@ from jsparse.models.config import LlamaConfig
 from jsparse.models.extend import EXTENSIONS
 from jsparse.models.llama import REMAT
 from jsparse.models.patterns import (
+    KINDS,
     AttentionPattern,
     StridedBlocks,
     full_pattern,
@@ -23,12 +24,13 @@ from jsparse.models.patterns import (
     streaming_pattern,
 )
 from jsparse.models.sharding import MeshConfig
+from jsparse.train.run.paths import as_paths
 
 BLOCK = 128  # tokens, of strided attention
 
 
 _CHOICES = {
-    "attention": ("shifted", "grouped", "full", "longgen", "streaming"),
+    "attention": KINDS,
     "rope": (None, *EXTENSIONS),
     "base_bits": (None, 4, 8),
     "dtype": (None, "float32", "bfloat16"),
@@ -67,7 +69,7 @@ class FinetuneConfig:
     output: str | Path
     """A new folder, to become a Hugging Face folder with checkpoints and metrics.jsonl beside the model."""
     context: int
-    """Tokens a window. Beyond what the model was made for, its positions are extended by ``rope``."""
+    """Tokens per window. Beyond what the model was made for, its positions are extended by ``rope``."""
     rope: str | None = None
     """How positions are extended; None goes on as the checkpoint does, or linearly."""
 
@@ -76,7 +78,7 @@ class FinetuneConfig:
     attention, "longgen" (some layers full, the others sink and window, or strided blocks), or "streaming"
     (the streaming heads of a head_pattern see sink and window)."""
     group_size: int | None = None
-    """Tokens a group: even, and a divisor of the context. Default: group_ratio of the context."""
+    """Tokens per group: even, and a divisor of the context. Default: group_ratio of the context."""
     group_ratio: float = 0.25
     """Part of the context that a group takes, where no group_size is given."""
     sink: int = 128
@@ -106,7 +108,7 @@ class FinetuneConfig:
     base_bits: int | None = None
     """Keep the frozen matrices in 4 or 8 bits (QLoRA; needs the extra qlora). None: as the model computes."""
     dtype: str | None = None
-    """To compute in and save; None for the checkpoint's. Updates are in float32."""
+    """Dtype for computing and for the saved model; None for the checkpoint's. Updates are in float32."""
     remat: str = "none"
     """What the backward pass keeps: "none" computes nothing again; "layers" keeps the input of each layer,
     for a third more time; "attention" also what attention gave; "dots" the products with weights."""
@@ -116,7 +118,7 @@ class FinetuneConfig:
     steps: int = 1000
     """Optimizer steps in all. Unless the schedule depends on them, a run can be started again with more."""
     batch_size: int = 8
-    """Windows a step."""
+    """Windows per step."""
     micro_batches: int = 1
     """The windows of a step are computed in so many parts, one after another: less memory, the same step."""
     learning_rate: float = 2e-5
@@ -236,8 +238,7 @@ class FinetuneConfig:
 
     @property
     def data_files(self) -> tuple[Path, ...]:
-        files = [self.data] if isinstance(self.data, str | Path) else self.data
-        return tuple(Path(file) for file in files)
+        return as_paths(self.data)
 
     @property
     def groups(self) -> int | None:

@@ -10,6 +10,7 @@ import jax
 import numpy as np
 from flax import nnx
 
+from jsparse.checks import require_new_folder
 from jsparse.models import Llama, has_lora, load_config, merge_lora, save_adapter
 from jsparse.models.patterns import AttentionPattern, save_pattern
 from jsparse.models.sharding import MeshConfig
@@ -90,8 +91,7 @@ def merge(merging: MergeConfig) -> int:
     folder that holds something.
     """
     output = Path(merging.output)
-    if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise FileExistsError(f"output={output} is there and not empty; choose a new folder")
+    require_new_folder(output)
     folder = checkpoint_folder(Path(merging.run))
     with open_checkpoints(folder, writable=False) as checkpoints:
         steps = checkpoints.steps()

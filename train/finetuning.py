@@ -1,10 +1,8 @@
-"""Fine-tuning (LongLoRA) and pretraining: from a checkpoint and text files to a checkpoint."""
+"""Fine-tuning, with LongLoRA or of every parameter: from a checkpoint and text files to a checkpoint."""
 
 import contextlib
 import dataclasses
-import json
 import math
-import os
 import shutil
 import time
 from collections.abc import Callable
@@ -18,7 +16,6 @@ from jsparse.models import LlamaConfig, load_tokenizer
 from jsparse.models.checkpoint import load_config
 from jsparse.models.masking import ModelMask
 from jsparse.models.sharding import batch_sharding, put
-from jsparse.reports.progress import progress_bar
 from jsparse.texts.documents import check_files
 from jsparse.train.config import FinetuneConfig
 from jsparse.train.data.batches import batch_at, digest_data, position_at
@@ -27,21 +24,19 @@ from jsparse.train.export import export_model
 from jsparse.train.run.checkpoint import open_checkpoints
 from jsparse.train.run.identity import (
     DATA,
-    METRICS,
     checkpoint_folder,
     describe_run,
-    metrics_until,
     steps_taken,
 )
+from jsparse.train.run.loop import run_steps
 from jsparse.train.run.processes import is_first_process, wait_for_all
-from jsparse.train.run.stopping import sigterm_noted
-from jsparse.train.start import extended_config, load_start, step_of
+from jsparse.train.start import extended_config, load_start, make_step
 from jsparse.train.step import Metrics, SplitModel, TrainState
 
 
 @dataclasses.dataclass(frozen=True)
 class FinetuneResult:
-    """``output``: the Hugging Face folder. ``losses``: one a step, from the first; nan where a step was
+    """``output``: the Hugging Face folder. ``losses``: one per step, from the first; nan where a step was
     skipped. ``metrics``: the last step's line. ``finished``: whether all steps were taken; SIGTERM ends a run
     before, and there is no model then.
     """
@@ -61,11 +56,12 @@ def finetune(config: FinetuneConfig, *, progress: bool = True) -> FinetuneResult
     norms trained beside it, merged into the weights at the end. The result is an ordinary Llama: serve it
     with full or any sparse attention.
 
-    While it runs, ``output`` holds ``metrics.jsonl`` (a line a step: step, loss, tokens that had a target,
-    tokens a second, learning rate, gradient norm before clipping, steps skipped so far), ``checkpoints/`` and
-    ``data/``, the text as tokens. config.json, the weights and attention_pattern.json, which says what each
-    head saw, appear at the end. The same call after an interruption goes on from the last checkpoint, bit for
-    bit as if nothing had happened. SIGTERM ends a run after the step that it is at, with a checkpoint.
+    While it runs, ``output`` holds ``metrics.jsonl`` (one line per step: step, loss, tokens that had a
+    target, tokens per second, learning rate, gradient norm before clipping, steps skipped so far),
+    ``checkpoints/`` and ``data/``, the text as tokens. config.json, the weights and attention_pattern.json,
+    which says what each head saw, appear at the end. The same call after an interruption goes on from the
+    last checkpoint, bit for bit as if nothing had happened. SIGTERM ends a run after the step that it is at,
+    with a checkpoint.
 
     A step whose loss or gradient is not finite is skipped and counted; its line has null for them.
 
@@ -86,7 +82,7 @@ def finetune(config: FinetuneConfig, *, progress: bool = True) -> FinetuneResult
     pattern = config.pattern(model_config)
     mask = pattern.masks(model_config, config.context)
     tokenizer = load_tokenizer(config.model)
-    eos = base_config.eos_token_ids[0] if base_config.eos_token_ids else None
+    eos = base_config.end_token
     digest = digest_data(config.data_files, tokenizer, context=config.context, eos_token_id=eos)
     run = describe_run(config, digest, model_config, pattern)
     start = steps_taken(config, run)
@@ -104,7 +100,17 @@ def finetune(config: FinetuneConfig, *, progress: bool = True) -> FinetuneResult
             position = position_at(len(windows), step, config.batch_size)
             checkpoints.save(step, state, run | {"position": position})
 
-        state, metrics = _train(config, split, mask, mesh, windows, state, save=save, progress=progress)
+        state, metrics = run_steps(
+            state,
+            _step_taker(config, split, mask, mesh, windows),
+            output=config.output_folder,
+            steps=config.steps,
+            checkpoint_every=config.checkpoint_every,
+            save=save,
+            name="training",
+            note=_note,
+            progress=progress,
+        )
     finished = int(state.step) == config.steps
     if finished:
         export_model(config, split.exported(state.params), pattern)
@@ -140,52 +146,22 @@ def _windows(
     return open_windows(folder)
 
 
-def _train(
-    config: FinetuneConfig,
-    split: SplitModel,
-    mask: ModelMask,
-    mesh: Mesh | None,
-    windows: Windows,
-    state: TrainState,
-    *,
-    save: Callable[[int, TrainState], None],
-    progress: bool,
-) -> tuple[TrainState, list[dict]]:
-    """Take the steps that ``state`` has not taken; returns the last state and all lines of metrics.jsonl."""
-    start = int(state.step)
-    metrics = metrics_until(config.output_folder, start)
-    wait_for_all("metrics")  # read by all before the first of them writes
-    take_step = None
-    with (
-        open(
-            config.output_folder / METRICS if is_first_process() else os.devnull, "w", encoding="utf-8"
-        ) as file,
-        progress_bar(progress and is_first_process()) as bar,
-        sigterm_noted() as asked_to_stop,
-    ):
-        file.writelines(json.dumps(line) + "\n" for line in metrics)
-        file.flush()
-        task = bar.add_task("training", total=config.steps, completed=start, note="compiling")
-        for step in range(start, config.steps):
-            batch = _batch(config, windows, step, mesh)
-            if take_step is None:  # compiled apart, so that the first step's tokens a second are its own
-                jitted = step_of(config, split, mask, mesh)
-                take_step = jitted.lower(state, split.frozen, *batch).compile()
-            began = time.perf_counter()
-            state, result = take_step(state, split.frozen, *batch)
-            line = _metrics_line(config, step + 1, result, began)
-            metrics.append(line)
-            file.write(json.dumps(line) + "\n")
-            file.flush()
-            bar.update(task, advance=1, note=_note(line))
-            stopping = asked_to_stop()
-            if (step + 1) % config.checkpoint_every == 0 or step + 1 == config.steps or stopping:
-                if is_first_process():
-                    os.fsync(file.fileno())  # whoever finds the checkpoint finds the metrics up to it
-                save(step + 1, state)
-            if stopping:
-                break
-    return state, metrics
+def _step_taker(
+    config: FinetuneConfig, split: SplitModel, mask: ModelMask, mesh: Mesh | None, windows: Windows
+) -> Callable[[int, TrainState], tuple[TrainState, dict[str, Any]]]:
+    """``take_step(step, state) -> state, line of metrics.jsonl``."""
+    compiled = None
+
+    def take_step(step: int, state: TrainState) -> tuple[TrainState, dict[str, Any]]:
+        nonlocal compiled
+        batch = _batch(config, windows, step, mesh)
+        if compiled is None:  # compiled apart, so the first step's tokens per second are its own
+            compiled = make_step(config, split, mask, mesh).lower(state, split.frozen, *batch).compile()
+        began = time.perf_counter()
+        state, result = compiled(state, split.frozen, *batch)
+        return state, _metrics_line(config, step + 1, result, began)
+
+    return take_step
 
 
 def _batch(config: FinetuneConfig, windows: Windows, step: int, mesh: Mesh | None) -> tuple:

@@ -25,12 +25,10 @@ def mixed_attend(
     tokens; here the mask is exact. ValueError for gates of another shape than the model's KV heads.
 
     >>> from flax import nnx
-    >>> config = LlamaConfig(
-    ...     vocab_size=9, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2
-    ... )
+    >>> config = LlamaConfig.tiny()
     >>> model = Llama(config, rngs=nnx.Rngs(0))
     >>> tokens = jnp.arange(9)[None]
-    >>> opened = mixed_attend(config, jnp.ones((1, 2)), sink=1, window=2)
+    >>> opened = mixed_attend(config, jnp.ones((2, 2)), sink=1, window=2)
     >>> bool(jnp.allclose(model.hidden(tokens, None, opened), model.hidden(tokens, None, model.attend())))
     True
     """
@@ -73,11 +71,9 @@ def gate_loss(
     Open gates cost their price and nothing else:
 
     >>> from flax import nnx
-    >>> config = LlamaConfig(
-    ...     vocab_size=9, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2
-    ... )
+    >>> config = LlamaConfig.tiny()
     >>> model, tokens = Llama(config, rngs=nnx.Rngs(0)), jnp.arange(9)[None]
-    >>> loss, distance = gate_loss(jnp.ones((1, 2)), model, tokens, tokens > 6, sink=1, window=2, l1=0.5)
+    >>> loss, distance = gate_loss(jnp.ones((2, 2)), model, tokens, tokens > 6, sink=1, window=2, l1=0.5)
     >>> float(loss), float(distance)
     (0.5, 0.0)
     """

@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,14 +14,16 @@ from flax import nnx
 from jaxtyping import Array
 
 import jsparse
-from jsparse.checks import require_choice, require_integers, require_numbers
-from jsparse.models import Llama, LlamaConfig, load_config, load_tokenizer
+from jsparse.checks import require_choice, require_integers, require_new_folder, require_numbers
+from jsparse.masks.head_pattern import PATTERN_FILE
+from jsparse.models import Llama, LlamaConfig, load_config, load_tokenizer, plain_text_tokenizer, text_encoder
+from jsparse.reports.console import write_json
 from jsparse.reports.progress import progress_bar
 from jsparse.texts.documents import check_files, read_documents
 from jsparse.texts.passkeys import Passkeys, check_passkeys_fit, passkey_batch
 from jsparse.train.head_gates import gate_loss
+from jsparse.train.run.paths import as_paths
 
-PATTERN_FILE = "full_attention_heads.tsv"
 _ADAM = optax.scale_by_adam()  # which is AdamW where nothing decays; the learning rate is applied by _step
 
 
@@ -40,7 +41,7 @@ class HeadsConfig:
     model: str | Path
     """The checkpoint, which stays as it is: a Hugging Face folder with safetensors and a tokenizer.json."""
     data: Sequence[str | Path]
-    """Text files (one, or several), or .jsonl files with a "text" a line, to hide passkeys in."""
+    """Text files (one, or several), or .jsonl files with one "text" per line, to hide passkeys in."""
     output: str | Path
     """A new folder, for the pattern (full_attention_heads.tsv), its config.json and losses.tsv."""
     context: int
@@ -55,9 +56,9 @@ class HeadsConfig:
     window: int = 256
     """Recent tokens that a streaming head sees, the query's own included."""
     needles: int = 10
-    """Passkeys a sample."""
+    """Passkeys per sample."""
     words: int = 32
-    """Random words a passkey."""
+    """Random words per passkey."""
     dtype: str | None = None
     """To compute in: "float32", "bfloat16", or None for the checkpoint's. Gates are in float32."""
     remat: bool = True
@@ -66,7 +67,7 @@ class HeadsConfig:
     steps: int = 2000
     """Optimizer steps."""
     batch_size: int = 1
-    """Samples a step."""
+    """Samples per step."""
     learning_rate: float = 0.02
     """AdamW's. It rises to this from a tenth in the first fifth of the steps, and falls back in the last."""
     l1: float = 0.05
@@ -104,8 +105,7 @@ class HeadsConfig:
 
     @property
     def data_files(self) -> tuple[Path, ...]:
-        files = [self.data] if isinstance(self.data, str | Path) else self.data
-        return tuple(Path(file) for file in files)
+        return as_paths(self.data)
 
     @property
     def shortest(self) -> int:
@@ -121,13 +121,14 @@ class HeadsConfig:
 
     def learning_rate_at(self, step: int) -> float:
         """The learning rate of a step, counted from 0."""
-        to_the_end = min(step, self.steps - 1 - step)  # the first one or the last
-        return self.learning_rate * min(0.1 + 0.9 * to_the_end / max(self.steps // 5, 1), 1.0)
+        rising = optax.linear_schedule(0.1 * self.learning_rate, self.learning_rate, max(self.steps // 5, 1))
+        # It falls at the end as it rises from the start.
+        return float(jnp.asarray(rising(min(step, self.steps - 1 - step))))
 
 
 @dataclasses.dataclass(frozen=True)
 class HeadsResult:
-    """``pattern``: the gates, each in [0, 1]. ``losses``: one a step, before its update. ``output``: the
+    """``pattern``: the gates, each in [0, 1]. ``losses``: one per step, before its update. ``output``: the
     folder.
     """
 
@@ -163,7 +164,7 @@ def learn_heads(config: HeadsConfig, *, progress: bool = True) -> HeadsResult:
     finite; then nothing is written.
     """
     check_files(config.data_files)
-    _check_output(config)
+    require_new_folder(config.output_folder)
     model_config = load_config(config.model)
     if config.context > model_config.max_position_embeddings:
         raise ValueError(
@@ -246,23 +247,11 @@ def _step(
 def _passkeys(config: HeadsConfig, model_config: LlamaConfig) -> Passkeys:
     """The haystack and the settings of the samples, after the check that they fit the sample lengths."""
     tokenizer = load_tokenizer(config.model)
-    tokenizer.no_truncation()  # lengths saved in tokenizer.json must not change the samples
-    tokenizer.no_padding()
-
-    def encode(text: str) -> list[int]:
-        ids = tokenizer.encode(text, add_special_tokens=False).ids
-        if max(ids) >= model_config.vocab_size:
-            raise ValueError(
-                f"model: the tokenizer gives token id {max(ids)}, but the vocabulary has "
-                f"{model_config.vocab_size} entries: the tokenizer is not this model's"
-            )
-        return ids
-
-    ends = model_config.eos_token_ids
+    encode = text_encoder(tokenizer, model_config.vocab_size)
     documents = read_documents(
         config.data_files,
         tokenizer,
-        eos_token_id=ends[0] if ends else None,
+        eos_token_id=model_config.end_token,
         vocab_size=model_config.vocab_size,
     )
     haystack = np.concatenate(documents)
@@ -271,20 +260,10 @@ def _passkeys(config: HeadsConfig, model_config: LlamaConfig) -> Passkeys:
             f"data: {len(documents)} file(s) with {len(haystack)} tokens in all do not fill one sample of "
             f"context={config.context} tokens; give more text or a shorter context"
         )
-    start = tuple(tokenizer.encode("").ids)  # what the tokenizer puts before every text
+    start = tuple(plain_text_tokenizer(tokenizer).encode("").ids)  # what it puts before every text
     passkeys = Passkeys(haystack, encode, config.needles, config.words, start)
     check_passkeys_fit(passkeys, config.shortest)
     return passkeys
-
-
-def _check_output(config: HeadsConfig) -> None:
-    output = config.output_folder
-    if output.exists() and not output.is_dir():
-        raise FileExistsError(f"output={output} is a file; it must be a folder, or not exist")
-    others = sorted(file.name for file in output.iterdir()) if output.exists() else []
-    if others:
-        holds = "holds another pattern" if PATTERN_FILE in others else "has other files"
-        raise FileExistsError(f"output={output} {holds} ({', '.join(others[:3])}); choose a new folder")
 
 
 def _write(
@@ -297,7 +276,7 @@ def _write(
     for field in ("sink", "window", "output"):
         del settings[field]
     folder = config.output_folder
-    (folder / "config.json").write_text(json.dumps(settings, indent=1) + "\n", encoding="utf-8")
+    write_json(folder / "config.json", settings)
     lines = ["step\tloss\tdistance\tmean_gate\n"]
     lines += [f"{step}\t{a:.6g}\t{b:.6g}\t{c:.6g}\n" for step, (a, b, c) in enumerate(losses, start=1)]
     (folder / "losses.tsv").write_text("".join(lines), encoding="utf-8")

@@ -14,8 +14,8 @@ from jsparse.models.sharding import abstract_parameters, batch_sharding
 from jsparse.plan.compile_only import compile_only_devices, find_device
 from jsparse.plan.program import DEFAULT_MEMORY_FRACTION, Plan, Program, check_memory_fraction, plan_program
 from jsparse.train.config import FinetuneConfig
-from jsparse.train.flops import step_flops
-from jsparse.train.start import extended_config, is_trained, prepare, step_of
+from jsparse.train.model_flops import step_flops
+from jsparse.train.start import extended_config, is_trained, make_step, prepare
 from jsparse.train.step import new_state, split_model
 
 STORED_DTYPE = (
@@ -85,7 +85,7 @@ def step_program(config: FinetuneConfig, model_config: LlamaConfig, mask: ModelM
         (config.micro_batches, windows, config.context), jnp.int32, sharding=batch_sharding(mesh)
     )
     scored = jax.ShapeDtypeStruct(tokens.shape, jnp.bool_, sharding=tokens.sharding)
-    step = step_of(config, splits[0], mask, mesh if config.mesh.devices > 1 else None)
+    step = make_step(config, splits[0], mask, mesh if config.mesh.devices > 1 else None)
     return Program(
         "train step",
         step,

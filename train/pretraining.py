@@ -3,8 +3,7 @@
 import dataclasses
 import functools
 import json
-import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,7 +16,7 @@ from jaxtyping import Array, Float, Int, Int32, PyTree
 
 from jsparse.checks import require_integers, require_numbers
 from jsparse.models import Llama, LlamaConfig, train_tokenizer
-from jsparse.reports.progress import progress_bar
+from jsparse.reports.console import write_json
 from jsparse.texts.corpus import standard_library_files
 from jsparse.texts.documents import check_files, read_documents
 from jsparse.texts.passkeys import WORDS as PASSKEY_WORDS
@@ -26,8 +25,9 @@ from jsparse.texts.tokenizer import END_OF_TEXT
 from jsparse.train.data.batches import digest_data
 from jsparse.train.data.curriculum import KINDS, LISTED, TEXT, Lessons, Stage
 from jsparse.train.run.checkpoint import open_checkpoints
-from jsparse.train.run.identity import METRICS, checkpoint_folder, metrics_until, steps_in
-from jsparse.train.run.stopping import sigterm_noted
+from jsparse.train.run.identity import checkpoint_folder, steps_in
+from jsparse.train.run.loop import run_steps
+from jsparse.train.run.paths import as_paths
 from jsparse.train.step import SplitModel, TrainState, is_table, new_state, split_model
 
 RECORD = "pretrain.json"
@@ -68,9 +68,9 @@ class PretrainConfig:
     layers: int = 4
     """Transformer layers."""
     q_heads: int = 4
-    """Query heads a layer."""
+    """Query heads per layer."""
     kv_heads: int = 2
-    """KV heads a layer."""
+    """KV heads per layer."""
     head_dim: int = 64
     """Of each."""
 
@@ -83,7 +83,7 @@ class PretrainConfig:
     far_steps: int = 1200
     """Steps at the full context at the very end, most rows of which ask for what was said once, far back."""
     batch_tokens: int = 4096
-    """Tokens a step (half of it at 64 tokens), and never less than two rows."""
+    """Tokens per step (half of it at 64 tokens), and never less than two rows."""
     learning_rate: float = 0.02
     """Muon's, for the matrices of the layers. It falls to zero from the rows of 512 tokens on; for
     ``far_steps`` it starts again at a quarter, and falls to zero once more."""
@@ -141,8 +141,7 @@ class PretrainConfig:
 
     @property
     def data_files(self) -> tuple[Path, ...]:
-        files = [self.data] if isinstance(self.data, str | Path) else self.data
-        return tuple(map(Path, files)) or standard_library_files(packages=True)[0]
+        return as_paths(self.data) or standard_library_files(packages=True)[0]
 
     def model_config(self, eos_token_id: int) -> LlamaConfig:
         return LlamaConfig(
@@ -184,8 +183,8 @@ class PretrainConfig:
 
 @dataclasses.dataclass(frozen=True)
 class PretrainResult:
-    """``output``: the Hugging Face folder. ``metrics``: a line a step. ``finished``: whether all steps were
-    taken; SIGTERM ends a run before, and there is no model then.
+    """``output``: the Hugging Face folder. ``metrics``: one line per step. ``finished``: whether all steps
+    were taken; SIGTERM ends a run before, and there is no model then.
     """
 
     output: Path
@@ -200,10 +199,10 @@ def pretrain(config: PretrainConfig, *, command: str | None = None, progress: bo
     is ``text_weight`` times the mean over the tokens of real text, plus the mean over the kinds of answers,
     each of which weighs as the root of how many a step has.
 
-    While it runs, ``output`` holds ``metrics.jsonl`` (a line a step: step, length, loss, and of each kind of
-    token that the step had its loss and how many were predicted right) and ``checkpoints/``. The tokenizer,
-    the model and ``pretrain.json``, which says how it was made, come at the end. The same call after an
-    interruption goes on from the last checkpoint, bit for bit as if nothing had happened.
+    While it runs, ``output`` holds ``metrics.jsonl`` (one line per step: step, length, loss, and of each kind
+    of token that the step had its loss and how many were predicted right) and ``checkpoints/``. The
+    tokenizer, the model and ``pretrain.json``, which says how it was made, come at the end. The same call
+    after an interruption goes on from the last checkpoint, bit for bit as if nothing had happened.
 
     command: what to name in pretrain.json as the command that made it. progress: a progress bar, if stderr is
     a terminal.
@@ -235,7 +234,17 @@ def pretrain(config: PretrainConfig, *, command: str | None = None, progress: bo
         def save(step: int, state: TrainState) -> None:
             checkpoints.save(step, state, run)
 
-        state, metrics = _train(config, split, lessons, state, save=save, progress=progress)
+        state, metrics = run_steps(
+            state,
+            _step_taker(config, split, lessons),
+            output=config.output_folder,
+            steps=config.steps,
+            checkpoint_every=config.checkpoint_every,
+            save=save,
+            name="pretraining",
+            note=_note,
+            progress=progress,
+        )
     finished = int(state.step) == config.steps
     if finished:
         record = {
@@ -276,10 +285,10 @@ def _start(config: PretrainConfig, eos_token_id: int) -> tuple[TrainState, Split
 def _muon_matrices(params: PyTree) -> PyTree:
     """Which axes Muon multiplies over, None for what is Adam's."""
 
-    def of(path, param):
+    def axes(path, param):
         return None if is_table(path) or param.ndim != 2 else optax.contrib.MuonDimensionNumbers(0, 1)
 
-    return jax.tree.map_with_path(of, params)
+    return jax.tree.map_with_path(axes, params)
 
 
 class _Counts(NamedTuple):
@@ -325,47 +334,24 @@ def _pretrain_step(
     return step
 
 
-def _train(
-    config: PretrainConfig,
-    split: SplitModel,
-    lessons: Lessons,
-    state: TrainState,
-    *,
-    save: Callable[[int, TrainState], None],
-    progress: bool,
-) -> tuple[TrainState, list[dict[str, Any]]]:
-    """Take the steps that ``state`` has not taken; returns the last state and all lines of metrics.jsonl."""
-    start = int(state.step)
-    metrics = metrics_until(config.output_folder, start)
-    take_step = _pretrain_step(split, config)
-    with (
-        open(config.output_folder / METRICS, "w", encoding="utf-8") as file,
-        progress_bar(progress) as bar,
-        sigterm_noted() as asked_to_stop,
-    ):
-        file.writelines(json.dumps(line) + "\n" for line in metrics)
-        task = bar.add_task("pretraining", total=config.steps, completed=start, note="compiling")
-        for step, stage in _steps_from(start, config.stages):
-            tokens, kinds = lessons.batch(stage, step, config.seed)
-            state, loss, counts = take_step(state, tokens, kinds)
-            line = _metrics_line(step + 1, stage, float(loss), counts)
-            metrics.append(line)
-            file.write(json.dumps(line) + "\n")
-            file.flush()
-            bar.update(task, advance=1, note=f"{stage.length} tokens, loss {line['loss']:.3f}")
-            stopping = asked_to_stop()
-            if (step + 1) % config.checkpoint_every == 0 or step + 1 == config.steps or stopping:
-                os.fsync(file.fileno())  # whoever finds the checkpoint finds the metrics up to it
-                save(step + 1, state)
-            if stopping:
-                break
-    return state, metrics
+def _step_taker(
+    config: PretrainConfig, split: SplitModel, lessons: Lessons
+) -> Callable[[int, TrainState], tuple[TrainState, dict[str, Any]]]:
+    """``take_step(step, state) -> state, line of metrics.jsonl``; steps count through all stages."""
+    stage_of_step = [stage for stage in config.stages for _ in range(stage.steps)]
+    jitted = _pretrain_step(split, config)
+
+    def take_step(step: int, state: TrainState) -> tuple[TrainState, dict[str, Any]]:
+        stage = stage_of_step[step]
+        tokens, kinds = lessons.batch(stage, step, config.seed)
+        state, loss, counts = jitted(state, tokens, kinds)
+        return state, _metrics_line(step + 1, stage, float(loss), counts)
+
+    return take_step
 
 
-def _steps_from(start: int, stages: Sequence[Stage]) -> Iterator[tuple[int, Stage]]:
-    """Every step from ``start`` on, numbered through all stages, with its stage."""
-    numbered = enumerate(stage for stage in stages for _ in range(stage.steps))
-    return ((step, stage) for step, stage in numbered if step >= start)
+def _note(line: dict[str, Any]) -> str:
+    return f"{line['length']} tokens, loss {line['loss']:.3f}"
 
 
 def _metrics_line(step: int, stage: Stage, loss: float, counts: _Counts) -> dict[str, Any]:
@@ -406,7 +392,7 @@ def _export(
         "eos_token": END_OF_TEXT,
         "model_max_length": config.context,
     }
-    for name, content in (("tokenizer_config.json", settings), (RECORD, record)):
-        (config.output_folder / name).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    write_json(config.output_folder / "tokenizer_config.json", settings)
+    write_json(config.output_folder / RECORD, record)
     rounded = jax.tree.map(lambda param: param.astype(jnp.bfloat16), state.params)
     nnx.merge(split.graphdef, rounded, split.frozen).save_pretrained(config.output_folder)

@@ -65,10 +65,10 @@ def prepare(config: FinetuneConfig, model: Llama) -> Llama:
     return model
 
 
-def step_of(
+def make_step(
     config: FinetuneConfig, split: SplitModel, mask: ModelMask, mesh: Mesh | None
 ) -> Callable[..., tuple[TrainState, Metrics]]:
-    """The step that the run takes, and that its plan compiles."""
+    """The jitted step that the run takes and that its plan compiles; see ``train_step``."""
     return train_step(
         split,
         config.optimizer(),

@@ -51,8 +51,8 @@ class SplitModel(NamedTuple):
     def join(self, params: PyTree, frozen: PyTree) -> Llama:
         """The model with ``params``, cast to the dtypes it computes with.
 
-        Save the tables of the embedding and the output: they stay float32, and what is read from them is cast
-        instead. Else gradients of a token's many uses would be summed in bfloat16.
+        All but the embedding and output tables, which stay float32: what is read from them is cast instead.
+        Otherwise the gradients of a token's many uses would be summed in bfloat16.
         """
 
         def cast(path, param, like):
@@ -125,14 +125,14 @@ def train_step(
             key = jax.random.fold_in(jax.random.key(dropout_seed), step)
             keys = jax.random.split(key, len(batches[0]))
 
-        def of_one(batch, key):
+        def one_gradient(batch, key):
             return jax.value_and_grad(loss_fn)(params, frozen, batch, key, total)
 
         if len(batches[0]) == 1:
-            return of_one(*jax.tree.map(lambda x: x[0], (batches, keys)))
+            return one_gradient(*jax.tree.map(lambda x: x[0], (batches, keys)))
 
         def add(sums, x):
-            return jax.tree.map(jnp.add, sums, of_one(*x)), None
+            return jax.tree.map(jnp.add, sums, one_gradient(*x)), None
 
         zeros = jnp.zeros(()), jax.tree.map(jnp.zeros_like, params)
         return jax.lax.scan(add, zeros, (batches, keys))[0]
@@ -151,6 +151,7 @@ def train_step(
         norm = optax.tree.norm(grads)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
+        # Not optax.apply_if_finite: it looks at the gradients alone, and not at the loss.
         good = jnp.isfinite(loss) & jnp.isfinite(norm)
         params, opt_state = jax.tree.map(
             lambda new, old: jnp.where(good, new, old), (params, opt_state), (state.params, state.opt_state)

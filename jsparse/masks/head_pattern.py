@@ -7,6 +7,8 @@ from pathlib import Path
 import numpy as np
 from jaxtyping import Bool, Float
 
+PATTERN_FILE = "full_attention_heads.tsv"  # the name that DuoAttention gives it, in a folder
+
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class HeadPattern:

@@ -1,8 +1,9 @@
 """What a run would take on devices that are not there: bytes a device as compiled, FLOPs as counted."""
 
+import contextlib
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -158,6 +159,16 @@ def plan_program(program: Program, mesh: Mesh) -> ProgramPlan:
 
 
 # --- for people ---
+
+
+@contextlib.contextmanager
+def compiler_errors_explained() -> Iterator[None]:
+    """Within, a RuntimeError of the compiler becomes NotImplementedError, which the command line reports."""
+    try:
+        yield
+    except RuntimeError as error:
+        message = f"the program does not compile, and nothing is estimated: {error}"
+        raise NotImplementedError(message) from error
 
 
 def print_plan(plan: Plan, console: Console | None = None) -> None:

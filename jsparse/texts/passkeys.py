@@ -4,7 +4,7 @@ import dataclasses
 from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
-from jaxtyping import Bool, Int32
+from jaxtyping import Bool, Int32, Integer
 
 # The NATO alphabet, spelt as DuoAttention spells it.
 WORDS = tuple(
@@ -76,22 +76,37 @@ def passkey_sample(
             f"length={length} needs {rest} tokens of haystack beside {taken} of passkeys, but it has "
             f"{len(passkeys.haystack)}"
         )
-    offset = rng.integers(len(passkeys.haystack) - rest + 1)
-    haystack = passkeys.haystack[offset : offset + rest]
-    depths = (rng.uniform(*_DEPTHS, len(numbers)) * rest).astype(int)
-
-    context = list(passkeys.start)
-    last = 0
-    for number in np.argsort(depths, kind="stable"):
-        context += [*haystack[last : depths[number]], *needles[number]]
-        last = depths[number]
-    context += [*haystack[last:]]
-
+    haystack = random_stretch(passkeys.haystack, rest, rng)
+    places = (rng.uniform(*_DEPTHS, len(numbers)) * rest).astype(int)
+    context = [*passkeys.start, *hide_needles(haystack, needles, places.tolist())]
     is_answer = [False] * len(context)
     for question, key in zip(questions, keys, strict=True):
         context += [*question, *key, *end]
         is_answer += [False] * len(question) + [True] * len(key) + [False] * len(end)
     return np.array(context, np.int32), np.array(is_answer)
+
+
+def random_stretch(
+    text: Integer[np.ndarray, " N"], length: int, rng: np.random.Generator
+) -> Integer[np.ndarray, " length"]:
+    """``length`` tokens of a text in a row, from a random place."""
+    start = int(rng.integers(len(text) - length + 1))
+    return text[start : start + length]
+
+
+def hide_needles(
+    haystack: Integer[np.ndarray, " N"], needles: Sequence[Sequence[int]], places: Sequence[int]
+) -> list[int]:
+    """The haystack with each needle put before the token at its place; at one place, in the order given.
+
+    >>> hide_needles(np.arange(4), [[10], [11, 12]], [3, 0])
+    [11, 12, 0, 1, 2, 10, 3]
+    """
+    tokens, text, last = haystack.tolist(), [], 0
+    for i in np.argsort(places, kind="stable"):
+        text += [*tokens[last : places[i]], *needles[i]]
+        last = places[i]
+    return text + tokens[last:]
 
 
 def passkey_batch(

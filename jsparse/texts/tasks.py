@@ -11,6 +11,8 @@ from collections.abc import Callable, Sequence
 import numpy as np
 from jaxtyping import Int32, Integer
 
+from jsparse.texts.passkeys import hide_needles, random_stretch
+
 # Words that sources of programs hardly use. What is hidden is that a key "is" a value.
 WORDS = tuple(
     """
@@ -251,14 +253,10 @@ def _example(
         raise ValueError(
             f"length={length} needs {rest} tokens of haystack, but it has {len(material.haystack)}"
         )
-    offset = int(rng.integers(len(material.haystack) - rest + 1))
-    haystack = material.haystack[offset : offset + rest].tolist()
-    text, last = start, 0
-    for i in np.argsort(depths, kind="stable"):
-        cut = round(depths[i] * rest)
-        text += [*haystack[last:cut], *encoded[i]]
-        last = cut
-    return _cut(rng, [*text, *haystack[last:]], question_ids, answer, expected)
+    haystack = random_stretch(material.haystack, rest, rng)
+    order = np.argsort(depths, kind="stable")  # by depth where two of them are one place
+    text = hide_needles(haystack, [encoded[i] for i in order], [round(depths[i] * rest) for i in order])
+    return _cut(rng, start + text, question_ids, answer, expected)
 
 
 def _cut(

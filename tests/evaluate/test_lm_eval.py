@@ -18,6 +18,7 @@ from jsparse.evaluate.lm_eval import (
     rolling_windows,
     score_continuation,
 )
+from jsparse.extras import MissingExtra
 from jsparse.models import Llama, byte_tokenizer
 from jsparse.serve import CacheConfig, SamplingParams, decode_logits, generate
 
@@ -138,7 +139,7 @@ def test_pairs_and_what_does_not_fit(model):
 
 @pytest.mark.skipif(installed, reason="lm_eval is installed")
 def test_without_the_harness_its_extra_is_named(folder):
-    with pytest.raises(NotImplementedError, match=r"pip install 'jsparse\[lm-eval\]'"):
+    with pytest.raises(MissingExtra, match=r"pip install 'jsparse\[lm-eval\]'"):
         JsparseLM(folder)
 
 

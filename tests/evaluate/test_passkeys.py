@@ -79,7 +79,7 @@ def test_the_answer_is_tokenized_behind_its_question():
 
 def bigram_model(follows: dict[str, str]):
     """A Llama without attention whose most likely next token is a table's: by the last token alone."""
-    config = LlamaConfig(
+    config = LlamaConfig.tiny(
         vocab_size=VOCAB,
         hidden_size=VOCAB + 3,
         intermediate_size=8,
@@ -149,7 +149,7 @@ def test_results_stand_by_length_and_depth_and_a_length_has_one_shape(model, mon
 
 @pytest.fixture(scope="module")
 def model():
-    config = LlamaConfig(
+    config = LlamaConfig.tiny(
         vocab_size=VOCAB, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2
     )
     return Llama(config, rngs=nnx.Rngs(0))
@@ -199,7 +199,7 @@ def test_bad_arguments(model, changes, message):
 
 
 def test_a_tokenizer_of_another_model():
-    config = LlamaConfig(
+    config = LlamaConfig.tiny(
         vocab_size=64, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2
     )
     with pytest.raises(ValueError, match="tokenizer gives token id .* vocabulary has 64 entries"):

@@ -18,9 +18,8 @@ VOCAB = 31
 
 @pytest.fixture(scope="module")
 def model():
-    config = LlamaConfig(
+    config = LlamaConfig.tiny(
         vocab_size=VOCAB,
-        hidden_size=32,
         intermediate_size=40,
         num_hidden_layers=1,
         num_attention_heads=2,

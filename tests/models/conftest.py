@@ -9,17 +9,7 @@ from jsparse.models import Llama, LlamaConfig
 
 @pytest.fixture(scope="session")
 def tiny_config():
-    return LlamaConfig(
-        vocab_size=61,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=64,
-        initializer_range=0.2,
-        eos_token_ids=(2,),
-    )
+    return LlamaConfig.tiny(vocab_size=61, intermediate_size=48, initializer_range=0.2, eos_token_ids=(2,))
 
 
 @pytest.fixture

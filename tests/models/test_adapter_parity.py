@@ -22,17 +22,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is d
 
 TOLERANCE = 1e-4
 TOKENS = np.random.default_rng(0).integers(0, 61, (2, 90)).astype(np.int32)
-SMALL = LlamaConfig(
-    vocab_size=61,
-    hidden_size=32,
-    intermediate_size=48,
-    num_hidden_layers=2,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    max_position_embeddings=64,
-    initializer_range=0.2,
-    eos_token_ids=(2,),
-)
+SMALL = LlamaConfig.tiny(vocab_size=61, intermediate_size=48, initializer_range=0.2, eos_token_ids=(2,))
 VARIANTS = {
     "llama": {},
     "llama, tied embeddings": {"tie_word_embeddings": True},

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from jsparse.extras import MissingExtra
 from jsparse.models import Llama, LlamaConfig, LoRAParam, add_lora, has_lora, merge_lora
 from jsparse.models.frozen_base import dequantize_base, is_quantized, quantize_base
 from jsparse.models.layers import FrozenCodes, Linear, linear_layers
@@ -18,7 +19,7 @@ from jsparse.models.weight_codes import coded_matmul, decode_kernel, encode_kern
 
 qwix = pytest.importorskip("qwix", reason="codes need qwix, from the extra `qlora`")
 
-CONFIG = LlamaConfig(
+CONFIG = LlamaConfig.tiny(
     vocab_size=61,
     hidden_size=64,
     intermediate_size=128,
@@ -235,7 +236,7 @@ def test_refusals(monkeypatch, tiny_model):
         quantize_base(model.norm, 8)
     with monkeypatch.context() as patch:
         patch.setitem(sys.modules, "qwix", None)
-        with pytest.raises(ImportError, match=r"pip install 'jsparse\[qlora\]'"):
+        with pytest.raises(MissingExtra, match=r"pip install 'jsparse\[qlora\]'"):
             quantize_base(model, 8)
     assert not is_quantized(model) and not is_quantized(tiny_model)
     quantize_base(model, 8)

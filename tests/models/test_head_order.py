@@ -20,9 +20,8 @@ STREAMING = jsparse.streaming(1, 3)
 
 def random_model(model_type="llama", **fields) -> Llama:
     """Every parameter random, biases and norms too, so that none that stays behind goes unnoticed."""
-    config = LlamaConfig(
+    config = LlamaConfig.tiny(
         vocab_size=31,
-        hidden_size=32,
         intermediate_size=24,
         num_hidden_layers=LAYERS,
         num_attention_heads=HEADS,

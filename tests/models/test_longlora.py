@@ -53,15 +53,7 @@ def test_the_last_token_sees_the_first_after_two_layers_a_group_less_one(groups,
 
 def future_gradients(attend_for):
     """For every i and later j, how far hidden state i moves with the input at j: [T, T], 0 where j <= i."""
-    config = LlamaConfig(
-        vocab_size=16,
-        hidden_size=16,
-        intermediate_size=24,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        initializer_range=0.3,
-    )
+    config = LlamaConfig.tiny(vocab_size=16, hidden_size=16, intermediate_size=24, initializer_range=0.3)
     model = Llama(config, rngs=nnx.Rngs(0))
     graphdef, embedding, rest = nnx.split(model, lambda path, _: "embed_tokens" in path, ...)
     tokens = jnp.arange(16, dtype=jnp.int32)[None]  # each token once, so a row of the table is one input
@@ -116,7 +108,7 @@ def trained_names(model):
 @pytest.mark.parametrize("model_type", ["llama", "qwen3"])
 def test_lora_embeddings_and_norms_are_trained_and_nothing_else(model_type):
     layers, hidden, heads, kv_heads, head_dim, rank = 3, 32, 4, 2, 16, 4
-    config = LlamaConfig(
+    config = LlamaConfig.tiny(
         vocab_size=50,
         hidden_size=hidden,
         intermediate_size=40,
@@ -141,7 +133,7 @@ def test_lora_embeddings_and_norms_are_trained_and_nothing_else(model_type):
 
 
 def test_trained_parameters_are_float32_and_the_model_keeps_its_own_dtype():
-    config = LlamaConfig(
+    config = LlamaConfig.tiny(
         vocab_size=9, hidden_size=16, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2
     )
     model = Llama(config, rngs=nnx.Rngs(0), dtype=jnp.bfloat16)

@@ -34,7 +34,7 @@ STREAMS = np.array([[True, False], [False, False], [True, True]])
 
 @pytest.fixture(scope="module")
 def config():
-    return LlamaConfig(
+    return LlamaConfig.tiny(
         vocab_size=17,
         hidden_size=16,
         intermediate_size=24,

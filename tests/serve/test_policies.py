@@ -126,9 +126,7 @@ def test_quest_reads_pages_of_16_tokens_from_the_third_layer_on():
     assert CacheConfig(policy="quest").page_sizes() == (16, 16)
     assert CacheConfig(policy="quest", page_size=32).page_sizes() == (32, 32)
     assert CacheConfig().page_sizes() == (64, 16)
-    deep = LlamaConfig(
-        vocab_size=61, hidden_size=32, intermediate_size=48, num_hidden_layers=4, num_attention_heads=4
-    )
+    deep = LlamaConfig.tiny(vocab_size=61, intermediate_size=48, num_hidden_layers=4, num_key_value_heads=4)
     reading = layout_of(CacheConfig(policy="quest", capacity=64, batch=1, budget=32), deep).reading
     assert [reading.selection_of(layer) is None for layer in range(4)] == [True, True, False, False]
 

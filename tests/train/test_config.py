@@ -93,7 +93,7 @@ def test_settings_that_do_not_fit_one_another(changes, message):
 
 
 def test_each_kind_of_attention_becomes_its_pattern(tmp_path):
-    model = LlamaConfig(
+    model = LlamaConfig.tiny(
         vocab_size=9, hidden_size=16, intermediate_size=8, num_hidden_layers=3, num_attention_heads=2
     )
     scores = np.array([[0.1, 0.9], [0.2, 0.8], [0.3, 0.7]])

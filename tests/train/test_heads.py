@@ -25,9 +25,8 @@ IS_ANSWER[0, 25:30] = IS_ANSWER[1, [12, 13, 37]] = True
 
 
 def random_model(vocab_size=50, model_type="llama", **fields) -> Llama:
-    config = LlamaConfig(
+    config = LlamaConfig.tiny(
         vocab_size=vocab_size,
-        hidden_size=32,
         intermediate_size=48,
         num_hidden_layers=LAYERS,
         num_attention_heads=KV_HEADS * GROUP,
@@ -304,6 +303,12 @@ def test_the_learning_rate_rises_and_falls(config):
         rates(10, *range(10)), 0.02 * np.array([0.1, 0.55] + [1] * 6 + [0.55, 0.1]), rtol=1e-5
     )
     assert rates(1, 0) == pytest.approx([0.002])
+    for steps in (1, 2, 3, 4, 9, 10, 11, 57):
+        formula = [
+            0.02 * min(0.1 + 0.9 * min(step, steps - 1 - step) / max(steps // 5, 1), 1.0)
+            for step in range(steps)
+        ]
+        np.testing.assert_allclose(rates(steps, *range(steps)), formula, rtol=1e-6)
 
 
 # --- what is refused ---
@@ -371,11 +376,11 @@ def test_an_output_that_would_overwrite_something(config, folder, tmp_path):
 
     config.output.mkdir()
     (config.output / "full_attention_heads.tsv").write_text("0.5\n")
-    refused(config.output, r"output=.* holds another pattern \(full_attention_heads.tsv\)")
+    refused(config.output, r"output=.* has files \(full_attention_heads.tsv\)")
     assert (config.output / "full_attention_heads.tsv").read_text() == "0.5\n"
     (tmp_path / "file").write_text("mine")
     refused(tmp_path / "file", "file is a file")
-    refused(folder / "model", "has other files .*config.json")
+    refused(folder / "model", "has files .*config.json")
 
 
 def test_gates_of_another_model():

@@ -18,6 +18,7 @@ from jsparse.texts.passkeys import WORDS as PASSKEY_WORDS
 from jsparse.texts.tokenizer import END_OF_TEXT
 from jsparse.train import PretrainConfig, pretrain, pretraining
 from jsparse.train.data.curriculum import KINDS, NOT_SCORED, TEXT, Lessons, Stage
+from jsparse.train.run import loop
 from jsparse.train.run.identity import checkpoint_folder
 
 COPY, RECALL, CHAIN, PASSKEY, COMMON = map(KINDS.index, ("copy", "recall", "chain", "passkey", "common"))
@@ -230,7 +231,7 @@ def test_an_interrupted_run_goes_on_as_if_nothing_had_happened(finished, data, t
         yield lambda: next(asked, False)
 
     with monkeypatch.context() as patch:
-        patch.setattr(pretraining, "sigterm_noted", stops_after_four)
+        patch.setattr(loop, "sigterm_noted", stops_after_four)
         stopped = pretrain(config, progress=False)
     assert not stopped.finished and len(stopped.metrics) == 4
     assert not (config.output_folder / "config.json").exists()

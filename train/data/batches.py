@@ -14,12 +14,12 @@ from tokenizers import Tokenizer
 
 from jsparse.texts.documents import check_files, is_json_lines
 from jsparse.texts.tokenizer import plain_text_tokenizer
-from jsparse.train.data.windows import Batch, Windows
+from jsparse.train.data.windows import TrainBatch, Windows
 
 _PACKING = 1  # to be counted up when the same files come to lie otherwise in the windows
 
 
-def batch_at(windows: Windows, step: int, *, batch_size: int, seed: int) -> Batch:
+def batch_at(windows: Windows, step: int, *, batch_size: int, seed: int) -> TrainBatch:
     """Batch number ``step`` (from 0): a pure function, so a step number is the position.
 
     Every epoch is a permutation of all windows, drawn from ``(seed, epoch)``; epochs follow one another

@@ -1,6 +1,7 @@
 """What pretraining shows a model: real text, and texts that cannot be continued without looking far back."""
 
 import dataclasses
+import functools
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -8,7 +9,7 @@ from jaxtyping import Int32, Integer
 from tokenizers import Tokenizer
 
 from jsparse.texts import tasks
-from jsparse.texts.passkeys import Passkeys, passkey_sample
+from jsparse.texts.passkeys import Passkeys, passkey_sample, random_stretch
 
 # What a token is to be predicted as. Kinds from COPY on are answers: what stands before them decides them.
 NOT_SCORED, TEXT, COPY, RECALL, CHAIN, PASSKEY, COMMON, LISTED = range(-1, 7)
@@ -77,7 +78,7 @@ class Lessons:
             "text": self._text_row,
             "copy": self._copy_row,
             "recall": self._recall_row,
-            "far": self._far_row,
+            "far": functools.partial(self._recall_row, far=True),
             "list": self._list_row,
             "passkeys": self._passkeys_row,
         }
@@ -86,7 +87,7 @@ class Lessons:
         rows = []
         for row in range(stage.rows):
             rng = np.random.default_rng([seed, step, row])
-            place = (row + rng.random()) / stage.rows * edges[-1]  # so that every step has all kinds
+            place = (row + rng.random()) / stage.rows * edges[-1]  # so every step has all kinds
             name = names[min(int(np.searchsorted(edges, place, side="right")), len(names) - 1)]
             rows.append(makers[name](stage.length, rng))
         tokens, kinds = zip(*rows, strict=True)
@@ -96,24 +97,31 @@ class Lessons:
         return self._stretch(length, rng), [TEXT] * length
 
     def _stretch(self, length: int, rng: np.random.Generator) -> list[int]:
-        start = rng.integers(len(self.text) - length + 1)
-        return self.text[start : start + length].tolist()
+        return random_stretch(self.text, length, rng).tolist()
 
     def _copy_row(self, length: int, rng: np.random.Generator) -> Sentence:
         period = int(rng.integers(length // 8, length // 2 + 1))
         words = rng.choice(self._words, period)
         return np.resize(words, length).tolist(), [NOT_SCORED] * period + [COPY] * (length - period)
 
-    def _recall_row(self, length: int, rng: np.random.Generator) -> Sentence:
+    def _recall_row(self, length: int, rng: np.random.Generator, *, far: bool = False) -> Sentence:
         short = length < _PLAIN_BELOW
         start = [] if short else self._headers[int(rng.random() < 0.2)]
+        said, asked = (self._said_once if far else self._said_often)(length, rng, short=short)
+        return self._hidden(start, said, asked, length, rng)
+
+    def _said_often(
+        self, length: int, rng: np.random.Generator, *, short: bool
+    ) -> tuple[list[Sentence], list[Sentence]]:
+        """Sentences for random places, near one another, and the one for the end."""
         spacing = rng.uniform(20, 48) if short else np.exp(rng.uniform(np.log(24), np.log(160)))
         *sentences, last = self._sentences(max(3, int(length / spacing)), rng, passkey=not short)
-        return self._hidden(start, sentences, [last], length, rng)
+        return sentences, [last]
 
-    def _far_row(self, length: int, rng: np.random.Generator) -> Sentence:
-        short = length < _PLAIN_BELOW
-        start = [] if short else self._headers[int(rng.random() < 0.2)]
+    def _said_once(
+        self, length: int, rng: np.random.Generator, *, short: bool
+    ) -> tuple[list[Sentence], list[Sentence]]:
+        """One sentence for each key, and the questions for all of them, which stand at the end."""
         count = max(2, int(length / np.exp(rng.uniform(np.log(40), np.log(100)))))
         keys = [int(key) for key in rng.permutation(self._keys)[:count]]
         known: dict[int, int] = {}
@@ -124,7 +132,7 @@ class Lessons:
             question = _answered(self._passkey_question, self._encode(f" {key}"), PASSKEY, self._end)
             said.insert(rng.integers(len(said) + 1), self._passkey_said(key))
             asked.insert(rng.integers(len(asked) + 1), question)
-        return self._hidden(start, said, asked, length, rng)
+        return said, asked
 
     def _hidden(
         self,

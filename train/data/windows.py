@@ -25,7 +25,7 @@ _STARTS, _SCORED, _FILLS = 1, 2, 4  # the bits of a token's flags: first of a sa
 _TOKENS_A_WRITE = 1 << 20
 
 
-class Batch(NamedTuple):
+class TrainBatch(NamedTuple):
     """Rows of training data.
 
     Tokens of one document, or of one prompt and its completion, share a segment id (1, 2, ... within a
@@ -56,7 +56,7 @@ class Windows:
     def context(self) -> int:
         return self.tokens.shape[1]
 
-    def __getitem__(self, rows: slice | list[int] | Integer[np.ndarray, " B"]) -> Batch:
+    def __getitem__(self, rows: slice | list[int] | Integer[np.ndarray, " B"]) -> TrainBatch:
         """Windows by their numbers, in the order asked for, as arrays in memory."""
         flags = np.array(self.flags[rows])
         starts = flags & _STARTS != 0
@@ -64,7 +64,7 @@ class Windows:
         fills = flags & _FILLS != 0
         segment_ids = np.where(fills, np.int32(PADDING), starts.cumsum(axis=1, dtype=np.int32))
         scored = (flags & _SCORED != 0) & ~starts
-        return Batch(np.array(self.tokens[rows], np.int32), segment_ids, scored)
+        return TrainBatch(np.array(self.tokens[rows], np.int32), segment_ids, scored)
 
 
 def write_windows(
@@ -200,7 +200,7 @@ def _padding(length: int) -> _Piece:
 
 
 def _gather(pieces: Iterable[_Piece]) -> Iterator[_Piece]:
-    """The same tokens in fewer pieces, for short documents would be a write each."""
+    """The same tokens in fewer pieces: one piece per document would write once per short document."""
     held, length = [], 0
     for piece in pieces:
         held.append(piece)

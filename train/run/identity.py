@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from jsparse.checks import require_new_folder
 from jsparse.models import LlamaConfig
 from jsparse.models.patterns import AttentionPattern
 from jsparse.train.config import FinetuneConfig
@@ -74,20 +75,11 @@ def steps_taken(config: FinetuneConfig, run: dict) -> int:
 
 def steps_in(output: Path, steps: int, run: dict) -> int:
     """``steps_taken`` of a run of so many steps, wherever it started from."""
-    if not output.exists():
-        return 0
-    if not output.is_dir():
-        raise FileExistsError(f"output={output} is a file; it must be a folder, or not exist")
-
     folder = checkpoint_folder(output)
     step = _read_step(folder, run)
-    # A run that stopped before its first checkpoint leaves its metrics and data only, and starts again.
-    others = sorted({file.name for file in output.iterdir()} - {METRICS, DATA, folder.name})
-    if step == 0 and others:
-        raise FileExistsError(
-            f"output={output} has other files ({', '.join(others[:3])}) and no checkpoints of this "
-            "run; choose a new folder"
-        )
+    if step == 0:
+        # A run that stopped before its first checkpoint leaves its metrics and data only, and starts again.
+        require_new_folder(output, allowed=(METRICS, DATA, folder.name))
     if step > steps:
         raise ValueError(f"steps={steps}, but {folder} has come to step {step} already")
     return step

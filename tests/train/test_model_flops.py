@@ -17,7 +17,7 @@ from jsparse.models import Llama, LlamaConfig, add_lora
 from jsparse.models.longlora import is_trained_with_lora
 from jsparse.plan.flops import Passes, attention_flops
 from jsparse.train import shifted_head_masks
-from jsparse.train.flops import step_flops
+from jsparse.train.model_flops import step_flops
 from jsparse.train.step import new_state, split_model, train_step
 
 LLAMA_2_7B = LlamaConfig(
@@ -28,14 +28,7 @@ LLAMA_2_7B = LlamaConfig(
     num_attention_heads=32,
     max_position_embeddings=4096,
 )
-SMALL = LlamaConfig(
-    vocab_size=96,
-    hidden_size=32,
-    intermediate_size=80,
-    num_hidden_layers=2,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-)
+SMALL = LlamaConfig.tiny(vocab_size=96, intermediate_size=80)
 
 
 def abstract_model(config: LlamaConfig, **lora) -> Llama:
