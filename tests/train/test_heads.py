@@ -83,7 +83,8 @@ def test_open_gates_are_full_attention_and_closed_ones_streaming(name):
     windows = model.config.sliding_windows
     for pattern in ([[0, 0], [0, 0]], [[1, 1], [1, 1]], [[1, 0], [0, 1]], [[0, 0], [1, 0]]):
         expected = model.hidden(TOKENS, None, dense_attend(pattern, windows))
-        np.testing.assert_allclose(mixed_hidden(model, 1.0 - np.array(pattern)), expected, atol=1e-5)
+        error = np.linalg.norm(mixed_hidden(model, 1.0 - np.array(pattern)) - expected)
+        assert error <= 2e-6 * np.linalg.norm(expected)  # by norm: single entries depend on the CPU's sums
         if np.any(pattern):
             assert np.abs(expected - full).max() > 1e-2
 
