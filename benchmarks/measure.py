@@ -1,12 +1,10 @@
-"""How implementations are compared: floors, agreement of outputs, alternated timings, ratios.
+"""How implementations are compared: floors, agreement of outputs, times of launches.
 
-What a benchmark reports of a peer is the ratio of the times of one round, median, least and largest over the
-rounds: in a round everyone runs right after the other, so that what slows the machine down slows both sides
-of a ratio.
+What a benchmark reports of a peer are ratios of times within a round (jsparse.evaluate.speed.turns).
 """
 
 import dataclasses
-import statistics
+import functools
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -14,6 +12,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+
+from jsparse.evaluate.speed.turns import repeats_in, take_turns
 
 
 @dataclasses.dataclass(frozen=True)
@@ -167,42 +167,28 @@ def alternate(
     Each timing takes about ``target_s``, so that the one wait in it (tens of microseconds) is lost in it. Two
     untimed launches come first. When the time is used up, the rounds so far count, three at least.
     """
-    times: dict[str, list[float]] = {contender.name: [] for contender in contenders}
     repeats: dict[str, int] = {}
-    errors: dict[str, str] = {}
 
-    def run(contender: Contender, count: int) -> float | None:
-        try:
-            return time_us(contender, count, clock)
-        except Exception as error:  # of any library: the others go on
-            errors[contender.name] = describe(error)
-            times.pop(contender.name, None)
-            return None
+    def turn(contender: Contender, number: int) -> float:
+        if number == 0:  # compiles, and says how often a timing is to launch
+            time_us(contender, 1, clock)
+            once = time_us(contender, 1, clock) * contender.calls
+            repeats[contender.name] = repeats_in(target_s * 1e6, once, most=1000)
+            return once
+        return time_us(contender, repeats[contender.name], clock)
 
-    for contender in contenders:
-        run(contender, 1)
-        once = run(contender, 1) if contender.name not in errors else None
-        if once is not None:
-            repeats[contender.name] = min(max(round(target_s * 1e6 / (once * contender.calls)), 1), 1000)
-    for done in range(rounds):
-        if done >= 3 and seconds_left() <= 0:
-            break
-        for contender in contenders:
-            if contender.name not in errors:
-                measured = run(contender, repeats[contender.name])
-                if measured is not None:
-                    times[contender.name].append(measured)
-    return times, errors
-
-
-def ratios(ours: Sequence[float], peer: Sequence[float]) -> dict[str, float]:
-    """ours / peer, round by round: the median, the least and the largest. Below 1: ours is faster.
-
-    >>> ratios([2.0, 3.0, 4.0], [4.0, 4.0, 4.0])
-    {'ratio_median': 0.75, 'ratio_min': 0.5, 'ratio_max': 1.0}
-    """
-    each = [a / b for a, b in zip(ours, peer, strict=True)]
-    return {"ratio_median": statistics.median(each), "ratio_min": min(each), "ratio_max": max(each)}
+    turns = take_turns(
+        {contender.name: functools.partial(turn, contender) for contender in contenders},
+        1 + rounds,
+        goes_on=lambda number: number <= 3 or seconds_left() > 0,
+        failures=Exception,  # of any library: the others go on
+    )
+    times = {
+        name: [time for number, time in measured.items() if number]
+        for name, measured in turns.measured.items()
+        if name not in turns.errors
+    }
+    return times, {name: describe(error) for name, error in turns.errors.items()}
 
 
 def describe(error: BaseException) -> str:

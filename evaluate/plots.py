@@ -1,6 +1,5 @@
 """Figures of evaluations: perplexity by context, and passkeys by length and depth."""
 
-import importlib.util
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -9,6 +8,7 @@ import numpy as np
 
 from jsparse.evaluate.passkeys import PasskeyAccuracy
 from jsparse.evaluate.perplexity import Perplexity
+from jsparse.reports.figures import new_figure, require_matplotlib, save
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -17,11 +17,10 @@ if TYPE_CHECKING:
 def check_can_plot(path: str | Path) -> None:
     """Raise, before hours of evaluation, where ``plot_evaluation`` could not write ``path``.
 
-    NotImplementedError where matplotlib is not installed, FileNotFoundError where the folder does not exist,
+    MissingExtra where matplotlib is not installed, FileNotFoundError where the folder does not exist,
     ValueError for a file format that matplotlib does not write.
     """
-    if importlib.util.find_spec("matplotlib") is None:
-        raise NotImplementedError("plot: figures are drawn with matplotlib: pip install 'jsparse[plot]'")
+    require_matplotlib("plot")
     from matplotlib.backend_bases import FigureCanvasBase
 
     path = Path(path)
@@ -54,18 +53,13 @@ def plot_evaluation(
     if not lines and not passkeys:
         raise ValueError("perplexity and passkeys are both empty: there is nothing to draw")
     check_can_plot(path)
-    from matplotlib.backends.backend_agg import FigureCanvasAgg  # draws without a display or global state
-    from matplotlib.figure import Figure
-
     panels = bool(lines) + bool(passkeys)
-    figure = Figure(figsize=(5.5 * panels, 4.2), layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = list(figure.subplots(1, panels, squeeze=False)[0])
+    figure, axes = new_figure(1, panels, width=5.5 * panels, height=4.2)
     if lines:
         _draw_perplexity(axes[0], lines)
     if passkeys:
         _draw_passkeys(axes[-1], passkeys)
-    figure.savefig(path, dpi=120)
+    save(figure, path)
 
 
 def _draw_perplexity(axes: "Axes", lines: Mapping[str, Sequence[Perplexity]]) -> None:

@@ -1,6 +1,5 @@
 """What the demos found: tables and a plot."""
 
-import importlib.util
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +7,7 @@ from rich.console import Console
 from rich.table import Table
 
 from jsparse.evaluate import METHODS
+from jsparse.reports.figures import new_figure, require_matplotlib, save
 
 
 def print_trained(results: dict[str, Any]) -> None:
@@ -107,21 +107,15 @@ def _generation_notes(results: dict[str, Any]) -> list[str]:
 
 
 def check_can_draw() -> None:
-    """NotImplementedError, before anything is computed, where a plot could not be drawn."""
-    if importlib.util.find_spec("matplotlib") is None:
-        raise NotImplementedError("the demo draws a plot with matplotlib: pip install 'jsparse[plot]'")
+    """MissingExtra, before anything is computed, where a plot could not be drawn."""
+    require_matplotlib("the demo draws a plot")
 
 
 def draw_plot(results: dict[str, Any], path: Path, label: str) -> None:
     """Draw what the tables say: perplexity (``label``) by context length, and how KL is distributed."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg  # draws without a display or global state
-    from matplotlib.figure import Figure
     from matplotlib.ticker import ScalarFormatter
 
-    figure = Figure(figsize=(11, 4.2), layout="constrained")
-    FigureCanvasAgg(figure)
-    left, right = figure.subplots(1, 2)
-
+    figure, (left, right) = new_figure(1, 2, width=11, height=4.2)
     for name, row in results["perplexity"].items():
         left.plot(results["contexts"], row, marker="o", label=name)
     left.set_xscale("log", base=2)
@@ -141,4 +135,4 @@ def draw_plot(results: dict[str, Any], path: Path, label: str) -> None:
     right.set_ylabel("fraction of tokens with less")
     right.legend()
 
-    figure.savefig(path, dpi=120)
+    save(figure, path)

@@ -1,4 +1,4 @@
-"""What benchmarks/cpu.py measures: its rows, who runs in them, which times are divided, and the goals.
+"""What the CPU benchmark measures: its rows, who runs in them, which times are divided, and the goals.
 
 Plain data: the worker of either side reads it, whatever else its environment lacks.
 """

@@ -1,4 +1,4 @@
-"""The two processes of benchmarks/cpu.py: ours, and the peers', which may run in another environment.
+"""The two processes of the CPU benchmark: ours, and the peers', which may run in another environment.
 
 They take turns and one is blocked while the other runs, so that neither disturbs the other with its threads
 or its memory. A worker reads requests on its standard input and answers on its standard output, each one line
@@ -31,6 +31,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+BENCHMARKS = Path(__file__).resolve().parents[1]  # workers run as modules of this folder: python -m cpu.ours
 
 
 def environment(threads: int) -> dict[str, str]:
@@ -170,6 +172,7 @@ class Worker:
                 stdout=subprocess.PIPE,
                 stderr=log,
                 env={**os.environ, **self.settings},
+                cwd=BENCHMARKS,
                 start_new_session=True,  # to end it together with the processes that it starts
             )
 

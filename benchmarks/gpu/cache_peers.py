@@ -13,10 +13,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from measure import Contender, Work
-from peers import OURS, Maker, Setup, from_torch, load, random_normal, to_torch, torch_wait
-from rows import BLOCK, Decode, Select, dense, page_lists, work
 
 import jsparse
+from gpu.peers import OURS, Maker, Setup, from_torch, load, random_normal, to_torch, torch_wait
+from gpu.rows import BLOCK, Decode, Select, dense, page_lists, work
 from jsparse.cache.pages import PagedKVCache
 from jsparse.cache.quantize import Quantized, dequantize, quantize
 

@@ -16,9 +16,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from measure import Contender, Work
-from rows import BLOCK, Prefill, block_mask, dense, head_masks, random_lists, work
 
 import jsparse
+from gpu.rows import BLOCK, Prefill, block_mask, dense, head_masks, random_lists, work
 from jsparse import TokenMask
 
 Maker = Callable[[], Contender]

@@ -1,6 +1,6 @@
 """A small model extended from 256 to 2048 tokens: what the attention of the training costs in perplexity.
 
-    python benchmarks/extension.py --output benchmarks/results/cpu-extension
+    python benchmarks/training/extension.py --output benchmarks/results/cpu-extension
 
 LongLoRA's comparison (arXiv 2309.12307, tables 1 and 2) in miniature. A byte-level Llama is trained at the
 short context, its RoPE is extended, and then it is trained at the long one with full attention, with shifted
@@ -21,7 +21,6 @@ they are: 3 of the model's 8. With the others, which leave one or none, it has t
 
 import contextlib
 import dataclasses
-import importlib.util
 import json
 import math
 import statistics
@@ -36,11 +35,13 @@ from typing import Any, Literal
 import numpy as np
 import tyro
 
-from jsparse.evaluate.speed.common import RESULTS, check_integers, check_list, check_output, describe_machine
-from jsparse.evaluate.speed.report import machine_name, short_count
+from jsparse.evaluate.speed.common import RESULTS, check_integers, check_list, check_output
 from jsparse.examples.demo import END_OF_TEXT, DemoConfig, train_base
 from jsparse.models import Llama, load_tokenizer
 from jsparse.models.patterns import AttentionPattern, load_pattern
+from jsparse.reports.console import short_count, write_json
+from jsparse.reports.figures import COLORS, can_draw, length_axis, new_figure, save, tidy
+from jsparse.reports.machine import describe_machine, machine_line
 from jsparse.train import FinetuneConfig, evaluate_perplexity, finetune, read_documents
 
 KINDS = ("full", "shifted", "grouped")
@@ -48,7 +49,7 @@ FIGURE, TEXT = "extension.png", "train.jsonl"
 _SEEDS = {"train": 1, "dev": 2, "test": 3}  # of the text
 _LETTERS = np.array(list(string.ascii_letters))
 _REPEATED = 0.8  # probability that a letter is the one above
-_COLOURS = {"full": "#000000", "shifted": "#0072B2", "grouped": "#D55E00"}  # Okabe and Ito's
+_COLORS = {"full": COLORS["black"], "shifted": COLORS["blue"], "grouped": COLORS["vermilion"]}
 _NAMES = {"full": "full attention", "shifted": "shifted groups", "grouped": "groups without the shift"}
 
 
@@ -199,9 +200,7 @@ def bench_extension(config: ExtensionBench) -> list[Row]:
             folder.mkdir(parents=True, exist_ok=True)
         rows = train_and_measure(config, models)
     print(markdown(config, rows))
-    if importlib.util.find_spec("matplotlib") is None:
-        print(f"{FIGURE} was not drawn: pip install 'jsparse[plot]'", file=sys.stderr)
-    else:
+    if can_draw(FIGURE):
         draw(config, rows, config.output / FIGURE)
     return rows
 
@@ -365,7 +364,7 @@ def write(config: ExtensionBench, rows: Sequence[Row], seconds: float) -> None:
         for name, value in dataclasses.asdict(config).items()
     }
     results: dict[str, Any] = {
-        "command": f"python benchmarks/extension.py --output {config.output}",
+        "command": f"python benchmarks/training/extension.py --output {config.output}",
         "settings": settings,
         "contexts": config.contexts,
         "group_size": config.group,
@@ -373,7 +372,7 @@ def write(config: ExtensionBench, rows: Sequence[Row], seconds: float) -> None:
         "rows": [dataclasses.asdict(row) for row in rows],
         "seconds": round(seconds, 1),
     }
-    (config.output / RESULTS).write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+    write_json(config.output / RESULTS, results)
 
 
 def draw(config: ExtensionBench, rows: Sequence[Row], path: Path) -> None:
@@ -381,12 +380,8 @@ def draw(config: ExtensionBench, rows: Sequence[Row], path: Path) -> None:
     of the training; bars are the range over the seeds, dashed lines what can be expected of a model that
     knows how the text is made.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg  # draws without a display or global state
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(9.5, 4.4), layout="constrained")
-    FigureCanvasAgg(figure)
-    panels = dict(zip(("full", "pattern"), figure.subplots(1, 2, sharey=True), strict=True))
+    figure, both = new_figure(1, 2, width=9.5, height=4.4, sharey=True)
+    panels = dict(zip(("full", "pattern"), both, strict=True))
     found = over_seeds(rows)
     for measured_with, axes in panels.items():
         for kind in KINDS:
@@ -395,17 +390,13 @@ def draw(config: ExtensionBench, rows: Sequence[Row], path: Path) -> None:
             mean = values.mean(axis=0)
             spread = np.stack([mean - values.min(axis=0), values.max(axis=0) - mean])
             axes.errorbar(
-                config.contexts, mean, spread, marker="o", capsize=3, color=_COLOURS[kind], label=_NAMES[kind]
+                config.contexts, mean, spread, marker="o", capsize=3, color=_COLORS[kind], label=_NAMES[kind]
             )
         for group in (None, config.group if measured_with == "pattern" else None):
             expected = [expected_perplexity(config, context, group) for context in config.contexts]
             axes.plot(config.contexts, expected, linestyle="--", linewidth=0.9, color="#888888", zorder=1)
-        axes.set_xscale("log", base=2)
-        axes.set_xticks(config.contexts, [short_count(context) for context in config.contexts])
-        axes.set_xlabel("window (tokens)")
-        axes.grid(color="#e6e6e6", linewidth=0.8)
-        axes.set_axisbelow(True)
-        axes.spines[["top", "right"]].set_visible(False)
+        length_axis(axes, config.contexts, "window (tokens)")
+        tidy(axes)
     panels["full"].set_ylabel("perplexity of a byte")
     panels["full"].set_title("measured with full attention", fontsize=10)
     panels["pattern"].set_title("measured with the attention of the training", fontsize=10)
@@ -414,10 +405,10 @@ def draw(config: ExtensionBench, rows: Sequence[Row], path: Path) -> None:
     long = short_count(config.long_context)
     figure.suptitle(
         f"Extended from {config.context} to {long} tokens. With no training at {long}: {untrained:.1f} "
-        f"(and {as_it_is:.1f} as the base is). Dashed: expected\n{machine_name(describe_machine())}",
+        f"(and {as_it_is:.1f} as the base is). Dashed: expected\n{machine_line(describe_machine())}",
         fontsize=10,
     )
-    figure.savefig(path, dpi=150)
+    save(figure, path, dpi=150)
 
 
 if __name__ == "__main__":
