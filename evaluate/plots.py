@@ -37,13 +37,14 @@ def plot_evaluation(
     perplexity: Mapping[str, Sequence[Perplexity]] | None = None,
     passkeys: Sequence[PasskeyAccuracy] = (),
 ) -> None:
-    """Draw one figure of what is given: perplexity by context, one line a name, and a heat map of passkeys.
+    """Draw one figure of what is given: perplexity by context, one line per name, and a heat map of passkeys.
 
-    perplexity: results of ``perplexity_by_context`` by a name for the legend.
-    passkeys: results of ``evaluate_passkeys``, each length with every depth. From one length and depth to the
-        next are equal steps in the figure.
+    - path: the file; its ending says in which format.
+    - perplexity: results of ``perplexity_by_context`` by a name for the legend.
+    - passkeys: results of ``evaluate_passkeys``, each length with every depth. Lengths and depths are equally
+      far apart in the figure.
 
-    Raises as ``check_can_plot``, and ValueError where there is nothing to draw, or where a length lacks a
+    Raises as :func:`check_can_plot`, and ValueError where there is nothing to draw, or where a length lacks a
     depth or has it twice.
 
     >>> results = [Perplexity(9.5, 2.25, 100, 1024, 512), Perplexity(9.0, 2.2, 100, 2048, 1024)]

@@ -22,7 +22,7 @@ _WIDTH = 140  # where stdout is no terminal: wide enough for six tasks at four b
 
 
 def print_scoreboard(rows: Sequence[Row], title: str) -> None:
-    """Percents, one table with a column for each task and budget; one a budget where that is too wide."""
+    """Percents in one table, a column per task and budget; or one table per budget where it is too wide."""
     console = Console()
     if not console.is_terminal:
         console = Console(width=_WIDTH)
@@ -39,7 +39,7 @@ def print_scoreboard(rows: Sequence[Row], title: str) -> None:
 
 
 def markdown_table(rows: Sequence[Row]) -> str:
-    """The scores in percent, a line a method: of each task those of all budgets, from the smallest on.
+    """The scores in percent, one line per method: for each task those of all budgets, from the smallest on.
 
     >>> row = {"task": "needle", "method": "lserve", "length": 2048, "low": 0.3, "high": 0.7, "samples": 12}
     >>> rows = [row | {"budget": 256, "score": 0.75}, row | {"budget": 128, "score": 0.5}]
@@ -48,7 +48,7 @@ def markdown_table(rows: Sequence[Row]) -> str:
     |---|---|---|
     | lserve | 50 / 75 | pages of 64 by bounds of 16 tokens, chosen every 4 tokens |
     <BLANKLINE>
-    Percent at budgets of 128 / 256 of 2048 tokens; 12 texts a task, intervals at 95 % of at most ±20.
+    Percent at budgets of 128 / 256 of 2048 tokens; 12 texts per task, intervals at 95 % of at most ±20.
     """
     board = _Board(rows)
     lines = ["| method | " + " | ".join(board.tasks) + " | what is read |"]
@@ -59,7 +59,7 @@ def markdown_table(rows: Sequence[Row]) -> str:
     widest = max((row["high"] - row["low"]) / 2 for row in board.rows)
     at = f" at budgets of {' / '.join(map(str, board.budgets))}" if board.budgets else ""
     texts, length = board.rows[0]["samples"], board.rows[0]["length"]
-    note = f"{texts} texts a task, intervals at 95 % of at most ±{100 * widest:.0f}."
+    note = f"{texts} texts per task, intervals at 95 % of at most ±{100 * widest:.0f}."
     return "\n".join([*lines, "", f"Percent{at} of {length} tokens; {note}"])
 
 
@@ -73,7 +73,7 @@ def check_can_draw(folder: Path) -> None:
     if not folder.absolute().parent.is_dir():
         raise FileNotFoundError(f"output: the folder of {folder} does not exist")
     if folder.exists() and not folder.is_dir():
-        raise NotADirectoryError(f"output: {folder} is no folder")
+        raise NotADirectoryError(f"output: {folder} is not a folder")
 
 
 def write_figures(rows: Sequence[Row], folder: Path) -> None:
@@ -141,7 +141,7 @@ def _budget_table(board: _Board, title: str, budget: int | None) -> Table:
 
 
 def _draw_board(board: _Board) -> "Figure":
-    """Methods by tasks and budgets; a method without a budget has one cell a task."""
+    """Methods by tasks and budgets; a method without a budget has one cell per task."""
     budgets = len(board.budgets) or 1
     columns = len(board.tasks) * budgets
     figure, (axes,) = new_figure(width=3.2 + 0.42 * max(columns, 8), height=1.6 + 0.32 * len(board.methods))
@@ -174,7 +174,7 @@ def _draw_board(board: _Board) -> "Figure":
 
 
 def _draw_grid(rows: Sequence[Row]) -> "Figure":
-    """A panel a method: the depth of the needle by the length of the text."""
+    """One panel per method: the depth of the needle by the length of the text."""
     methods = list(dict.fromkeys((row["method"], row["budget"]) for row in rows))
     lengths, depths = (sorted({row[name] for row in rows}) for name in ("length", "depth"))
     cells = {(row["method"], row["depth"], row["length"]): row["score"] for row in rows}
@@ -200,5 +200,5 @@ def _heat_map(axes: "Axes", values: np.ndarray):
 
 
 def _write(axes: "Axes", x: float | int, y: float | int, score: float) -> None:
-    colour = "white" if score < 0.12 or score > 0.88 else "black"  # where the heat map is dark
-    axes.text(x, y, _percent(score), ha="center", va="center", fontsize=8, color=colour)
+    color = "white" if score < 0.12 or score > 0.88 else "black"  # where the heat map is dark
+    axes.text(x, y, _percent(score), ha="center", va="center", fontsize=8, color=color)

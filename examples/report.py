@@ -20,7 +20,7 @@ def print_trained(results: dict[str, Any]) -> None:
         f"{_measured(results)}: {results['parameters']:,} parameters, {results['seconds']:.0f} s in all.",
         f"base was trained at {results['contexts'][0]} tokens only. LongLoRA trained within its groups only: "
         "full attention beyond them is new to the model.",
-        f"pages: a head reads {settings['budget']} tokens of the cache a step. streaming: half of the KV "
+        f"pages: a head reads {settings['budget']} tokens of the cache per step. streaming: half of the KV "
         f"heads, chosen blindly, read the first {settings['sink']} and the last {settings['window']}.",
         *_generation_notes(results),
     ]
@@ -37,7 +37,7 @@ def print_shipped(results: dict[str, Any]) -> None:
     notes = [
         f"{_measured(results)}, {results['seconds']:.0f} s in all.",
         *(f"{name}: {METHODS[name].about}." for name in results["generation"]),
-        f"A head that does not read everything reads {settings['budget']} tokens a step.",
+        f"A head that does not read everything reads {settings['budget']} tokens per step.",
         "needle: a word is explained once, somewhere, and asked for at the end; recall: one of many such "
         "words. The question is fed to the decode step, where a cache chooses what it reads.",
         *_generation_notes(results),
@@ -46,7 +46,7 @@ def print_shipped(results: dict[str, Any]) -> None:
 
 
 def _print_perplexity(console: Console, results: dict[str, Any], unit: str, what: str) -> None:
-    table = Table(title=f"Perplexity of a {unit}, held-out modules (lower is better)")
+    table = Table(title=f"Perplexity per {unit}, held-out modules (lower is better)")
     table.add_column(what)
     for context in results["contexts"]:
         table.add_column(f"{context} tokens", justify="right")

@@ -42,7 +42,7 @@ def peak_in_new_process(kind: str, length: int, *, small: bool, timeout: float) 
 
 
 def peak(kind: str, length: int, small: bool) -> int:
-    """The peak of memory in a call beyond what is there before it: inputs and compiled code. Linux only."""
+    """The peak of memory in a call, beyond what was used before it (inputs and compiled code). Linux only."""
     import jax
     import jax.numpy as jnp
 

@@ -77,7 +77,7 @@ def generation(model: Llama, policy: str, length: int, of: Sizes) -> Ready:
             "token": sum(each.decode_seconds / each.decode_steps for each in stats) / repeats,
         }
 
-    # Compiled functions depend on the capacity and not on the prompt, of which more than one chunk is enough.
+    # Compiled functions depend on the capacity and not on the prompt: more than one chunk of it is enough.
     call(prompt[: 2 * cache.prefill_chunk])
 
     def outputs() -> dict[str, np.ndarray]:

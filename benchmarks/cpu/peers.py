@@ -1,6 +1,6 @@
 """The peers' side of the CPU benchmark: a worker that runs torch and onnxruntime on the same inputs.
 
-It imports neither jax nor jsparse, which its environment need not have.
+It imports neither jax nor jsparse, which its environment may lack.
 """
 
 import itertools

@@ -40,7 +40,7 @@ def generation(model, ids, of: Sizes) -> Ready:
     said: dict[str, Any] = {}
 
     def call(prompt, new_tokens: int) -> tuple[float, float]:
-        """(seconds to the first token, seconds a token after it)."""
+        """(seconds to the first token, seconds per token after it)."""
         arrivals, start = Arrivals(), time.perf_counter()
         out = model.generate(
             prompt,

@@ -36,7 +36,7 @@ def read(path: Path) -> list[dict[str, Any]]:
 
 def draw(document: Sequence[Result], folder: Path) -> None:
     """The plots, where there is matplotlib."""
-    if can_draw("plots"):
+    if can_draw(f"a figure in {folder}"):
         plots.draw(document, folder)
 
 
@@ -238,7 +238,7 @@ def ratio_cell(result: Result) -> str:
 
 
 def summary(results: Sequence[Result]) -> list[str]:
-    """How many goals are met, and by row where jsparse is ahead of all whom it was measured beside."""
+    """How many goals are met, and in which rows jsparse is ahead of everything it was measured beside."""
     with_goal = [result for result in results if "goal" in result]
     lines = [f"- **Goals**: {sum(map(bool, map(met, with_goal)))} of {len(with_goal)} met."]
     groups: dict[str, list[float]] = {}

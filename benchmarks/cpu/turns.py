@@ -21,8 +21,8 @@ PAUSE_S = 0.05  # between turns: threads that wait for work spin for a while bef
 
 @dataclasses.dataclass(frozen=True)
 class Pace:
-    """How often everything runs: ``rounds``, but of what takes longer than ``slow_s`` a call three at most,
-    and two from ``very_slow_s``. A timing lasts ``target_s``, or one call.
+    """How often everything runs: ``rounds`` times, but at most three if a call takes longer than ``slow_s``,
+    and two from ``very_slow_s`` on. A timing lasts ``target_s``, or one call.
     """
 
     rounds: int = 7
@@ -30,7 +30,7 @@ class Pace:
     slow_s: float = 2.0
     very_slow_s: float = 8.0
 
-    def rounds_of(self, seconds: float) -> int:
+    def rounds_for(self, seconds: float) -> int:
         if seconds > self.very_slow_s:
             return min(self.rounds, 2)
         return min(self.rounds, 3) if seconds > self.slow_s else self.rounds
@@ -99,7 +99,7 @@ def measure(case: Case, at: Workplace) -> Measured:
 
 
 def compare(case: Case, outputs: Mapping[str, Mapping[str, np.ndarray]]) -> tuple[dict[str, str], list[str]]:
-    """Errors by name, of those who disagree, and notes. Ours is wrong where it agrees with nobody."""
+    """Errors of those who disagree, by name, and notes. Ours is wrong where it agrees with nobody."""
     reference = next((who.name for who in case.contenders if who.compared and who.side == "ours"), None)
     if reference is None:
         return {}, []
@@ -130,7 +130,7 @@ def alternate(
     pace: Pace,
     seconds_left: Callable[[], float],
 ) -> tuple[dict[str, dict[int, Mapping[str, float]]], dict[str, str]]:
-    """Rounds A B C A B C; round 0 has single calls, which say how often each is to run."""
+    """Rounds A B C A B C. Round 0 has single calls, which say how often each is to run."""
     repeats: dict[str, int] = {}
     rounds: dict[str, int] = {}
 
@@ -140,7 +140,7 @@ def alternate(
             once = sum(times.values())
             repeats[who.name] = repeats_in(pace.target_s, once, most=10000)
             # Round 0 counts for what is slow, which has the fewer others.
-            rounds[who.name] = pace.rounds_of(once) - (once > pace.slow_s)
+            rounds[who.name] = pace.rounds_for(once) - (once > pace.slow_s)
             return times
         return run(who, repeats[who.name]) if number <= rounds[who.name] else None
 
@@ -181,7 +181,7 @@ def entry(case: Case, pair: Pair, measured: Measured, floor_s: float | None, pac
     if pair.peer in (FLOOR, NOBODY):
         theirs = {number: {pair.metric: floor_s or 0.0} for number in mine}
         if pair.peer == FLOOR and floor_s is None:
-            return result | {"error": "no matrix product was measured, of which the floor is made"}
+            return result | {"error": "no matrix product was measured, and the floor is made from one"}
     else:
         theirs = measured.times.get(pair.peer, {})
     rounds = sorted(mine.keys() & theirs.keys())

@@ -81,7 +81,7 @@ def print_table(
 
 
 def notes(header: Mapping[str, Any]) -> list[str]:
-    """What a reader must know beside the numbers, a line each."""
+    """What a reader must know beside the numbers, one line each."""
     lines = [
         f"{header['device']}, {header['date']}, "
         + ", ".join(f"{k} {v}" for k, v in header["versions"].items())
@@ -101,7 +101,7 @@ def notes(header: Mapping[str, Any]) -> list[str]:
 
 
 def draw(header: Mapping[str, Any], results: Sequence[Mapping[str, Any]], path: Path) -> None:
-    """Bars of time over floor, a group a row; written as PNG and PDF beside ``path``."""
+    """Bars of time over floor, one group per row; written as PNG and PDF beside ``path``."""
     if not results:
         return
     groups = by_row(results)
@@ -152,8 +152,7 @@ BEGIN = "<!-- benchmarks/gpu --markdown writes from here -->"
 
 
 def markdown(document: Mapping[str, Any] | None, rows: Iterable[Any]) -> str:
-    """The README's table of the rows (name, about, goal); without results each says that it is not yet
-    measured.
+    """The page's table of the rows (name, about, goal); without results, each is not yet measured.
 
     Raises ValueError for the results of a smoke run.
     """

@@ -120,14 +120,14 @@ def main(arguments: list[str] | None = None) -> int:
     results = run_rows(selected, options, header, end)
 
     report.print_table(header, results, {row.name: row.goal for row in selected})
-    if can_draw("plot"):
+    if can_draw(f"{options.out.stem}.png"):
         report.draw(header, results, options.out)
     ended_well = all(suite["passed"] for suite in header["conformance"].values()) and not header["left_out"]
     return 0 if ended_well and not any("error" in result for result in results) else 1
 
 
 def default_file(gpu: str, smoke: bool, part: bool) -> Path:
-    """Named after the GPU, and after what was measured, so that a part never takes the place of the whole.
+    """Named after the GPU and after what was measured: a part never takes the place of the whole.
 
     >>> default_file("NVIDIA H100 80GB HBM3", smoke=False, part=True).name
     'h100-part.json'
@@ -138,7 +138,7 @@ def default_file(gpu: str, smoke: bool, part: bool) -> Path:
 
 
 def query_gpu(what: str) -> str:
-    """What nvidia-smi says of the first GPU, "" without one."""
+    """What nvidia-smi says of the first GPU; "" without one."""
     if shutil.which("nvidia-smi") is None:
         return ""
     query = ["nvidia-smi", f"--query-gpu={what}", "--format=csv,noheader"]

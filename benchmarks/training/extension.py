@@ -7,16 +7,16 @@ short context, its RoPE is extended, and then it is trained at the long one with
 groups of a quarter of the context (S²-Attn), and with the same groups without the shift ("short attention");
 data, order, seed, steps and everything else are equal.
 
-The text is made so that a small model learns it, and that what can be known of it with and without context
-can be worked out: random letters in rows of 64, where four in five repeat the letter above. A letter is known
+The text is made for a small model to learn, and what can be known of it with and without context can be
+worked out: random letters in rows of 64, where four in five repeat the letter above. A letter is known
 as well as it can be once the row above is seen; where a group begins, it is not.
 
-Perplexity is that of a byte, on documents that were held out; with ``--held-out dev`` on others, those that
+Perplexity is per byte, on documents that were held out; with ``--held-out dev`` on others, those that
 the settings were chosen on. Every model is measured with full attention, as it would be served, and with the
 pattern that it was trained with.
 
 RoPE is extended as Llama 3 does by default, which leaves wavelengths below a quarter of the short context as
-they are: 3 of the model's 8. With the others, which leave one or none, it has to learn distances anew.
+they are: 3 of the model's 8. With the others, which leave one or none, it has to learn distances again.
 """
 
 import contextlib
@@ -86,9 +86,9 @@ class ExtensionBench:
     batch_size: int = 4
     """Windows in each of them."""
     learning_rate: float = 1e-3
-    """Of these, after the warm-up of 10 steps; it falls to a tenth along a cosine."""
+    """At the long context, after a warm-up of 10 steps; it falls to a tenth along a cosine."""
     seeds: tuple[int, ...] = (1, 2)
-    """Of the order of the windows at the long context: every kind of attention is trained with each."""
+    """Seeds of the order of windows at the long context: every kind of attention is trained with each."""
     documents: int = 1500
     """Documents to train on, as long as the long context each."""
     held_out_documents: int = 24
@@ -293,7 +293,7 @@ def extend_and_measure(
 def perplexities(
     config: ExtensionBench, model: Llama, tokens: np.ndarray, pattern: AttentionPattern | None = None
 ) -> tuple[float, ...]:
-    """At each context, with full attention or with a pattern, whose groups keep their size.
+    """At each context, with full attention or with a pattern; its groups keep their size.
 
     Windows lie side by side and all of their tokens are scored: those of the long context are the documents,
     and a group has its beginning and its end in them as in training.
@@ -343,7 +343,7 @@ def markdown(config: ExtensionBench, rows: Sequence[Row]) -> str:
     below, what can be expected of a model that knows how the text is made.
     """
     lines = [
-        f"| perplexity of a byte, window: | {' | '.join(map(short_count, config.contexts))} |",
+        f"| perplexity per byte, window: | {' | '.join(map(short_count, config.contexts))} |",
         "|---" * (1 + len(config.contexts)) + "|",
     ]
     for (model, measured_with), values in over_seeds(rows).items():
@@ -397,7 +397,7 @@ def draw(config: ExtensionBench, rows: Sequence[Row], path: Path) -> None:
             axes.plot(config.contexts, expected, linestyle="--", linewidth=0.9, color="#888888", zorder=1)
         length_axis(axes, config.contexts, "window (tokens)")
         tidy(axes)
-    panels["full"].set_ylabel("perplexity of a byte")
+    panels["full"].set_ylabel("perplexity per byte")
     panels["full"].set_title("measured with full attention", fontsize=10)
     panels["pattern"].set_title("measured with the attention of the training", fontsize=10)
     panels["full"].legend(frameon=False, title="trained with")

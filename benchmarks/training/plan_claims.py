@@ -4,7 +4,7 @@ GPUs.
     python benchmarks/training/plan_claims.py [--models 7b ...] [--devices h100-80gb ...] [--layers N]
 
 Compiles each run's real training step (jsparse plan) and writes benchmarks/results/plan/claims.json and
-claims.md: bytes a device and FLOPs a step. No GPU is needed, but the extra `gpu-compile` is. ``--layers``
+claims.md: bytes per device and FLOPs per step. No GPU is needed, but the extra `gpu-compile` is. ``--layers``
 keeps so many layers of each model, to see how compiling and memory grow with them; such results are printed
 and not written.
 
@@ -69,13 +69,13 @@ class Claim:
     settings: Mapping[str, Any]
 
 
-# Eight windows a step, one a device, and every matrix in eight parts: as LongLoRA with ZeRO-3. Each layer's
-# input is kept, all else computed again.
-_ONE_WINDOW_A_DEVICE = {"batch_size": 8, "mesh": MeshConfig(fsdp=8), "remat": "layers"}
+# Eight windows per step, one per device, and every matrix in eight parts, as LongLoRA with ZeRO-3. Each
+# layer's input is kept, and everything else is computed again.
+_ONE_WINDOW_PER_DEVICE = {"batch_size": 8, "mesh": MeshConfig(fsdp=8), "remat": "layers"}
 CLAIMS = (
-    Claim("7b", 100_000, _ONE_WINDOW_A_DEVICE),
-    Claim("13b", 65_536, _ONE_WINDOW_A_DEVICE),
-    Claim("70b", 32_768, _ONE_WINDOW_A_DEVICE),
+    Claim("7b", 100_000, _ONE_WINDOW_PER_DEVICE),
+    Claim("13b", 65_536, _ONE_WINDOW_PER_DEVICE),
+    Claim("70b", 32_768, _ONE_WINDOW_PER_DEVICE),
 )
 
 
@@ -134,14 +134,14 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
         "context",
         "devices",
         "mesh",
-        "windows a step",
+        "windows per step",
         "remat",
         "arguments GB",
         "temporary GB",
         "peak GB",
         "of GB",
         "fits",
-        "TFLOP a step",
+        "TFLOP per step",
         "saved",
         "compiled in s",
     )
@@ -171,9 +171,9 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
     dates = ", ".join(sorted({row["date"] for row in rows}))
     about = f"""# LongLoRA's claims, planned
 
-The training step of each run as compiled for these devices, none of which was there: bytes a device as the
+The training step of each run, compiled for devices that this machine does not have: bytes per device as the
 compiler lays them out, FLOPs counted over the blocks that are visited, and the part of them that this saves
-against plain causal attention. Nothing was run.
+compared with plain causal attention. Nothing was run.
 
 `python benchmarks/training/plan_claims.py`, {versions}, {dates}.
 

@@ -1,17 +1,16 @@
-"""A training step with LongLoRA's shifted groups against one with full attention, on the device at hand.
+"""A training step with LongLoRA's shifted groups beside one with full attention, on the device at hand.
 
     python benchmarks/training/train_step.py --output benchmarks/results/cpu-train
 
 For each context the step of ``jsparse finetune`` is compiled for both kinds of attention, with LongLoRA's
 groups of a quarter of the context, and the two run in turns. The same for attention alone, forward and
-backward, with the masks, segments and shapes of the step. Medians count; a ratio is taken within a round, so
-that what slows the machine down slows both of its sides. Weights and tokens are random: times do not depend
-on them.
+backward, with the masks, segments and shapes of the step. Medians count, and a ratio is taken within a round.
+Weights and tokens are random: times do not depend on them.
 
 Beside the times stand the FLOPs of the same step, by formula from the lists of blocks that are visited
-(``jsparse.train.flops``). The smaller a model, the larger the part of attention in its step, and so what
-shifted groups save of a step here is more than they save of a large model's step at the same context; what
-they save of attention is the same.
+(``jsparse.train.flops``). The smaller a model, the larger the part of attention in its step. So shifted
+groups save more of a step here than of a large model's step at the same context; what they save of attention
+is the same.
 """
 
 import dataclasses
@@ -84,7 +83,7 @@ class TrainStepBench:
         )
 
     def finetuning(self, attention: str, context: int) -> FinetuneConfig:
-        """LongLoRA's recipe, of which a step reads no files."""
+        """LongLoRA's recipe; a step reads no files."""
         return FinetuneConfig(
             model="-", data="-", output="-", context=context, attention=attention, batch_size=1
         )
@@ -92,7 +91,7 @@ class TrainStepBench:
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """One kind of attention at one context. Times are seconds of a step of one window.
+    """One kind of attention at one context. Times are in seconds, for a step of one window.
 
     - ``step``: the whole training step; ``attention_part``: attention alone, forward and backward, in all
       layers.
@@ -241,7 +240,7 @@ def machine() -> dict[str, Any]:
 
 
 def markdown(rows: Sequence[Row]) -> str:
-    """A table of one line a context: both times, and the ratios of times and of FLOPs."""
+    """A table of one line per context: both times, and the ratios of times and of FLOPs."""
     lines = [
         "| context | step, full (s) | shifted (s) | times faster | by FLOPs "
         "| attention, full (s) | shifted (s) | times faster | by FLOPs |",

@@ -35,8 +35,8 @@ RANDOM_LLAMA = LlamaConfig(
 class DecodeRow:
     """One policy at one context. Times are milliseconds per token of every row of the batch.
 
-    - ``decode``: whole decode steps, as ``generate`` runs them; ``ratio_to_dense`` is to those of "dense",
-      round by round, None where that was not measured.
+    - ``decode``: whole decode steps, as ``generate`` runs them; ``ratio_to_dense`` is their ratio to those of
+      "dense", round by round, None where that was not measured.
     - ``attention``: appending to the cache, choosing pages and attending, in all layers, without the model.
     - ``selector``: choosing pages in the layers that do; one choice counts as a part of the tokens that use
       it. None where nothing is chosen.
@@ -96,7 +96,7 @@ def check_sparsity(sparsity: float) -> None:
 
 
 def check_output(output: Path) -> None:
-    """FileExistsError unless the folder is empty or not there: no result is overwritten."""
+    """FileExistsError unless the folder is empty or does not exist: no result is overwritten."""
     if output.exists() and not output.is_dir():
         raise FileExistsError(f"output={output} is a file; it must be a folder, or not exist")
     others = sorted(file.name for file in output.iterdir()) if output.exists() else []

@@ -1,4 +1,4 @@
-"""What the benchmarks found: tables on stdout, and a figure."""
+"""What ``jsparse bench`` found: tables on stdout, and a figure."""
 
 import math
 import sys
@@ -30,10 +30,10 @@ _POLICIES = {  # each keeps its color
 
 
 def print_decode(rows: Sequence[DecodeRow], what: str, machine: dict[str, Any]) -> None:
-    """Print the times of a token of ``what``, and what the caches hold and a step reads."""
+    """Print the times per token of ``what``, and the bytes that the caches hold and that a step reads."""
     titles = "context|policy|ms/token|least|of dense|attention|selector|reading|selector/reading"
-    times = _table(f"Decoding, milliseconds a token: {what}", titles)
-    titles = "context|policy|cache (bytes)|a token of capacity|a step reads"
+    times = _table(f"Decoding, milliseconds per token: {what}", titles)
+    titles = "context|policy|cache (bytes)|per token of capacity|read per step"
     sizes = _table("Bytes of the caches", titles)
     previous = None
     for row in rows:
@@ -61,7 +61,7 @@ def print_decode(rows: Sequence[DecodeRow], what: str, machine: dict[str, Any]) 
     console.print(times)
     console.print(
         f"Rounds, all in turn: {len(rows[0].decode.rounds)}; medians count. Attention, selector and reading "
-        "were measured apart from the model,\nthe selector as the part of one choice that falls to a token.\n"
+        "were measured apart from the model.\nThe selector is the part of one choice that falls to a token.\n"
         f"{machine_line(machine)}.\n",
         highlight=False,
     )
@@ -69,10 +69,10 @@ def print_decode(rows: Sequence[DecodeRow], what: str, machine: dict[str, Any]) 
 
 
 def print_bytes(rows: Sequence[CacheBytes], model: dict[str, Any]) -> None:
-    """Print what a layer keeps of a token, and of a sequence."""
+    """Print what a layer keeps per token and per sequence."""
     heads = f"{model['kv_heads']} KV heads of {model['head_dim']}"
-    title = f"Bytes a layer keeps: {heads}, pages of {PAGE} tokens, bounds of {LOGICAL_PAGE}"
-    table = _table(title, "cache|keys and values|scales and zeros|bounds|a token|a sequence", left=1)
+    title = f"Bytes that a layer keeps: {heads}, pages of {PAGE} tokens, bounds of {LOGICAL_PAGE}"
+    table = _table(title, "cache|keys and values|scales and zeros|bounds|per token|per sequence", left=1)
     for row in rows:
         table.add_row(
             row.kind,
@@ -107,7 +107,10 @@ def print_prefill(rows: Sequence[PrefillRow], model: dict[str, Any], machine: di
 
 
 def draw_decode(rows: Sequence[DecodeRow], what: str, machine: dict[str, Any], path: Path) -> bool:
-    """Draw time a token against context, a line a policy; without matplotlib say so on stderr: False."""
+    """Draw the time per token against the context, one line per policy.
+
+    Returns False, and says so on stderr, without matplotlib.
+    """
     if not can_draw(path.name):
         return False
     from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
@@ -131,7 +134,7 @@ def draw_decode(rows: Sequence[DecodeRow], what: str, machine: dict[str, Any], p
     plain_numbers(axes.yaxis, at=(1, 2, 5))
     axes.yaxis.set_minor_locator(NullLocator())
 
-    # Each line has its name at its end, moved apart from the others where they would lie on one another.
+    # Each line has its name at its end; names that would overlap are moved apart.
     low, high = axes.get_ylim()
     ends = {policy: max(points)[1] for policy, points in lines.items()}
     places = spread(
@@ -148,14 +151,14 @@ def draw_decode(rows: Sequence[DecodeRow], what: str, machine: dict[str, Any], p
         )
     tidy(axes)
     axes.set_xlabel("context (tokens)")
-    axes.set_ylabel("time a token (ms)")
+    axes.set_ylabel("time per token (ms)")
     axes.set_title(f"Decoding: {what}\n{machine_line(machine)}", loc="left", fontsize=10, linespacing=1.5)
     save(figure, path, dpi=150)
     return True
 
 
 def spread(values: Sequence[float], least: float) -> list[float]:
-    """Values moved as little as it takes that no two are nearer than ``least``, their order as it was.
+    """Values moved as little as possible until no two are nearer than ``least``, in the same order.
 
     >>> spread([0.5, 0.5, 2.0], 1.0)
     [0.0, 1.0, 2.0]

@@ -36,9 +36,9 @@ def require_matplotlib(what: str) -> None:
 
 
 def can_draw(what: str) -> bool:
-    """Whether matplotlib is installed; what to install is said on stderr if it is not."""
+    """Whether matplotlib is installed; if not, stderr says what was not drawn, and what to install."""
     try:
-        require_matplotlib(what)
+        require_matplotlib(f"{what} was not drawn")
     except MissingExtra as error:
         print(error, file=sys.stderr)
         return False
