@@ -83,7 +83,8 @@ def decode_row(row: Mapping[str, Any]) -> DecodeRow:
 
 
 def extension_config(settings: Mapping[str, Any]) -> extension.ExtensionBench:
-    return extension.ExtensionBench(**dict(settings) | {"seeds": tuple(settings["seeds"])})
+    fields: dict[str, Any] = dict(settings) | {"seeds": tuple(settings["seeds"])}
+    return extension.ExtensionBench(**fields)
 
 
 def table(titles: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

@@ -22,7 +22,7 @@ CONTENDERS = {  # each keeps its color
     TORCH_MODEL: "vermilion",
     **dict(zip(KINDS, ("black", "blue", "orange"), strict=True)),
 }
-Lines = Mapping[str, Sequence[tuple[float, float]]]
+Lines = Mapping[str, Sequence[tuple[int, float]]]
 
 
 def draw(document: Sequence[Mapping[str, Any]], folder: Path) -> list[Path]:
@@ -62,9 +62,9 @@ def draw(document: Sequence[Mapping[str, Any]], folder: Path) -> list[Path]:
     return files
 
 
-def times(results: Sequence[Mapping[str, Any]]) -> dict[str, list[tuple[float, float]]]:
+def times(results: Sequence[Mapping[str, Any]]) -> dict[str, list[tuple[int, float]]]:
     """(length, milliseconds) of every contender in the results, ours first."""
-    lines: dict[str, dict[float, float]] = {}
+    lines: dict[str, dict[int, float]] = {}
     for side in ("ours", "peer"):
         for result in results:
             if f"{side}_ms" in result and result[side] != NOBODY:

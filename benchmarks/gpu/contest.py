@@ -22,7 +22,7 @@ HARMLESS = ("NotImplementedError", "ModuleNotFoundError", "ValueError", "TypeErr
 def work_through(selected: list[rows.Row], options: Any) -> int:
     """Measures row after row; ends after one that may have broken the device for the others."""
     end = time.monotonic() + 60 * options.minutes
-    setup = Setup(options.implementation, gpu=not options.smoke)
+    setup = Setup(options.measured_implementation, gpu=not options.smoke)
     if setup.gpu and jax.default_backend() != "gpu":
         print(f"jax finds no GPU: its default backend is {jax.default_backend()!r}", flush=True)
         return 1

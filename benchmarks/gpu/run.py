@@ -84,21 +84,23 @@ class GpuBench:
         chosen = rows.chosen_rows(self.row_names(), self.row_lengths())
         return [rows.shrunk(row) for row in chosen] if self.smoke else chosen
 
-    def with_defaults(self) -> "GpuBench":
-        """With the file and the implementation filled in."""
+    @property
+    def results(self) -> Path:
+        """``out`` with its default filled in."""
         part = (self.rows is not None or self.lengths is not None or self.no_tests) and not self.markdown
-        return dataclasses.replace(
-            self,
-            out=self.out or default_file(query_gpu("name"), self.smoke, part),
-            implementation=self.implementation or ("xla" if self.smoke else "mosaic_gpu"),
-        )
+        return self.out or default_file(query_gpu("name"), self.smoke, part)
+
+    @property
+    def measured_implementation(self) -> str:
+        """``implementation`` with its default filled in."""
+        return self.implementation or ("xla" if self.smoke else "mosaic_gpu")
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Exit code 0: every suite passed and every row was measured. 2: wrong input."""
-    options = tyro.cli(GpuBench, prog="benchmarks/gpu", description=__doc__, args=arguments).with_defaults()
+    options = tyro.cli(GpuBench, prog="benchmarks/gpu", description=__doc__, args=arguments)
     if options.markdown:
-        write_page(PAGES / "gpu.md", options.out)
+        write_page(PAGES / "gpu.md", options.results)
         return 0
     try:
         selected = options.selected()
@@ -113,15 +115,15 @@ def main(arguments: list[str] | None = None) -> int:
 
     end = time.monotonic() + 60 * options.minutes
     header = describe_run(arguments)
-    header |= {"smoke": options.smoke, "implementation": options.implementation}
+    header |= {"smoke": options.smoke, "implementation": options.measured_implementation}
     for suite, tests in conformance.SUITES.items():
         header["conformance"][suite] = run_suite(suite, tests, options, end - time.monotonic())
         print(f"conformance, {suite}: {header['conformance'][suite]['summary']}", flush=True)
     results = run_rows(selected, options, header, end)
 
     report.print_table(header, results, {row.name: row.goal for row in selected})
-    if can_draw(f"{options.out.stem}.png"):
-        report.draw(header, results, options.out)
+    if can_draw(f"{options.results.stem}.png"):
+        report.draw(header, results, options.results)
     ended_well = all(suite["passed"] for suite in header["conformance"].values()) and not header["left_out"]
     return 0 if ended_well and not any("error" in result for result in results) else 1
 
@@ -150,7 +152,7 @@ def run_suite(suite: str, tests: str, options: GpuBench, seconds_left: float) ->
         return {"passed": False, "summary": "NOT RUN (--no-tests)", "tests": {}, "failures": []}
     where = "cpu" if options.smoke else "cuda"
     seconds = min(SUITE_SECONDS[suite], seconds_left)
-    return conformance.run_suite(tests, options.implementation, where, seconds)
+    return conformance.run_suite(tests, options.measured_implementation, where, seconds)
 
 
 def run_rows(
@@ -161,14 +163,19 @@ def run_rows(
 
     def command(first: int, without: Sequence[str]) -> list[str]:
         out = [sys.executable, str(HERE), "--worker", str(first)]
-        out += ["--minutes", str((end - time.monotonic()) / 60), "--implementation", options.implementation]
+        out += [
+            "--minutes",
+            str((end - time.monotonic()) / 60),
+            "--implementation",
+            options.measured_implementation,
+        ]
         out += ["--rows", *options.rows] if options.rows else []
         out += ["--lengths", *options.lengths] if options.lengths else []
         out += ["--without", *without] if without else []
         return out + ["--smoke"] * options.smoke
 
     def save() -> None:
-        write_json_whole(options.out, {"header": header, "results": results})
+        write_json_whole(options.results, {"header": header, "results": results})
 
     def finished(of_the_row) -> None:
         results.extend(of_the_row)

@@ -46,7 +46,7 @@ def can_draw(what: str) -> bool:
 
 
 def new_figure(
-    rows: int = 1, columns: int = 1, *, width: float, height: float, **subplots: Any
+    rows: int = 1, columns: int = 1, *, width: float | int, height: float | int, **subplots: Any
 ) -> tuple["Figure", list["Axes"]]:
     """An empty figure and its axes, row by row.
 
@@ -86,7 +86,7 @@ def length_axis(axes: "Axes", lengths: Iterable[int], label: str) -> None:
     axes.set_xlabel(label)
 
 
-def plain_numbers(axis: "Axis", *, at: tuple[float, ...] = ()) -> None:
+def plain_numbers(axis: "Axis", *, at: tuple[int, ...] = ()) -> None:
     """Labels of a logarithmic axis as 0.5 or 20 and not as powers of ten.
 
     - at: where between two powers of ten there are marks, for instance (1, 2, 5); by default as matplotlib
