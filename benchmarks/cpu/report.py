@@ -313,7 +313,8 @@ def growth(results: Sequence[Result]) -> list[str]:
             mine = [r for r in points if (r["row"], r["ours"], r["length"]) == (row, ours, length)]
             cells += [cell(mine[0]) if mine else ""]
         fit = fits.get((row, ours), {})
-        both = [f"{fit[name]:.2f}" for name in ("time_exponent", "memory_exponent") if name in fit]
+        # + 0.0: a fit of equal times may be a negative nothing, and no "-0.00" should be printed.
+        both = [f"{round(fit[n], 2) + 0.0:.2f}" for n in ("time_exponent", "memory_exponent") if n in fit]
         title = f"attention, {ours}" if row == "growth" else f"a token, {ours}"
         lines.append(f"| {title} | {' | '.join(cells)} | {', '.join(both)} |")
     return [*lines, ""]

@@ -68,10 +68,10 @@ class GpuBench:
     """Measure nothing: write docs/results/gpu.md from the file of results."""
     smoke: bool = False
     """In miniature, on a CPU: the numbers mean nothing."""
-    worker: Annotated[int | None, tyro.conf.Suppress] = None
-    """In a worker: the first row."""
-    without: Annotated[tuple[str, ...], tyro.conf.Suppress] = ()
-    """In a worker: peers to leave out of its first row."""
+    worker: int | None = None
+    """For the benchmark's own processes: the first row of the worker."""
+    without: tuple[str, ...] = ()
+    """For the benchmark's own processes: peers to leave out of that row."""
 
     def row_names(self) -> list[str] | None:
         return None if self.rows is None else ",".join(self.rows).split(",")
