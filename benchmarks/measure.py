@@ -1,12 +1,10 @@
-"""How implementations are compared: floors, agreement of outputs, alternated timings, ratios.
+"""How implementations are compared: floors, agreement of outputs, times of launches.
 
-What a benchmark reports of a peer is the ratio of the times of one round, median, least and largest over the
-rounds: in a round everyone runs right after the other, so that what slows the machine down slows both sides
-of a ratio.
+What a benchmark reports of a peer are ratios of times within a round (jsparse.evaluate.speed.turns).
 """
 
 import dataclasses
-import statistics
+import functools
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -15,11 +13,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jsparse.evaluate.speed.turns import repeats_in, take_turns
+
 
 @dataclasses.dataclass(frozen=True)
 class Ceilings:
-    """What a device can do at best, each a second: floating-point operations, bytes to and from memory (read
-    plus written), exponentials.
+    """What a device can do at best per second: floating-point operations, bytes to and from memory (read plus
+    written), exponentials.
     """
 
     flops: float
@@ -29,8 +29,8 @@ class Ceilings:
 
 @dataclasses.dataclass(frozen=True)
 class Work:
-    """What a computation cannot do without. No operations at all: it is bound by memory, and its rate is in
-    bytes.
+    """What a computation cannot do without. If it has no operations at all, it is bound by memory, and its
+    rate is in bytes.
     """
 
     flops: float = 0.0
@@ -38,7 +38,7 @@ class Work:
     exps: float = 0.0
 
     def floor_us(self, ceilings: Ceilings) -> float:
-        """The time under which no implementation can stay: the largest of the three, which overlap at best.
+        """The time that no implementation can beat: the largest of the three, which overlap at best.
 
         >>> Work(flops=4e6, bytes=2e6).floor_us(Ceilings(flops=2e12, bytes=4e12, exps=1e12))
         2.0
@@ -65,7 +65,7 @@ class Contender:
       after.
     - outputs() computes once, on the inputs that all contenders share, for the comparison: arrays [B, T, H,
       D].
-    - same_work False: it computes something else that stands for comparison (dense attention), so that
+    - same_work False: it computes something else that stands for comparison (dense attention), and
       outputs() is not compared.
     """
 
@@ -88,11 +88,10 @@ def _squares(x, y):
 
 
 def tile_error(x, y, *, tile: int = 128) -> float:
-    """The largest of ``|x - y| / |y|`` over tiles of ``tile`` tokens of one head: one wrong tile does not
-    hide.
+    """The largest of ``|x - y| / |y|`` over tiles of ``tile`` tokens of one head: no wrong tile can hide.
 
-    x and y [B, T, H, D]. A tile that is all but zero is held against a thousandth of the usual norm of a
-    tile. NaN if anything is.
+    x and y are [B, T, H, D]. A tile that is nearly zero is compared with a thousandth of the usual norm of a
+    tile. The error is NaN if anything is.
 
     >>> x = jnp.ones((1, 256, 2, 4))
     >>> tile_error(x, x), tile_error(x.at[:, 128:, 1].set(2.0), x)
@@ -117,11 +116,11 @@ def agreement(outputs: Mapping[str, Mapping[str, Any]], ours: str) -> dict[str, 
 
 
 def judge(errors: Mapping[str, float], tolerance: float) -> dict[str, str]:
-    """What is to be said of contenders that disagree with ours, by name; raises if all of them do.
+    """What to say of contenders that disagree with ours, by name; raises if all of them do.
 
-    Where ours agrees with one independent implementation at least, another that does not is taken to be wrong
-    itself and left out. Where nobody agrees with ours, nothing can be believed. Nor where there is nobody to
-    compare with.
+    If ours agrees with at least one independent implementation, another that does not is taken to be wrong
+    itself and is left out. If nobody agrees with ours, or there is nobody to compare with, nothing can be
+    believed.
 
     >>> judge({"a": 0.003, "b": 0.4}, tolerance=0.02)
     {'b': 'its outputs differ from ours by 0.4 (worst tile), and another peer agrees with ours'}
@@ -144,8 +143,8 @@ def judge(errors: Mapping[str, float], tolerance: float) -> dict[str, str]:
 
 
 def time_us(contender: Contender, repeats: int, clock: Callable[[], float] = time.perf_counter) -> float:
-    """Microseconds a computation: ``repeats`` launches, one wait at the end, divided by the computations
-    launched.
+    """Microseconds per computation: ``repeats`` launches and one wait at the end, divided by the number of
+    computations launched.
     """
     started = clock()
     for _ in range(repeats):
@@ -164,45 +163,31 @@ def alternate(
 ) -> tuple[dict[str, list[float]], dict[str, str]]:
     """Times in rounds A B C A B C ..., and the errors of contenders that failed on the way, by name.
 
-    Each timing takes about ``target_s``, so that the one wait in it (tens of microseconds) is lost in it. Two
-    untimed launches come first. When the time is used up, the rounds so far count, three at least.
+    Each timing takes about ``target_s``, and the one wait in it (tens of microseconds) is lost in it. Two
+    untimed launches come first. When the time is used up, the rounds so far count, but at least three.
     """
-    times: dict[str, list[float]] = {contender.name: [] for contender in contenders}
     repeats: dict[str, int] = {}
-    errors: dict[str, str] = {}
 
-    def run(contender: Contender, count: int) -> float | None:
-        try:
-            return time_us(contender, count, clock)
-        except Exception as error:  # of any library: the others go on
-            errors[contender.name] = describe(error)
-            times.pop(contender.name, None)
-            return None
+    def turn(contender: Contender, number: int) -> float:
+        if number == 0:  # compiles, and says how often a timing is to launch
+            time_us(contender, 1, clock)
+            once = time_us(contender, 1, clock) * contender.calls
+            repeats[contender.name] = repeats_in(target_s * 1e6, once, most=1000)
+            return once
+        return time_us(contender, repeats[contender.name], clock)
 
-    for contender in contenders:
-        run(contender, 1)
-        once = run(contender, 1) if contender.name not in errors else None
-        if once is not None:
-            repeats[contender.name] = min(max(round(target_s * 1e6 / (once * contender.calls)), 1), 1000)
-    for done in range(rounds):
-        if done >= 3 and seconds_left() <= 0:
-            break
-        for contender in contenders:
-            if contender.name not in errors:
-                measured = run(contender, repeats[contender.name])
-                if measured is not None:
-                    times[contender.name].append(measured)
-    return times, errors
-
-
-def ratios(ours: Sequence[float], peer: Sequence[float]) -> dict[str, float]:
-    """ours / peer, round by round: the median, the least and the largest. Below 1: ours is faster.
-
-    >>> ratios([2.0, 3.0, 4.0], [4.0, 4.0, 4.0])
-    {'ratio_median': 0.75, 'ratio_min': 0.5, 'ratio_max': 1.0}
-    """
-    each = [a / b for a, b in zip(ours, peer, strict=True)]
-    return {"ratio_median": statistics.median(each), "ratio_min": min(each), "ratio_max": max(each)}
+    turns = take_turns(
+        {contender.name: functools.partial(turn, contender) for contender in contenders},
+        1 + rounds,
+        goes_on=lambda number: number <= 3 or seconds_left() > 0,
+        failures=Exception,  # of any library: the others go on
+    )
+    times = {
+        name: [time for number, time in measured.items() if number]
+        for name, measured in turns.measured.items()
+        if name not in turns.errors
+    }
+    return times, {name: describe(error) for name, error in turns.errors.items()}
 
 
 def describe(error: BaseException) -> str:

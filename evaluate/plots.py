@@ -1,6 +1,5 @@
 """Figures of evaluations: perplexity by context, and passkeys by length and depth."""
 
-import importlib.util
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -9,6 +8,7 @@ import numpy as np
 
 from jsparse.evaluate.passkeys import PasskeyAccuracy
 from jsparse.evaluate.perplexity import Perplexity
+from jsparse.reports.figures import new_figure, require_matplotlib, save
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -17,11 +17,10 @@ if TYPE_CHECKING:
 def check_can_plot(path: str | Path) -> None:
     """Raise, before hours of evaluation, where ``plot_evaluation`` could not write ``path``.
 
-    NotImplementedError where matplotlib is not installed, FileNotFoundError where the folder does not exist,
+    MissingExtra where matplotlib is not installed, FileNotFoundError where the folder does not exist,
     ValueError for a file format that matplotlib does not write.
     """
-    if importlib.util.find_spec("matplotlib") is None:
-        raise NotImplementedError("plot: figures are drawn with matplotlib: pip install 'jsparse[plot]'")
+    require_matplotlib("plot")
     from matplotlib.backend_bases import FigureCanvasBase
 
     path = Path(path)
@@ -38,13 +37,14 @@ def plot_evaluation(
     perplexity: Mapping[str, Sequence[Perplexity]] | None = None,
     passkeys: Sequence[PasskeyAccuracy] = (),
 ) -> None:
-    """Draw one figure of what is given: perplexity by context, one line a name, and a heat map of passkeys.
+    """Draw one figure of what is given: perplexity by context, one line per name, and a heat map of passkeys.
 
-    perplexity: results of ``perplexity_by_context`` by a name for the legend.
-    passkeys: results of ``evaluate_passkeys``, each length with every depth. From one length and depth to the
-        next are equal steps in the figure.
+    - path: the file; its ending says in which format.
+    - perplexity: results of ``perplexity_by_context`` by a name for the legend.
+    - passkeys: results of ``evaluate_passkeys``, each length with every depth. Lengths and depths are equally
+      far apart in the figure.
 
-    Raises as ``check_can_plot``, and ValueError where there is nothing to draw, or where a length lacks a
+    Raises as :func:`check_can_plot`, and ValueError where there is nothing to draw, or where a length lacks a
     depth or has it twice.
 
     >>> results = [Perplexity(9.5, 2.25, 100, 1024, 512), Perplexity(9.0, 2.2, 100, 2048, 1024)]
@@ -54,18 +54,13 @@ def plot_evaluation(
     if not lines and not passkeys:
         raise ValueError("perplexity and passkeys are both empty: there is nothing to draw")
     check_can_plot(path)
-    from matplotlib.backends.backend_agg import FigureCanvasAgg  # draws without a display or global state
-    from matplotlib.figure import Figure
-
     panels = bool(lines) + bool(passkeys)
-    figure = Figure(figsize=(5.5 * panels, 4.2), layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = list(figure.subplots(1, panels, squeeze=False)[0])
+    figure, axes = new_figure(1, panels, width=5.5 * panels, height=4.2)
     if lines:
         _draw_perplexity(axes[0], lines)
     if passkeys:
         _draw_passkeys(axes[-1], passkeys)
-    figure.savefig(path, dpi=120)
+    save(figure, path)
 
 
 def _draw_perplexity(axes: "Axes", lines: Mapping[str, Sequence[Perplexity]]) -> None:

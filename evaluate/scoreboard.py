@@ -49,7 +49,7 @@ class ScoreboardConfig:
     methods: tuple[str, ...] = tuple(METHODS)
     """The rows."""
     budgets: tuple[float, ...] = (1 / 16, 1 / 8, 1 / 4, 1 / 2)
-    """Tokens that a head reads a step, as fractions of --length; rounded to pages of 64, at least two."""
+    """Tokens that a head reads per step, as fractions of --length; rounded to pages of 64, at least two."""
     length: int | None = None
     """Tokens of a text with its answer (default: the most positions that the model has)."""
     samples: int = 12
@@ -61,7 +61,7 @@ class ScoreboardConfig:
     grid_lengths: tuple[int, ...] | None = None
     """Of the needle grid: tokens of a text (default: a quarter of --length, half, and all of it)."""
     grid_methods: tuple[str, ...] = ("dense", "streaming", "random", "lserve")
-    """Of the needle grid: the methods, of which each takes every text of it; none leaves the grid out."""
+    """Of the needle grid: the methods; each answers every text of the grid. None leaves the grid out."""
     grid_budget: float = 1 / 8
     """Of the needle grid: the budget at all its lengths, as a fraction of --length."""
     grid_samples: int = 12
@@ -131,7 +131,7 @@ def run_scoreboard(config: ScoreboardConfig) -> list[Row]:
     on_grid = {}
     if config.grid_methods:
         on_grid = make_entries(config.grid_methods, token_budgets([config.grid_budget], length), streams)
-    # One capacity for every length, so that the grid compiles nothing anew.
+    # One capacity for every length: the grid then compiles nothing again.
     capacity = -(-length // PAGE) * PAGE
     for of in (entries, on_grid):
         for key, cache in of.items():
@@ -194,7 +194,8 @@ def wilson_interval(mean: float, samples: int) -> tuple[float, float]:
     """Wilson's score interval at 95 % of a mean of ``samples`` scores that are 0 or 1.
 
     It stays within [0, 1], and has a width at 0 and 1 too. Where scores may lie between, as with several
-    expected words, their variance is less than it takes, and the interval wider than need be. (Wilson 1927.)
+    expected words, their variance is smaller than assumed, and the interval is wider than necessary. (Wilson
+    1927.)
 
     >>> [round(end, 3) for end in wilson_interval(1.0, 48)]
     [0.926, 1.0]
@@ -202,7 +203,7 @@ def wilson_interval(mean: float, samples: int) -> tuple[float, float]:
     z = 1.959964
     centre = (mean + z * z / (2 * samples)) / (1 + z * z / samples)
     half = z / (1 + z * z / samples) * math.sqrt(mean * (1 - mean) / samples + z * z / (4 * samples**2))
-    # An end at 0 or 1 is the mean itself, and rounding shall not put it on the wrong side.
+    # An end at 0 or 1 is the mean itself, and rounding must not put it on the wrong side.
     return max(0.0, min(mean, centre - half)), min(1.0, max(mean, centre + half))
 
 
@@ -230,7 +231,7 @@ def token_budgets(fractions: Sequence[float], length: int) -> list[int]:
         if tokens < 2 * PAGE:
             raise ValueError(
                 f"budgets: {fraction:g} of length={length} is {tokens} tokens in pages of {PAGE}; "
-                f"a budget must be {2 * PAGE} at least"
+                f"a budget must be at least {2 * PAGE}"
             )
         if tokens in budgets:
             raise ValueError(

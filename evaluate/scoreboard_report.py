@@ -1,6 +1,5 @@
 """The scores of a scoreboard as tables, as Markdown, and as heat maps."""
 
-import importlib.util
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -10,6 +9,7 @@ from rich.console import Console
 from rich.table import Table
 
 from jsparse.evaluate.methods import METHODS
+from jsparse.reports.figures import new_figure, require_matplotlib, save
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -22,7 +22,7 @@ _WIDTH = 140  # where stdout is no terminal: wide enough for six tasks at four b
 
 
 def print_scoreboard(rows: Sequence[Row], title: str) -> None:
-    """Percents, one table with a column for each task and budget; one a budget where that is too wide."""
+    """Percents in one table, a column per task and budget; or one table per budget where it is too wide."""
     console = Console()
     if not console.is_terminal:
         console = Console(width=_WIDTH)
@@ -39,7 +39,7 @@ def print_scoreboard(rows: Sequence[Row], title: str) -> None:
 
 
 def markdown_table(rows: Sequence[Row]) -> str:
-    """The scores in percent, a line a method: of each task those of all budgets, from the smallest on.
+    """The scores in percent, one line per method: for each task those of all budgets, from the smallest on.
 
     >>> row = {"task": "needle", "method": "lserve", "length": 2048, "low": 0.3, "high": 0.7, "samples": 12}
     >>> rows = [row | {"budget": 256, "score": 0.75}, row | {"budget": 128, "score": 0.5}]
@@ -48,7 +48,7 @@ def markdown_table(rows: Sequence[Row]) -> str:
     |---|---|---|
     | lserve | 50 / 75 | pages of 64 by bounds of 16 tokens, chosen every 4 tokens |
     <BLANKLINE>
-    Percent at budgets of 128 / 256 of 2048 tokens; 12 texts a task, intervals at 95 % of at most ±20.
+    Percent at budgets of 128 / 256 of 2048 tokens; 12 texts per task, intervals at 95 % of at most ±20.
     """
     board = _Board(rows)
     lines = ["| method | " + " | ".join(board.tasks) + " | what is read |"]
@@ -59,22 +59,21 @@ def markdown_table(rows: Sequence[Row]) -> str:
     widest = max((row["high"] - row["low"]) / 2 for row in board.rows)
     at = f" at budgets of {' / '.join(map(str, board.budgets))}" if board.budgets else ""
     texts, length = board.rows[0]["samples"], board.rows[0]["length"]
-    note = f"{texts} texts a task, intervals at 95 % of at most ±{100 * widest:.0f}."
+    note = f"{texts} texts per task, intervals at 95 % of at most ±{100 * widest:.0f}."
     return "\n".join([*lines, "", f"Percent{at} of {length} tokens; {note}"])
 
 
 def check_can_draw(folder: Path) -> None:
     """Raise, before hours of evaluation, where :func:`write_figures` could not write.
 
-    NotImplementedError where matplotlib is not installed, FileNotFoundError where the folder that ``folder``
+    MissingExtra where matplotlib is not installed, FileNotFoundError where the folder that ``folder``
     is in does not exist, NotADirectoryError where it is a file.
     """
-    if importlib.util.find_spec("matplotlib") is None:
-        raise NotImplementedError("output: figures are drawn with matplotlib: pip install 'jsparse[plot]'")
+    require_matplotlib("output")
     if not folder.absolute().parent.is_dir():
         raise FileNotFoundError(f"output: the folder of {folder} does not exist")
     if folder.exists() and not folder.is_dir():
-        raise NotADirectoryError(f"output: {folder} is no folder")
+        raise NotADirectoryError(f"output: {folder} is not a folder")
 
 
 def write_figures(rows: Sequence[Row], folder: Path) -> None:
@@ -83,9 +82,9 @@ def write_figures(rows: Sequence[Row], folder: Path) -> None:
     folder.mkdir(exist_ok=True)
     if any(row["task"] != GRID for row in rows):
         (folder / "scoreboard.md").write_text(markdown_table(rows) + "\n", encoding="utf-8")
-        _draw_board(_Board(rows)).savefig(folder / "scoreboard.png", dpi=120)
+        save(_draw_board(_Board(rows)), folder / "scoreboard.png")
     if any(row["task"] == GRID for row in rows):
-        _draw_grid([row for row in rows if row["task"] == GRID]).savefig(folder / "needle_grid.png", dpi=120)
+        save(_draw_grid([row for row in rows if row["task"] == GRID]), folder / "needle_grid.png")
 
 
 class _Board:
@@ -142,11 +141,10 @@ def _budget_table(board: _Board, title: str, budget: int | None) -> Table:
 
 
 def _draw_board(board: _Board) -> "Figure":
-    """Methods by tasks and budgets; a method without a budget has one cell a task."""
+    """Methods by tasks and budgets; a method without a budget has one cell per task."""
     budgets = len(board.budgets) or 1
     columns = len(board.tasks) * budgets
-    figure = _figure(3.2 + 0.42 * max(columns, 8), 1.6 + 0.32 * len(board.methods))
-    axes = figure.subplots()
+    figure, (axes,) = new_figure(width=3.2 + 0.42 * max(columns, 8), height=1.6 + 0.32 * len(board.methods))
     values = np.array(
         [
             np.concatenate([np.resize(board.scores(task, method), budgets) for task in board.tasks])
@@ -176,12 +174,13 @@ def _draw_board(board: _Board) -> "Figure":
 
 
 def _draw_grid(rows: Sequence[Row]) -> "Figure":
-    """A panel a method: the depth of the needle by the length of the text."""
+    """One panel per method: the depth of the needle by the length of the text."""
     methods = list(dict.fromkeys((row["method"], row["budget"]) for row in rows))
     lengths, depths = (sorted({row[name] for row in rows}) for name in ("length", "depth"))
     cells = {(row["method"], row["depth"], row["length"]): row["score"] for row in rows}
-    figure = _figure(1.8 + 2.3 * len(methods), 1.6 + 0.42 * len(depths))
-    panels = figure.subplots(1, len(methods), squeeze=False, sharey=True)[0]
+    figure, panels = new_figure(
+        1, len(methods), width=1.8 + 2.3 * len(methods), height=1.6 + 0.42 * len(depths), sharey=True
+    )
     for axes, (method, budget) in zip(panels, methods, strict=True):
         values = np.array([[cells[method, depth, length] for length in lengths] for depth in depths])
         image = _heat_map(axes, values)
@@ -192,16 +191,7 @@ def _draw_grid(rows: Sequence[Row]) -> "Figure":
         axes.set_yticks(range(len(depths)), [f"{depth:.0%}" for depth in depths])
     figure.supxlabel("context length (tokens)", fontsize=10)
     panels[0].set_ylabel("depth of the needle")
-    figure.colorbar(image, ax=list(panels), label="score")
-    return figure
-
-
-def _figure(width: float, height: float) -> "Figure":
-    from matplotlib.backends.backend_agg import FigureCanvasAgg  # draws without a display or global state
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(width, height), layout="constrained")
-    FigureCanvasAgg(figure)
+    figure.colorbar(image, ax=panels, label="score")
     return figure
 
 
@@ -210,5 +200,5 @@ def _heat_map(axes: "Axes", values: np.ndarray):
 
 
 def _write(axes: "Axes", x: float | int, y: float | int, score: float) -> None:
-    colour = "white" if score < 0.12 or score > 0.88 else "black"  # where the heat map is dark
-    axes.text(x, y, _percent(score), ha="center", va="center", fontsize=8, color=colour)
+    color = "white" if score < 0.12 or score > 0.88 else "black"  # where the heat map is dark
+    axes.text(x, y, _percent(score), ha="center", va="center", fontsize=8, color=color)

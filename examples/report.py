@@ -7,7 +7,7 @@ from rich.console import Console
 from rich.table import Table
 
 from jsparse.evaluate import METHODS
-from jsparse.extras import require_extra
+from jsparse.reports.figures import new_figure, require_matplotlib, save
 
 
 def print_trained(results: dict[str, Any]) -> None:
@@ -20,7 +20,7 @@ def print_trained(results: dict[str, Any]) -> None:
         f"{_measured(results)}: {results['parameters']:,} parameters, {results['seconds']:.0f} s in all.",
         f"base was trained at {results['contexts'][0]} tokens only. LongLoRA trained within its groups only: "
         "full attention beyond them is new to the model.",
-        f"pages: a head reads {settings['budget']} tokens of the cache a step. streaming: half of the KV "
+        f"pages: a head reads {settings['budget']} tokens of the cache per step. streaming: half of the KV "
         f"heads, chosen blindly, read the first {settings['sink']} and the last {settings['window']}.",
         *_generation_notes(results),
     ]
@@ -37,7 +37,7 @@ def print_shipped(results: dict[str, Any]) -> None:
     notes = [
         f"{_measured(results)}, {results['seconds']:.0f} s in all.",
         *(f"{name}: {METHODS[name].about}." for name in results["generation"]),
-        f"A head that does not read everything reads {settings['budget']} tokens a step.",
+        f"A head that does not read everything reads {settings['budget']} tokens per step.",
         "needle: a word is explained once, somewhere, and asked for at the end; recall: one of many such "
         "words. The question is fed to the decode step, where a cache chooses what it reads.",
         *_generation_notes(results),
@@ -46,7 +46,7 @@ def print_shipped(results: dict[str, Any]) -> None:
 
 
 def _print_perplexity(console: Console, results: dict[str, Any], unit: str, what: str) -> None:
-    table = Table(title=f"Perplexity of a {unit}, held-out modules (lower is better)")
+    table = Table(title=f"Perplexity per {unit}, held-out modules (lower is better)")
     table.add_column(what)
     for context in results["contexts"]:
         table.add_column(f"{context} tokens", justify="right")
@@ -107,20 +107,15 @@ def _generation_notes(results: dict[str, Any]) -> list[str]:
 
 
 def check_can_draw() -> None:
-    """MissingExtra, before anything is computed, if a plot could not be drawn."""
-    require_extra("matplotlib", "plot", "the demo draws a plot with matplotlib")
+    """MissingExtra, before anything is computed, where a plot could not be drawn."""
+    require_matplotlib("the demo draws a plot")
 
 
 def draw_plot(results: dict[str, Any], path: Path, label: str) -> None:
     """Draw what the tables say: perplexity (``label``) by context length, and how KL is distributed."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg  # draws without a display or global state
-    from matplotlib.figure import Figure
     from matplotlib.ticker import ScalarFormatter
 
-    figure = Figure(figsize=(11, 4.2), layout="constrained")
-    FigureCanvasAgg(figure)
-    left, right = figure.subplots(1, 2)
-
+    figure, (left, right) = new_figure(1, 2, width=11, height=4.2)
     for name, row in results["perplexity"].items():
         left.plot(results["contexts"], row, marker="o", label=name)
     left.set_xscale("log", base=2)
@@ -140,4 +135,4 @@ def draw_plot(results: dict[str, Any], path: Path, label: str) -> None:
     right.set_ylabel("fraction of tokens with less")
     right.legend()
 
-    figure.savefig(path, dpi=120)
+    save(figure, path)

@@ -1,27 +1,23 @@
-"""What the benchmarks of serving share: rows of results, timing in turns, checks, the model, the machine."""
+"""What the benchmarks of serving share: rows of results, checks of settings, the model."""
 
 import dataclasses
-import datetime
-import json
-import os
-import platform
-import statistics
-import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import jax
 import numpy as np
 from flax import nnx
 from jaxtyping import Bool
 
+from jsparse.evaluate.speed.turns import Timing
 from jsparse.models import Llama, LlamaConfig, load_config
+from jsparse.reports.console import write_json
+from jsparse.reports.machine import describe_machine
 from jsparse.serve.config import Policy, is_integer
 from jsparse.serve.loop import ModelShape
 
 RESULTS = "results.json"
-Key = TypeVar("Key")
 
 # What is measured where no checkpoint is given: 32.5 million parameters, small enough that the cache counts.
 RANDOM_LLAMA = LlamaConfig(
@@ -36,34 +32,11 @@ RANDOM_LLAMA = LlamaConfig(
 
 
 @dataclasses.dataclass(frozen=True)
-class Timing:
-    """The times of all rounds, in the order in which they came, with their median and the least of them."""
-
-    median: float
-    least: float
-    rounds: tuple[float, ...]
-
-    @classmethod
-    def of(cls, rounds: Sequence[float]) -> "Timing":
-        return cls(statistics.median(rounds), min(rounds), tuple(rounds))
-
-    def ratio_to(self, other: "Timing") -> float:
-        """The median over the rounds of the ratio of both times of a round.
-
-        In a round everything runs right after one another: what slows the machine down slows both.
-
-        >>> Timing.of([1.0, 10.0, 1.0]).ratio_to(Timing.of([2.0, 20.0, 4.0]))
-        0.5
-        """
-        return statistics.median(a / b for a, b in zip(self.rounds, other.rounds, strict=True))
-
-
-@dataclasses.dataclass(frozen=True)
 class DecodeRow:
-    """One policy at one context. Times are milliseconds a token of every row of the batch.
+    """One policy at one context. Times are milliseconds per token of every row of the batch.
 
-    - ``decode``: whole decode steps, as ``generate`` runs them; ``ratio_to_dense`` is to those of "dense",
-      round by round, None where that was not measured.
+    - ``decode``: whole decode steps, as ``generate`` runs them; ``ratio_to_dense`` is their ratio to those of
+      "dense", round by round, None where that was not measured.
     - ``attention``: appending to the cache, choosing pages and attending, in all layers, without the model.
     - ``selector``: choosing pages in the layers that do; one choice counts as a part of the tokens that use
       it. None where nothing is chosen.
@@ -97,28 +70,6 @@ class PrefillRow:
     cache_bytes: int
 
 
-def in_turns(
-    calls: Mapping[Key, Callable[[], float]], rounds: int, *, uncounted: int = 1
-) -> dict[Key, Timing]:
-    """What each call measures of itself, all of them once a round, after ``uncounted`` rounds that compile.
-
-    >>> in_turns({"a": lambda: 2.0}, rounds=2)
-    {'a': Timing(median=2.0, least=2.0, rounds=(2.0, 2.0))}
-    """
-    times: dict[Key, list[float]] = {name: [] for name in calls}
-    for _ in range(uncounted + rounds):
-        for name, call in calls.items():
-            times[name].append(call())
-    return {name: Timing.of(measured[uncounted:]) for name, measured in times.items()}
-
-
-def milliseconds(call: Callable[[], Any]) -> tuple[float, Any]:
-    """How long a call takes until its arrays are there, and what it returns."""
-    start = time.perf_counter()
-    result = jax.block_until_ready(call())
-    return 1e3 * (time.perf_counter() - start), result
-
-
 def check_list(name: str, values: tuple, minimum: int | None = None) -> None:
     """ValueError for no entry, for one that comes twice, and for integers below ``minimum``."""
     if not values:
@@ -145,7 +96,7 @@ def check_sparsity(sparsity: float) -> None:
 
 
 def check_output(output: Path) -> None:
-    """FileExistsError unless the folder is empty or not there: no result is overwritten."""
+    """FileExistsError unless the folder is empty or does not exist: no result is overwritten."""
     if output.exists() and not output.is_dir():
         raise FileExistsError(f"output={output} is a file; it must be a folder, or not exist")
     others = sorted(file.name for file in output.iterdir()) if output.exists() else []
@@ -202,19 +153,6 @@ def describe_model(folder: Path | None, model: Llama) -> dict[str, Any]:
     }
 
 
-def describe_machine() -> dict[str, str | int | None]:
-    """What the numbers were measured on, and when."""
-    return {
-        "device": jax.devices()[0].device_kind,
-        "machine": platform.machine(),
-        "processor": platform.processor() or platform.machine(),
-        "cores": os.cpu_count(),
-        "python": platform.python_version(),
-        "jax": jax.__version__,
-        "date": datetime.date.today().isoformat(),
-    }
-
-
 def write_results(config: Any, kind: str, model: dict[str, Any], **tables: Sequence[Any]) -> None:
     """Writes settings, model, machine and the rows of each table, which are dataclasses, as JSON."""
     settings = {
@@ -228,4 +166,4 @@ def write_results(config: Any, kind: str, model: dict[str, Any], **tables: Seque
         "machine": describe_machine(),
     }
     results |= {name: [dataclasses.asdict(row) for row in rows] for name, rows in tables.items()}
-    (config.output / RESULTS).write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+    write_json(config.output / RESULTS, results)

@@ -8,10 +8,12 @@ from typing import Any, Literal
 
 from jsparse.evaluate.speed import common
 from jsparse.evaluate.speed.cache_bytes import bytes_table, nbytes, step_bytes
-from jsparse.evaluate.speed.common import DecodeRow, in_turns
+from jsparse.evaluate.speed.common import DecodeRow
 from jsparse.evaluate.speed.filled_cache import FilledCache, endless_rows
 from jsparse.evaluate.speed.report import draw_decode, model_name, print_bytes, print_decode
+from jsparse.evaluate.speed.turns import in_turns
 from jsparse.models import Llama, LlamaConfig
+from jsparse.reports.machine import describe_machine
 from jsparse.serve import loop
 from jsparse.serve.config import CacheConfig, CacheLayout, Policy, layout_of
 from jsparse.serve.loop import ModelShape
@@ -105,7 +107,7 @@ def bench_decode(config: DecodeBench) -> list[DecodeRow]:
         print(f"context {context}, ms a token: {times}", file=sys.stderr)
     print_bytes(table, about)
     pages = "" if config.kv_bits is None else f", int{config.kv_bits} pages"
-    what, machine = f"{model_name(about)}, batch {config.batch}{pages}", common.describe_machine()
+    what, machine = f"{model_name(about)}, batch {config.batch}{pages}", describe_machine()
     print_decode(rows, what, machine)
     draw_decode(rows, what, machine, config.output / "decode.png")
     return rows

@@ -14,7 +14,7 @@ from jsparse.cache.pages import PagedKVCache
 from jsparse.cache.ring import StreamingKVCache
 from jsparse.cache.select.best import with_newest_pages
 from jsparse.cache.select.selection import Selection
-from jsparse.evaluate.speed.common import milliseconds
+from jsparse.evaluate.speed.turns import milliseconds
 from jsparse.masks.bounds import page_bounds
 from jsparse.models import Llama
 from jsparse.serve import loop

@@ -9,11 +9,13 @@ from typing import Any, Literal
 import numpy as np
 
 from jsparse.evaluate.speed import common
-from jsparse.evaluate.speed.common import PrefillRow, in_turns, milliseconds
+from jsparse.evaluate.speed.common import PrefillRow
 from jsparse.evaluate.speed.report import print_prefill
+from jsparse.evaluate.speed.turns import in_turns, milliseconds
 from jsparse.masks.pooled import PooledBlocks
 from jsparse.masks.vertical_slash import VerticalSlash
 from jsparse.models import Llama, LlamaConfig
+from jsparse.reports.machine import describe_machine
 from jsparse.serve.batch import Batch
 from jsparse.serve.config import CacheConfig, CacheLayout, layout_of
 from jsparse.serve.request import check_requests
@@ -119,7 +121,7 @@ def bench_prefill(config: PrefillBench) -> list[PrefillRow]:
         common.write_results(config, "prefill", about, rows=rows)
         times = ", ".join(f"{row.variant} {row.seconds.median:.2f}" for row in rows if row.context == context)
         print(f"context {context}, seconds: {times}", file=sys.stderr)
-    print_prefill(rows, about, common.describe_machine())
+    print_prefill(rows, about, describe_machine())
     return rows
 
 

@@ -1,6 +1,5 @@
-"""What the benchmarks found: tables on stdout, and a figure."""
+"""What ``jsparse bench`` found: tables on stdout, and a figure."""
 
-import importlib.util
 import math
 import sys
 from collections.abc import Sequence
@@ -12,26 +11,29 @@ from rich.console import Console
 from rich.table import Table
 
 from jsparse.evaluate.speed.cache_bytes import LOGICAL_PAGE, PAGE, CacheBytes
-from jsparse.evaluate.speed.common import DecodeRow, PrefillRow, Timing
+from jsparse.evaluate.speed.common import DecodeRow, PrefillRow
+from jsparse.evaluate.speed.turns import Timing
+from jsparse.reports.console import short_count
+from jsparse.reports.figures import COLORS, can_draw, new_figure, plain_numbers, save, tidy
+from jsparse.reports.machine import machine_line
 
 _WIDTH = 110  # where stdout is no terminal: wide enough for every table
-# Okabe and Ito's colours, which most colour-blind people can tell apart; a policy keeps its own.
-_COLOURS = {
-    "dense": "#000000",
-    "streaming": "#0072B2",
-    "quest": "#E69F00",
-    "lserve": "#009E73",
-    "oracle": "#CC79A7",
-    "random": "#56B4E9",
-    "mean": "#D55E00",
+_POLICIES = {  # each keeps its color
+    "dense": "black",
+    "streaming": "blue",
+    "quest": "orange",
+    "lserve": "green",
+    "oracle": "purple",
+    "random": "sky blue",
+    "mean": "vermilion",
 }
 
 
 def print_decode(rows: Sequence[DecodeRow], what: str, machine: dict[str, Any]) -> None:
-    """Print the times of a token of ``what``, and what the caches hold and a step reads."""
+    """Print the times per token of ``what``, and the bytes that the caches hold and that a step reads."""
     titles = "context|policy|ms/token|least|of dense|attention|selector|reading|selector/reading"
-    times = _table(f"Decoding, milliseconds a token: {what}", titles)
-    titles = "context|policy|cache (bytes)|a token of capacity|a step reads"
+    times = _table(f"Decoding, milliseconds per token: {what}", titles)
+    titles = "context|policy|cache (bytes)|per token of capacity|read per step"
     sizes = _table("Bytes of the caches", titles)
     previous = None
     for row in rows:
@@ -59,18 +61,18 @@ def print_decode(rows: Sequence[DecodeRow], what: str, machine: dict[str, Any]) 
     console.print(times)
     console.print(
         f"Rounds, all in turn: {len(rows[0].decode.rounds)}; medians count. Attention, selector and reading "
-        "were measured apart from the model,\nthe selector as the part of one choice that falls to a token.\n"
-        f"{machine_name(machine)}.\n",
+        "were measured apart from the model.\nThe selector is the part of one choice that falls to a token.\n"
+        f"{machine_line(machine)}.\n",
         highlight=False,
     )
     console.print(sizes)
 
 
 def print_bytes(rows: Sequence[CacheBytes], model: dict[str, Any]) -> None:
-    """Print what a layer keeps of a token, and of a sequence."""
+    """Print what a layer keeps per token and per sequence."""
     heads = f"{model['kv_heads']} KV heads of {model['head_dim']}"
-    title = f"Bytes a layer keeps: {heads}, pages of {PAGE} tokens, bounds of {LOGICAL_PAGE}"
-    table = _table(title, "cache|keys and values|scales and zeros|bounds|a token|a sequence", left=1)
+    title = f"Bytes that a layer keeps: {heads}, pages of {PAGE} tokens, bounds of {LOGICAL_PAGE}"
+    table = _table(title, "cache|keys and values|scales and zeros|bounds|per token|per sequence", left=1)
     for row in rows:
         table.add_row(
             row.kind,
@@ -99,43 +101,40 @@ def print_prefill(rows: Sequence[PrefillRow], model: dict[str, Any], machine: di
     console = _console()
     console.print(table)
     console.print(
-        f"Rounds, all in turn: {len(rows[0].seconds.rounds)}; the median counts.\n{machine_name(machine)}.",
+        f"Rounds, all in turn: {len(rows[0].seconds.rounds)}; the median counts.\n{machine_line(machine)}.",
         highlight=False,
     )
 
 
 def draw_decode(rows: Sequence[DecodeRow], what: str, machine: dict[str, Any], path: Path) -> bool:
-    """Draw time a token against context, a line a policy; without matplotlib say so on stderr: False."""
-    if importlib.util.find_spec("matplotlib") is None:
-        print(
-            f"{path.name} was not drawn, which takes matplotlib: pip install 'jsparse[plot]'", file=sys.stderr
-        )
-        return False
-    from matplotlib.backends.backend_agg import FigureCanvasAgg  # draws without a display or global state
-    from matplotlib.figure import Figure
-    from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullLocator
+    """Draw the time per token against the context, one line per policy.
 
-    figure = Figure(figsize=(7.5, 4.8), layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.add_subplot()
+    Returns False, and says so on stderr, without matplotlib.
+    """
+    if not can_draw(path.name):
+        return False
+    from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
+
+    figure, (axes,) = new_figure(width=7.5, height=4.8)
     contexts = sorted({row.context for row in rows})
     lines = {
         policy: [(row.context, row.decode.median) for row in rows if row.policy == policy]
         for policy in dict.fromkeys(row.policy for row in rows)
     }
     for policy, points in lines.items():
-        axes.plot(*zip(*sorted(points), strict=True), marker="o", markersize=4, color=_COLOURS[policy])
+        axes.plot(
+            *zip(*sorted(points), strict=True), marker="o", markersize=4, color=COLORS[_POLICIES[policy]]
+        )
     axes.set_xscale("log", base=2)
     axes.set_yscale("log")
     axes.set_xlim(contexts[0] / 1.15, contexts[-1] * 1.15)
     axes.xaxis.set_major_locator(FixedLocator(contexts))
     axes.xaxis.set_minor_locator(NullLocator())
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: short_count(round(value))))
-    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    plain_numbers(axes.yaxis, at=(1, 2, 5))
     axes.yaxis.set_minor_locator(NullLocator())
 
-    # Each line has its name at its end, moved apart from the others where they would lie on one another.
+    # Each line has its name at its end; names that would overlap are moved apart.
     low, high = axes.get_ylim()
     ends = {policy: max(points)[1] for policy, points in lines.items()}
     places = spread(
@@ -146,22 +145,20 @@ def draw_decode(rows: Sequence[DecodeRow], what: str, machine: dict[str, Any], p
             policy,
             xy=(1.005, place),
             xycoords="axes fraction",
-            color=_COLOURS[policy],
+            color=COLORS[_POLICIES[policy]],
             va="center",
             annotation_clip=False,
         )
-    axes.grid(color="#e6e6e6", linewidth=0.8)
-    axes.set_axisbelow(True)
-    axes.spines[["top", "right"]].set_visible(False)
+    tidy(axes)
     axes.set_xlabel("context (tokens)")
-    axes.set_ylabel("time a token (ms)")
-    axes.set_title(f"Decoding: {what}\n{machine_name(machine)}", loc="left", fontsize=10, linespacing=1.5)
-    figure.savefig(path, dpi=150)
+    axes.set_ylabel("time per token (ms)")
+    axes.set_title(f"Decoding: {what}\n{machine_line(machine)}", loc="left", fontsize=10, linespacing=1.5)
+    save(figure, path, dpi=150)
     return True
 
 
 def spread(values: Sequence[float], least: float) -> list[float]:
-    """Values moved as little as it takes that no two are nearer than ``least``, their order as it was.
+    """Values moved as little as possible until no two are nearer than ``least``, in the same order.
 
     >>> spread([0.5, 0.5, 2.0], 1.0)
     [0.0, 1.0, 2.0]
@@ -178,26 +175,10 @@ def spread(values: Sequence[float], least: float) -> list[float]:
     return [moved[i] for i in range(len(values))]
 
 
-def short_count(count: int) -> str:
-    """1024 is 1k.
-
-    >>> short_count(131072), short_count(1000)
-    ('128k', '1000')
-    """
-    return f"{count // 1024}k" if count % 1024 == 0 else str(count)
-
-
 def model_name(model: dict[str, Any]) -> str:
     size = model["parameters"]
     size = f"{size / 1e9:.1f}B" if size >= 1e9 else f"{size / 1e6:.1f}M"
     return f"{model['name']}, {size} parameters, {model['dtype']}"
-
-
-def machine_name(machine: dict[str, Any]) -> str:
-    return (
-        f"{machine['device']} ({machine['processor']}, {machine['cores']} cores), jax {machine['jax']}, "
-        f"Python {machine['python']}, {machine['date']}"
-    )
 
 
 def _table(title: str, columns: str, left: int = 2) -> Table:

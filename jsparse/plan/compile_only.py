@@ -1,4 +1,4 @@
-"""Compiling for GPUs that are not there, and what the compiler reports on memory.
+"""Compiling for GPUs that this machine does not have, and what the compiler reports on memory.
 
 A *compile-only* device is a description of a GPU that XLA's compiler takes in place of one. Programs are
 compiled for it down to machine code, with every buffer laid out, on a machine without any GPU; nothing can
@@ -16,6 +16,9 @@ import jax
 from jax.experimental import topologies
 from jax.sharding import Mesh
 
+from jsparse.extras import MissingExtra
+from jsparse.integers import require_integer
+
 _OLDEST_JAX = (0, 11, 2)
 
 
@@ -31,13 +34,13 @@ class Device:
     name: str
     kind: str
     memory_bytes: int
-    memory_bandwidth: int  # bytes a second
+    memory_bandwidth: int  # bytes per second
     compute_capability: str  # of a TargetConfig's field
     multiprocessors: int
-    fpus: int  # float32 units a multiprocessor
+    fpus: int  # float32 units per multiprocessor
     clock_ghz: float
     l2_bytes: int
-    shared_memory: int  # bytes a multiprocessor
+    shared_memory: int  # bytes per multiprocessor
     block_shared_memory: int  # bytes that one thread block may ask for
 
     def target_config(self) -> str:
@@ -97,8 +100,9 @@ DEVICES = {device.name: device for device in _DEVICES}
 class Memory:
     """What one device holds while a compiled program runs, in bytes.
 
-    ``results`` are those that are not written over donated arguments; ``temporary`` is the largest sum of
-    what is alive at once in between.
+    - arguments: inputs.
+    - results: outputs, without those that are written over donated arguments.
+    - temporary: the largest sum of what is alive at once in between.
     """
 
     arguments: int
@@ -111,25 +115,28 @@ class Memory:
 
 
 def prepare_process() -> None:
-    """Settings for a process that only compiles; to be called before JAX is used for anything.
+    """Settings for a process that only compiles; call it before JAX is used for anything.
 
-    Without them the CUDA plugin would look for a GPU and for libraries that only running needs, and a
-    program that comes from the compilation cache is not compiled.
+    Without them, the CUDA plugin would look for a GPU and for libraries that only running needs, and a
+    program from the compilation cache would not be compiled.
     """
     jax.config.update("jax_platforms", "cpu")
     jax.config.update("jax_enable_compilation_cache", False)
 
 
 def require_compiler() -> None:
-    """NotImplementedError, saying what to install, where programs cannot be compiled for GPUs."""
+    """Raises, saying what to install, where programs cannot be compiled for GPUs.
+
+    Raises NotImplementedError for a jax that is too old, MissingExtra without a compiler for CUDA GPUs.
+    """
     if jax.__version_info__ < _OLDEST_JAX:
         oldest = ".".join(map(str, _OLDEST_JAX))
         raise NotImplementedError(
-            f"jax {jax.__version__} cannot compile for a GPU that is not there; "
+            f"jax {jax.__version__} cannot compile for a GPU that this machine does not have; "
             f"jax >= {oldest} can (Python >= 3.12)"
         )
     if not any(map(importlib.util.find_spec, ("jax_cuda13_plugin", "jax_cuda12_plugin"))):
-        raise NotImplementedError(
+        raise MissingExtra(
             "no compiler for CUDA GPUs is installed, and nothing is estimated without one: "
             "pip install 'jsparse[gpu-compile]'"
         )
@@ -148,14 +155,16 @@ def find_device(name: str) -> Device:
 
 @functools.cache  # what is compiled for one topology shares its client
 def compile_only_devices(device: Device, count: int, *, hosts: int = 1) -> tuple[Any, ...]:
-    """``count`` devices that can be compiled for, in ``hosts`` machines with equally many each, in order.
+    """Devices that can be compiled for. ``jax.set_mesh`` of a mesh of them is all that a program needs.
 
-    ``jax.set_mesh`` of a mesh of them is all that a program needs. Raises ValueError for numbers that do
-    not fit, NotImplementedError where no program can be compiled (``require_compiler``).
+    - device: what each of them is.
+    - count: how many there are.
+    - hosts: machines that they are in, equally many in each, in order.
+
+    Raises ValueError for numbers that do not fit, and as :func:`require_compiler`.
     """
-    for name, value in (("count", count), ("hosts", hosts)):
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise ValueError(f"{name} must be an integer >= 1, not {value!r}")
+    require_integer("count", count)
+    require_integer("hosts", hosts)
     if count % hosts:
         raise ValueError(f"hosts={hosts} must divide the {count} devices")
     require_compiler()
@@ -169,15 +178,15 @@ def compile_only_devices(device: Device, count: int, *, hosts: int = 1) -> tuple
 
 
 def lower_for(mesh: Mesh, fn: Any, *shapes: Any, **static: Any) -> jax.stages.Lowered:
-    """A jitted ``fn`` traced and lowered for the mesh's devices; the shapes carry shardings on that mesh."""
+    """A jitted ``fn``, traced and lowered for the mesh's devices; the shapes carry shardings on that mesh."""
     with jax.set_mesh(mesh):
         return fn.trace(*shapes, **static).lower(lowering_platforms=("cuda",))
 
 
 def compile_for(mesh: Mesh, fn: Any, *shapes: Any, **static: Any) -> tuple[jax.stages.Compiled, float]:
-    """``fn`` compiled for the mesh's devices, down to machine code, and the seconds that took.
+    """``fn`` compiled for the mesh's devices, down to machine code, and the seconds that it took.
 
-    RuntimeError with the compiler's message where it refuses.
+    Raises RuntimeError with the compiler's message where it refuses.
     """
     began = time.perf_counter()
     try:

@@ -1,8 +1,7 @@
 """FLOPs by arithmetic: those of block-sparse attention, and how those of a training step add up.
 
-XLA's own analysis counts neither kernels nor the turns of a loop. Here a product of [m, c] and [c, n] is 2
-m c n FLOPs, and nothing but products is counted: norms, rotations, softmax, activations and the optimizer
-are not.
+XLA's own analysis counts neither kernels nor the turns of a loop. Here a product of [m, c] and [c, n] is
+2 m c n FLOPs, and only products are counted: no norms, rotations, softmax, activations or optimizer.
 """
 
 import dataclasses
@@ -12,9 +11,9 @@ import numpy as np
 from jsparse.masks.block_mask import BlockMask
 
 # Products of a block of queries with a block of keys, each 2 * block_q * block_kv * head_dim FLOPs. Forward:
-# scores, and weights times values. Backward: one pass makes dQ of scores, dweights and their product with the
-# keys, another makes dK and dV of the same two once more and two products (FlashAttention-2 has five, in one
-# pass with atomics).
+# scores, and weights times values. Backward: one pass makes dQ from scores, dweights and their product with
+# the keys; another makes the first two again, and from them dK and dV by two products. (FlashAttention-2 has
+# five products, in one pass with atomics.)
 _FORWARD_PRODUCTS, _BACKWARD_PRODUCTS = 2, 3 + 4
 
 
@@ -41,9 +40,10 @@ class Passes:
 
 @dataclasses.dataclass(frozen=True)
 class StepFlops:
-    """FLOPs of a step of training: ``attention`` over the blocks that are visited, ``causal_attention``
-    what it would be with plain causal attention, the ``projections`` of attention, the ``mlp`` and the
-    ``head``.
+    """FLOPs of a training step.
+
+    - attention: over the blocks that are visited; causal_attention: the same with plain causal attention.
+    - projections: of queries, keys, values and outputs; mlp; head: the output layer.
 
     >>> flops = StepFlops(Passes(1, 2), Passes(10, 20), Passes(3, 6), Passes(4, 8), Passes(1, 2))
     >>> flops.total, flops.total_with_causal, round(flops.saved, 3)
@@ -78,12 +78,16 @@ class StepFlops:
 
 
 def attention_flops(mask: BlockMask, num_q_heads: int, head_dim: int) -> Passes:
-    """FLOPs of attention over the lists of ``mask``, for one sequence (that of most blocks, where lists
-    differ).
+    """FLOPs of attention over the lists of ``mask``, for one sequence.
 
-    Forward ``4 * head_dim`` for each pair of a query and a key of a block that is visited, hidden ones of
-    that block included; backward 7/2 of it, as both implementations compute it: one pass for dQ, one for dK
-    and dV, each making the scores again. ``again`` is the forward pass once more.
+    Forward: ``4 * head_dim`` per pair of a query and a key in a block that is visited, hidden pairs included.
+    Backward: 7/2 of it, as both implementations compute it, in one pass for dQ and one for dK and dV, each of
+    which makes the scores again. ``again`` is the forward pass once more.
+
+    - mask: where lists differ between sequences, the one of most blocks counts.
+    - num_q_heads, head_dim: of the attention.
+
+    Raises ValueError where the mask is for another number of query heads.
 
     >>> from jsparse import causal
     >>> mask = BlockMask.from_token_masks(causal(), 256, 256, block_q=128, block_kv=128)

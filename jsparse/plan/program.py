@@ -1,4 +1,4 @@
-"""What a run would take on devices that are not there: bytes a device as compiled, FLOPs as counted."""
+"""What a run would take on devices this machine does not have: bytes per device, FLOPs per step."""
 
 import contextlib
 import dataclasses
@@ -24,12 +24,13 @@ LARGEST_MEMORY_FRACTION = 0.95
 
 @dataclasses.dataclass(frozen=True)
 class ProgramPlan:
-    """One compiled program: bytes a device.
+    """One compiled program: bytes per device.
 
-    ``arguments`` by what they are, ``results`` those not written over arguments, ``temporary`` as the
-    compiler lays it out, ``beside`` what the run keeps on the device that this program does not touch.
-    ``kernel_calls`` counts calls of Hopper kernels: 0 is the XLA implementation. Where the compiler found
-    no room, ``refusal`` is its message, and the sizes that it did not say are 0.
+    - arguments: by what they are; results: those not written over arguments.
+    - temporary: as the compiler lays it out.
+    - beside: what the run keeps on the device that this program does not touch.
+    - kernel_calls: how many calls of Hopper kernels there are; 0 is the XLA implementation.
+    - refusal: the compiler's message where it found no room; the sizes that it did not say are then 0.
     """
 
     name: str
@@ -51,9 +52,12 @@ class ProgramPlan:
 class Plan:
     """What a run takes, and whether it fits.
 
-    ``settings`` is what was asked for, ``mesh`` the size of each axis. It fits where every program's peak is
-    within ``memory_fraction`` of ``memory_bytes``: what JAX takes for arrays when a run starts with
-    XLA_CLIENT_MEM_FRACTION of that value, by default 0.75. ``flops`` are those of a step on all devices.
+    It fits where every program's peak is within ``memory_fraction`` of ``memory_bytes``: what JAX takes for
+    arrays when a run starts with XLA_CLIENT_MEM_FRACTION of that value, by default 0.75.
+
+    - run, settings: what was asked for; mesh: the size of each axis.
+    - device: its name; memory_bytes: of one device.
+    - programs: what was compiled; flops: of a step, on all devices together.
     """
 
     run: str
@@ -116,11 +120,11 @@ def check_memory_fraction(value: float | int) -> None:
 
 
 class Program(NamedTuple):
-    """A jitted ``call`` and abstract arguments for it: ``call(*shapes, **static)``, the shapes with
-    shardings.
+    """A jitted ``call`` and abstract arguments for it: ``call(*shapes, **static)``.
 
-    ``parts`` are the same arguments by what they are, trees that together hold each array once; ``beside``
-    is a tree of what stays on the devices meanwhile.
+    - shapes: with shardings.
+    - parts: the same arguments by what they are, as trees that together hold each array once.
+    - beside: a tree of what stays on the devices meanwhile.
     """
 
     name: str
@@ -132,10 +136,10 @@ class Program(NamedTuple):
 
 
 def plan_program(program: Program, mesh: Mesh) -> ProgramPlan:
-    """Compile a program for a mesh of compile-only devices and say what it takes of each.
+    """Compile a program for a mesh of compile-only devices and say what it takes on each.
 
-    Raises RuntimeError where it does not compile, save for lack of memory, and where the compiler counts more
-    arguments than ``parts`` hold.
+    Raises RuntimeError where it does not compile, unless for lack of memory (which the plan says), and where
+    the compiler counts more arguments than ``parts`` hold.
     """
     sizes = {part: bytes_a_device(tree) for part, tree in program.parts.items()}
     beside = bytes_a_device(program.beside)
@@ -186,7 +190,7 @@ def print_plan(plan: Plan, console: Console | None = None) -> None:
 
 
 def _memory_table(plan: Plan) -> Table:
-    table = Table(title="GB a device", box=SIMPLE_HEAD, title_justify="left")
+    table = Table(title="GB per device", box=SIMPLE_HEAD, title_justify="left")
     table.add_column("")
     for program in plan.programs:
         table.add_column(program.name, justify="right")
@@ -203,7 +207,7 @@ def _memory_table(plan: Plan) -> Table:
 
 
 def _flops_table(flops: StepFlops) -> Table:
-    table = Table(title="TFLOP a step, all devices together", box=SIMPLE_HEAD, title_justify="left")
+    table = Table(title="TFLOP per step, all devices together", box=SIMPLE_HEAD, title_justify="left")
     table.add_column("part")
     for column in ("forward", "backward", "computed again", "all"):
         table.add_column(column, justify="right")

@@ -1,6 +1,7 @@
 """What the commands of every room share: options from dataclasses, tables, results as JSON."""
 
 import json
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -40,8 +41,33 @@ def check_can_write(path: Path | None, option: str) -> None:
 
 def write_json(path: Path, content: Any) -> None:
     """Write to a file, or to stdout where ``path`` is "-"."""
-    text = json.dumps(content, indent=1) + "\n"
+    text = as_json(content)
     if str(path) == "-":
         print(text, end="")
     else:
         path.write_text(text, encoding="utf-8")
+
+
+def write_json_whole(path: Path, content: Any) -> None:
+    """Write a file whole or not at all, in a folder that is made if need be.
+
+    For results that are written again and again while a benchmark runs: if it is interrupted, the last ones
+    remain.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = path.with_suffix(".tmp")
+    beside.write_text(as_json(content), encoding="utf-8")
+    os.replace(beside, path)
+
+
+def as_json(content: Any) -> str:
+    return json.dumps(content, indent=1) + "\n"
+
+
+def short_count(count: int) -> str:
+    """A number of tokens as it is said: 1024 is 1k.
+
+    >>> short_count(131072), short_count(1000)
+    ('128k', '1000')
+    """
+    return f"{count // 1024}k" if count % 1024 == 0 else str(count)

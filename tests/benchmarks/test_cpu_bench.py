@@ -9,30 +9,23 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import cpu
-import cpu_growth
-import cpu_inputs
-import cpu_plots
-import cpu_report
-import cpu_rows
-import cpu_turns
-import cpu_workers
 import numpy as np
 import pytest
-from cpu_rows import FLEX, FLOOR, OURS, SDPA, Case, Pair, Who
-from cpu_turns import Measured, Pace
+import sections
+from cpu import growth, inputs, plots, report, rows, run, turns, workers
+from cpu.rows import FLEX, FLOOR, OURS, SDPA, Case, Pair, Who
+from cpu.turns import Measured, Pace
 
 import jsparse
 from jsparse import BlockMask
+from jsparse.reports.console import write_json_whole
 
 ROOT = Path(__file__).parents[2]
 BENCHMARKS = ROOT / "benchmarks"
 TORCH = importlib.util.find_spec("torch") is not None
 
 
-@pytest.mark.parametrize(
-    "module", [cpu_growth, cpu_inputs, cpu_report, cpu_rows, cpu_turns, cpu_workers], ids=lambda m: m.__name__
-)
+@pytest.mark.parametrize("module", [growth, inputs, report, rows, turns, workers], ids=lambda m: m.__name__)
 def test_docstrings(module):
     assert doctest.testmod(module).failed == 0
 
@@ -51,29 +44,29 @@ def test_docstrings(module):
         (["--minutes", "0"], "--minutes must be a number > 0, not 0.0"),
         (["--peers-python", "/nowhere/python"], "--peers-python must be a Python interpreter"),
         (["--output", "results"], "--output must be a .json file, not results"),
-        (["--markdown", "--output", "nowhere.json"], "nowhere.json is not there"),
+        (["--markdown", "--output", "nowhere.json"], "nowhere.json does not exist"),
     ],
 )
 def test_wrong_input_is_named_before_anything_starts(arguments, words, capsys, monkeypatch):
-    monkeypatch.setattr(cpu, "run", lambda *_: pytest.fail("it started"))
-    assert cpu.main(arguments) == 2
+    monkeypatch.setattr(run, "run_cases", lambda *_: pytest.fail("it started"))
+    assert run.main(arguments) == 2
     assert words in capsys.readouterr().err
 
 
 def test_every_row_has_cases_and_a_description():
     for small in (False, True):
-        cases = cpu_rows.chosen_cases(small=small)
-        assert {case.row for case in cases} == {*cpu_rows.ROWS, "matmul"}
+        cases = rows.chosen_cases(small=small)
+        assert {case.row for case in cases} == {*rows.ROWS, "matmul"}
         for case in cases:
-            names = {who.name for who in case.contenders} | {FLOOR, cpu_rows.NOBODY}
+            names = {who.name for who in case.contenders} | {FLOOR, rows.NOBODY}
             for pair in case.pairs:
-                assert {pair.ours, pair.peer} <= names and pair.row in cpu_rows.ABOUT
+                assert {pair.ours, pair.peer} <= names and pair.row in rows.ABOUT
 
 
 def test_goals_are_those_that_were_set():
     goals = {
         (pair.row, pair.ours, pair.peer, case.length, case.dtype): pair.goal
-        for case in cpu_rows.chosen_cases()
+        for case in rows.chosen_cases()
         for pair in case.pairs
         if pair.goal is not None
     }
@@ -95,27 +88,27 @@ def test_visible_blocks_are_those_of_all_elements(sink, window):
     q, k = np.arange(length)[:, None], np.arange(length)
     shown = (k <= q) & ((k < sink) | (k > q - (window or length)))
     shown = shown.reshape(8, 128, 8, 128)
-    some, whole = cpu_inputs.visible_blocks(length, sink, window)
+    some, whole = inputs.visible_blocks(length, sink, window)
     np.testing.assert_array_equal(some, shown.any((1, 3)))
     np.testing.assert_array_equal(whole, shown.all((1, 3)))
 
 
 def test_lists_of_top_blocks_are_valid_and_full():
-    index, count = cpu_inputs.top_blocks(4096, cpu_rows.DEFAULT)
+    index, count = inputs.top_blocks(4096, rows.DEFAULT)
     BlockMask.from_indices(index, count, q_len=4096, kv_len=4096, block_q=128, block_kv=128)
     assert count[0].tolist() == [min(i + 1, 16) for i in range(32)]
     assert all(i in index[0, i, : count[0, i]] for i in range(32))
 
 
 def test_the_floor_counts_the_blocks_that_jsparse_lists():
-    case = next(case for case in cpu_rows.chosen_cases(["prefill-half"]) if case.length == 4096)
+    case = next(case for case in rows.chosen_cases(["prefill-half"]) if case.length == 4096)
     products = [{"row": "matmul", "dtype": "float32", "ours_ms": 200.0, "peer_ms": 100.0}]
     masks = [jsparse.causal()] * 2 + [jsparse.streaming(64, 256)] * 2
     lists = BlockMask.from_token_masks(masks, 4096, 4096)
     blocks = 2 * int(lists.kv_count.sum())  # a row of lists is for two heads
     expected = blocks * 4 * 64 * 128 * 128 / (2 * 2048**3 / 0.1)
-    assert cpu.floor_seconds(case, products, small=False) == pytest.approx(expected)
-    assert cpu.floor_seconds(case, [], small=False) is None
+    assert run.floor_seconds(case, products, small=False) == pytest.approx(expected)
+    assert run.floor_seconds(case, [], small=False) is None
 
 
 # Numbers -----------------------------------------------------------------------------------------------
@@ -123,13 +116,13 @@ def test_the_floor_counts_the_blocks_that_jsparse_lists():
 
 def test_exponents_are_those_of_known_curves():
     lengths = [4096, 8192, 16384, 65536]
-    assert cpu_growth.exponent(lengths, [3 * n**1.5 for n in lengths]) == pytest.approx(1.5)
-    assert cpu_growth.exponent(lengths, [7.0] * 4) == pytest.approx(0.0)
+    assert growth.exponent(lengths, [3 * n**1.5 for n in lengths]) == pytest.approx(1.5)
+    assert growth.exponent(lengths, [7.0] * 4) == pytest.approx(0.0)
     noisy = [n * f for n, f in zip(lengths, (1.1, 0.9, 1.0, 1.05), strict=True)]
-    assert cpu_growth.exponent(lengths, noisy) == pytest.approx(1.0, abs=0.1)
+    assert growth.exponent(lengths, noisy) == pytest.approx(1.0, abs=0.1)
     for values in ([1.0], [1.0, -1.0, 1.0, 1.0]):
         with pytest.raises(ValueError, match="no exponent fits"):
-            cpu_growth.exponent(lengths[: len(values)], values)
+            growth.exponent(lengths[: len(values)], values)
 
 
 CASE = Case(
@@ -150,7 +143,7 @@ def test_rounds_alternate_and_slow_ones_run_less_often():
         order.append((who.name, repeats))
         return {"call": seconds[who.name]}
 
-    times, errors = cpu_turns.alternate(CASE.contenders, run, Pace(rounds=4), FOREVER)
+    times, errors = turns.alternate(CASE.contenders, run, Pace(rounds=4), FOREVER)
     assert not errors
     assert "".join(name for name, _ in order) == "abc" * 3 + "ab" * 2
     assert {name: repeats for name, repeats in order} == {"a": 2, "b": 1, "c": 1}
@@ -160,12 +153,12 @@ def test_rounds_alternate_and_slow_ones_run_less_often():
 def test_a_side_that_breaks_is_left_out_and_the_time_is_kept():
     def run(who, repeats):
         if who.name == "b":
-            raise cpu_workers.WorkerError("it broke")
+            raise workers.WorkerError("it broke")
         return {"call": 0.01}
 
-    times, errors = cpu_turns.alternate(CASE.contenders, run, Pace(), FOREVER)
+    times, errors = turns.alternate(CASE.contenders, run, Pace(), FOREVER)
     assert errors == {"b": "it broke"} and len(times["a"]) == 8
-    times, _ = cpu_turns.alternate(CASE.contenders, run, Pace(), lambda: 0.0)
+    times, _ = turns.alternate(CASE.contenders, run, Pace(), lambda: 0.0)
     assert list(times["a"]) == [0]
 
 
@@ -177,26 +170,26 @@ def test_ratios_are_taken_within_a_round():
     }
     measured = Measured(times, {}, {})
     pace = Pace(slow_s=9.5)
-    same, other = (cpu_turns.entry(CASE, pair, measured, None, pace) for pair in CASE.pairs)
+    same, other = (turns.entry(CASE, pair, measured, None, pace) for pair in CASE.pairs)
     assert (same["ratio_median"], same["ratio_min"], same["ratio_max"]) == (0.5, 0.4, 1.0)
     assert same["rounds"] == 3 and same["ours_ms"] == 1000 and same["goal"] == 0.5 and same["same_work"]
     assert (
         other["rounds"] == 2 and other["ratio_max"] == 0.9 and not other["same_work"]
     )  # slow: round 0 counts
     broken = Measured(times, {"b": "gone"}, {})
-    result = cpu_turns.entry(CASE, CASE.pairs[0], broken, None, pace)
+    result = turns.entry(CASE, CASE.pairs[0], broken, None, pace)
     assert result["error"] == "b: gone" and result["ratio_median"] is None
 
 
 def test_outputs_are_judged():
     good, bad = np.ones((1, 4, 1, 2), np.float32), np.full((1, 4, 1, 2), 2, np.float32)
-    errors, notes = cpu_turns.compare(CASE, {"a": {"out": good}, "b": {"out": good}})
+    errors, notes = turns.compare(CASE, {"a": {"out": good}, "b": {"out": good}})
     assert not errors and "b 0.0e+00" in notes[0]
-    errors, _ = cpu_turns.compare(CASE, {"a": {"out": good}, "b": {"out": bad}})
+    errors, _ = turns.compare(CASE, {"a": {"out": good}, "b": {"out": bad}})
     assert list(errors) == ["a"] and "wrong" in errors["a"]
-    errors, notes = cpu_turns.compare(CASE, {"a": {"out": good}})
+    errors, notes = turns.compare(CASE, {"a": {"out": good}})
     assert not errors and "nobody" in notes[0]
-    errors, _ = cpu_turns.compare(CASE, {"a": {"out": good}, "b": {"out": good[:, :2]}})
+    errors, _ = turns.compare(CASE, {"a": {"out": good}, "b": {"out": good[:, :2]}})
     assert "unequal shapes" in errors["b"]
 
 
@@ -208,7 +201,7 @@ def test_a_worker_answers_survives_prints_and_tells_how_it_ended(tmp_path):
     script.write_text(
         "import os, sys\n"
         f"sys.path.insert(0, {str(BENCHMARKS)!r})\n"
-        "from cpu_workers import Ready, repeated, serve\n"
+        "from workers import Ready, repeated, serve\n"
         "def make(spec):\n"
         "    print('not an answer')\n"
         "    os.write(1, b'nor this\\n')\n"
@@ -217,15 +210,15 @@ def test_a_worker_answers_survives_prints_and_tells_how_it_ended(tmp_path):
         "    return Ready(repeated(lambda: os._exit(7) if spec == 'crash' else None), dict)\n"
         "serve(make, ('numpy',))\n"
     )
-    worker = cpu_workers.Worker([sys.executable, str(script)], {}, tmp_path / "log")
+    worker = workers.Worker([sys.executable, str(script)], {}, tmp_path / "log")
     try:
         assert worker.ask(60, "about")["versions"]["numpy"] == np.__version__
         worker.ask(60, "make", name="x", spec="good")
         assert worker.ask(60, "run", name="x", repeats=3)["seconds"]["call"] >= 0
-        with pytest.raises(cpu_workers.WorkerError, match="ValueError: no such thing"):
+        with pytest.raises(workers.WorkerError, match="ValueError: no such thing"):
             worker.ask(60, "make", name="y", spec="bad")
         worker.ask(60, "make", name="z", spec="crash")
-        with pytest.raises(cpu_workers.WorkerError, match="exit code 7"):
+        with pytest.raises(workers.WorkerError, match="exit code 7"):
             worker.ask(60, "run", name="z", repeats=1)
         assert worker.ask(60, "about")  # a new one
         assert "nor this" in (tmp_path / "log").read_text()
@@ -242,7 +235,7 @@ HEADER: dict[str, Any] = {
     "threads": 2,
     "versions": {"ours": {"jax": "0.12"}, "peers": {"torch": "2.13"}},
     "date": "2026-11-22",
-    "command": "python benchmarks/cpu.py",
+    "command": "python benchmarks/cpu",
     "settings": {},
     "rounds": 7,
     "small": False,
@@ -272,13 +265,13 @@ RESULTS = [
 
 
 def test_exponents_are_added_to_results():
-    (fit,) = cpu.fitted(RESULTS)
+    (fit,) = run.fitted(RESULTS)
     assert (fit["row"], fit["ours"]) == ("growth, exponents", "dense")
     assert fit["memory_exponent"] == pytest.approx(1.0) and fit["time_exponent"] == pytest.approx(0.0)
 
 
-def test_the_readme_says_what_is_ahead_and_what_is_not():
-    text = cpu_report.markdown([HEADER, *RESULTS, *cpu.fitted(RESULTS)])
+def test_the_page_says_what_is_ahead_and_what_is_not():
+    text = report.markdown([HEADER, *RESULTS, *run.fitted(RESULTS)])
     for words in (
         "- **Goals**: 1 of 4 met.",
         "- **Ahead throughout**: prefill-streaming float32 (0.1 to 0.7).",
@@ -290,20 +283,20 @@ def test_the_readme_says_what_is_ahead_and_what_is_not():
         "ours: jax 0.12; peers: torch 2.13",
     ):
         assert words in text
-    table = cpu_report.full_table([HEADER, *RESULTS])
+    table = report.full_table([HEADER, *RESULTS])
     assert "| 12.5 ms | 0.7 (0.7 to 0.7) | ≤ 0.8, met |" in table
     assert "not measured: no / torch | ≤ 0.01, missed |" in table
     with pytest.raises(ValueError, match="--small"):
-        cpu_report.markdown([HEADER | {"small": True}, *RESULTS])
+        report.markdown([HEADER | {"small": True}, *RESULTS])
 
 
 def test_the_section_is_written_between_its_marks(tmp_path):
-    readme, file = tmp_path / "README.md", tmp_path / "cpu.json"
-    cpu_report.write(file, [HEADER, *RESULTS])
-    ends = cpu_report.END
-    readme.write_text(f"gpu {ends} text {cpu_report.BEGIN}\nwhat was here\n{ends} after\n")
-    assert cpu_report.write_readme(readme, file) == 0
-    text = readme.read_text()
+    page, file = tmp_path / "cpu.md", tmp_path / "cpu.json"
+    write_json_whole(file, [HEADER, *RESULTS])
+    ends = sections.END
+    page.write_text(f"gpu {ends} text {report.BEGIN}\nwhat was here\n{ends} after\n")
+    report.write_page(page, file)
+    text = page.read_text()
     assert (
         text.startswith("gpu ")
         and text.endswith(f"{ends} after\n")
@@ -311,23 +304,32 @@ def test_the_section_is_written_between_its_marks(tmp_path):
         and "**0.7**" in text
     )
     assert "0.7 (0.7 to 0.7)" in (tmp_path / "cpu" / "table.md").read_text()
-    cpu_report.write_readme(readme, file)
-    assert readme.read_text() == text
-    readme.write_text("no marks")
+    report.write_page(page, file)
+    assert page.read_text() == text
+    page.write_text("no marks")
     with pytest.raises(ValueError, match="once each"):
-        cpu_report.write_readme(readme, file)
+        report.write_page(page, file)
     file.write_text("{}")
     with pytest.raises(ValueError, match="no file of results"):
-        cpu_report.read(file)
+        report.read(file)
+
+
+def test_the_page_is_what_the_command_writes():
+    text = (ROOT / "docs" / "results" / "cpu.md").read_text(encoding="utf-8")
+    document = report.read(BENCHMARKS / "results" / "cpu.json")
+    assert sections.put_between(text, report.markdown(document), report.BEGIN) == text
+    assert report.full_table(document) == (BENCHMARKS / "results" / "cpu" / "table.md").read_text(
+        encoding="utf-8"
+    )
 
 
 def test_the_table_and_the_plots_show_results_and_errors(tmp_path, capsys):
-    document = [HEADER, *RESULTS, *cpu.fitted(RESULTS)]
-    cpu_report.print_table(document)
+    document = [HEADER, *RESULTS, *run.fitted(RESULTS)]
+    report.print_table(document)
     shown = capsys.readouterr().out
     for words in ("0.7 (0.7 to 0.7)", "≤ 0.8, met", "error: mask-building 8192", "memory 1.00"):
         assert words in shown
-    files = cpu_plots.draw(document, tmp_path / "plots")
+    files = plots.draw(document, tmp_path / "plots")
     assert [file.name for file in files] == ["prefill.png", "growth.png"]
     assert all(file.read_bytes().startswith(b"\x89PNG") for file in files)
 
@@ -337,7 +339,7 @@ def test_the_table_and_the_plots_show_results_and_errors(tmp_path, capsys):
 
 def run_small(tmp_path: Path, *rows: str, python: str = sys.executable) -> list[dict[str, Any]]:
     output = tmp_path / "cpu.json"
-    command = [sys.executable, str(BENCHMARKS / "cpu.py"), "--small", "--rounds", "2", "--rows", *rows]
+    command = [sys.executable, str(BENCHMARKS / "cpu"), "--small", "--rounds", "2", "--rows", *rows]
     command += ["--output", str(output), "--threads", "1", "--peers-python", python]
     done = subprocess.run(command, capture_output=True, text=True, timeout=200)
     assert done.returncode in (0, 1), done.stderr
@@ -363,7 +365,7 @@ def test_in_miniature_without_peers(tmp_path):
     bare.write_text(
         f"#!/bin/sh\nexec {sys.executable} -c "
         "'import runpy, sys; sys.modules.update(torch=None, onnx=None, onnxruntime=None); "
-        'sys.path.insert(0, sys.argv[1].rpartition("/")[0]); runpy.run_path(sys.argv[1], run_name="__main__")'
+        'runpy.run_module(sys.argv[2], run_name="__main__")'
         '\' "$@"\n'
     )
     bare.chmod(0o755)

@@ -10,18 +10,16 @@ import time
 from pathlib import Path
 from typing import Any
 
-import cache_peers
-import conformance
-import gpu
 import jax
 import jax.numpy as jnp
 import measure
 import numpy as np
-import peers
 import pytest
-import report
-import rows
-import workers
+import sections
+from gpu import cache_peers, conformance, contest, peers, report, rows, run, workers
+
+from jsparse.evaluate.speed.turns import ratios
+from jsparse.reports.console import write_json_whole
 
 ROOT = Path(__file__).parents[2]
 H200 = measure.Ceilings(flops=790e12, bytes=4.3e12, exps=3.9e12)
@@ -29,7 +27,7 @@ ROW: dict[str, Any] = {row.name: row for row in rows.ROWS}
 
 
 @pytest.mark.parametrize(
-    "module", [conformance, gpu, measure, report, rows, workers], ids=lambda m: m.__name__
+    "module", [conformance, run, measure, rows, sections, workers], ids=lambda m: m.__name__
 )
 def test_docstrings(module):
     assert doctest.testmod(module).failed == 0
@@ -228,7 +226,7 @@ def test_when_the_time_is_used_up_three_rounds_are_enough():
 
 def test_ratios_are_taken_round_by_round():
     # Both twice as slow in one round: each ratio is 1/2, and so are all three figures.
-    assert set(measure.ratios([1.0, 2.0, 1.0], [2.0, 4.0, 2.0]).values()) == {0.5}
+    assert set(ratios([1.0, 2.0, 1.0], [2.0, 4.0, 2.0]).values()) == {0.5}
 
 
 # One row: compared, then timed ---------------------------------------------------------------------------
@@ -236,7 +234,7 @@ def test_ratios_are_taken_round_by_round():
 
 def compete(contenders, last_resort="last resort"):
     makers = {c.name: (lambda c=c: c) if isinstance(c, measure.Contender) else c for c in contenders}
-    return gpu.compete(
+    return contest.compete(
         ROW["G7"], makers, "ours", last_resort, H200, rounds=3, target_s=0.001, seconds_left=lambda: 1e9
     )
 
@@ -275,7 +273,7 @@ def test_a_peer_that_fails_or_is_wrong_does_not_stop_the_row():
         c.name: lambda c=c: c for c in (machine.contender("ours", 1e-6), machine.contender("peer", 1e-6))
     }
     makers |= {"absent": absent, "wrong": lambda: machine.contender("wrong", 1e-6, value=3)}
-    found = gpu.compete(
+    found = contest.compete(
         ROW["G7"], makers, "ours", "", H200, rounds=3, target_s=0.001, seconds_left=lambda: 1e9
     )
     errors = {result["peer"]: result["error"] for result in found if "error" in result}
@@ -295,7 +293,7 @@ def test_a_peer_that_takes_the_device_with_it_ends_the_worker():
     makers = {"ours": lambda: machine.contender("ours", 1e-6), "peer": illegal_access}
     said = []
     with pytest.raises(RuntimeError, match="nothing runs any more"):
-        gpu.compete(
+        contest.compete(
             ROW["G7"], makers, "ours", "", H200, lambda: 1e9, tell=said.append, check_device=check_device
         )
     assert said[-1]["peer"] == "peer" and "peer" not in said[0]
@@ -312,7 +310,7 @@ def test_the_last_resort_steps_in_where_nobody_else_can():
 WORKER = """
 import sys, time
 sys.path.insert(0, {path!r})
-from workers import tell
+from gpu.workers import tell
 first = int(sys.argv[1])
 print("a library's chatter", flush=True)
 tell({{"device": "thing", "ceilings": {{}}}})
@@ -444,7 +442,7 @@ def test_without_pytest_nothing_is_said_to_have_passed(tmp_path, monkeypatch):
 # Reports -------------------------------------------------------------------------------------------------
 
 HEADER = {
-    "command": "python benchmarks/gpu.py",
+    "command": "python benchmarks/gpu",
     "date": "2000-01-01",
     "machine": "Linux x86_64, 1 cores",
     "device": "a device",
@@ -478,14 +476,14 @@ RESULTS = [
 
 def test_results_are_written_and_read_back(tmp_path):
     path = tmp_path / "folder" / "results.json"
-    report.write(path, HEADER, RESULTS)
+    write_json_whole(path, {"header": HEADER, "results": RESULTS})
     assert report.read(path) == {"header": HEADER, "results": RESULTS}
     path.write_text("{}")
     with pytest.raises(ValueError, match="no file of results"):
         report.read(path)
 
 
-def test_the_readme_has_the_numbers_and_what_is_missing():
+def test_the_page_has_the_numbers_and_what_is_missing():
     lines = report.markdown({"header": HEADER, "results": RESULTS}, rows.ROWS).splitlines()
     table = {line.split(" | ")[0].strip("| "): line for line in lines if line.startswith("| G")}
     assert set(table) == set(ROW)
@@ -495,25 +493,28 @@ def test_the_readme_has_the_numbers_and_what_is_missing():
     assert any("LEFT OUT" in line for line in lines) and any("passed: 3 passed" in line for line in lines)
 
 
-def test_without_results_the_readme_says_so_and_has_no_numbers():
+def test_without_results_the_page_says_so_and_has_no_numbers():
     lines = report.markdown(None, rows.ROWS).splitlines()
     assert len(lines) == 2 + len(rows.ROWS)
     assert all(line.endswith(f"| {report.NOT_YET} |") for line in lines[2:])
 
 
-def test_a_smoke_run_never_reaches_the_readme():
+def test_a_smoke_run_never_reaches_the_page():
     with pytest.raises(ValueError, match="smoke run"):
         report.markdown({"header": HEADER | {"smoke": True}, "results": RESULTS}, rows.ROWS)
 
 
-def test_the_readme_is_what_the_command_writes():
-    text = (ROOT / "README.md").read_text()
+def test_the_page_is_what_the_command_writes():
+    text = (ROOT / "docs" / "results" / "gpu.md").read_text()
     # The whole of an H100 or H200; or nothing yet.
     files = [path for path in (ROOT / "benchmarks" / "results").glob("h?00.json")]
     documents = [report.read(path) for path in files] or [None]
-    assert text in [report.put_between(text, report.markdown(each, rows.ROWS)) for each in documents]
+    written = [
+        sections.put_between(text, report.markdown(each, rows.ROWS), report.BEGIN) for each in documents
+    ]
+    assert text in written
     with pytest.raises(ValueError, match="once each"):
-        report.put_between("nothing", "section")
+        sections.put_between("nothing", "section", report.BEGIN)
 
 
 def test_the_table_prints_results_errors_and_notes(capsys):
@@ -544,7 +545,7 @@ def test_a_smoke_run_goes_from_the_command_to_the_results(tmp_path):
     out = tmp_path / "smoke.json"
     command = [
         sys.executable,
-        str(ROOT / "benchmarks" / "gpu.py"),
+        str(ROOT / "benchmarks" / "gpu"),
         "--smoke",
         "--no-tests",
         "--rows",
@@ -554,7 +555,7 @@ def test_a_smoke_run_goes_from_the_command_to_the_results(tmp_path):
     document = report.read(out)
     header, found = document["header"], {(r["row"], r["peer"]): r for r in document["results"]}
     assert header["smoke"] and header["left_out"] == [] and header["device"] == "cpu", run.stdout + run.stderr
-    assert header["command"] == "python benchmarks/gpu.py --smoke --no-tests --rows G2,G7,G8,G10"
+    assert header["command"] == "python benchmarks/gpu --smoke --no-tests --rows G2,G7,G8,G10"
     assert not header["conformance"]["attention"]["passed"]
     assert run.returncode == 1  # nothing was tested
     others = {
@@ -585,11 +586,11 @@ def test_the_kernels_compute_in_a_row_what_another_does(name, makers, other):
     made = makers(rows.shrunk(ROW[name]), peers.Setup("mosaic_gpu_interpret", gpu=False))
     outputs = {who: made[who]().outputs() for who in (peers.OURS, other)}
     (error,) = measure.agreement(outputs, peers.OURS).values()
-    assert error < gpu.TOLERANCE
+    assert error < contest.TOLERANCE
     assert all(np.linalg.norm(np.asarray(x, np.float32)) > 0 for x in outputs[peers.OURS].values())
 
 
 def test_without_a_gpu_it_says_so(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("shutil.which", lambda name: None)
-    assert gpu.main(["--out", str(tmp_path / "none.json")]) == 2
+    assert run.main(["--out", str(tmp_path / "none.json")]) == 2
     assert "no NVIDIA GPU" in capsys.readouterr().out and not list(tmp_path.iterdir())

@@ -2,8 +2,8 @@
 
 Ratios of alternated calls and never absolute times, each call of one side right after one of the other: what
 slows the machine down slows both. Bounds are loose: they fail where blocks are no longer skipped or something
-is copied or computed that need not be, not where something is a fifth slower. A benchmark by itself
-(``benchmarks/cpu.py``) says how fast it is.
+is copied or computed without need, not where something is a fifth slower. How fast it is, a benchmark says
+(``python benchmarks/cpu``).
 """
 
 import statistics

@@ -5,12 +5,12 @@ import json
 from pathlib import Path
 from typing import Any
 
-import extension
 import numpy as np
+import pages
 import pytest
-import train_step
-from extension import ExtensionBench, bench_extension
-from train_step import TrainStepBench, bench_train_step
+from training import extension, train_step
+from training.extension import ExtensionBench, bench_extension
+from training.train_step import TrainStepBench, bench_train_step
 
 from jsparse.models import Llama
 from jsparse.models.patterns import load_pattern
@@ -31,7 +31,7 @@ SMALL: dict[str, Any] = {
 }
 
 
-@pytest.mark.parametrize("module", [train_step, extension], ids=lambda module: module.__name__)
+@pytest.mark.parametrize("module", [train_step, extension, pages], ids=lambda module: module.__name__)
 def test_docstrings(module):
     assert doctest.testmod(module).failed == 0
 
@@ -195,3 +195,21 @@ def test_the_table_has_means_and_the_range_over_the_seeds():
 def test_bad_settings_of_the_extension(tmp_path, settings, message):
     with pytest.raises(ValueError, match=message):
         ExtensionBench(**{"output": tmp_path} | SMALL | settings)
+
+
+# Pages -------------------------------------------------------------------------------------------------
+
+
+def test_the_pages_are_what_the_command_writes():
+    for page, sections in pages.pages().items():
+        text = (pages.PAGES / page).read_text(encoding="utf-8")
+        assert pages.with_sections(text, sections) == text, f"python benchmarks/pages.py changes {page}"
+
+
+def test_tables_have_the_numbers_of_the_files():
+    written = pages.pages()
+    assert "| lserve | 80.8 (75.4–85.3) | 92.1 (88.0–94.9) |" in written["scoreboard.md"]["recall"]
+    assert "| 128k | 192.5 | 6.2 | 65.3 | 8.9 | 21.7 | 53.5 | 0.64 |" in written["decode_cpu.md"]["times"]
+    assert "| int4 pages | 128 | 32 | 64 | 224 |  |" in written["decode_cpu.md"]["bytes"]
+    assert "| 16k | 21.38 | 9.61 | 2.36 | 2.34 |" in written["training.md"]["step"]
+    assert "| 70B | 32,768 | 70.4 | 70.7 | 113,049 | 29.5% |" in written["training.md"]["claims"]

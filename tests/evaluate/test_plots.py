@@ -9,6 +9,7 @@ from matplotlib.figure import Figure
 from jsparse.evaluate.passkeys import PasskeyAccuracy
 from jsparse.evaluate.perplexity import Perplexity
 from jsparse.evaluate.plots import _draw_passkeys, _draw_perplexity, check_can_plot, plot_evaluation
+from jsparse.extras import MissingExtra
 
 PERPLEXITIES = [Perplexity(p, np.log(p), 100, context, 8) for context, p in ((2048, 8.5), (512, 9.5))]
 PASSKEYS = [
@@ -60,5 +61,5 @@ def test_where_no_figure_can_be_written(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match=r"figure.txt must end in one of .*\.png"):
         check_can_plot(tmp_path / "figure.txt")
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(NotImplementedError, match=r"pip install 'jsparse\[plot\]'"):
+    with pytest.raises(MissingExtra, match=r"pip install 'jsparse\[plot\]'"):
         check_can_plot(tmp_path / "figure.png")

@@ -26,6 +26,7 @@ from jsparse.evaluate.speed.filled_cache import (
 from jsparse.evaluate.speed.prefill import PrefillBench, bench_prefill
 from jsparse.evaluate.speed.report import draw_decode, spread
 from jsparse.models import Llama
+from jsparse.reports.machine import describe_machine
 from jsparse.serve import loop
 from jsparse.serve.config import Policy
 
@@ -319,7 +320,7 @@ def test_bad_settings_of_prefill(tmp_path, settings, message):
 def test_without_matplotlib_the_figure_is_missed_aloud(decoded, tmp_path, monkeypatch, capsys):
     _, rows, _ = decoded
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    assert not draw_decode(rows, "a model", common.describe_machine(), tmp_path / "decode.png")
+    assert not draw_decode(rows, "a model", describe_machine(), tmp_path / "decode.png")
     assert "decode.png was not drawn" in capsys.readouterr().err and not list(tmp_path.iterdir())
 
 

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 from jax.sharding import Mesh
 from jaxlib.mlir import ir
 
+from jsparse.extras import MissingExtra
 from jsparse.models.sharding import MeshConfig
 from jsparse.plan.compile_only import (
     DEVICES,
@@ -23,7 +24,7 @@ from jsparse.plan.compile_only import (
 prepare_process()
 try:
     require_compiler()
-except NotImplementedError as error:
+except (NotImplementedError, MissingExtra) as error:
     raise SystemExit(str(error)) from error
 os.environ["MOSAIC_GPU_DUMP_PTXAS"] = "1"
 

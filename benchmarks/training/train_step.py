@@ -1,24 +1,20 @@
-"""A training step with LongLoRA's shifted groups against one with full attention, on the device at hand.
+"""A training step with LongLoRA's shifted groups beside one with full attention, on the device at hand.
 
-    python benchmarks/train_step.py --output benchmarks/results/cpu-train
+    python benchmarks/training/train_step.py --output benchmarks/results/cpu-train
 
 For each context the step of ``jsparse finetune`` is compiled for both kinds of attention, with LongLoRA's
 groups of a quarter of the context, and the two run in turns. The same for attention alone, forward and
-backward, with the masks, segments and shapes of the step. Medians count; a ratio is taken within a round, so
-that what slows the machine down slows both of its sides. Weights and tokens are random: times do not depend
-on them.
+backward, with the masks, segments and shapes of the step. Medians count, and a ratio is taken within a round.
+Weights and tokens are random: times do not depend on them.
 
 Beside the times stand the FLOPs of the same step, by formula from the lists of blocks that are visited
-(``jsparse.train.model_flops``). The smaller a model, the larger the part of attention in its step, and so
-what shifted groups save of a step here is more than they save of a large model's step at the same context;
-what they save of attention is the same.
+(``jsparse.train.model_flops``). The smaller a model, the larger the part of attention in its step. So shifted
+groups save more of a step here than of a large model's step at the same context; what they save of attention
+is the same.
 """
 
 import dataclasses
 import functools
-import importlib.metadata
-import importlib.util
-import json
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -31,27 +27,21 @@ import tyro
 from flax import nnx
 
 import jsparse
-from jsparse.evaluate.speed.common import (
-    RESULTS,
-    Timing,
-    check_integers,
-    check_list,
-    check_output,
-    describe_machine,
-    in_turns,
-    milliseconds,
-)
-from jsparse.evaluate.speed.report import machine_name, short_count
+from jsparse.evaluate.speed.common import RESULTS, check_integers, check_list, check_output
+from jsparse.evaluate.speed.turns import Timing, in_turns, milliseconds
 from jsparse.models import Llama, LlamaConfig
 from jsparse.models.masking import layer_masks
+from jsparse.reports.console import short_count, write_json
+from jsparse.reports.figures import COLORS, can_draw, length_axis, new_figure, plain_numbers, save, tidy
+from jsparse.reports.machine import describe_machine, installed_versions, machine_line
 from jsparse.train import FinetuneConfig
 from jsparse.train.model_flops import step_flops
-from jsparse.train.start import is_trained, prepare, step_of
+from jsparse.train.start import is_trained, make_step, prepare
 from jsparse.train.step import new_state, split_model
 
 KINDS = ("full", "shifted")
 FIGURE = "train_step.png"
-_COLOURS = {"full": "#000000", "shifted": "#0072B2"}  # Okabe and Ito's
+_COLORS = {"full": COLORS["black"], "shifted": COLORS["blue"]}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -93,7 +83,7 @@ class TrainStepBench:
         )
 
     def finetuning(self, attention: str, context: int) -> FinetuneConfig:
-        """LongLoRA's recipe, of which a step reads no files."""
+        """LongLoRA's recipe; a step reads no files."""
         return FinetuneConfig(
             model="-", data="-", output="-", context=context, attention=attention, batch_size=1
         )
@@ -101,7 +91,7 @@ class TrainStepBench:
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """One kind of attention at one context. Times are seconds of a step of one window.
+    """One kind of attention at one context. Times are in seconds, for a step of one window.
 
     - ``step``: the whole training step; ``attention_part``: attention alone, forward and backward, in all
       layers.
@@ -139,9 +129,7 @@ def bench_train_step(config: TrainStepBench) -> list[Row]:
         write(config, rows)
         print(f"context {context} is measured", file=sys.stderr)
     print(markdown(rows))
-    if importlib.util.find_spec("matplotlib") is None:
-        print(f"{FIGURE} was not drawn: pip install 'jsparse[plot]'", file=sys.stderr)
-    else:
+    if can_draw(FIGURE):
         draw(config, rows, config.output / FIGURE)
     return rows
 
@@ -181,7 +169,7 @@ def timed_step(config: TrainStepBench, kind: str, context: int) -> Callable[[], 
     run, llama = config.finetuning(kind, context), config.model()
     model = prepare(run, Llama(llama, rngs=nnx.Rngs(0)))
     params, split = split_model(model, is_trained(run))
-    step = step_of(run, split, run.pattern(llama).masks(llama, context), None)
+    step = make_step(run, split, run.pattern(llama).masks(llama, context), None)
     state = new_state(params, run.optimizer())
     tokens = np.random.default_rng(0).integers(0, llama.vocab_size, (1, 1, context)).astype(np.int32)
     batch = tokens, np.ones_like(tokens), np.ones(tokens.shape, bool)
@@ -237,23 +225,22 @@ def count_flops(config: TrainStepBench, kind: str, context: int) -> Any:
 def write(config: TrainStepBench, rows: Sequence[Row]) -> None:
     """Writes results.json: how and on what it was measured, and all rows so far."""
     results = {
-        "command": f"python benchmarks/train_step.py --output {config.output}",
+        "command": f"python benchmarks/training/train_step.py --output {config.output}",
         "settings": dataclasses.asdict(config) | {"output": str(config.output)},
         "model": dataclasses.asdict(config.model()),
         "machine": machine(),
         "rows": [dataclasses.asdict(row) for row in rows],
     }
-    (config.output / RESULTS).write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+    write_json(config.output / RESULTS, results)
 
 
 def machine() -> dict[str, Any]:
     """What was measured on, with which versions, and when."""
-    versions = {name: importlib.metadata.version(name) for name in ("jaxlib", "flax", "optax", "numpy")}
-    return describe_machine() | versions
+    return describe_machine() | installed_versions(("jaxlib", "flax", "optax", "numpy"))
 
 
 def markdown(rows: Sequence[Row]) -> str:
-    """A table of one line a context: both times, and the ratios of times and of FLOPs."""
+    """A table of one line per context: both times, and the ratios of times and of FLOPs."""
     lines = [
         "| context | step, full (s) | shifted (s) | times faster | by FLOPs "
         "| attention, full (s) | shifted (s) | times faster | by FLOPs |",
@@ -279,35 +266,23 @@ def markdown(rows: Sequence[Row]) -> str:
 
 def draw(config: TrainStepBench, rows: Sequence[Row], path: Path) -> None:
     """Seconds of a step, and of the attention in it, against the context."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg  # draws without a display or global state
-    from matplotlib.figure import Figure
-    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
-
-    figure = Figure(figsize=(7.5, 4.8), layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.add_subplot()
+    figure, (axes,) = new_figure(width=7.5, height=4.8)
     for kind in KINDS:
         mine = [row for row in rows if row.attention == kind]
         contexts, name = [row.context for row in mine], {"shifted": "shifted groups"}.get(kind, kind)
-        colour = _COLOURS[kind]
-        axes.plot(contexts, [r.step.median for r in mine], "o-", color=colour, label=f"step, {name}")
+        color = _COLORS[kind]
+        axes.plot(contexts, [r.step.median for r in mine], "o-", color=color, label=f"step, {name}")
         parts = [r.attention_part.median for r in mine]
-        axes.plot(contexts, parts, "o:", color=colour, label=f"attention alone, {name}")
-    axes.set_xscale("log", base=2)
+        axes.plot(contexts, parts, "o:", color=color, label=f"attention alone, {name}")
+    length_axis(axes, config.contexts, "context (tokens)")
     axes.set_yscale("log")
-    axes.set_xticks(list(config.contexts), [short_count(context) for context in config.contexts])
-    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-    axes.yaxis.set_minor_formatter(NullFormatter())
-    axes.grid(color="#e6e6e6", linewidth=0.8)
-    axes.set_axisbelow(True)
-    axes.spines[["top", "right"]].set_visible(False)
+    plain_numbers(axes.yaxis, at=(1, 2, 5))
+    tidy(axes)
     axes.legend(frameon=False)
-    axes.set_xlabel("context (tokens)")
     axes.set_ylabel("time (s)")
     model = f"{config.layers} layers of {config.heads} heads of 64, one window, groups of a quarter"
-    axes.set_title(f"A LongLoRA step: {model}\n{machine_name(machine())}", loc="left", fontsize=9)
-    figure.savefig(path, dpi=150)
+    axes.set_title(f"A LongLoRA step: {model}\n{machine_line(machine())}", loc="left", fontsize=9)
+    save(figure, path, dpi=150)
 
 
 if __name__ == "__main__":

@@ -1,27 +1,28 @@
-"""The figures of benchmarks/cpu.py: times against lengths, both on logarithmic axes."""
+"""The figures of the CPU benchmark: times against lengths, both on logarithmic axes."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from cpu_rows import FLEX, FLOOR, KINDS, NOBODY, ONNX, OURS, SDPA, TORCH_MODEL
-from matplotlib.backends.backend_agg import FigureCanvasAgg  # draws without a display or global state
-from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+from cpu.rows import FLEX, FLOOR, KINDS, NOBODY, ONNX, OURS, SDPA, TORCH_MODEL
+from jsparse.integers import cdiv
+from jsparse.reports.figures import COLORS, length_axis, new_figure, plain_numbers, save, tidy
 
-# Okabe and Ito's colours, which most colour-blind people can tell apart; a contender keeps its own.
-COLOURS = {
-    OURS: "#0072B2",
-    FLEX: "#D55E00",
-    SDPA: "#000000",
-    ONNX: "#009E73",
-    FLOOR: "#999999",
-    "jsparse, dense": "#56B4E9",
-    "jsparse, sparse": "#0072B2",
-    TORCH_MODEL: "#D55E00",
-    **dict(zip(KINDS, ("#000000", "#0072B2", "#E69F00"), strict=True)),
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+CONTENDERS = {  # each keeps its color
+    OURS: "blue",
+    FLEX: "vermilion",
+    SDPA: "black",
+    ONNX: "green",
+    FLOOR: "grey",
+    "jsparse, dense": "sky blue",
+    "jsparse, sparse": "blue",
+    TORCH_MODEL: "vermilion",
+    **dict(zip(KINDS, ("black", "blue", "orange"), strict=True)),
 }
-Lines = Mapping[str, Sequence[tuple[float, float]]]
+Lines = Mapping[str, Sequence[tuple[int, float]]]
 
 
 def draw(document: Sequence[Mapping[str, Any]], folder: Path) -> list[Path]:
@@ -56,14 +57,14 @@ def draw(document: Sequence[Mapping[str, Any]], folder: Path) -> list[Path]:
         drawn = {title: lines for title, lines in drawn.items() if any(lines.values())}
         if drawn:
             folder.mkdir(parents=True, exist_ok=True)
-            figure(title, drawn, unit).savefig(folder / f"{name}.png", dpi=120)
+            save(draw_panels(title, drawn, unit), folder / f"{name}.png")
             files.append(folder / f"{name}.png")
     return files
 
 
-def times(results: Sequence[Mapping[str, Any]]) -> dict[str, list[tuple[float, float]]]:
+def times(results: Sequence[Mapping[str, Any]]) -> dict[str, list[tuple[int, float]]]:
     """(length, milliseconds) of every contender in the results, ours first."""
-    lines: dict[str, dict[float, float]] = {}
+    lines: dict[str, dict[int, float]] = {}
     for side in ("ours", "peer"):
         for result in results:
             if f"{side}_ms" in result and result[side] != NOBODY:
@@ -71,36 +72,26 @@ def times(results: Sequence[Mapping[str, Any]]) -> dict[str, list[tuple[float, f
     return {name: sorted(points.items()) for name, points in lines.items()}
 
 
-def figure(title: str, panels: Mapping[str, Lines], unit: str) -> Figure:
-    drawn = Figure(
-        figsize=(4.6 * min(len(panels), 2), 3.7 * -(-len(panels) // 2) + 0.4), layout="constrained"
-    )
-    FigureCanvasAgg(drawn)
-    grid = drawn.subplots(-(-len(panels) // 2), min(len(panels), 2), squeeze=False).flatten()
+def draw_panels(title: str, panels: Mapping[str, Lines], unit: str) -> "Figure":
+    """A figure of two panels per row, each by its title."""
+    rows, columns = cdiv(len(panels), 2), min(len(panels), 2)
+    figure, grid = new_figure(rows, columns, width=4.6 * columns, height=3.7 * rows + 0.4)
     for axes, (about, lines) in zip(grid, panels.items(), strict=False):
         for name, points in lines.items():
             if points:
                 style = "--" if name == FLOOR else "o-"
-                axes.plot(
-                    *zip(*points, strict=True), style, color=COLOURS.get(name), markersize=4, label=name
-                )
-        axes.set_xscale("log", base=2)
+                color = COLORS[CONTENDERS[name]] if name in CONTENDERS else None
+                axes.plot(*zip(*points, strict=True), style, color=color, markersize=4, label=name)
         axes.set_yscale("log")
-        ticks = sorted({length for points in lines.values() for length, _ in points})
-        axes.set_xticks(ticks, [f"{n // 1024}k" if n % 1024 == 0 else str(n) for n in ticks])
-        axes.xaxis.set_minor_formatter(NullFormatter())
+        length_axis(axes, sorted({length for points in lines.values() for length, _ in points}), "tokens")
         values = [value for points in lines.values() for _, value in points]
-        if max(values) < 100 * min(values):  # or hardly one power of ten has a label
-            axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
-        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-        axes.yaxis.set_minor_formatter(NullFormatter())
-        axes.grid(color="#e6e6e6", linewidth=0.8)
-        axes.spines[["top", "right"]].set_visible(False)
+        # Over a short range, hardly one power of ten would have a label.
+        plain_numbers(axes.yaxis, at=(1, 2, 5) if max(values) < 100 * min(values) else ())
+        tidy(axes)
         axes.set_title(about, fontsize=9.5, loc="left")
-        axes.set_xlabel("tokens")
         axes.set_ylabel(unit)
         axes.legend(frameon=False, fontsize=7.5)
     for axes in grid[len(panels) :]:
         axes.set_axis_off()
-    drawn.suptitle(title, fontsize=9)
-    return drawn
+    figure.suptitle(title, fontsize=9)
+    return figure

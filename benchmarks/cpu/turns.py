@@ -1,6 +1,7 @@
-"""One case of benchmarks/cpu.py: its contenders made, compared, and timed in turns by their workers."""
+"""One case of the CPU benchmark: its contenders made, compared, and timed in turns by their workers."""
 
 import dataclasses
+import functools
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -8,9 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from cpu_rows import FLOOR, NOBODY, Case, Pair, Who
-from cpu_workers import Worker, WorkerError
-from measure import agreement, describe, judge, ratios
+from measure import agreement, describe, judge
+
+from cpu.rows import FLOOR, NOBODY, Case, Pair, Who
+from cpu.workers import Worker, WorkerError
+from jsparse.evaluate.speed.turns import ratios, repeats_in, take_turns
 
 TOLERANCE = {"float32": 1e-3, "bfloat16": 2e-2, "none": 0.0}  # relative, in the worst tile
 PAUSE_S = 0.05  # between turns: threads that wait for work spin for a while before they sleep
@@ -18,8 +21,8 @@ PAUSE_S = 0.05  # between turns: threads that wait for work spin for a while bef
 
 @dataclasses.dataclass(frozen=True)
 class Pace:
-    """How often everything runs: ``rounds``, but of what takes longer than ``slow_s`` a call three at most,
-    and two from ``very_slow_s``. A timing lasts ``target_s``, or one call.
+    """How often everything runs: ``rounds`` times, but at most three if a call takes longer than ``slow_s``,
+    and two from ``very_slow_s`` on. A timing lasts ``target_s``, or one call.
     """
 
     rounds: int = 7
@@ -27,7 +30,7 @@ class Pace:
     slow_s: float = 2.0
     very_slow_s: float = 8.0
 
-    def rounds_of(self, seconds: float) -> int:
+    def rounds_for(self, seconds: float) -> int:
         if seconds > self.very_slow_s:
             return min(self.rounds, 2)
         return min(self.rounds, 3) if seconds > self.slow_s else self.rounds
@@ -96,7 +99,7 @@ def measure(case: Case, at: Workplace) -> Measured:
 
 
 def compare(case: Case, outputs: Mapping[str, Mapping[str, np.ndarray]]) -> tuple[dict[str, str], list[str]]:
-    """Errors by name, of those who disagree, and notes. Ours is wrong where it agrees with nobody."""
+    """Errors of those who disagree, by name, and notes. Ours is wrong where it agrees with nobody."""
     reference = next((who.name for who in case.contenders if who.compared and who.side == "ours"), None)
     if reference is None:
         return {}, []
@@ -127,29 +130,27 @@ def alternate(
     pace: Pace,
     seconds_left: Callable[[], float],
 ) -> tuple[dict[str, dict[int, Mapping[str, float]]], dict[str, str]]:
-    """Rounds A B C A B C; round 0 has single calls, which say how often each is to run."""
-    times: dict[str, dict[int, Mapping[str, float]]] = {who.name: {} for who in contenders}
-    errors: dict[str, str] = {}
-    repeats = {who.name: 1 for who in contenders}
-    rounds = {who.name: 1 for who in contenders}
-    for number in range(pace.rounds + 1):
-        if number and seconds_left() <= 0:
-            break
-        for who in contenders:
-            name = who.name
+    """Rounds A B C A B C. Round 0 has single calls, which say how often each is to run."""
+    repeats: dict[str, int] = {}
+    rounds: dict[str, int] = {}
+
+    def turn(who: Who, number: int) -> Mapping[str, float] | None:
+        if number == 0:
+            times = run(who, 1)
+            once = sum(times.values())
+            repeats[who.name] = repeats_in(pace.target_s, once, most=10000)
             # Round 0 counts for what is slow, which has the fewer others.
-            if name in errors or (number and number > rounds[name]):
-                continue
-            try:
-                times[name][number] = run(who, repeats[name])
-            except WorkerError as error:
-                errors[name] = str(error)
-                continue
-            if number == 0:
-                once = sum(times[name][0].values())
-                repeats[name] = min(max(round(pace.target_s / once), 1), 10000)
-                rounds[name] = pace.rounds_of(once) - (once > pace.slow_s)
-    return times, errors
+            rounds[who.name] = pace.rounds_for(once) - (once > pace.slow_s)
+            return times
+        return run(who, repeats[who.name]) if number <= rounds[who.name] else None
+
+    turns = take_turns(
+        {who.name: functools.partial(turn, who) for who in contenders},
+        1 + pace.rounds,
+        goes_on=lambda number: number == 0 or seconds_left() > 0,
+        failures=WorkerError,
+    )
+    return turns.measured, {name: str(error) for name, error in turns.errors.items()}
 
 
 def entry(case: Case, pair: Pair, measured: Measured, floor_s: float | None, pace: Pace) -> dict[str, Any]:
@@ -180,7 +181,7 @@ def entry(case: Case, pair: Pair, measured: Measured, floor_s: float | None, pac
     if pair.peer in (FLOOR, NOBODY):
         theirs = {number: {pair.metric: floor_s or 0.0} for number in mine}
         if pair.peer == FLOOR and floor_s is None:
-            return result | {"error": "no matrix product was measured, of which the floor is made"}
+            return result | {"error": "no matrix product was measured, and the floor is made from one"}
     else:
         theirs = measured.times.get(pair.peer, {})
     rounds = sorted(mine.keys() & theirs.keys())

@@ -1,9 +1,8 @@
 """How attention grows with the length: exponents, and the memory of one call, each in a process of its own.
 
-python benchmarks/cpu_growth.py dense 4096        # prints the bytes
+Run as a module (``python -m cpu.growth dense 4096`` in benchmarks/), it prints the bytes of one call.
 """
 
-import argparse
 import os
 import subprocess
 import sys
@@ -11,6 +10,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+import tyro
+
+from cpu.workers import BENCHMARKS
 
 
 def exponent(lengths: Sequence[float], values: Sequence[float]) -> float:
@@ -28,27 +30,29 @@ def exponent(lengths: Sequence[float], values: Sequence[float]) -> float:
 
 def peak_in_new_process(kind: str, length: int, *, small: bool, timeout: float) -> int:
     """The bytes of one call, without what the workers have set for memory: freed memory goes back."""
-    command = [sys.executable, __file__, kind, str(length), *["--small"] * small]
+    command = [sys.executable, "-m", "cpu.growth", kind, str(length), *["--small"] * small]
     environment = {name: value for name, value in os.environ.items() if not name.startswith("MALLOC_")}
     environment["JAX_PLATFORMS"] = "cpu"
-    done = subprocess.run(command, capture_output=True, text=True, timeout=timeout, env=environment)
+    done = subprocess.run(
+        command, capture_output=True, text=True, timeout=timeout, env=environment, cwd=BENCHMARKS
+    )
     if done.returncode:
         raise RuntimeError(f"exit code {done.returncode}: {' '.join(done.stderr.split())[-200:]}")
     return int(done.stdout.strip().splitlines()[-1])
 
 
 def peak(kind: str, length: int, small: bool) -> int:
-    """The peak of memory in a call beyond what is there before it: inputs and compiled code. Linux only."""
-    import cpu_inputs
+    """The peak of memory in a call, beyond what was used before it (inputs and compiled code). Linux only."""
     import jax
     import jax.numpy as jnp
-    from cpu_ours import lists_of
-    from cpu_rows import sizes
 
     import jsparse
+    from cpu import inputs
+    from cpu.ours import lists_of
+    from cpu.rows import sizes
 
     of = sizes(small)
-    q, k, v, _ = (jnp.asarray(x) for x in cpu_inputs.sequences(length, of))
+    q, k, v, _ = (jnp.asarray(x) for x in inputs.sequences(length, of))
     mask = lists_of(kind, length, of)
     if isinstance(mask, jsparse.BlockMask):
         attend = jax.jit(jsparse.attention).lower(q, k, v, mask).compile()
@@ -69,10 +73,9 @@ def memory(field: str) -> int:
     return next(1024 * int(line.split()[1]) for line in lines if line.startswith(f"{field}:"))
 
 
+def print_peak(kind: str, length: int, /, *, small: bool = False) -> None:
+    print(peak(kind, length, small))
+
+
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("kind")
-    parser.add_argument("length", type=int)
-    parser.add_argument("--small", action="store_true")
-    given = parser.parse_args()
-    print(peak(given.kind, given.length, given.small))
+    tyro.cli(print_peak)

@@ -1,4 +1,4 @@
-"""What a benchmark found: a JSON file, a table for the terminal, a plot, and a section of the README.
+"""What the GPU benchmark found: a table for the terminal, a plot, and the section of docs/results/gpu.md.
 
 The file is ``{"header": {...}, "results": [...]}``. A result has row, length, dtype and peer (the contender's
 name), and either ``error``, or ratio_median, ratio_min, ratio_max (our time / its time; 1 for our own),
@@ -13,15 +13,12 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from sections import number, ratio
+
+from jsparse.reports.console import short_count
+from jsparse.reports.figures import new_figure, plain_numbers, save
+
 NOT_YET = "not yet measured"
-
-
-def write(path: Path, header: Mapping[str, Any], results: Sequence[Mapping[str, Any]]) -> None:
-    """Writes the file whole or not at all: a run that is cut short leaves the last one."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_suffix(".tmp")
-    beside.write_text(json.dumps({"header": header, "results": results}, indent=1, ensure_ascii=False) + "\n")
-    os.replace(beside, path)
 
 
 def read(path: Path) -> dict[str, Any]:
@@ -39,23 +36,6 @@ def by_row(results: Sequence[Mapping[str, Any]]) -> list[tuple[tuple[str, int], 
 
 def rate(result: Mapping[str, Any]) -> str:
     return f"{result['tflops']:.0f} TFLOP/s" if "tflops" in result else f"{result['gb_per_s']:.0f} GB/s"
-
-
-def number(value: float) -> str:
-    """Three significant digits, without an exponent.
-
-    >>> number(12345.6), number(12.345), number(0.98765)
-    ('12,346', '12.3', '0.988')
-    """
-    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
-
-
-def ratio(result: Mapping[str, Any]) -> str:
-    """
-    >>> ratio({"ratio_median": 0.5, "ratio_min": 0.48, "ratio_max": 0.55})
-    '0.5 (0.48 to 0.55)'
-    """
-    return "{} ({} to {})".format(*(number(result[f"ratio_{name}"]) for name in ("median", "min", "max")))
 
 
 # Terminal ----------------------------------------------------------------------------------------------
@@ -101,7 +81,7 @@ def print_table(
 
 
 def notes(header: Mapping[str, Any]) -> list[str]:
-    """What a reader must know beside the numbers, a line each."""
+    """What a reader must know beside the numbers, one line each."""
     lines = [
         f"{header['device']}, {header['date']}, "
         + ", ".join(f"{k} {v}" for k, v in header["versions"].items())
@@ -121,24 +101,17 @@ def notes(header: Mapping[str, Any]) -> list[str]:
 
 
 def draw(header: Mapping[str, Any], results: Sequence[Mapping[str, Any]], path: Path) -> None:
-    """Bars of time over floor, a group a row; written as PNG and PDF beside ``path``."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg  # draws without a display or global state
-    from matplotlib.figure import Figure
-    from matplotlib.ticker import FuncFormatter, NullFormatter
-
+    """Bars of time over floor, one group per row; written as PNG and PDF beside ``path``."""
     if not results:
         return
     groups = by_row(results)
-    figure = Figure(figsize=(9, 1.4 + 0.26 * len(results) + 0.2 * len(groups)), layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.subplots()
+    figure, (axes,) = new_figure(width=9, height=1.4 + 0.26 * len(results) + 0.2 * len(groups))
 
     place, ticks, labels = 0.0, [], []
     for (row, length), group in groups:
         for i, result in enumerate(group):
             ticks.append(place)
-            tokens = f"{length // 1024}k" if length % 1024 == 0 else str(length)
-            labels.append(f"{row}, {tokens}   {result['peer']}" if i == 0 else result["peer"])
+            labels.append(f"{row}, {short_count(length)}   {result['peer']}" if i == 0 else result["peer"])
             place += 1
             if "error" in result:
                 axes.text(1.05, ticks[-1], "failed", va="center", fontsize=8, color="#a33")
@@ -159,8 +132,7 @@ def draw(header: Mapping[str, Any], results: Sequence[Mapping[str, Any]], path: 
     axes.axvline(1, color="black", linewidth=0.8)
     low, high = axes.get_xlim()
     axes.set_xlim(min(low, 0.8), high * 2.2)  # room for the numbers
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-    axes.xaxis.set_minor_formatter(NullFormatter())
+    plain_numbers(axes.xaxis)
     axes.set_xlabel("time / floor of the row's work (1: no implementation can be faster)")
     for side in ("top", "right"):
         axes.spines[side].set_visible(False)
@@ -171,17 +143,16 @@ def draw(header: Mapping[str, Any], results: Sequence[Mapping[str, Any]], path: 
     )
     axes.set_title(f"{title}\nblue: jsparse; grey: the same work; sand: dense attention", fontsize=9.5)
     for suffix in (".png", ".pdf"):
-        figure.savefig(path.with_suffix(suffix), dpi=130)
+        save(figure, path.with_suffix(suffix), dpi=130)
 
 
-# README ------------------------------------------------------------------------------------------------
+# Page --------------------------------------------------------------------------------------------------
 
-BEGIN, END = "<!-- benchmarks/gpu.py --markdown writes from here -->", "<!-- to here -->"
+BEGIN = "<!-- benchmarks/gpu --markdown writes from here -->"
 
 
 def markdown(document: Mapping[str, Any] | None, rows: Iterable[Any]) -> str:
-    """The README's table of the rows (name, about, goal); without results each says that it is not yet
-    measured.
+    """The page's table of the rows (name, about, goal); without results, each is not yet measured.
 
     Raises ValueError for the results of a smoke run.
     """
@@ -218,16 +189,3 @@ def markdown(document: Mapping[str, Any] | None, rows: Iterable[Any]) -> str:
         f"| {row.name} | {row.about} | | {NOT_YET} | | | {row.goal} |" for row in rows if row.name not in seen
     ]
     return "\n".join(lines)
-
-
-def put_between(text: str, section: str, begin: str = BEGIN, end: str = END) -> str:
-    """The text with what stands between the two marks replaced. Sections of other marks may end the same way.
-
-    >>> put_between(f"{END} a {BEGIN} old {END} b", "new") == f"{END} a {BEGIN}\\n\\nnew\\n\\n{END} b"
-    True
-    """
-    before, begun, rest = text.partition(begin)
-    _, ended, after = rest.partition(end)
-    if not begun or not ended or begin in rest:
-        raise ValueError(f"the text must hold {begin!r} and after it {end!r}, once each")
-    return f"{before}{begin}\n\n{section}\n\n{end}{after}"

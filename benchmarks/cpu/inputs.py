@@ -1,9 +1,10 @@
-"""The inputs of benchmarks/cpu.py, in NumPy and by seed: each worker makes the same ones for itself."""
+"""The inputs of the CPU benchmark, in NumPy and by seed: each worker makes the same ones for itself."""
 
 import functools
 
 import numpy as np
-from cpu_rows import BLOCK, Sizes
+
+from cpu.rows import BLOCK, Sizes
 
 
 def normal(seed: int, *shape: int) -> np.ndarray:
@@ -34,7 +35,7 @@ def _keys_and_values(*shape: int) -> tuple[np.ndarray, np.ndarray]:
 def page_lists(length: int, of: Sizes) -> np.ndarray:
     """int32 [lists, Hk, pages]: lists that share no page, each ascending, as many as there are up to eight.
 
-    >>> from cpu_rows import SMALL
+    >>> from rows import SMALL
     >>> lists = page_lists(1024, SMALL)
     >>> lists.shape, [len(np.unique(lists[:, head])) for head in range(2)]
     ((8, 2, 8), [64, 64])

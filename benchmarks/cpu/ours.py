@@ -1,17 +1,17 @@
-"""Our side of benchmarks/cpu.py: a worker that runs jsparse on the inputs of cpu_inputs.py."""
+"""Our side of the CPU benchmark: a worker that runs jsparse on the inputs of inputs.py."""
 
 import itertools
 from collections.abc import Callable, Mapping
 from typing import Any
 
-import cpu_inputs
 import jax
 import jax.numpy as jnp
 import numpy as np
-from cpu_rows import BLOCK, KINDS, OURS, Sizes, sizes
-from cpu_workers import Ready, repeated, serve
 
 import jsparse
+from cpu import inputs
+from cpu.rows import BLOCK, KINDS, OURS, Sizes, sizes
+from cpu.workers import Ready, repeated, serve
 from jsparse import BlockMask
 from jsparse.cache.decode import decode_attention
 from jsparse.cache.pages import PagedKVCache
@@ -42,9 +42,9 @@ def make(spec: Mapping[str, Any]) -> Ready:
         case "matmul":
             return matmul(length, dtype)
         case "generate" | "finetune-step":
-            import cpu_ours_model
+            from cpu import ours_model
 
-            return cpu_ours_model.make(spec)
+            return ours_model.make(spec)
     raise ValueError(f"row={spec['row']!r} is not one of ours")
 
 
@@ -75,7 +75,7 @@ def lists_of(kind: str, length: int, of: Sizes) -> Any:
     """The mask of a kind of the row growth."""
     dense, stream, top = KINDS
     if kind == top:
-        index, count = cpu_inputs.top_blocks(length, of)
+        index, count = inputs.top_blocks(length, of)
         return BlockMask.from_indices(
             index, count, q_len=length, kv_len=length, block_q=BLOCK, block_kv=BLOCK
         )
@@ -83,7 +83,7 @@ def lists_of(kind: str, length: int, of: Sizes) -> Any:
 
 
 def prefill(mask: Any, length: int, dtype, of: Sizes) -> Ready:
-    q, k, v, _ = (jnp.asarray(x, dtype) for x in cpu_inputs.sequences(length, of))
+    q, k, v, _ = (jnp.asarray(x, dtype) for x in inputs.sequences(length, of))
     if isinstance(mask, BlockMask):  # lists that a selector chose are data
         attend = jax.jit(jsparse.attention)
         return ready(lambda: (attend(q, k, v, mask),))
@@ -92,7 +92,7 @@ def prefill(mask: Any, length: int, dtype, of: Sizes) -> Ready:
 
 
 def forward_backward(mask: Any, length: int, dtype, of: Sizes) -> Ready:
-    arrays = [jnp.asarray(x, dtype) for x in cpu_inputs.sequences(length, of)]
+    arrays = [jnp.asarray(x, dtype) for x in inputs.sequences(length, of)]
 
     @jax.jit
     def both(q, k, v, d_out):
@@ -122,7 +122,7 @@ def build_mask(length: int, of: Sizes) -> Ready:
 
 
 def matmul(side: int, dtype) -> Ready:
-    a, b = (jnp.asarray(cpu_inputs.normal(seed, side, side), dtype) for seed in (1, 2))
+    a, b = (jnp.asarray(inputs.normal(seed, side, side), dtype) for seed in (1, 2))
     product = jax.jit(jnp.matmul)
     return ready(lambda: (product(a, b),))
 
@@ -138,11 +138,11 @@ def paged(x: np.ndarray, dtype, of: Sizes) -> jax.Array:
 
 
 def decode(length: int, dtype, of: Sizes) -> Ready:
-    q = jnp.asarray(cpu_inputs.token_of(of), dtype)
-    k, v = cpu_inputs.cache(length, of)
+    q = jnp.asarray(inputs.token_of(of), dtype)
+    k, v = inputs.cache(length, of)
     pool = PagedKVCache(paged(k, dtype, of), paged(v, dtype, of))
     table, lengths = jnp.arange(length // of.page)[None], jnp.array([length])
-    lists = [jnp.asarray(each)[None] for each in cpu_inputs.page_lists(length, of)]
+    lists = [jnp.asarray(each)[None] for each in inputs.page_lists(length, of)]
     turn = itertools.cycle(lists)
 
     @jax.jit
@@ -157,8 +157,8 @@ def decode(length: int, dtype, of: Sizes) -> Ready:
 
 
 def select(length: int, dtype, of: Sizes) -> Ready:
-    q = jnp.asarray(cpu_inputs.token_of(of), dtype)
-    k, _ = cpu_inputs.cache(length, of)
+    q = jnp.asarray(inputs.token_of(of), dtype)
+    k, _ = inputs.cache(length, of)
     bounds = np.concatenate(page_bounds(k, of.logical_page), axis=-1)
     logical = of.page // of.logical_page
     bounds = jnp.asarray(bounds.reshape(1, of.kv_heads, length // of.page, logical, -1))

@@ -1,4 +1,4 @@
-"""What benchmarks/cpu.py measures: its rows, who runs in them, which times are divided, and the goals.
+"""What the CPU benchmark measures: its rows, who runs in them, which times are divided, and the goals.
 
 Plain data: the worker of either side reads it, whatever else its environment lacks.
 """
@@ -116,8 +116,11 @@ ABOUT = {
 
 @dataclasses.dataclass(frozen=True)
 class Who:
-    """A contender: whose worker makes it. compared: its outputs are to be those of the first one of ours that
-    is compared. timed False: it is there for the comparison alone.
+    """A contender.
+
+    - side: whose worker makes it.
+    - compared: whether its outputs are compared with those of our first contender that is compared.
+    - timed: False if it takes part in the comparison alone.
     """
 
     name: str
@@ -169,9 +172,9 @@ def chosen_cases(
     rows: Sequence[str] | None = None, lengths: Sequence[int] | None = None, *, small: bool = False
 ) -> list[Case]:
     """The cases of the rows at the lengths, all by default, in the order in which they run: the matrix
-    products first where a floor is wanted.
+    products first if a floor is wanted.
 
-    Raises ValueError for a row or a length that is nowhere.
+    Raises ValueError for a row or a length that does not exist.
     """
     of = sizes(small)
     for row in rows or ():

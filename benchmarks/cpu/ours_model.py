@@ -1,24 +1,24 @@
-"""Our side of the rows of benchmarks/cpu.py that run a whole model: generation, and a step of fine-tuning."""
+"""Our side of the rows of the CPU benchmark that run a whole model: generation, and a step of fine-tuning."""
 
 import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import cpu_inputs
 import jax
 import jax.numpy as jnp
 import numpy as np
-from cpu_rows import Sizes, sizes
-from cpu_workers import Ready, repeated
 from flax import nnx
 
+from cpu import inputs
+from cpu.rows import Sizes, sizes
+from cpu.workers import Ready, repeated
 from jsparse import PooledBlocks
 from jsparse.evaluate.speed.common import last_heads_stream
 from jsparse.models import Llama, LlamaConfig
 from jsparse.serve import CacheConfig, SamplingParams, generate
 from jsparse.train import FinetuneConfig
-from jsparse.train.start import is_trained, prepare, step_of
+from jsparse.train.start import is_trained, make_step, prepare
 from jsparse.train.step import new_state, split_model
 
 
@@ -59,7 +59,7 @@ def cache_config(policy: str, model: LlamaConfig, capacity: int, of: Sizes) -> C
 
 
 def generation(model: Llama, policy: str, length: int, of: Sizes) -> Ready:
-    prompt = cpu_inputs.tokens(length, of)
+    prompt = inputs.tokens(length, of)
     page, _ = CacheConfig().page_sizes()
     cache = cache_config(policy, model.config, -(-(length + of.new_tokens) // page) * page, of)
     greedy = SamplingParams(temperature=0.0, ignore_eos=True)
@@ -77,7 +77,7 @@ def generation(model: Llama, policy: str, length: int, of: Sizes) -> Ready:
             "token": sum(each.decode_seconds / each.decode_steps for each in stats) / repeats,
         }
 
-    # Compiled functions depend on the capacity and not on the prompt, of which more than one chunk is enough.
+    # Compiled functions depend on the capacity and not on the prompt: more than one chunk of it is enough.
     call(prompt[: 2 * cache.prefill_chunk])
 
     def outputs() -> dict[str, np.ndarray]:
@@ -92,9 +92,9 @@ def training_step(model: Llama, attention: str, length: int, of: Sizes) -> Ready
     run = FinetuneConfig(model="-", data="-", output="-", context=length, attention=attention, batch_size=1)
     config = dataclasses.replace(model.config, max_position_embeddings=1 << 17)
     params, split = split_model(prepare(run, model), is_trained(run))
-    step = step_of(run, split, run.pattern(config).masks(config, length), None)
+    step = make_step(run, split, run.pattern(config).masks(config, length), None)
     state = new_state(params, run.optimizer())
-    window = cpu_inputs.tokens(length, of)[None, None]
+    window = inputs.tokens(length, of)[None, None]
     batch = window, np.ones_like(window), np.ones(window.shape, bool)
 
     def call() -> float:

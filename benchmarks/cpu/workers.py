@@ -1,7 +1,7 @@
-"""The two processes of benchmarks/cpu.py: ours, and the peers', which may run in another environment.
+"""The two processes of the CPU benchmark: ours, and the peers', which may run in another environment.
 
-They take turns and one is blocked while the other runs, so that neither disturbs the other with its threads
-or its memory. A worker reads requests on its standard input and answers on its standard output, each one line
+They take turns, and one is blocked while the other runs: neither disturbs the other with its threads or its
+memory. A worker reads requests on its standard input and answers on its standard output, each one line
 of JSON:
 
     {"do": "make", "name": ..., "spec": ...}    makes a contender ready to run
@@ -11,6 +11,9 @@ of JSON:
     {"do": "about"}                             {"versions": ...}
 
 Whatever else a library prints goes to the worker's log. An answer is {"error": ...} where something failed.
+
+The GPU benchmark has another protocol (gpu/workers.py): there one process runs all libraries, as they share
+one device and its memory, and it is replaced when a kernel hangs or crashes.
 """
 
 import contextlib
@@ -32,12 +35,14 @@ from typing import Any
 
 import numpy as np
 
+BENCHMARKS = Path(__file__).resolve().parents[1]  # workers run as modules of this folder: python -m cpu.ours
+
 
 def environment(threads: int) -> dict[str, str]:
-    """What both workers have set. Fresh memory would cost page faults in every call: what was freed is kept.
+    """Settings of both workers. Fresh memory would cost page faults in every call, so freed memory is kept.
 
-    Threads that wait for work spin for a while, as their libraries want it; between turns there is a pause,
-    in which they fall asleep.
+    Threads that wait for work spin for a while, as their libraries like it. Between turns there is a pause in
+    which they fall asleep.
     """
     count = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NPROC", "PJRT_NPROC")
     return {name: str(threads) for name in count} | {
@@ -65,7 +70,7 @@ class Ready:
 
 
 def load(module: str) -> Any:
-    """A module that may not be installed, and that no type checker need know."""
+    """A module that may not be installed, and that the type checker does not know."""
     return importlib.import_module(module)
 
 
@@ -170,6 +175,7 @@ class Worker:
                 stdout=subprocess.PIPE,
                 stderr=log,
                 env={**os.environ, **self.settings},
+                cwd=BENCHMARKS,
                 start_new_session=True,  # to end it together with the processes that it starts
             )
 

@@ -1,27 +1,26 @@
 """A small model extended from 256 to 2048 tokens: what the attention of the training costs in perplexity.
 
-    python benchmarks/extension.py --output benchmarks/results/cpu-extension
+    python benchmarks/training/extension.py --output benchmarks/results/cpu-extension
 
 LongLoRA's comparison (arXiv 2309.12307, tables 1 and 2) in miniature. A byte-level Llama is trained at the
 short context, its RoPE is extended, and then it is trained at the long one with full attention, with shifted
 groups of a quarter of the context (S²-Attn), and with the same groups without the shift ("short attention");
 data, order, seed, steps and everything else are equal.
 
-The text is made so that a small model learns it, and that what can be known of it with and without context
-can be worked out: random letters in rows of 64, where four in five repeat the letter above. A letter is known
+The text is made for a small model to learn, and what can be known of it with and without context can be
+worked out: random letters in rows of 64, where four in five repeat the letter above. A letter is known
 as well as it can be once the row above is seen; where a group begins, it is not.
 
-Perplexity is that of a byte, on documents that were held out; with ``--held-out dev`` on others, those that
+Perplexity is per byte, on documents that were held out; with ``--held-out dev`` on others, those that
 the settings were chosen on. Every model is measured with full attention, as it would be served, and with the
 pattern that it was trained with.
 
 RoPE is extended as Llama 3 does by default, which leaves wavelengths below a quarter of the short context as
-they are: 3 of the model's 8. With the others, which leave one or none, it has to learn distances anew.
+they are: 3 of the model's 8. With the others, which leave one or none, it has to learn distances again.
 """
 
 import contextlib
 import dataclasses
-import importlib.util
 import json
 import math
 import statistics
@@ -36,11 +35,13 @@ from typing import Any, Literal
 import numpy as np
 import tyro
 
-from jsparse.evaluate.speed.common import RESULTS, check_integers, check_list, check_output, describe_machine
-from jsparse.evaluate.speed.report import machine_name, short_count
+from jsparse.evaluate.speed.common import RESULTS, check_integers, check_list, check_output
 from jsparse.examples.demo import END_OF_TEXT, DemoConfig, train_base
 from jsparse.models import Llama, load_tokenizer
 from jsparse.models.patterns import AttentionPattern, load_pattern
+from jsparse.reports.console import short_count, write_json
+from jsparse.reports.figures import COLORS, can_draw, length_axis, new_figure, save, tidy
+from jsparse.reports.machine import describe_machine, machine_line
 from jsparse.train import FinetuneConfig, evaluate_perplexity, finetune, read_documents
 
 KINDS = ("full", "shifted", "grouped")
@@ -48,7 +49,7 @@ FIGURE, TEXT = "extension.png", "train.jsonl"
 _SEEDS = {"train": 1, "dev": 2, "test": 3}  # of the text
 _LETTERS = np.array(list(string.ascii_letters))
 _REPEATED = 0.8  # probability that a letter is the one above
-_COLOURS = {"full": "#000000", "shifted": "#0072B2", "grouped": "#D55E00"}  # Okabe and Ito's
+_COLORS = {"full": COLORS["black"], "shifted": COLORS["blue"], "grouped": COLORS["vermilion"]}
 _NAMES = {"full": "full attention", "shifted": "shifted groups", "grouped": "groups without the shift"}
 
 
@@ -85,9 +86,9 @@ class ExtensionBench:
     batch_size: int = 4
     """Windows in each of them."""
     learning_rate: float = 1e-3
-    """Of these, after the warm-up of 10 steps; it falls to a tenth along a cosine."""
+    """At the long context, after a warm-up of 10 steps; it falls to a tenth along a cosine."""
     seeds: tuple[int, ...] = (1, 2)
-    """Of the order of the windows at the long context: every kind of attention is trained with each."""
+    """Seeds of the order of windows at the long context: every kind of attention is trained with each."""
     documents: int = 1500
     """Documents to train on, as long as the long context each."""
     held_out_documents: int = 24
@@ -199,9 +200,7 @@ def bench_extension(config: ExtensionBench) -> list[Row]:
             folder.mkdir(parents=True, exist_ok=True)
         rows = train_and_measure(config, models)
     print(markdown(config, rows))
-    if importlib.util.find_spec("matplotlib") is None:
-        print(f"{FIGURE} was not drawn: pip install 'jsparse[plot]'", file=sys.stderr)
-    else:
+    if can_draw(FIGURE):
         draw(config, rows, config.output / FIGURE)
     return rows
 
@@ -294,7 +293,7 @@ def extend_and_measure(
 def perplexities(
     config: ExtensionBench, model: Llama, tokens: np.ndarray, pattern: AttentionPattern | None = None
 ) -> tuple[float, ...]:
-    """At each context, with full attention or with a pattern, whose groups keep their size.
+    """At each context, with full attention or with a pattern; its groups keep their size.
 
     Windows lie side by side and all of their tokens are scored: those of the long context are the documents,
     and a group has its beginning and its end in them as in training.
@@ -344,7 +343,7 @@ def markdown(config: ExtensionBench, rows: Sequence[Row]) -> str:
     below, what can be expected of a model that knows how the text is made.
     """
     lines = [
-        f"| perplexity of a byte, window: | {' | '.join(map(short_count, config.contexts))} |",
+        f"| perplexity per byte, window: | {' | '.join(map(short_count, config.contexts))} |",
         "|---" * (1 + len(config.contexts)) + "|",
     ]
     for (model, measured_with), values in over_seeds(rows).items():
@@ -365,7 +364,7 @@ def write(config: ExtensionBench, rows: Sequence[Row], seconds: float) -> None:
         for name, value in dataclasses.asdict(config).items()
     }
     results: dict[str, Any] = {
-        "command": f"python benchmarks/extension.py --output {config.output}",
+        "command": f"python benchmarks/training/extension.py --output {config.output}",
         "settings": settings,
         "contexts": config.contexts,
         "group_size": config.group,
@@ -373,7 +372,7 @@ def write(config: ExtensionBench, rows: Sequence[Row], seconds: float) -> None:
         "rows": [dataclasses.asdict(row) for row in rows],
         "seconds": round(seconds, 1),
     }
-    (config.output / RESULTS).write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+    write_json(config.output / RESULTS, results)
 
 
 def draw(config: ExtensionBench, rows: Sequence[Row], path: Path) -> None:
@@ -381,12 +380,8 @@ def draw(config: ExtensionBench, rows: Sequence[Row], path: Path) -> None:
     of the training; bars are the range over the seeds, dashed lines what can be expected of a model that
     knows how the text is made.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg  # draws without a display or global state
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(9.5, 4.4), layout="constrained")
-    FigureCanvasAgg(figure)
-    panels = dict(zip(("full", "pattern"), figure.subplots(1, 2, sharey=True), strict=True))
+    figure, both = new_figure(1, 2, width=9.5, height=4.4, sharey=True)
+    panels = dict(zip(("full", "pattern"), both, strict=True))
     found = over_seeds(rows)
     for measured_with, axes in panels.items():
         for kind in KINDS:
@@ -395,18 +390,14 @@ def draw(config: ExtensionBench, rows: Sequence[Row], path: Path) -> None:
             mean = values.mean(axis=0)
             spread = np.stack([mean - values.min(axis=0), values.max(axis=0) - mean])
             axes.errorbar(
-                config.contexts, mean, spread, marker="o", capsize=3, color=_COLOURS[kind], label=_NAMES[kind]
+                config.contexts, mean, spread, marker="o", capsize=3, color=_COLORS[kind], label=_NAMES[kind]
             )
         for group in (None, config.group if measured_with == "pattern" else None):
             expected = [expected_perplexity(config, context, group) for context in config.contexts]
             axes.plot(config.contexts, expected, linestyle="--", linewidth=0.9, color="#888888", zorder=1)
-        axes.set_xscale("log", base=2)
-        axes.set_xticks(config.contexts, [short_count(context) for context in config.contexts])
-        axes.set_xlabel("window (tokens)")
-        axes.grid(color="#e6e6e6", linewidth=0.8)
-        axes.set_axisbelow(True)
-        axes.spines[["top", "right"]].set_visible(False)
-    panels["full"].set_ylabel("perplexity of a byte")
+        length_axis(axes, config.contexts, "window (tokens)")
+        tidy(axes)
+    panels["full"].set_ylabel("perplexity per byte")
     panels["full"].set_title("measured with full attention", fontsize=10)
     panels["pattern"].set_title("measured with the attention of the training", fontsize=10)
     panels["full"].legend(frameon=False, title="trained with")
@@ -414,10 +405,10 @@ def draw(config: ExtensionBench, rows: Sequence[Row], path: Path) -> None:
     long = short_count(config.long_context)
     figure.suptitle(
         f"Extended from {config.context} to {long} tokens. With no training at {long}: {untrained:.1f} "
-        f"(and {as_it_is:.1f} as the base is). Dashed: expected\n{machine_name(describe_machine())}",
+        f"(and {as_it_is:.1f} as the base is). Dashed: expected\n{machine_line(describe_machine())}",
         fontsize=10,
     )
-    figure.savefig(path, dpi=150)
+    save(figure, path, dpi=150)
 
 
 if __name__ == "__main__":

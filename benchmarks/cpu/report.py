@@ -1,4 +1,4 @@
-"""What benchmarks/cpu.py found: a file, tables, and the section of the README.
+"""What the CPU benchmark found: tables, and the section of docs/results/cpu.md.
 
 The file is a list: first the header, then the results. A result has row, length, dtype, ours and peer (the
 contenders' names), and ratio_median, ratio_min and ratio_max (our time / its time), ours_ms and peer_ms
@@ -12,22 +12,18 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from cpu_rows import ABOUT, FLOOR, OURS
-from report import END, number, put_between, ratio
+from sections import RESULTS, number, ratio, write_section
 
-BEGIN = "<!-- benchmarks/cpu.py --markdown writes from here -->"
-PLOTS = "benchmarks/results/cpu"
-TABLE = f"{PLOTS}/table.md"
+from cpu import plots
+from cpu.rows import ABOUT, FLOOR, OURS
+from jsparse.reports.console import short_count
+from jsparse.reports.figures import can_draw
+
+BEGIN = "<!-- benchmarks/cpu --markdown writes from here -->"
+PLOTS = f"{RESULTS}/cpu"
+TABLE = "benchmarks/results/cpu/table.md"
 BOTH_DTYPES = ("prefill-streaming", "prefill-half", "decode-pages")
 Result = Mapping[str, Any]
-
-
-def write(path: Path, document: Sequence[Result]) -> None:
-    """Writes the file whole or not at all: a run that is cut short leaves the last one."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_suffix(".tmp")
-    beside.write_text(json.dumps(document, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    os.replace(beside, path)
 
 
 def read(path: Path) -> list[dict[str, Any]]:
@@ -40,12 +36,8 @@ def read(path: Path) -> list[dict[str, Any]]:
 
 def draw(document: Sequence[Result], folder: Path) -> None:
     """The plots, where there is matplotlib."""
-    try:
-        import cpu_plots
-
-        cpu_plots.draw(document, folder)
-    except ImportError as error:
-        print(f"no plot was drawn: {error} (pip install 'jsparse[plot]')")
+    if can_draw(f"a figure in {folder}"):
+        plots.draw(document, folder)
 
 
 # Words -------------------------------------------------------------------------------------------------
@@ -75,10 +67,6 @@ def goal(result: Result) -> str:
     """
     reached = met(result)
     return "" if reached is None else f"≤ {result['goal']:g}, {'met' if reached else 'missed'}"
-
-
-def tokens(length: int) -> str:
-    return f"{length // 1024}k" if length % 1024 == 0 else str(length)
 
 
 def against(result: Result) -> str:
@@ -133,7 +121,13 @@ def print_table(document: Sequence[Result]) -> None:
         if previous not in (None, result["row"]):
             table.add_section()
         previous = result["row"]
-        start = (result["row"], tokens(result["length"]), result["dtype"], result["ours"], against(result))
+        start = (
+            result["row"],
+            short_count(result["length"]),
+            result["dtype"],
+            result["ours"],
+            against(result),
+        )
         if "error" in result:
             table.add_row(*start, "", "", "error", goal(result))
         elif "time_exponent" in result:
@@ -150,7 +144,7 @@ def print_table(document: Sequence[Result]) -> None:
     console.print(about_machine(header), markup=False, highlight=False)
 
 
-# README ------------------------------------------------------------------------------------------------
+# Page --------------------------------------------------------------------------------------------------
 
 
 def markdown(document: Sequence[Result]) -> str:
@@ -168,7 +162,7 @@ def markdown(document: Sequence[Result]) -> str:
         "A ratio is our time / the peer's, the median of alternated rounds: ours is faster below 1."
         " Both sides use all threads, in processes of their own that take turns. Where it says other"
         " work, the peer is dense and ours is not. **Bold** meets its goal, *italic* misses it; least and"
-        f" largest ratios, times and goals are in [{TABLE}]({TABLE}).",
+        f" largest ratios, times and goals are in `{TABLE}`.",
         "",
         *summary(ratios),
         "",
@@ -187,7 +181,7 @@ def full_table(document: Sequence[Result]) -> str:
     header, *results = document
     ratios = paired(results)
     notes = dict.fromkeys(
-        f"- {result['row']} {tokens(result['length'])} {result['dtype']}: {result['note']}"
+        f"- {result['row']} {short_count(result['length'])} {result['dtype']}: {result['note']}"
         for result in ratios
         if "note" in result
     )
@@ -216,7 +210,7 @@ def by_length(results: Sequence[Result]) -> list[str]:
     """A table of median ratios: a line for each row, dtype, ours and peer, a column for each length."""
     lengths = sorted({result["length"] for result in results})
     lines = [
-        f"| row | dtype | ours / peer | {' | '.join(map(tokens, lengths))} |",
+        f"| row | dtype | ours / peer | {' | '.join(map(short_count, lengths))} |",
         "|---" * (3 + len(lengths)) + "|",
     ]
     kinds = dict.fromkeys((r["row"], r["dtype"], r["ours"], against(r)) for r in results)
@@ -244,7 +238,7 @@ def ratio_cell(result: Result) -> str:
 
 
 def summary(results: Sequence[Result]) -> list[str]:
-    """How many goals are met, and by row where jsparse is ahead of all whom it was measured beside."""
+    """How many goals are met, and in which rows jsparse is ahead of everything it was measured beside."""
     with_goal = [result for result in results if "goal" in result]
     lines = [f"- **Goals**: {sum(map(bool, map(met, with_goal)))} of {len(with_goal)} met."]
     groups: dict[str, list[float]] = {}
@@ -290,7 +284,7 @@ def span(low: float, high: float) -> str:
 def line(result: Result) -> str:
     about = ABOUT.get(result["row"], "")
     start = (
-        f"| {result['row']}: {about} | {tokens(result['length'])} | {result['dtype']} "
+        f"| {result['row']}: {about} | {short_count(result['length'])} | {result['dtype']} "
         f"| {result['ours']} | {against(result)}"
     )
     if "error" in result:
@@ -310,7 +304,7 @@ def growth(results: Sequence[Result]) -> list[str]:
         "How time grows, and of attention the memory of a call beyond its inputs; with fitted exponents of"
         " the length (time, memory).",
         "",
-        f"| | {' | '.join(map(tokens, lengths))} | exponents |",
+        f"| | {' | '.join(map(short_count, lengths))} | exponents |",
         "|---" * (len(lengths) + 2) + "|",
     ]
     for row, ours in kinds:
@@ -319,7 +313,8 @@ def growth(results: Sequence[Result]) -> list[str]:
             mine = [r for r in points if (r["row"], r["ours"], r["length"]) == (row, ours, length)]
             cells += [cell(mine[0]) if mine else ""]
         fit = fits.get((row, ours), {})
-        both = [f"{fit[name]:.2f}" for name in ("time_exponent", "memory_exponent") if name in fit]
+        # + 0.0: a fit of equal times may be a negative nothing, and no "-0.00" should be printed.
+        both = [f"{round(fit[n], 2) + 0.0:.2f}" for n in ("time_exponent", "memory_exponent") if n in fit]
         title = f"attention, {ours}" if row == "growth" else f"a token, {ours}"
         lines.append(f"| {title} | {' | '.join(cells)} | {', '.join(both)} |")
     return [*lines, ""]
@@ -330,12 +325,11 @@ def cell(result: Result) -> str:
     return milliseconds(result["ours_ms"]) + beyond
 
 
-def write_readme(readme: Path, results: Path) -> int:
+def write_page(page: Path, results: Path) -> None:
+    """Replaces the section of the page, and the full table beside the plots."""
     document = read(results)
     section = markdown(document)
     table = results.with_suffix("") / "table.md"
     table.parent.mkdir(exist_ok=True)
     table.write_text(full_table(document), encoding="utf-8")
-    text = put_between(readme.read_text(encoding="utf-8"), section, BEGIN, END)
-    readme.write_text(text, encoding="utf-8")
-    return 0
+    write_section(page, section, BEGIN)

@@ -1,6 +1,6 @@
-"""The peers' side of benchmarks/cpu.py: a worker that runs torch and onnxruntime on the same inputs.
+"""The peers' side of the CPU benchmark: a worker that runs torch and onnxruntime on the same inputs.
 
-It imports neither jax nor jsparse, which its environment need not have.
+It imports neither jax nor jsparse, which its environment may lack.
 """
 
 import itertools
@@ -8,10 +8,11 @@ import os
 from collections.abc import Callable, Mapping
 from typing import Any
 
-import cpu_inputs
 import numpy as np
-from cpu_rows import BLOCK, FLEX, ONNX, SDPA, Sizes, sizes
-from cpu_workers import Ready, load, repeated, serve
+
+from cpu import inputs
+from cpu.rows import BLOCK, FLEX, ONNX, SDPA, Sizes, sizes
+from cpu.workers import Ready, load, repeated, serve
 
 PACKAGES = ("torch", "transformers", "peft", "onnxruntime", "numpy")
 THREADS = int(os.environ.get("OMP_NUM_THREADS") or os.cpu_count() or 1)
@@ -40,9 +41,9 @@ def make(spec: Mapping[str, Any]) -> Ready:
         case "matmul":
             return matmul(length, dtype)
         case "generate" | "finetune-step":
-            import cpu_peers_model
+            from cpu import peers_model
 
-            return cpu_peers_model.make(spec)
+            return peers_model.make(spec)
     raise ValueError(f"row={spec['row']!r} has no peer")
 
 
@@ -63,7 +64,7 @@ def tensors(length: int, dtype, of: Sizes) -> list:
     """q, k, v, d_out as [B, H, T, D], which torch prefers."""
     torch = load("torch")
 
-    arrays = cpu_inputs.sequences(length, of)
+    arrays = inputs.sequences(length, of)
     return [torch.tensor(x).transpose(1, 2).contiguous().to(dtype) for x in arrays]
 
 
@@ -127,11 +128,11 @@ def flex(row: str, length: int, of: Sizes) -> Callable:
     """
     torch, flex_attention = load("torch"), load("torch.nn.attention.flex_attention")
 
-    streams = cpu_inputs.visible_blocks(length, of.sink, of.window)
+    streams = inputs.visible_blocks(length, of.sink, of.window)
     if row == "prefill-streaming":
         heads, mod = [streams], streaming_mod(of)
     else:
-        causal, half = cpu_inputs.visible_blocks(length, 0, None), of.heads // 2
+        causal, half = inputs.visible_blocks(length, 0, None), of.heads // 2
         heads, mod = [causal] * half + [streams] * (of.heads - half), half_mod(of)
     partial = np.stack([some & ~whole for some, whole in heads])
     whole = np.stack([whole for _, whole in heads])
@@ -175,7 +176,7 @@ def build_mask(length: int, of: Sizes) -> Ready:
 def matmul(side: int, dtype) -> Ready:
     torch = load("torch")
 
-    a, b = (torch.tensor(cpu_inputs.normal(seed, side, side)).to(dtype) for seed in (1, 2))
+    a, b = (torch.tensor(inputs.normal(seed, side, side)).to(dtype) for seed in (1, 2))
     return Ready(repeated(lambda: a @ b), lambda: {})
 
 
@@ -211,7 +212,7 @@ def onnx_attention(length: int, of: Sizes) -> Ready:
     session = onnxruntime.InferenceSession(
         model.SerializeToString(), options, providers=["CPUExecutionProvider"]
     )
-    q, k, v, _ = (x.reshape(1, length, width) for x in cpu_inputs.sequences(length, of))
+    q, k, v, _ = (x.reshape(1, length, width) for x in inputs.sequences(length, of))
     nothing = np.zeros((1, of.heads, 0, of.dim), np.float32)
     last, total = np.array([length - 1], np.int32), np.array(length, np.int32)
     feed = dict(zip(names, (q, k, v, nothing, nothing, last, total), strict=True))
@@ -228,9 +229,9 @@ def onnx_attention(length: int, of: Sizes) -> Ready:
 def decode(name: str, length: int, dtype, of: Sizes) -> Ready:
     torch = load("torch")
 
-    q = torch.tensor(cpu_inputs.token_of(of)).to(dtype)
-    k, v = (torch.from_numpy(x).to(dtype) for x in cpu_inputs.cache(length, of))
-    lists = cpu_inputs.page_lists(length, of)
+    q = torch.tensor(inputs.token_of(of)).to(dtype)
+    k, v = (torch.from_numpy(x).to(dtype) for x in inputs.cache(length, of))
+    lists = inputs.page_lists(length, of)
     how = {FLEX: flex_decode, "torch gather + SDPA": gathered, SDPA: whole}[name]
     step, each = how(q, k, v, lists, of)
     turn = itertools.cycle(each)

@@ -1,27 +1,26 @@
 """jsparse on a CPU beside torch, FlexAttention, onnxruntime and transformers, row by row.
 
-    python benchmarks/cpu.py                            # all of it, 30 to 40 minutes on two cores
-    python benchmarks/cpu.py --rows decode-pages selection --lengths 32768
-    python benchmarks/cpu.py --peers-python OTHER/bin/python    # the peers live in another environment
-    python benchmarks/cpu.py --markdown                 # the README's section, from the file of results
+    python benchmarks/cpu                            # all of it, 30 to 40 minutes on two cores
+    python benchmarks/cpu --rows decode-pages selection --lengths 32768
+    python benchmarks/cpu --peers-python OTHER/bin/python    # the peers live in another environment
+    python benchmarks/cpu --markdown                 # docs/results/cpu.md, from the file of results
 
-Needs jsparse installed, and for the peers ``pip install -e '.[bench]'``; a peer that is not there is reported
-as an error. cpu_rows.py has the rows and the goals, cpu_ours.py and cpu_peers.py run in them.
+Needs jsparse installed, and for the peers ``pip install -e '.[bench]'``; a peer that is missing is reported
+as an error. rows.py has the rows and the goals, ours.py and peers.py run in them.
 
-Ours and the peers run in a process each, which take turns on all threads: one is blocked while the other
-runs. Of all who do the same work the outputs are compared, and only then timed, in rounds A B C A B C; a
-ratio is taken within a round, and its median, least and largest over the rounds are reported. So what slows
-the machine down for a while slows both sides of a ratio. A timing lasts 0.1 s or one call. What takes longer
-than 2 s a call has 3 rounds, and 2 from 8 s. Results are written after every row.
+Ours and the peers run in one process each. The processes take turns on all threads: one is blocked while the
+other runs. The outputs of all contenders that do the same work are compared first; then they are timed, in
+rounds A B C A B C. A ratio is taken within a round, and its median, least and largest over the rounds are
+reported, so what slows the machine down for a while slows both sides of a ratio. A timing lasts 0.1 s or one
+call. Calls that take longer than 2 s have 3 rounds, and from 8 s on 2. Results are written after every row.
 
 "other work": the peer computes more than ours (dense attention beside a sparse row), or ours is sparse beside
-a dense model; then outputs are not compared.
+a dense model. Outputs are not compared then.
 """
 
-import argparse
+import dataclasses
 import datetime
 import os
-import platform
 import sys
 import tempfile
 import time
@@ -29,79 +28,90 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import cpu_report
-from cpu_growth import exponent, peak_in_new_process
-from cpu_inputs import visible_blocks
-from cpu_rows import BLOCK, FLOOR, ROWS, Case, chosen_cases, sizes
-from cpu_turns import Pace, Workplace, entry, measure
-from cpu_workers import Worker, WorkerError, environment
+import tyro
+from sections import PAGES
+
+from cpu import report
+from cpu.growth import exponent, peak_in_new_process
+from cpu.inputs import visible_blocks
+from cpu.rows import BLOCK, FLOOR, Case, chosen_cases, sizes
+from cpu.turns import Pace, Workplace, entry, measure
+from cpu.workers import Worker, WorkerError, environment
+from jsparse.integers import require_integer
+from jsparse.reports.console import write_json_whole
+from jsparse.reports.machine import processor, system
 
 HERE = Path(__file__).resolve().parent
-README = HERE.parent / "README.md"
 SMALL_PACE = {"target_s": 0.002}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class CpuBench:
+    """What is measured, how often, and where the results go."""
+
+    rows: tuple[str, ...] | None = None
+    """Rows to measure (default: all)."""
+    lengths: tuple[int, ...] | None = None
+    """Lengths to measure, among those of the rows (default: all of them)."""
+    rounds: int = 7
+    """Rounds for each pair; slow calls have fewer."""
+    minutes: float = 50.0
+    """Time limit; rows that are not reached are reported."""
+    peers_python: Path = Path(sys.executable)
+    """The interpreter that runs the peers."""
+    threads: int = os.cpu_count() or 1
+    """Threads of either side (default: all cores)."""
+    output: Path = HERE.parent / "results" / "cpu.json"
+    """A .json file; plots are written into a folder of the same name beside it."""
+    markdown: bool = False
+    """Measure nothing: write docs/results/cpu.md and the full table from the file of results."""
+    small: bool = False
+    """In miniature, to try it out: the numbers mean nothing."""
+
+    def check(self) -> None:
+        """ValueError for a value that is not allowed; apart, since tyro breaks the lines of such messages."""
+        for name in ("rounds", "threads"):
+            require_integer(f"--{name}", getattr(self, name))
+        if not self.minutes > 0:
+            raise ValueError(f"--minutes must be a number > 0, not {self.minutes}")
+        if self.output.suffix != ".json" or self.output.is_dir():
+            raise ValueError(f"--output must be a .json file, not {self.output}")
+        if not os.access(self.peers_python, os.X_OK) or self.peers_python.is_dir():
+            raise ValueError(f"--peers-python must be a Python interpreter, not {self.peers_python}")
+        if self.markdown and not self.output.exists():
+            raise ValueError(
+                f"--output must be a file of results for --markdown, but {self.output} does not exist"
+            )
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Exit code 0: every row was measured. 1: some were not, or peers are missing. 2: wrong input."""
     try:
-        options = parse(arguments)
+        options = tyro.cli(CpuBench, prog="benchmarks/cpu", description=__doc__, args=arguments)
+        options.check()
         cases = chosen_cases(options.rows, options.lengths, small=options.small)
     except ValueError as error:
-        print(f"cpu.py: {error}", file=sys.stderr)
+        print(f"benchmarks/cpu: {error}", file=sys.stderr)
         return 2
     if options.markdown:
-        return cpu_report.write_readme(README, options.output)
-    document = run(cases, options, sys.argv[1:] if arguments is None else arguments)
-    cpu_report.print_table(document)
-    cpu_report.draw(document, options.output.with_suffix(""))
+        report.write_page(PAGES / "cpu.md", options.output)
+        return 0
+    document = run_cases(cases, options, sys.argv[1:] if arguments is None else arguments)
+    report.print_table(document)
+    report.draw(document, options.output.with_suffix(""))
     return 1 if any("error" in result for result in document[1:]) else 0
 
 
-def parse(arguments: list[str] | None) -> argparse.Namespace:
-    """Raises ValueError for a value that is not allowed."""
-    parser = argparse.ArgumentParser(
-        prog="benchmarks/cpu.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--rows", nargs="+", help=f"of {', '.join(ROWS)}; all by default")
-    parser.add_argument("--lengths", nargs="+", type=int, help="of the rows'; all of them by default")
-    parser.add_argument("--rounds", type=int, default=7, help="of each pair; fewer of what is slow")
-    parser.add_argument("--minutes", type=float, default=50.0, help="rows that are not reached are reported")
-    parser.add_argument("--peers-python", type=Path, default=Path(sys.executable), help="runs the peers")
-    parser.add_argument("--threads", type=int, default=os.cpu_count(), help="of either side; all cores")
-    parser.add_argument(
-        "--output", type=Path, default=HERE / "results" / "cpu.json", help="a .json file; plots lie beside it"
-    )
-    parser.add_argument("--markdown", action="store_true", help="write the README's section from the results")
-    parser.add_argument(
-        "--small", action="store_true", help="in miniature, to try it out: numbers mean nothing"
-    )
-    options = parser.parse_args(arguments)
-    for name in ("rounds", "threads"):
-        if getattr(options, name) < 1:
-            raise ValueError(f"--{name} must be an integer >= 1, not {getattr(options, name)}")
-    if not options.minutes > 0:
-        raise ValueError(f"--minutes must be a number > 0, not {options.minutes}")
-    if options.output.suffix != ".json" or options.output.is_dir():
-        raise ValueError(f"--output must be a .json file, not {options.output}")
-    if not os.access(options.peers_python, os.X_OK) or options.peers_python.is_dir():
-        raise ValueError(f"--peers-python must be a Python interpreter, not {options.peers_python}")
-    if options.markdown and not options.output.exists():
-        raise ValueError(
-            f"--output must be a file of results for --markdown, but {options.output} is not there"
-        )
-    return options
-
-
-def run(cases: Sequence[Case], options: argparse.Namespace, arguments: Sequence[str]) -> list[dict[str, Any]]:
+def run_cases(cases: Sequence[Case], options: CpuBench, arguments: Sequence[str]) -> list[dict[str, Any]]:
     """The header and the results, which are in the file as well, after each case."""
     end = time.monotonic() + 60 * options.minutes
     settings = environment(options.threads)
     results: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
-        sides = {"ours": sys.executable, "peers": str(options.peers_python)}
+        sides = {"ours": sys.executable, "peers": str(options.peers_python.absolute())}
         workers = {
-            side: Worker([python, str(HERE / f"cpu_{side}.py")], settings, folder / f"{side}.log")
+            side: Worker([python, "-m", f"cpu.{side}"], settings, folder / f"{side}.log")
             for side, python in sides.items()
         }
         try:
@@ -116,17 +126,17 @@ def run(cases: Sequence[Case], options: argparse.Namespace, arguments: Sequence[
                     else run_case(case, at, results)
                 )
                 results += mine
-                cpu_report.write(options.output, [header, *results])
+                write_json_whole(options.output, [header, *results])
                 print(
                     f"{case.row} {case.length} {case.dtype}: {time.monotonic() - started:.0f} s", flush=True
                 )
                 for result in mine:
-                    print(f"    {cpu_report.in_short(result)}", flush=True)
+                    print(f"    {report.in_short(result)}", flush=True)
         finally:
             for worker in workers.values():
                 worker.close()
     results += fitted(results)
-    cpu_report.write(options.output, [header, *results])
+    write_json_whole(options.output, [header, *results])
     return [header, *results]
 
 
@@ -212,10 +222,10 @@ def versions(workers: dict[str, Worker]) -> dict[str, Any]:
 
 
 def describe(
-    options: argparse.Namespace, arguments: Sequence[str], settings: dict[str, str], both: dict[str, Any]
+    options: CpuBench, arguments: Sequence[str], settings: dict[str, str], both: dict[str, Any]
 ) -> dict[str, Any]:
     """On what, with what, when and how it was measured; no paths."""
-    words = ["python", "benchmarks/cpu.py"]
+    words = ["python", "benchmarks/cpu"]
     skip = False
     for word in arguments:
         name = word.split("=")[0]
@@ -223,7 +233,7 @@ def describe(
             words.append(word)
         skip = name in ("--output", "--peers-python") and "=" not in word
     return {
-        "machine": f"{platform.system()} {platform.machine()}",
+        "machine": system(),
         "processor": processor(),
         "cores": os.cpu_count(),
         "threads": options.threads,
@@ -234,16 +244,3 @@ def describe(
         "rounds": options.rounds,
         "small": options.small,
     }
-
-
-def processor() -> str:
-    """The model of the CPU where Linux says it."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -1,4 +1,4 @@
-"""Who runs in the rows of one query a sequence: decoding from listed pages, and choosing the pages.
+"""Who runs in the rows of one query per sequence: decoding from listed pages, and choosing the pages.
 
 Such a step takes microseconds. A launch of a contender is therefore a chain of steps, each on other pages and
 with the output of the one before as its query: one XLA program for JAX, one CUDA graph for torch.
@@ -13,10 +13,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from measure import Contender, Work
-from peers import OURS, Maker, Setup, from_torch, load, random_normal, to_torch, torch_wait
-from rows import BLOCK, Decode, Select, dense, page_lists, work
 
 import jsparse
+from gpu.peers import OURS, Maker, Setup, from_torch, load, random_normal, to_torch, torch_wait
+from gpu.rows import BLOCK, Decode, Select, dense, page_lists, work
 from jsparse.cache.pages import PagedKVCache
 from jsparse.cache.quantize import Quantized, dequantize, quantize
 
@@ -132,7 +132,7 @@ def _quantised(row: Decode, setup: Setup, q, k, v, lists, in_pool: Pool, paged: 
 
 
 def flex_decode(row: Decode, lists, k, v, setup: Setup) -> tuple[Callable, list]:
-    """(step, block masks). KV heads stand in the batch, for Flex's decoding kernel takes one list an item."""
+    """(step, block masks). KV heads stand in the batch: Flex's decoding kernel takes one list per item."""
     torch, flex = load("torch"), load("torch.nn.attention.flex_attention")
 
     torch._dynamo.reset()
@@ -150,8 +150,8 @@ def flex_decode(row: Decode, lists, k, v, setup: Setup) -> tuple[Callable, list]
             device=k.device,
             BLOCK_SIZE=(BLOCK, page),
         )
-        # Without lists of full blocks, of which there are none: where there are some, the kernel splits its
-        # work over the whole sequence and not over what is listed.
+        # There are no full blocks, and their lists are left out: with them, the kernel splits its work over
+        # the whole sequence and not over what is listed.
         return flex.BlockMask.from_kv_blocks(
             mask.kv_num_blocks,
             mask.kv_indices,

@@ -1,4 +1,4 @@
-"""Rows in a process of their own, so that a kernel that hangs or crashes costs its row and not the run.
+"""Rows in a process of their own: a kernel that hangs or crashes costs its row and not the run.
 
 A worker is this benchmark once more, told where in the list of rows to begin. It reports in lines of JSON on
 its standard output, each behind a mark:
@@ -78,7 +78,7 @@ def run(
             why = str(error)
         finally:
             _end(process, reader, grace_s=5.0 if why == "the process ended" else 0.0)
-        if doing and seconds_left() > 0:  # it ended in the midst of a row, or before the first
+        if doing and seconds_left() > 0:  # it ended in the middle of a row, or before the first
             if not said:
                 print(f"no worker could be started: {why} (exit code {process.returncode})", flush=True)
                 break

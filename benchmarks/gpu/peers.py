@@ -2,7 +2,7 @@
 
 All contenders of a row read the same device memory: JAX's arrays are lent to torch without a copy.
 ``prefill`` returns a maker for each contender; a maker may raise, and then its contender alone is out. torch
-is imported inside makers, so that everything else works without it.
+is imported inside makers; everything else works without it.
 """
 
 import dataclasses
@@ -16,9 +16,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from measure import Contender, Work
-from rows import BLOCK, Prefill, block_mask, dense, head_masks, random_lists, work
 
 import jsparse
+from gpu.rows import BLOCK, Prefill, block_mask, dense, head_masks, random_lists, work
 from jsparse import TokenMask
 
 Maker = Callable[[], Contender]
@@ -250,7 +250,7 @@ def flex_token_mask(mask: TokenMask) -> Callable:
 
 
 def check_device() -> None:
-    """Raises if the device computes no more, as after an illegal access, which all later calls report."""
+    """Raises if the device no longer computes, as after an illegal access, which all later calls report."""
     jax.block_until_ready(jnp.zeros(8) + 1)
     if "torch" in sys.modules:
         torch_wait(None)
@@ -260,7 +260,7 @@ def check_device() -> None:
 
 
 def random_normal(seed: int, *shape: int) -> jax.Array:
-    """Standard normal, bfloat16; one leading index at a time, so that random bits take little memory."""
+    """Standard normal, bfloat16; one leading index at a time: random bits then take little memory."""
 
     def fill(keys):
         return jax.lax.map(lambda key: jax.random.normal(key, shape[1:], jnp.bfloat16), keys)
@@ -269,7 +269,7 @@ def random_normal(seed: int, *shape: int) -> jax.Array:
 
 
 def load(module: str) -> Any:
-    """A module that may not be installed, and that no type checker need know."""
+    """A module that may not be installed, and that the type checker does not know."""
     return importlib.import_module(module)
 
 

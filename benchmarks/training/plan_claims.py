@@ -1,35 +1,35 @@
 """Whether LongLoRA's own claims fit: Llama-2 7B at 100k, 13B at 64k and 70B at 32k tokens on eight 80 GB
 GPUs.
 
-    python benchmarks/plan_claims.py [--models 7b 13b 70b] [--devices a100-80gb h100-80gb] [--layers N]
+    python benchmarks/training/plan_claims.py [--models 7b ...] [--devices h100-80gb ...] [--layers N]
 
 Compiles each run's real training step (jsparse plan) and writes benchmarks/results/plan/claims.json and
-claims.md: bytes a device and FLOPs a step. No GPU is needed, but the extra `gpu-compile` is. ``--layers``
+claims.md: bytes per device and FLOPs per step. No GPU is needed, but the extra `gpu-compile` is. ``--layers``
 keeps so many layers of each model, to see how compiling and memory grow with them; such results are printed
 and not written.
 
 Source of the claims: LongLoRA (arXiv 2309.12307), abstract and table 3.
 """
 
-import argparse
 import dataclasses
 import json
-import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import jax
+import tyro
 
 from jsparse.models import LlamaConfig
 from jsparse.models.sharding import MeshConfig
 from jsparse.plan.compile_only import prepare_process
 from jsparse.plan.program import Plan, print_plan
+from jsparse.reports.console import write_json
+from jsparse.reports.machine import today
 from jsparse.train import FinetuneConfig
 from jsparse.train.plan import plan_finetune
 
-RESULTS = Path(__file__).parent / "results" / "plan"
-DEVICES = ("a100-80gb", "h100-80gb")
+RESULTS = Path(__file__).parents[1] / "results" / "plan"
 # More than JAX takes by default: XLA_CLIENT_MEM_FRACTION=0.92 when it runs.
 MEMORY_FRACTION = 0.92
 
@@ -69,13 +69,13 @@ class Claim:
     settings: Mapping[str, Any]
 
 
-# Eight windows a step, one a device, and every matrix in eight parts: as LongLoRA with ZeRO-3. Each layer's
-# input is kept, all else computed again.
-_ONE_WINDOW_A_DEVICE = {"batch_size": 8, "mesh": MeshConfig(fsdp=8), "remat": "layers"}
+# Eight windows per step, one per device, and every matrix in eight parts, as LongLoRA with ZeRO-3. Each
+# layer's input is kept, and everything else is computed again.
+_ONE_WINDOW_PER_DEVICE = {"batch_size": 8, "mesh": MeshConfig(fsdp=8), "remat": "layers"}
 CLAIMS = (
-    Claim("7b", 100_000, _ONE_WINDOW_A_DEVICE),
-    Claim("13b", 65_536, _ONE_WINDOW_A_DEVICE),
-    Claim("70b", 32_768, _ONE_WINDOW_A_DEVICE),
+    Claim("7b", 100_000, _ONE_WINDOW_PER_DEVICE),
+    Claim("13b", 65_536, _ONE_WINDOW_PER_DEVICE),
+    Claim("70b", 32_768, _ONE_WINDOW_PER_DEVICE),
 )
 
 
@@ -87,14 +87,20 @@ def plan_claim(claim: Claim, device: str, layers: int | None) -> Plan:
     return plan_finetune(config, model, device=device, memory_fraction=MEMORY_FRACTION)
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PlanClaims:
+    """Which claims are planned."""
+
+    models: tuple[Literal["7b", "13b", "70b"], ...] = ("7b", "13b", "70b")
+    """Llama 2 models."""
+    devices: tuple[Literal["a100-80gb", "h100-80gb"], ...] = ("a100-80gb", "h100-80gb")
+    """Devices to compile for, eight of each."""
+    layers: int | None = None
+    """Layers of each model (default: its own)."""
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
-    parser.add_argument("--devices", nargs="+", choices=DEVICES, default=list(DEVICES))
-    parser.add_argument("--layers", type=int)
-    options = parser.parse_args(arguments)
+    options = tyro.cli(PlanClaims, description=__doc__, args=arguments)
     prepare_process()
     for claim in CLAIMS:
         for device in options.devices if claim.model in options.models else ():
@@ -110,10 +116,10 @@ def write(claim: Claim, plan: Plan) -> None:
     path = RESULTS / "claims.json"
     rows = json.loads(path.read_text()) if path.is_file() else []
     new = {"model": claim.model, "context": claim.context, "jax": jax.__version__}
-    new |= {"date": time.strftime("%Y-%m-%d"), "plan": plan.to_json()}
+    new |= {"date": today(), "plan": plan.to_json()}
     rows = [row for row in rows if _key(row) != _key(new)] + [new]
     rows.sort(key=_key)
-    path.write_text(json.dumps(rows, indent=1) + "\n")
+    write_json(path, rows)
     (RESULTS / "claims.md").write_text(table(rows))
 
 
@@ -128,14 +134,14 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
         "context",
         "devices",
         "mesh",
-        "windows a step",
+        "windows per step",
         "remat",
         "arguments GB",
         "temporary GB",
         "peak GB",
         "of GB",
         "fits",
-        "TFLOP a step",
+        "TFLOP per step",
         "saved",
         "compiled in s",
     )
@@ -165,12 +171,29 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
     dates = ", ".join(sorted({row["date"] for row in rows}))
     about = f"""# LongLoRA's claims, planned
 
-The training step of each run as compiled for these devices, none of which was there: bytes a device as the
+The training step of each run, compiled for devices that this machine does not have: bytes per device as the
 compiler lays them out, FLOPs counted over the blocks that are visited, and the part of them that this saves
-against plain causal attention. Nothing was run. `python benchmarks/plan_claims.py`, {versions}, {dates}.
+compared with plain causal attention. Nothing was run.
+
+`python benchmarks/training/plan_claims.py`, {versions}, {dates}.
 
 """
     return about + "\n".join(lines) + "\n"
+
+
+def short_table(rows: Sequence[dict[str, Any]]) -> str:
+    """One line per model in Markdown: the peak on each device, FLOPs, and what the groups save of them."""
+    lines = [
+        "| Llama 2 | context | GB per device: H100 80GB | A100 80GB | TFLOP per step | saved by the groups |"
+    ]
+    lines.append("|---" * 6 + "|")
+    plans = {(row["model"], row["plan"]["device"]): row["plan"] for row in rows}
+    for model, context in dict.fromkeys((row["model"], row["context"]) for row in rows):
+        h100, a100 = plans[model, "h100-80gb"], plans[model, "a100-80gb"]
+        flops = f"{h100['flops']['total'] / 1e12:,.0f} | {h100['flops']['saved']:.1%}"
+        peaks = f"{h100['peak'] / 1e9:.1f} | {a100['peak'] / 1e9:.1f}"
+        lines.append(f"| {model.upper()} | {context:,} | {peaks} | {flops} |")
+    return "\n".join(lines)
 
 
 def _verdict(plan: dict[str, Any]) -> str:

@@ -1,13 +1,14 @@
-"""The peers' side of the rows of benchmarks/cpu.py that run a whole model: transformers, and peft's LoRA."""
+"""The peers' side of the rows of the CPU benchmark that run a whole model: transformers, and peft's LoRA."""
 
 import time
 from collections.abc import Mapping
 from typing import Any
 
-import cpu_inputs
 import numpy as np
-from cpu_rows import Sizes, sizes
-from cpu_workers import Ready, load, repeated
+
+from cpu import inputs
+from cpu.rows import Sizes, sizes
+from cpu.workers import Ready, load, repeated
 
 torch, transformers = load("torch"), load("transformers")
 
@@ -17,7 +18,7 @@ def make(spec: Mapping[str, Any]) -> Ready:
     model = transformers.AutoModelForCausalLM.from_pretrained(
         spec["folder"], dtype=torch.float32, attn_implementation="sdpa"
     )
-    ids = torch.tensor(cpu_inputs.tokens(length, of), dtype=torch.int64)[None]
+    ids = torch.tensor(inputs.tokens(length, of), dtype=torch.int64)[None]
     return generation(model, ids, of) if spec["row"] == "generate" else training_step(model, ids)
 
 
@@ -39,7 +40,7 @@ def generation(model, ids, of: Sizes) -> Ready:
     said: dict[str, Any] = {}
 
     def call(prompt, new_tokens: int) -> tuple[float, float]:
-        """(seconds to the first token, seconds a token after it)."""
+        """(seconds to the first token, seconds per token after it)."""
         arrivals, start = Arrivals(), time.perf_counter()
         out = model.generate(
             prompt,

@@ -15,7 +15,7 @@ from jsparse import BlockMask, TokenMask, causal, shifted_groups, streaming
 BLOCK = 128  # of the masks, in queries and in keys
 HALF = 2  # bytes of a bfloat16
 
-EXPS = 16 * 132 * 1.85e9  # exponentials a second: 16 a clock on each of an H100's or H200's multiprocessors
+EXPS = 16 * 132 * 1.85e9  # exponentials per second: 16 per clock on each multiprocessor
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,7 +26,7 @@ class Prefill:
     about: str
     goal: str
     masks: tuple[TokenMask, ...] = (causal(),)  # equal shares of the query heads, in order
-    share: float | None = None  # of the causal blocks: random lists, one a KV head
+    share: float | None = None  # of the causal blocks: random lists, one per KV head
     backward: bool = False  # the gradients of q, k and v, without the forward pass
     compared_from: int = 0  # the first token whose outputs are compared
     length: int = 32768
@@ -39,7 +39,7 @@ class Prefill:
 
 @dataclasses.dataclass(frozen=True)
 class Decode:
-    """One query a sequence on ``selected`` of its ``length`` tokens, in pages that each KV head chose."""
+    """One query per sequence on ``selected`` of its ``length`` tokens, in pages that each KV head chose."""
 
     name: str
     about: str
@@ -187,8 +187,8 @@ def visited_blocks(row: Prefill) -> int:
 
 
 def page_lists(row: Decode, most: int = 32) -> np.ndarray:
-    """[lists, B, Hk, selected / page]: lists without a common page, so that going round them reads all of the
-    cache and finds nothing of it in L2; ascending.
+    """[lists, B, Hk, selected / page]: lists without a common page: going round them reads all of the cache
+    and finds none of it in L2. Ascending.
     """
     pages, a_list = row.length // row.page, row.selected // row.page
     order = np.random.default_rng(0).permuted(
@@ -205,7 +205,7 @@ def page_lists(row: Decode, most: int = 32) -> np.ndarray:
 def work(row: Row) -> Work:
     """The least that the row takes.
 
-    - forward: 4 D operations and an exponential for each visited score; q, k, v read and out written once.
+    - forward: 4 D operations and an exponential per visited score; q, k, v are read and out is written once.
     - backward: 10 D operations for each (five products: one pass that adds into dq; two passes would take 14
       D).
     - decode: the selected keys and values; int8 and int4 pages with a scale and an offset for each token and

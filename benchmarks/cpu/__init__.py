@@ -1,0 +1,1 @@
+"""The CPU benchmark: jsparse beside torch, onnxruntime and transformers (``python benchmarks/cpu``)."""

@@ -1,0 +1,9 @@
+"""``python benchmarks/gpu``: see run.py."""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # benchmarks/ alone: see CONTRIBUTING.md
+from gpu.run import main
+
+sys.exit(main())
