@@ -11,7 +11,7 @@ from jsparse.serve import loop
 from jsparse.serve.config import CacheConfig, CacheLayout, check_fit, layout_of, power_of_two
 from jsparse.serve.pages import PageAllocator
 from jsparse.serve.request import Request, check_requests
-from jsparse.serve.sampling import RowParams, SamplingParams
+from jsparse.serve.sampling import GREEDY, RowParams
 
 
 class TokenEvent(NamedTuple):
@@ -77,7 +77,7 @@ class Batch:
         self,
         prompts,
         max_new_tokens: int = 64,
-        sampling=SamplingParams(temperature=0.0),  # noqa: B008, it is frozen
+        sampling=GREEDY,
         seed=0,
     ) -> list[TokenEvent]:
         """Takes prompts in and gives the first token of each. Arguments and errors are those of ``generate``.
@@ -92,9 +92,7 @@ class Batch:
         layout = self.layout
         lengths, max_new = [len(r.prompt) for r in requests], [r.max_new for r in requests]
         free = [row for row in range(layout.batch) if row not in self._prompts]
-        check_fit(
-            layout, self.config, lengths, max_new, free_rows=len(free), free_pages=self.free_pages
-        )
+        check_fit(layout, self.config, lengths, max_new, free_rows=len(free), free_pages=self.free_pages)
         rows = free[: len(requests)]
         # As many rows as a power of two: another number of prompts seldom compiles again.
         width = min(layout.batch, power_of_two(len(requests)))
