@@ -9,8 +9,9 @@ import numpy as np
 from jsparse.models import Llama
 from jsparse.serve import loop
 from jsparse.serve.config import CacheConfig, CacheLayout, check_fit, layout_of, power_of_two
+from jsparse.serve.pages import PageAllocator
 from jsparse.serve.request import Request, check_requests
-from jsparse.serve.sampling import RowParams, SamplingParams
+from jsparse.serve.sampling import GREEDY, RowParams
 
 
 class TokenEvent(NamedTuple):
@@ -24,13 +25,13 @@ class TokenEvent(NamedTuple):
 class Batch:
     """The rows of a cache and the pages that they share: continuous batching.
 
-    Prompts are added while others are under way, as long as a row and enough pages are free; each takes the
-    pages of its prompt and new tokens at once, so that nothing ever runs out later. Its row and pages are
+    Prompts are added while others are running, as long as a row and enough pages are free. Each takes the
+    pages of its prompt and new tokens at once: nothing runs out later. Its row and pages are
     free again when it ends or is removed. What a sequence generates depends on itself alone: neither on the
     others, nor on what its pages held before.
 
     ``cache`` is a CacheConfig whose ``capacity`` and ``batch`` are given. A prompt that is added is computed
-    apart from the running rows, which stand still meanwhile.
+    apart from the running rows, which wait until it is done.
 
     >>> from flax import nnx
     >>> from jsparse.models import LlamaConfig
@@ -52,7 +53,7 @@ class Batch:
         self.state = loop.new_state(self.layout, self._shape)
         self._rows = RowParams.of([], [], [], batch=self.layout.batch, vocab_size=config.vocab_size)
         self._device_rows = None
-        self._free_pages = list(range(self.layout.num_pages))
+        self._allocator = PageAllocator(self.layout.num_pages)
         self._pages: dict[int, list[int]] = {}  # of each row in use
         self._prompts: dict[int, int] = {}  # row -> number of the prompt
         self._next = 0
@@ -64,7 +65,7 @@ class Batch:
 
     @property
     def free_pages(self) -> int:
-        return len(self._free_pages)
+        return self._allocator.free
 
     @property
     def cache_bytes(self) -> int:
@@ -74,7 +75,7 @@ class Batch:
         self,
         prompts,
         max_new_tokens: int = 64,
-        sampling=SamplingParams(temperature=0.0),  # noqa: B008, it is frozen
+        sampling=GREEDY,
         seed=0,
     ) -> list[TokenEvent]:
         """Takes prompts in and gives the first token of each. Arguments and errors are those of ``generate``.
@@ -89,18 +90,15 @@ class Batch:
         layout = self.layout
         lengths, max_new = [len(r.prompt) for r in requests], [r.max_new for r in requests]
         free = [row for row in range(layout.batch) if row not in self._prompts]
-        check_fit(
-            layout, self.config, lengths, max_new, free_rows=len(free), free_pages=len(self._free_pages)
-        )
+        check_fit(layout, self.config, lengths, max_new, free_rows=len(free), free_pages=self.free_pages)
         rows = free[: len(requests)]
-        # As many rows as a power of two: another number of prompts seldom compiles anew.
+        # As many rows as a power of two: another number of prompts seldom compiles again.
         width = min(layout.batch, power_of_two(len(requests)))
         table = np.full((width, layout.pages_of(layout.capacity)), layout.num_pages, np.int32)  # none
         for i, row in enumerate(rows):
             count = layout.pages_of(lengths[i] + max_new[i])
-            pages, self._free_pages = self._free_pages[:count], self._free_pages[count:]
-            self._pages[row], self._prompts[row] = pages, self._next + i
-            table[i, :count] = pages
+            self._pages[row], self._prompts[row] = self._allocator.allocate(count), self._next + i
+            table[i, :count] = self._pages[row]
         self._next += len(requests)
         params = RowParams.of(
             [r.sampling for r in requests],
@@ -174,4 +172,4 @@ class Batch:
 
     def _release(self, row: int) -> None:
         del self._prompts[row]
-        self._free_pages += self._pages.pop(row)
+        self._allocator.release(self._pages.pop(row))

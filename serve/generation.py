@@ -10,7 +10,9 @@ from jsparse.serve import loop
 from jsparse.serve.batch import Batch, TokenEvent
 from jsparse.serve.config import CacheConfig, plan_cache
 from jsparse.serve.request import Request, check_requests
-from jsparse.serve.sampling import SamplingParams
+from jsparse.serve.sampling import GREEDY, SamplingParams
+
+DENSE = CacheConfig(policy="dense")  # what is read where nothing says how sparse the cache is
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,14 +51,15 @@ def generate(
     model: Llama,
     prompts: Sequence[Any],
     max_new_tokens: int = 64,
-    sampling: SamplingParams | Sequence[SamplingParams] = SamplingParams(temperature=0.0),  # noqa: B008, it is frozen
-    cache: CacheConfig = CacheConfig(),  # noqa: B008
+    sampling: SamplingParams | Sequence[SamplingParams] = GREEDY,
+    cache: CacheConfig | None = None,
     seed: int | Sequence[int] = 0,
 ) -> GenerateResult:
     """Continues each prompt, a list of token ids, by up to ``max_new_tokens`` tokens.
 
     ``prompts`` may be of any lengths. ``sampling`` and ``seed`` are one for all prompts, or one for each.
-    ``cache`` says how much each head reads; its default reads everything up to 4096 tokens of context.
+    ``cache`` says how much each head reads. None reads everything, as ``jsparse generate`` does without
+    options; ``CacheConfig()`` is LServe's, which reads at most 4096 tokens of the context at a step.
 
     A sequence's tokens depend on its prompt, parameters and seed alone, not on the others of the batch: equal
     prompts with one seed give equal samples. Calls that need the same batch and capacity share their compiled
@@ -109,8 +112,8 @@ def stream(
     model: Llama,
     prompts: Sequence[Any],
     max_new_tokens: int = 64,
-    sampling: SamplingParams | Sequence[SamplingParams] = SamplingParams(temperature=0.0),  # noqa: B008, it is frozen
-    cache: CacheConfig = CacheConfig(),  # noqa: B008
+    sampling: SamplingParams | Sequence[SamplingParams] = GREEDY,
+    cache: CacheConfig | None = None,
     seed: int | Sequence[int] = 0,
 ) -> Iterator[TokenEvent]:
     """What :func:`generate` gives, token by token as they come: the same arguments, checks and tokens.
@@ -131,8 +134,9 @@ def stream(
 def _start(model, prompts, max_new_tokens, sampling, cache, seed) -> tuple[list[Request], Batch]:
     """Everything that can be wrong is found before anything is launched."""
     requests = check_requests(model.config, prompts, max_new_tokens, sampling, seed)
+    cache = DENSE if cache is None else cache
     if not isinstance(cache, CacheConfig):
-        raise TypeError(f"cache must be a CacheConfig, not {cache!r}")
+        raise TypeError(f"cache must be a CacheConfig or None, not {cache!r}")
     lengths = [len(request.prompt) for request in requests]
     layout = plan_cache(cache, model.config, lengths, [request.max_new for request in requests])
     return requests, Batch(model, layout)

@@ -11,17 +11,24 @@ from jsparse.models import Llama
 from jsparse.serve import loop
 from jsparse.serve.batch import Batch
 from jsparse.serve.config import CacheConfig, Reading, plan_cache
+from jsparse.serve.generation import DENSE
 from jsparse.serve.request import Request, check_ids
 from jsparse.serve.sampling import SamplingParams
 
 
 def decode_logits(
-    model: Llama, prompt: Int[np.ndarray, " P"], continuation: Int[np.ndarray, " T"], cache: CacheConfig
+    model: Llama,
+    prompt: Int[np.ndarray, " P"],
+    continuation: Int[np.ndarray, " T"],
+    cache: CacheConfig | None = None,
 ) -> Float32[np.ndarray, "T vocab"]:
     """Logits after each token of ``continuation``, fed to the decode step one by one after ``prompt``.
 
-    Whatever a cache makes of them, every cache sees the same tokens, so that the logits of a sparse and of a
-    dense one can be compared. Those that follow the prompt itself are left out: they come from the prefill.
+    Every cache sees the same tokens: the logits of a sparse and of a dense one can be compared. Those that
+    follow the prompt itself are left out, since they come from the prefill.
+
+    - cache: what each head reads; None reads everything, as in :func:`jsparse.serve.generate`.
+
     Raises ``ValueError`` where a token is outside the vocabulary, a part is empty, or both together are
     beyond the capacity.
 
@@ -29,12 +36,12 @@ def decode_logits(
     >>> from jsparse.models import LlamaConfig
     >>> config = LlamaConfig.tiny()
     >>> model = Llama(config, rngs=nnx.Rngs(0))
-    >>> decode_logits(model, np.array([1, 2, 3]), np.array([4, 5]), CacheConfig(budget=None)).shape
+    >>> decode_logits(model, np.array([1, 2, 3]), np.array([4, 5])).shape
     (2, 257)
     """
     for name, tokens in (("prompt", prompt), ("continuation", continuation)):
         check_ids(name, tokens, model.config.vocab_size)
-    layout = plan_cache(cache, model.config, [len(prompt)], [len(continuation)])
+    layout = plan_cache(DENSE if cache is None else cache, model.config, [len(prompt)], [len(continuation)])
     batch = Batch(model, layout)
     batch.add([Request(prompt.astype(np.int32), len(continuation), SamplingParams(ignore_eos=True), 0)])
     tokens = continuation.astype(np.int32)

@@ -19,6 +19,7 @@ from jsparse.cache.layer import LayerKVCache, attend_and_append
 from jsparse.cache.pages import PagedKVCache
 from jsparse.cache.ring import StreamingKVCache
 from jsparse.cache.select.selection import Selection
+from jsparse.cache.tokens import Tokens
 from jsparse.models import Llama, LlamaConfig
 from jsparse.serve.config import CacheLayout, Reading
 from jsparse.serve.sampling import RowParams, sample
@@ -294,15 +295,15 @@ def forward(model: Llama, state: DecodeState, tokens, counts, reading: Reading, 
     if reading.selection is not None and not prompt:
         select, selected_at = _due(state, counts, reading.selection)
 
+    new = Tokens(state.page_table, state.lengths, counts)
+
     def attend(layer, q, k, v):
         out, layers[layer] = attend_and_append(
             q,
             k,
             v,
             layers[layer],
-            state.page_table,
-            state.lengths,
-            counts,
+            new,
             selection=None if prompt else reading.selection_of(layer),
             select=select,
             estimate=reading.estimate if prompt else None,

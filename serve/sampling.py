@@ -160,3 +160,6 @@ def restrict(
 
 def _is_number(value: object) -> bool:
     return isinstance(value, int | float | np.integer | np.floating) and not isinstance(value, bool)
+
+
+GREEDY = SamplingParams(temperature=0.0)  # the most likely token always

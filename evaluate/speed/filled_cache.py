@@ -9,11 +9,12 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from jsparse.cache.decode import decode_attention
-from jsparse.cache.layer import LayerKVCache, choose_pages
+from jsparse.cache.layer import LayerKVCache
 from jsparse.cache.pages import PagedKVCache
 from jsparse.cache.ring import StreamingKVCache
-from jsparse.cache.select.best import with_newest_pages
+from jsparse.cache.select.choose import choose_pages, pages_to_read
 from jsparse.cache.select.selection import Selection
+from jsparse.cache.tokens import Tokens
 from jsparse.evaluate.speed.turns import milliseconds
 from jsparse.masks.bounds import page_bounds
 from jsparse.models import Llama
@@ -87,7 +88,6 @@ class FilledCache:
     def __init__(self, layout: CacheLayout, shape: ModelShape, context: int):
         self.layout, self.shape, self.context = layout, shape, context
         self.state = random_state(layout, shape, context)
-        self._lengths = jnp.full(layout.batch, context + 1, jnp.int32)  # with the newest token
         heads = (shape.q_heads, shape.kv_heads, shape.kv_heads)
         sizes = [(layout.batch, 1, count, shape.head_dim) for count in heads]
         keys = jax.random.split(jax.random.key(1), len(sizes))
@@ -145,10 +145,12 @@ class FilledCache:
         return time
 
     def arguments(self):
-        """A query, the pools that are read with it, the page table, the lengths and heads a group."""
+        """A query, the pools that are read with it, the tokens they hold, and query heads per KV head."""
         pools = tuple(self.state.layers[n].paged for n in self._pooled)
         group = self.shape.q_heads // self.shape.kv_heads
-        return self._query, pools, self.state.page_table, self._lengths, group
+        batch = self.layout.batch
+        held, one = (jnp.full(batch, n, jnp.int32) for n in (self.context, 1))  # the newest token too
+        return self._query, pools, Tokens(self.state.page_table, held, one), group
 
 
 class _AttentionAlone(Llama):
@@ -193,43 +195,46 @@ Pools = tuple[PagedKVCache, ...]
 def choose_steps(
     query: Float[Array, "B Hq D"],
     pools: Pools,
-    page_table: Int[Array, "B max_pages"],
-    lengths: Int[Array, " B"],
+    tokens: Tokens,
     group: int,
     selections: tuple[Selection, ...],
     times: int,
 ) -> Int[Array, " B"]:
-    """Chooses pages of all pools for the query, so many times; returns the lengths.
+    """Chooses pages of all pools for the query, so many times; returns the lengths before.
 
     The pages of a pool come in another order each time, and a choice waits for the one before: a compiler
     may compute once what is the same in every turn, and at once what is independent.
     """
 
     def turn(_, carry):
-        table, lengths = carry
+        table, before = carry
         for pool, selection in zip(pools, selections, strict=True):
-            chosen = choose_pages(query[:, : pool.num_heads * group], pool, table, lengths, selection)
-            lengths = jnp.where(chosen.max() < 0, 0, lengths)  # never: the newest page is always chosen
-        return (table + 1) % pools[0].num_pages, lengths
+            chosen = choose_pages(
+                query[:, : pool.num_heads * group],
+                pool,
+                Tokens(table, before, tokens.added),
+                selection,
+            )
+            before = jnp.where(chosen.max() < 0, 0, before)  # never: the newest page is always chosen
+        return (table + 1) % pools[0].num_pages, before
 
-    return jax.lax.fori_loop(0, times, turn, (page_table, lengths))[1]
+    return jax.lax.fori_loop(0, times, turn, (tokens.page_table, tokens.before))[1]
 
 
 @functools.partial(jax.jit, static_argnames=("group", "selections"))
 def listed_pages(
     query: Float[Array, "B Hq D"],
     pools: Pools,
-    page_table: Int[Array, "B max_pages"],
-    lengths: Int[Array, " B"],
+    tokens: Tokens,
     group: int,
     selections: tuple[Selection, ...],
 ) -> Lists:
     """The pages that a decode step which chooses reads of each pool."""
     lists = []
     for pool, selection in zip(pools, selections, strict=True):
-        chosen = choose_pages(query[:, : pool.num_heads * group], pool, page_table, lengths, selection)
-        options = {"page_size": pool.page_size, "budget": selection.budget, "every": selection.every}
-        lists.append(with_newest_pages(chosen, lengths, **options))
+        q = query[:, : pool.num_heads * group]
+        stale = jnp.zeros_like(jax.eval_shape(lambda: choose_pages(q, pool, tokens, selection)))  # noqa: B023
+        lists.append(pages_to_read(q, pool, tokens, selection, selected=stale)[0])
     return tuple(lists)
 
 
@@ -237,8 +242,7 @@ def listed_pages(
 def read_steps(
     query: Float[Array, "B Hq D"],
     pools: Pools,
-    page_table: Int[Array, "B max_pages"],
-    lengths: Int[Array, " B"],
+    tokens: Tokens,
     group: int,
     lists: Lists,
     times: int,
@@ -248,7 +252,7 @@ def read_steps(
     def turn(_, query):
         for pool, pages in zip(pools, lists, strict=True):
             heads = pool.num_heads * group
-            out = decode_attention(query[:, :heads], pool, lengths, page_table, pages=pages)
+            out = decode_attention(query[:, :heads], pool, tokens.after, tokens.page_table, pages=pages)
             query = query.at[:, :heads].add(out)
         return query
 

@@ -5,3 +5,4 @@ from jsparse.cache.layer import LayerKVCache as LayerKVCache
 from jsparse.cache.pages import PagedKVCache as PagedKVCache
 from jsparse.cache.ring import StreamingKVCache as StreamingKVCache
 from jsparse.cache.select import Selection as Selection
+from jsparse.cache.tokens import Tokens as Tokens

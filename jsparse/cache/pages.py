@@ -1,7 +1,7 @@
 """The pages of retrieval heads, and the function that appends to them.
 
-All caches of a model share one page table and one vector of lengths, which are passed beside them: a donated
-cache never holds one buffer twice.
+All caches of a model share one page table and one vector of lengths, which are passed beside them as
+:class:`jsparse.cache.tokens.Tokens`: a donated cache never holds one buffer twice.
 """
 
 import dataclasses
@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from jsparse.cache.quantize import dequantize, quantize
+from jsparse.cache.tokens import Tokens
 
 
 @jax.tree_util.register_dataclass
@@ -115,15 +116,15 @@ def append_paged(
     cache: PagedKVCache,
     k: Float[Array, "B C Hk D"],
     v: Float[Array, "B C Hk D"],
-    page_table: Int[Array, "B max_pages"],
-    lengths: Int[Array, " B"],
-    counts: Int[Array, " B"],
+    tokens: Tokens,
 ) -> PagedKVCache:
-    """Writes the first ``counts[b]`` of ``C`` tokens of each sequence after the ``lengths[b]`` it has.
+    """Writes the first ``tokens.added[b]`` of ``C`` tokens of each sequence behind those that it has.
 
     The bounds of a logical page start afresh with its first token: what a recycled page held is never mixed
     in. Every position written must have a page in the table; ``generate`` checks that on the host.
     """
+    page_table, lengths, counts = tokens
+    assert page_table is not None
     chunk = jnp.arange(k.shape[1])
     position = lengths[:, None] + chunk
     valid = chunk < counts[:, None]
@@ -138,11 +139,12 @@ def append_paged(
     new_v = jax.tree.map(write, cache.v, cache.stored(v))
     bounds = cache.bounds
     if bounds is not None:
-        bounds = _append_bounds(cache, k.astype(bounds.dtype), page_table, lengths, counts)
+        bounds = _append_bounds(cache, k.astype(bounds.dtype), tokens)
     return PagedKVCache(new_k, new_v, bounds, cache.bits)
 
 
-def _append_bounds(cache, k, page_table, lengths, counts):
+def _append_bounds(cache: PagedKVCache, k: Float[Array, "B C Hk D"], tokens: Tokens):
+    page_table, lengths, counts = tokens
     size = cache.logical_page_size
     logical_pages = cache.page_size // size
     # Align the chunk to logical pages: units of `size` tokens; the first may have begun before the chunk.

@@ -5,13 +5,15 @@ lists of blocks, on whatever implementation is best. A prompt in chunks gets wha
 """
 
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float
 
 from jsparse.attention import attention
 from jsparse.cache.decode import paged_attention
 from jsparse.cache.pages import PagedKVCache
 from jsparse.cache.ring import StreamingKVCache
+from jsparse.cache.tokens import Tokens
 from jsparse.device import hopper
+from jsparse.integers import cdiv
 from jsparse.masks.estimate import all_blocks
 from jsparse.masks.pooled import PooledBlocks
 from jsparse.masks.token_mask import sliding_window
@@ -25,31 +27,31 @@ def paged_prefill(
     k: Float[Array, "B C Hk D"],
     v: Float[Array, "B C Hk D"],
     cache: PagedKVCache,
-    page_table: Int[Array, "B max_pages"],
-    lengths: Int[Array, " B"],
-    counts: Int[Array, " B"],
+    tokens: Tokens,
     *,
     estimate: PooledBlocks | VerticalSlash | None = None,
 ) -> Float[Array, "B C Hq D"]:
-    """Causal attention of a chunk to the ``lengths`` tokens in the pages before it, and to itself.
+    """Causal attention of a chunk to the tokens in the pages before it, and to itself.
 
-    ``lengths[b]`` is a multiple of ``C`` where ``counts[b] > 0``; queries beyond ``counts`` get anything.
-    ``estimate`` lists the blocks that each head visits, None visits all. Keys and values are read as the
-    cache stores them, those of the chunk too: how a prompt is cut makes no difference.
+    ``tokens.before[b]`` is a multiple of ``C`` where ``tokens.added[b] > 0``; queries beyond ``added`` get
+    anything. ``estimate`` lists the blocks that each head visits, None visits all. Keys and values are read
+    as the cache stores them, those of the chunk too: how a prompt is cut makes no difference.
     """
+    page_table, lengths, counts = tokens
+    assert page_table is not None
     if estimate is None and not (hopper() and k.shape[1] % _BLOCK == 0):
         # No copies, and the time follows the tokens held, not the capacity. Kernels make up for both.
-        return paged_attention(q, cache, page_table, lengths, lengths + counts)
+        return paged_attention(q, cache, page_table, lengths, tokens.after)
     batch, chunk, kv_heads, _ = k.shape
     block = _BLOCK if estimate is None else estimate.block
-    tokens = page_table.shape[1] * cache.page_size
-    cached = -(-tokens // block) * block
+    most = page_table.shape[1] * cache.page_size
+    cached = cdiv(most, block) * block
     pages = jnp.broadcast_to(page_table[:, None], (batch, kv_heads, page_table.shape[1]))
     held = cache.read(pages, jnp.arange(kv_heads), q.dtype)
 
     def beside(held, new):
-        held = held.reshape(batch, kv_heads, tokens, -1).swapaxes(1, 2)
-        held = jnp.pad(held, ((0, 0), (0, cached - tokens), (0, 0), (0, 0)))
+        held = held.reshape(batch, kv_heads, most, -1).swapaxes(1, 2)
+        held = jnp.pad(held, ((0, 0), (0, cached - most), (0, 0), (0, 0)))
         return jnp.concatenate([held, cache.restored(cache.stored(new), q.dtype)], axis=1)
 
     valid = (jnp.arange(chunk) < counts[:, None])[:, :, None, None]
@@ -68,8 +70,7 @@ def streaming_prefill(
     v: Float[Array, "B C Hk D"],
     before: StreamingKVCache,
     after: StreamingKVCache,
-    lengths: Int[Array, " B"],
-    counts: Int[Array, " B"],
+    tokens: Tokens,
 ) -> Float[Array, "B C Hq D"]:
     """Attention of a chunk of streaming heads to the ring before it, to itself, and to the sink.
 
@@ -77,6 +78,7 @@ def streaming_prefill(
     ``streaming(sink, window)`` shows it: the window in one piece, merged with the part of the sink that lies
     before the window.
     """
+    _, lengths, counts = tokens
     window, dtype = before.window, before.k.dtype
     position = lengths[:, None] - window + jnp.arange(window)
     k, v = (
@@ -98,21 +100,21 @@ def streaming_prefill(
     )
     if before.sink == 0:
         return out
-    sink_out, sink_lse = _attend_to_sink(q, after, lengths, counts)
+    sink_out, sink_lse = _attend_to_sink(q, after, tokens)
     return _merged(out, lse, sink_out, sink_lse).astype(q.dtype)
 
 
-def _attend_to_sink(q, cache: StreamingKVCache, lengths, counts):
+def _attend_to_sink(q, cache: StreamingKVCache, tokens: Tokens):
     """Attention to the tokens of the sink that the window does not show, and lse; float32, dense, small."""
     batch, chunk, q_heads, dim = q.shape
     kv_heads = cache.k.shape[1]
     k, v = cache.k[:, :, : cache.sink], cache.v[:, :, : cache.sink]
     token = jnp.arange(cache.sink)
-    held = token < (lengths + counts)[:, None]
+    held = token < tokens.after[:, None]
     v = jnp.where(held[:, None, :, None], v, 0)
     grouped = q.reshape(batch, chunk, kv_heads, -1, dim)
     scores = jnp.einsum("bchgd,bhsd->bhgcs", grouped, k.astype(q.dtype), preferred_element_type=jnp.float32)
-    position = lengths[:, None] + jnp.arange(chunk)
+    position = tokens.before[:, None] + jnp.arange(chunk)
     visible = (token <= (position - cache.window)[..., None]) & held[:, None]
     scores = jnp.where(visible[:, None, None], scores * dim**-0.5, -jnp.inf)
     top = jnp.maximum(scores.max(axis=-1), jnp.finfo(jnp.float32).min)  # finite where nothing is visible

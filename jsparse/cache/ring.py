@@ -7,6 +7,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from jsparse.cache.tokens import Tokens
+
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
@@ -78,13 +80,13 @@ def append_streaming(
     cache: StreamingKVCache,
     k: Float[Array, "B C Hk D"],
     v: Float[Array, "B C Hk D"],
-    lengths: Int[Array, " B"],
-    counts: Int[Array, " B"],
+    tokens: Tokens,
 ) -> StreamingKVCache:
-    """Writes the first ``counts[b]`` of ``C`` tokens of each sequence after the ``lengths[b]`` it has.
+    """Writes the first ``tokens.added[b]`` of ``C`` tokens of each sequence behind those that it has.
 
     Of a chunk longer than the window only the last tokens are written, so that no slot is written twice.
     """
+    _, lengths, counts = tokens
     chunk = jnp.arange(k.shape[1])
     position = lengths[:, None] + chunk
     last = (lengths + counts)[:, None] - 1

@@ -66,7 +66,7 @@ class Run:
 
     def poison(self):
         """Makes NaN of all pages that belong to nobody, and -1 of their codes."""
-        free = self.batch._free_pages
+        free = self.batch._allocator.free_pages()
 
         def dirty(x):
             x = np.array(x)

@@ -11,7 +11,9 @@ from flax import nnx
 import jsparse
 from jsparse.models import Llama
 from jsparse.serve import CacheConfig, SamplingParams, decode_logits, generate, loop, stream
+from jsparse.serve.commands import CacheOptions
 from jsparse.serve.config import plan_cache
+from jsparse.serve.generation import _start
 
 
 def assert_greedy(uncached, model, prompt, new, mask=None):
@@ -36,12 +38,22 @@ def test_greedy_tokens_are_the_uncached_models(model, cache, prompts, uncached):
     )  # layers, k and v, rows, tokens, heads, dim, float32
 
 
-def test_the_defaults_are_dense_up_to_their_budget(one_layer, prompts, uncached):
+def test_the_defaults_are_dense(one_layer, prompts, uncached):
     model = Llama(one_layer, rngs=nnx.Rngs(0))
     result = generate(model, prompts, sampling=SamplingParams(ignore_eos=True))
     for prompt, new in zip(prompts, result.tokens, strict=True):
         assert len(new) == 64
         assert_greedy(uncached, model, prompt, new)
+
+
+def test_generate_and_its_command_read_everything_unless_a_cache_is_given(one_layer):
+    model = Llama(dataclasses.replace(one_layer, max_position_embeddings=16384), rngs=nnx.Rngs(0))
+    _, batch = _start(model, [[1] * 8000], 8, SamplingParams(), None, 0)
+    by_command, given = (
+        plan_cache(cache, model.config, [8000], [8]) for cache in (CacheOptions().cache(), CacheConfig())
+    )
+    assert batch.layout == by_command and batch.layout.reading.selection is None
+    assert given.reading.selection is not None  # LServe's, where a cache is given
 
 
 def test_decode_logits_are_the_uncached_models(model, cache, prompts, uncached):

@@ -17,6 +17,7 @@ from jsparse.cache.quantize import dequantize, quantize
 from jsparse.cache.ring import StreamingKVCache, append_streaming
 from jsparse.cache.select.best import select_pages
 from jsparse.cache.select.selection import Selection
+from jsparse.cache.tokens import Tokens
 from jsparse.masks.token_mask import causal, streaming
 
 needs_kernels = pytest.mark.skipif(jax.__version_info__ < (0, 11, 2), reason="the kernels need jax >= 0.11.2")
@@ -92,7 +93,7 @@ def run(q, k, v, layer, table, lengths, chunk):
         counts = np.minimum(lengths - held, chunk).astype(np.int32)
         take = np.minimum(held[:, None] + np.arange(chunk), q.shape[1] - 1)[:, :, None, None]
         pieces = (jnp.array(np.take_along_axis(x, take, axis=1)) for x in (q, k, v))
-        out, layer = step(*pieces, layer, table, jnp.array(held), jnp.array(counts))
+        out, layer = step(*pieces, layer, Tokens(table, jnp.array(held), jnp.array(counts)))
         for row, count in enumerate(counts):
             outs[row].append(np.asarray(out)[row, :count])
         held = held + counts
@@ -131,7 +132,7 @@ def test_every_prompt_length_then_decode_over_three_turns_of_the_ring():
     held, row = lengths, np.arange(rows)
     for _ in range(3 * window):
         pieces = (jnp.array(x[row, held][:, None]) for x in (q, k, v))
-        out, layer = step(*pieces, layer, table, jnp.array(held), jnp.ones(rows, jnp.int32))
+        out, layer = step(*pieces, layer, Tokens(table, jnp.array(held), jnp.ones(rows, jnp.int32)))
         np.testing.assert_allclose(out[:, 0], expected[held], atol=2e-6)
         held = held + 1
     assert layer.streaming.k.shape == (rows, 1, sink + window, DIM) and layer.paged is None
@@ -150,7 +151,7 @@ def paged_sequences(lengths, pages, kv_heads=2, seed=1, dim=DIM, dtype=jnp.float
         jnp.array(random(2, pages * PAGE, kv_heads, dim, seed=seed + 1), dtype),
     )
     layer, table = nan_layer(2, kv_heads, pages, (), dim=dim, dtype=dtype)
-    cache = append(layer.paged, k, v, table, jnp.zeros(2, jnp.int32), lengths)
+    cache = append(layer.paged, k, v, Tokens(table, jnp.zeros(2, jnp.int32), lengths))
     return k, v, cache, table
 
 
@@ -205,7 +206,9 @@ def test_decode_of_a_ring_sees_the_sink_and_the_window(implementation):
     rows = len(lengths)
     k, v = (jnp.array(random(rows, 20, 2, dim, seed=seed), dtype) for seed in (1, 2))
     layer, _ = nan_layer(rows, 2, 1, (0, 1), dim=dim, dtype=dtype)
-    ring = append_streaming(layer.streaming, k, v, jnp.zeros(rows, jnp.int32), jnp.array(lengths))
+    ring = append_streaming(
+        layer.streaming, k, v, Tokens(None, jnp.zeros(rows, jnp.int32), jnp.array(lengths))
+    )
     q = jnp.array(random(rows, 6, dim), dtype)
     out = decode(q, ring, jnp.array(lengths), implementation=implementation)
     np.testing.assert_array_equal(out[0], np.zeros((6, dim)))
@@ -236,17 +239,21 @@ def test_a_small_budget_finds_the_needle():
     k[0, 19] = 8.0
     layer, table = nan_layer(1, 1, 8, ())
     cache = append(
-        layer.paged, *map(jnp.array, (k[:, :63], v[:, :63])), table, jnp.array([0]), jnp.array([63])
+        layer.paged, *map(jnp.array, (k[:, :63], v[:, :63])), Tokens(table, jnp.array([0]), jnp.array([63]))
     )
     layer = LayerKVCache(cache, None)
     last = [jnp.array(x[:, 63:]) for x in (k, v)]
-    full, _ = step(jnp.array(q), *last, layer, table, jnp.array([63]), jnp.array([1]))
+    full, _ = step(jnp.array(q), *last, layer, Tokens(table, jnp.array([63]), jnp.array([1])))
     sparse, _ = step(
-        jnp.array(q), *last, layer, table, jnp.array([63]), jnp.array([1]), selection=Selection(2 * PAGE)
+        jnp.array(q),
+        *last,
+        layer,
+        Tokens(table, jnp.array([63]), jnp.array([1])),
+        selection=Selection(2 * PAGE),
     )
     np.testing.assert_allclose(sparse, full, atol=1e-6)
     lost, _ = step(
-        jnp.array(q), *last, layer, table, jnp.array([63]), jnp.array([1]), selection=Selection(PAGE)
+        jnp.array(q), *last, layer, Tokens(table, jnp.array([63]), jnp.array([1])), selection=Selection(PAGE)
     )
     assert np.abs(np.asarray(lost) - np.asarray(full)).max() > 0.1
 
@@ -257,7 +264,7 @@ def test_many_blocks_of_pages_and_queries_at_any_offset():
     k, v = random(2, 1024, 1, DIM, seed=1), random(2, 1024, 1, DIM, seed=2)
     zeros = PagedKVCache.zeros(2 * 64, 1, DIM, page_size=16, logical_page_size=None, dtype=jnp.float32)
     table = jnp.array(np.random.default_rng(0).permutation(128).reshape(2, 64))
-    cache = append(zeros, jnp.array(k), jnp.array(v), table, jnp.array([0, 0]), jnp.array(lengths))
+    cache = append(zeros, jnp.array(k), jnp.array(v), Tokens(table, jnp.array([0, 0]), jnp.array(lengths)))
     q = random(2, 9, 3, DIM)
     out = paged_attention(jnp.array(q), cache, table, jnp.array(lengths) - 9, jnp.array(lengths))
     for row, length in enumerate(lengths):
@@ -278,7 +285,7 @@ def long_sequences(lengths, heads, page=64):
     return (
         k,
         v,
-        append(dirty, jnp.array(k), jnp.array(v), table, jnp.zeros(rows, int), jnp.array(lengths)),
+        append(dirty, jnp.array(k), jnp.array(v), Tokens(table, jnp.zeros(rows, int), jnp.array(lengths))),
         table,
     )
 
@@ -332,7 +339,7 @@ def test_a_scale_replaces_the_default(implementation):
     dim, dtype, tolerance = fit(implementation)
     ring = StreamingKVCache.zeros(1, 1, dim, sink=0, window=8, dtype=dtype)
     k, v = jnp.array(random(1, 8, 1, dim), dtype), jnp.array(random(1, 8, 1, dim, seed=1), dtype)
-    ring = append_streaming(ring, k, v, jnp.array([0]), jnp.array([8]))
+    ring = append_streaming(ring, k, v, Tokens(None, jnp.array([0]), jnp.array([8])))
     q = jnp.array(random(1, 1, dim, seed=2), dtype)
     out = decode(q, ring, jnp.array([8]), scale=0.5, implementation=implementation)
     assert_close(out, dense(q * 0.5 * dim**0.5, k[0], v[0], [causal()])[0], tolerance)
@@ -372,7 +379,7 @@ def test_single_tokens_of_a_layer_go_through_the_kernel(implementation, monkeypa
     q, k, v = (jnp.array(random(2, total, n, dim, seed=n), dtype) for n in (6, 3, 3))
     layer, table = nan_layer(2, 3, 4, (1,), dim=dim, dtype=dtype)
     _, layer = step(
-        q[:, :15], k[:, :15], v[:, :15], layer, table, jnp.zeros(2, jnp.int32), jnp.array(lengths)
+        q[:, :15], k[:, :15], v[:, :15], layer, Tokens(table, jnp.zeros(2, jnp.int32), jnp.array(lengths))
     )
     kernel = functools.partial(decode_attention, implementation=implementation)
     monkeypatch.setattr(jsparse.cache.layer, "decode_attention", kernel)
@@ -380,7 +387,7 @@ def test_single_tokens_of_a_layer_go_through_the_kernel(implementation, monkeypa
     row = np.arange(2)
     for n in range(more):
         pieces = (x[row, lengths + n][:, None] for x in (q, k, v))
-        out, layer = by_kernel(*pieces, layer, table, jnp.array(lengths + n), jnp.ones(2, jnp.int32))
+        out, layer = by_kernel(*pieces, layer, Tokens(table, jnp.array(lengths + n), jnp.ones(2, jnp.int32)))
         for b in row:
             end = int(lengths[b]) + n + 1
             expected = dense(q[b, :end], k[b, :end], v[b, :end], [causal(), streaming(3, 5), causal()])[-1]
@@ -399,7 +406,7 @@ def traced(kind, chunk=1, dtype=jnp.bfloat16, dim=128, page=64, group=4):
     abstract = AbstractDevice(device_kind=kind, platform="gpu", num_cores=132)
     with jax.sharding.use_abstract_mesh(AbstractMesh((), (), abstract_device=abstract)):
         run = jax.jit(lambda *args: attend_and_append(*args, selection=Selection(2 * page)))
-        return str(run.trace(q, k, k, layer, table, lengths, counts).jaxpr)
+        return str(run.trace(q, k, k, layer, Tokens(table, lengths, counts)).jaxpr)
 
 
 @needs_kernels

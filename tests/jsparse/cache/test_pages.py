@@ -9,6 +9,7 @@ import pytest
 
 from jsparse.cache.pages import PagedKVCache, append_paged
 from jsparse.cache.ring import StreamingKVCache, append_streaming
+from jsparse.cache.tokens import Tokens
 
 PAGE, LOGICAL, HEADS, DIM = 64, 16, 2, 4
 CAPACITY = 192
@@ -38,7 +39,7 @@ def fill(cache, k, v, lengths, chunk):
         take = held[:, None] + np.arange(chunk)
         k_chunk, v_chunk = (np.take_along_axis(x, take[:, :, None, None] % CAPACITY, axis=1) for x in (k, v))
         cache = append(
-            cache, jnp.array(k_chunk), jnp.array(v_chunk), TABLE, jnp.array(held), jnp.array(counts)
+            cache, jnp.array(k_chunk), jnp.array(v_chunk), Tokens(TABLE, jnp.array(held), jnp.array(counts))
         )
         held = held + counts
     return cache
@@ -95,7 +96,7 @@ def test_the_ring_holds_the_sink_and_the_window(sink, window):
             # The second sequence stops at half of it.
             counts = [count, min(max(length // 2 - start, 0), count)]
             held = jnp.array([start, min(start, length // 2)])
-            cache = step(cache, jnp.array(piece), jnp.array(-piece), held, jnp.array(counts))
+            cache = step(cache, jnp.array(piece), jnp.array(-piece), Tokens(None, held, jnp.array(counts)))
             assert cache.k.shape == (2, HEADS, sink + window, DIM)
         ends = [length, length // 2]
         positions = np.asarray(cache.positions(jnp.array(ends)))

@@ -11,6 +11,7 @@ from jsparse import PooledBlocks, VerticalSlash
 from jsparse.cache.layer import LayerKVCache, attend_and_append
 from jsparse.cache.pages import PagedKVCache
 from jsparse.cache.quantize import dequantize, quantize
+from jsparse.cache.tokens import Tokens
 
 BLOCK, SEGMENT, PAGE, DIM, HEADS, KV_HEADS = 4, 8, 8, 8, 4, 2
 LENGTHS, CAPACITY = np.array([47, 17, 32, 0], np.int32), 48
@@ -59,7 +60,7 @@ def prefilled(tokens, layer, table, chunk, estimate, lengths=LENGTHS):
         take = np.minimum(held[:, None] + np.arange(chunk), CAPACITY - 1)[..., None, None]
         after = (np.arange(chunk) >= counts[:, None])[..., None, None]
         pieces = (jnp.array(np.where(after, np.nan, np.take_along_axis(x, take, 1))) for x in tokens)
-        out, layer = step(*pieces, layer, table, held, counts, estimate=estimate)
+        out, layer = step(*pieces, layer, Tokens(table, held, counts), estimate=estimate)
         for row, count in enumerate(counts):
             outs[row].append(np.asarray(out)[row, :count])
         held = held + counts
@@ -138,7 +139,7 @@ def test_prefill_then_decode_is_all_prefill(tokens):
     for _ in range(steps):
         counts = (held < LENGTHS).astype(np.int32)
         place = np.arange(len(LENGTHS)), np.minimum(held, CAPACITY - 1)
-        out, layer = step(*(jnp.array(x[place][:, None]) for x in tokens), layer, table, held, counts)
+        out, layer = step(*(jnp.array(x[place][:, None]) for x in tokens), layer, Tokens(table, held, counts))
         for row in np.flatnonzero(counts):
             np.testing.assert_allclose(out[row, 0], expected[row][held[row]], atol=1e-5)
         held = held + counts

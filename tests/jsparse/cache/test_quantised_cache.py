@@ -8,6 +8,7 @@ import pytest
 from jsparse.cache.decode import decode_attention
 from jsparse.cache.pages import PagedKVCache, append_paged
 from jsparse.cache.quantize import quantize
+from jsparse.cache.tokens import Tokens
 from jsparse.masks.bounds import page_scores
 
 PAGE, LOGICAL, HEADS, DIM = 64, 16, 2, 8
@@ -56,7 +57,7 @@ def filled(cache, k, v, lengths, chunk, table=TABLE):
             jnp.array(np.where(after, np.nan, np.take_along_axis(x, take % x.shape[1], axis=1)))
             for x in (k, v)
         )
-        cache = append(cache, *pieces, table, held, counts)
+        cache = append(cache, *pieces, Tokens(table, held, counts))
         held = held + counts
     return cache
 
@@ -199,7 +200,7 @@ def test_no_value_wraps_around(bits):
         1, HEADS, DIM, page_size=16, logical_page_size=None, dtype=jnp.float32, bits=bits
     )
     count = np.array([len(EXTREME)], np.int32)
-    cache = append(cache, x, -x, np.zeros((1, 1), np.int32), np.zeros(1, np.int32), count)
+    cache = append(cache, x, -x, Tokens(np.zeros((1, 1), np.int32), np.zeros(1, np.int32), count))
     x = x[0].swapaxes(0, 1).astype(np.float64)
     for stored, given in ((cache.k, x), (cache.v, -x)):
         got = values_of(stored, bits)[0, :, : len(EXTREME)]
@@ -217,7 +218,7 @@ def test_a_cache_that_is_not_quantised_holds_the_very_numbers(dtype):
     k = jnp.array(random(1, 16, HEADS, DIM), dtype)
     cache = PagedKVCache.zeros(2, HEADS, DIM, page_size=16, logical_page_size=4, dtype=dtype)
     zero = np.zeros(1, np.int32)
-    cache = append(cache, k, -k, np.ones((1, 1), np.int32), zero, zero + 16)
+    cache = append(cache, k, -k, Tokens(np.ones((1, 1), np.int32), zero, zero + 16))
     assert cache.bits is None and {x.dtype for x in jax.tree.leaves(cache)} == {jnp.dtype(dtype)}
     np.testing.assert_array_equal(cache.k[1].swapaxes(0, 1), k[0])
     np.testing.assert_array_equal(cache.v[1].swapaxes(0, 1), -k[0])

@@ -9,11 +9,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jsparse.cache.layer import LayerKVCache, attend_and_append, choose_pages
+from jsparse.cache.layer import LayerKVCache, attend_and_append
 from jsparse.cache.pages import PagedKVCache, append_paged
 from jsparse.cache.ring import StreamingKVCache
 from jsparse.cache.select.best import best_pages, random_scores, with_newest_pages
+from jsparse.cache.select.choose import choose_pages
 from jsparse.cache.select.selection import Selection
+from jsparse.cache.tokens import Tokens
 
 PAGE, LOGICAL, DIM, PAGES = 8, 4, 8, 10
 HEADS, KV_HEADS = 4, 2
@@ -114,9 +116,10 @@ def test_pages_are_chosen_by_the_scores_that_are_named(mode, score):
     lengths = np.array([80, 45, 17, 8])
     q, k = random(4, HEADS, DIM), random(4, PAGES * PAGE, KV_HEADS, DIM, seed=1)
     cache, table = pool(4)
-    cache = append(cache, jnp.array(k), jnp.array(k), table, jnp.zeros(4, jnp.int32), jnp.array(lengths))
+    tokens = Tokens(table, jnp.zeros(4, jnp.int32), jnp.array(lengths))
+    cache = append(cache, jnp.array(k), jnp.array(k), tokens)
     selection = Selection(3 * PAGE, heads=mode, score=score)
-    got = choose(jnp.array(q), cache, table, jnp.array(lengths), selection)
+    got = choose(jnp.array(q), cache, tokens, selection)
     for row, length in enumerate(lengths):
         scores = oracle_scores(q[row], k[row, :length].swapaxes(0, 1), score)
         expected = lists_of(scores, 3, mode)
@@ -205,7 +208,7 @@ def decoded(sequences, starts, steps, selection, reuse=True):
     batch, chunk, (q, k, v) = len(starts), 48, sequences
     layer, table = layer_cache(batch)
     prompt = (jnp.array(x[:, :chunk]) for x in (q, k, v))
-    _, layer = step(*prompt, layer, table, jnp.zeros(batch, jnp.int32), jnp.array(starts))
+    _, layer = step(*prompt, layer, Tokens(table, jnp.zeros(batch, jnp.int32), jnp.array(starts)))
     if selection is not None and reuse:
         lists = HEADS if selection.heads == "query" else KV_HEADS
         n = selection.budget // PAGE * (2 if selection.heads == "union" else 1)
@@ -219,7 +222,9 @@ def decoded(sequences, starts, steps, selection, reuse=True):
             due = (held + 1 > selection.budget) & ((at == 0) | (held + 1 - at >= selection.every))
             at = np.where(due, held + 1, at)
             select = jnp.array(due)
-        out, layer = step(*pieces, layer, table, jnp.array(held), ones, selection=selection, select=select)
+        out, layer = step(
+            *pieces, layer, Tokens(table, jnp.array(held), ones), selection=selection, select=select
+        )
         outs.append(np.asarray(out[:, 0]))
         held = held + 1
     return np.array(outs)

@@ -10,6 +10,7 @@ import pytest
 from jsparse.cache.decode import decode_attention
 from jsparse.cache.prefill import streaming_prefill
 from jsparse.cache.ring import StreamingKVCache, append_streaming
+from jsparse.cache.tokens import Tokens
 
 
 def random(*shape, seed=0):
@@ -46,7 +47,7 @@ def test_a_narrowed_ring_holds_what_the_shorter_one_would(sink, long, short):
     rows, longest = len(lengths), int(lengths[-1])
     k = random(rows, longest, 1, 4)
     start = np.zeros(rows, np.int32)
-    wide = append(dirty_ring(rows, 4, sink, long), k, -k, start, lengths)
+    wide = append(dirty_ring(rows, 4, sink, long), k, -k, Tokens(None, start, lengths))
     got = narrowed(wide, short, lengths)
     assert got.window == short and got.sink == sink and got.k.shape == (rows, 1, sink + short, 4)
     for row, length in enumerate(lengths):
@@ -63,8 +64,9 @@ def test_a_narrowed_ring_holds_what_the_shorter_one_would(sink, long, short):
 
 @jax.jit
 def prefill(q, k, v, ring, lengths, counts):
-    after = append_streaming(ring, k, v, lengths, counts)
-    return streaming_prefill(q, k, v, ring, after, lengths, counts), after
+    tokens = Tokens(None, lengths, counts)
+    after = append_streaming(ring, k, v, tokens)
+    return streaming_prefill(q, k, v, ring, after, tokens), after
 
 
 @jax.jit
@@ -74,7 +76,7 @@ def decode(q, k, v, ring, lengths):
     def step(carry, token):
         ring, lengths = carry
         q, k, v = token
-        ring = append_streaming(ring, k[:, None], v[:, None], lengths, jnp.ones_like(lengths))
+        ring = append_streaming(ring, k[:, None], v[:, None], Tokens(None, lengths, jnp.ones_like(lengths)))
         return (ring, lengths + 1), decode_attention(q, ring, lengths + 1)
 
     tokens = (x.swapaxes(0, 1) for x in (q, k, v))

@@ -1,0 +1,73 @@
+"""Which pages of the pool are taken, and by how many: an allocator that counts references, on the host."""
+
+from collections.abc import Sequence
+
+
+class PageAllocator:
+    """The pages of one pool, each of which is free or has a number of owners.
+
+    Everything that lies under a page's id, in every layer, is taken, shared and freed with it. Free pages are
+    handed out in the order in which they became free, at first from page 0 on.
+
+    >>> pages = PageAllocator(4)
+    >>> pages.allocate(3)
+    [0, 1, 2]
+    >>> pages.share([1])
+    >>> pages.release([0, 1])
+    >>> pages.free, pages.references(1)
+    (2, 1)
+    """
+
+    def __init__(self, num_pages: int):
+        self._free = list(range(num_pages))
+        self._references = [0] * num_pages
+
+    @property
+    def free(self) -> int:
+        """How many pages have no owner."""
+        return len(self._free)
+
+    def free_pages(self) -> list[int]:
+        """The pages that have no owner, in the order in which they are handed out."""
+        return list(self._free)
+
+    def references(self, page: int) -> int:
+        """How many owners a page has; 0 where it is free."""
+        return self._references[page]
+
+    def allocate(self, count: int) -> list[int]:
+        """``count`` free pages, which have one owner each from now on.
+
+        Raises ``ValueError`` where fewer are free; none is taken then.
+        """
+        if not 0 <= count <= len(self._free):
+            raise ValueError(f"count must be from 0 to the {len(self._free)} free pages, not {count}")
+        pages, self._free = self._free[:count], self._free[count:]
+        for page in pages:
+            self._references[page] = 1
+        return pages
+
+    def share(self, pages: Sequence[int]) -> None:
+        """Counts one owner more for each of these pages, as often as it is listed.
+
+        Raises ``ValueError`` where one of them is free; nothing is counted then.
+        """
+        for page in pages:
+            if not self._references[page]:
+                raise ValueError(f"page {page} is free: only a page that has an owner can be shared")
+        for page in pages:
+            self._references[page] += 1
+
+    def release(self, pages: Sequence[int]) -> None:
+        """Counts one owner less for each of these pages; a page without owners is free again.
+
+        Raises ``ValueError`` where a page is listed more often than it has owners; nothing is counted then.
+        """
+        for page in pages:
+            owners = self._references[page]
+            if pages.count(page) > owners:
+                raise ValueError(f"page {page} has {owners} owners, and cannot be released more often")
+        for page in pages:
+            self._references[page] -= 1
+            if not self._references[page]:
+                self._free.append(page)
