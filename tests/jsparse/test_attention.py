@@ -484,7 +484,7 @@ def test_other_lengths_do_not_make_a_mask_compile_again():
         ({"q": jnp.zeros((3, 8, 4, 16))}, "agree in batch"),
         ({"v": jnp.zeros((2, 9, 2, 16))}, "k and v must have one shape"),
         ({"v": jnp.zeros((2, 8, 2, 16), jnp.bfloat16)}, "one floating dtype"),
-        ({"mask": [causal()] * 3}, "one TokenMask a query head: 3 were given for 4 heads"),
+        ({"mask": [causal()] * 3}, "one TokenMask per query head: 3 were given for 4 heads"),
         ({"mask": BlockMask.from_token_masks(causal(), 9, 8)}, "mask is for q_len=9, kv_len=8"),
         ({"q_segment_ids": jnp.zeros((2, 8), jnp.int32)}, "together or not at all"),
         (
