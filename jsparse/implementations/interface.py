@@ -30,12 +30,19 @@ class Call(NamedTuple):
     devices: int = 1
 
 
-def _no_limit(*call) -> None:
+def no_limit(*call) -> None:
+    """The limit of an implementation that takes every call."""
     return None
 
 
-def _always(*call) -> bool:
+def always(*call) -> bool:
+    """Tried for every call that names no implementation."""
     return True
+
+
+def never(*call) -> bool:
+    """Only for calls that name it."""
+    return False
 
 
 class Implementation(NamedTuple):
@@ -56,8 +63,8 @@ class Implementation(NamedTuple):
     forward: Callable
     backward: Callable | None = None
     block_sizes: Callable[[int, int], tuple[int, int]] | None = None
-    limit: Callable[..., str | None] = _no_limit
-    by_default: Callable[..., bool] = _always
+    limit: Callable[..., str | None] = no_limit
+    by_default: Callable[..., bool] = always
 
 
 def choose(table: Sequence[Any], name: str | None, *call) -> Any:

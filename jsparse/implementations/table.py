@@ -3,13 +3,9 @@
 import functools
 
 from jsparse.implementations import cudnn, hopper, reference
-from jsparse.implementations.interface import Implementation
+from jsparse.implementations.interface import Implementation, never
 from jsparse.implementations.xla import on_mesh
 from jsparse.masks.block_mask import default_block_sizes
-
-
-def _never(call) -> bool:
-    return False
 
 
 def _hopper(name: str, *, interpret: bool, **options) -> Implementation:
@@ -24,6 +20,6 @@ IMPLEMENTATIONS = (
     Implementation("cudnn", cudnn.forward, limit=cudnn.limit, by_default=cudnn.is_faster),
     _hopper("mosaic_gpu", interpret=False),
     Implementation("xla", on_mesh.forward, on_mesh.backward, default_block_sizes),
-    Implementation("reference", reference.forward, by_default=_never),
-    _hopper("mosaic_gpu_interpret", interpret=True, by_default=_never),
+    Implementation("reference", reference.forward, by_default=never),
+    _hopper("mosaic_gpu_interpret", interpret=True, by_default=never),
 )

@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from jsparse import BlockMask, TokenMask, attention, causal, shifted_groups, sliding_window, streaming
 from jsparse.attention import _attention
 from jsparse.implementations.xla import items, list_loop
+from jsparse.masks.token_mask import HeadMasks
 
 # On a machine with a GPU: JSPARSE_TEST_IMPLEMENTATION=mosaic_gpu, in half precision only.
 INTERPRETED = pytest.param(
@@ -472,6 +473,30 @@ def test_other_lengths_do_not_make_a_mask_compile_again():
     before = compiled._cache_size()
     (q, k, v), masks = calls[-1]
     attention(q, k, v, masks)
+    assert compiled._cache_size() == before
+
+
+def test_a_block_mask_of_token_masks_is_laid_out_as_they_are():
+    """On a CPU in blocks of its own; not once its lists may be others."""
+    for masks in (causal(), tuple(MIXED)):
+        head_masks = HeadMasks(masks, 70, 90)
+        mask = BlockMask.from_token_masks(masks, 70, 90, block_q=8, block_kv=16)
+        assert mask.exact == head_masks
+        for ours, expected in zip(items.parts(mask, 4, 2), items.parts(head_masks, 4, 2), strict=True):
+            assert (ours.q_heads, ours.kv_heads) == (expected.q_heads, expected.kv_heads)
+            jax.tree.map(np.testing.assert_array_equal, ours.lists, expected.lists)
+    assert dataclasses.replace(mask, kv_count=mask.kv_count).exact is None
+    assert jax.tree.map(np.copy, mask).exact is None
+
+
+def test_lists_of_the_implementations_do_not_drive_out_those_of_users():
+    compiled: Any = _attention
+    (q, k, v), _, _, _ = inputs(Case(causal()))
+    attention(q, k, v, BlockMask.from_token_masks(causal(), 70, 70))
+    before = compiled._cache_size()
+    for length in range(80, 120):
+        items.parts(HeadMasks(causal(), length, length), 4, 2)
+    attention(q, k, v, BlockMask.from_token_masks(causal(), 70, 70))
     assert compiled._cache_size() == before
 
 
