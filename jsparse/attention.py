@@ -2,7 +2,7 @@
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import Literal, NamedTuple, overload
+from typing import Any, Literal, NamedTuple, overload
 
 import jax
 import jax.numpy as jnp
@@ -64,18 +64,19 @@ def attention(
     sees, and ``lse = log sum_s exp(scale * q · k_s)``. Differentiable in q, k and v (through lse too). Memory
     grows with T + S, time with the number of listed blocks, forward and backward.
 
-    q [B, T, Hq, D], k and v [B, S, Hk, D], of one floating dtype; query head h reads KV head h // (Hq / Hk).
-    Queries are aligned to the end of the keys: query t stands at position t + S - T.
-
-    - mask: a TokenMask for all heads, a sequence of one a query head, or a BlockMask.
-    - scale: 1 / sqrt(D) if None.
-    - q_segment_ids [B, T], kv_segment_ids [B, S]: a query sees only keys of its own segment (packed
-      documents). Both or neither.
+    - q: [B, T, Hq, D], floating. Query t stands at position t + S - T: queries are aligned to the end of the
+      keys.
+    - k, v: [B, S, Hk, D], of q's dtype. Query head h reads KV head h // (Hq / Hk).
+    - mask: a TokenMask for all heads, a sequence of one TokenMask per query head, or a BlockMask.
+    - scale: of the scores; 1 / sqrt(D) if None.
+    - q_segment_ids, kv_segment_ids: integers [B, T] and [B, S]. A query sees only keys of its own segment
+      (packed documents). Both or neither.
     - implementation: "mosaic_gpu" (the kernels for Hopper GPUs: bfloat16 or float16, head_dim up to 256,
-      blocks of multiples of 64), "xla" (any device, block-sparse), "cudnn" (dense, where every head is plain
+      blocks of multiples of 64), "xla" (any device, block-sparse), "cudnn" (dense; every head must be plain
       causal), "reference" (dense, for tests), "mosaic_gpu_interpret" (the kernels' own source on a CPU,
-      slowly, with a race detector, float32 too; for tests), or None: on a GPU the kernels, or cuDNN where it
-      can serve and was measured to be faster; elsewhere, and where they cannot run, XLA.
+      slowly, with a race detector, float32 too; for tests). None chooses: on a Hopper GPU the kernels, or
+      cuDNN where it can take the call and was measured to be faster; XLA everywhere else.
+    - return_lse: whether to return lse as well.
 
     On a mesh in context (``jax.set_mesh``) the kernels and XLA run on each device's own sequences and heads.
     Mesh axes of type Explicit split as q says; of those of type Auto, "data" and "fsdp" split the batch and
@@ -85,12 +86,14 @@ def attention(
     causal, keys and values travel around the devices (``jsparse.sequence``). Under other masks every device
     gets all keys and values.
 
-    Returns out [B, T, Hq, D] in q's dtype, and with ``return_lse`` also lse [B, T, Hq] float32, natural
+    Returns out [B, T, Hq, D] in q's dtype, and with ``return_lse`` also lse [B, T, Hq], float32, a natural
     logarithm. A query that sees nothing has out 0 and lse -inf.
 
-    Raises ValueError, before anything runs, for shapes, dtypes, masks and names that do not fit, and for a T
-    that a "sequence" axis does not divide; and NotImplementedError where the implementation asked for cannot
-    take them, naming the limit, and for a BlockMask where a "sequence" axis splits the tokens.
+    Raises, before anything runs, ValueError for shapes, dtypes, masks and names that do not fit, and for a T
+    that a "sequence" axis does not divide. Raises NotImplementedError, which names the limit, if the
+    implementation asked for cannot take the call, and for a BlockMask if a "sequence" axis splits the tokens.
+
+    Source: FlashAttention-2 (arXiv 2307.08691, algorithms 1 and 2), on lists of blocks.
 
     >>> import jsparse
     >>> q = jax.random.normal(jax.random.key(0), (1, 6, 4, 16))
@@ -121,7 +124,7 @@ def attention(
 class _Options(NamedTuple):
     """What is compiled in. ``visible`` is the tree structure of a BlockMask if its lists are arguments."""
 
-    visible: Visible | SequenceSplit | jax.tree_util.PyTreeDef
+    visible: Any  # Visible, SequenceSplit, or the structure
     scale: float
     implementation: Implementation
 

@@ -294,7 +294,8 @@ def _scores(q: Float[Array, "B H Q D"], k: Float[Array, "B H S D"], *, keys_firs
 
 
 def _hopper(name: str, *, interpret: bool, **options) -> DecodeImplementation:
-    decode, limit = (functools.partial(f, interpret=interpret) for f in (hopper.decode, hopper.limit))
+    decode = functools.partial(hopper.decode, interpret=interpret)
+    limit = functools.partial(hopper.limit, interpret=interpret)
     return DecodeImplementation(name, decode, limit, **options)
 
 

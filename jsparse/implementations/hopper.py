@@ -20,9 +20,8 @@ from jsparse.masks.block_mask import BlockMask, follow
 from jsparse.masks.transposed import offset_entries, transposed_lists
 from jsparse.mesh import split_over_mesh
 from jsparse.pallas_kernels import measured
-from jsparse.pallas_kernels.lists import UNLIMITED, Heads, Lists
+from jsparse.pallas_kernels.lists import HEAD_DIMS, UNLIMITED, Heads, Lists
 
-_HEAD_DIMS = (64, 128, 256)
 _BLOCK = 64
 
 
@@ -33,8 +32,8 @@ def limit(call: Call, *, interpret: bool) -> str | None:
         return reason
     if q.dtype not in (jnp.bfloat16, jnp.float16) and not (interpret and q.dtype == jnp.float32):
         return f"the GPU kernels take bfloat16 and float16, not {q.dtype}"
-    if q.shape[-1] > _HEAD_DIMS[-1]:
-        return f"the GPU kernels take head_dim up to {_HEAD_DIMS[-1]}, not {q.shape[-1]}"
+    if q.shape[-1] > HEAD_DIMS[-1]:
+        return f"the GPU kernels take head_dim up to {HEAD_DIMS[-1]}, not {q.shape[-1]}"
     if isinstance(mask, BlockMask):
         for name, size in (("block_q", mask.block_q), ("block_kv", mask.block_kv)):
             if size % _BLOCK:
@@ -109,7 +108,7 @@ def _pad(*arrays):
     No mask shows the added keys, and what the added queries see is cut off.
     """
     dim = arrays[0].shape[-1]
-    columns = next(size for size in _HEAD_DIMS if size >= dim) - dim
+    columns = next(size for size in HEAD_DIMS if size >= dim) - dim
     return tuple(jnp.pad(x, ((0, 0), (0, -x.shape[1] % 8), (0, 0), (0, columns))) for x in arrays)
 
 

@@ -9,10 +9,9 @@ from jsparse.masks.block_mask import default_block_sizes
 
 
 def _hopper(name: str, *, interpret: bool, **options) -> Implementation:
-    forward, backward, limit = (
-        functools.partial(function, interpret=interpret)
-        for function in (hopper.forward, hopper.backward, hopper.limit)
-    )
+    forward = functools.partial(hopper.forward, interpret=interpret)
+    backward = functools.partial(hopper.backward, interpret=interpret)
+    limit = functools.partial(hopper.limit, interpret=interpret)
     return Implementation(name, forward, backward, hopper.block_sizes, limit, **options)
 
 

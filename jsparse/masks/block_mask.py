@@ -40,7 +40,7 @@ class BlockMask:
 
     Static: the lengths, the block sizes, ``token_masks`` (one a row), and ``head_rows``, the row of each
     query head. ``head_rows`` None means that the query heads share the rows evenly and in order, which fits
-    one row for all heads, one a KV head, or one a query head.
+    one row for all heads, one per KV head, or one per query head.
 
     Lists made from token masks are NumPy arrays: known while tracing, and compiled in. Lists from
     ``from_indices`` are JAX arrays, perhaps traced: other lists of the same capacity compile nothing. Two
@@ -96,7 +96,11 @@ class BlockMask:
         Computed in closed form: time and memory are those of the lists, and no array of T x T elements, nor
         of T / block x T / block blocks, is ever made. Heads with equal masks share a row.
 
-        masks: one for all query heads, or one a query head.
+        - masks: one for all query heads, or one per query head.
+        - q_len, kv_len: how many queries and keys.
+        - block_q, block_kv: how many tokens a block of queries and a block of keys holds.
+
+        Raises ValueError for masks of another type, and for lengths and sizes that are no positive integers.
 
         >>> from jsparse import streaming
         >>> mask = BlockMask.from_token_masks(streaming(sink=1, window=4), 16, 16, block_q=4, block_kv=4)
@@ -122,8 +126,8 @@ class BlockMask:
         """The lists that a selector chose, at a fixed capacity of M blocks a list.
 
         kv_index [R, nq, M] or [B, R, nq, M]: block numbers, all different within a list; what stands at and
-        after ``kv_count`` is not read. kv_count [R, nq] or [B, R, nq]. R rows: one for all heads, one a KV
-        head or one a query head. ``token_mask`` applies inside the listed blocks, save the first
+        after ``kv_count`` is not read. kv_count [R, nq] or [B, R, nq]. R rows: one for all heads, one per
+        KV head or one per query head. ``token_mask`` applies inside the listed blocks, except the first
         ``kv_full_count`` (of kv_count's shape; none if None) of each list: these every query of the block
         sees whole, and their element mask is skipped.
 

@@ -75,8 +75,8 @@ def wholly_visible(mask, q_block, kv_block, q_len, kv_len, block_q, block_kv):
     first, last = q_block * block_q, np.minimum((q_block + 1) * block_q, q_len) - 1
     first, last = first + kv_len - q_len, last + kv_len - q_len
     low, high = kv_block * block_kv, (kv_block + 1) * block_kv - 1
-    # Causality hides the most from the first query, a window or a group from the last. A block that ends past
-    # the keys ends past the first query too.
+    # Causality hides the most from the first query, a window or a group from the last. A block that reaches
+    # past the last key also reaches past the first query, so it is never whole.
     whole = high <= first
     if mask.window is not None:
         start = last - mask.window + 1  # of the last query's window

@@ -2,7 +2,7 @@
 
 A query item is one block of queries of all the query heads that share a list and a KV head; a KV item is one
 block of keys of the KV heads of such a class. Blocks stay as they lie in memory, ``[items, B, block, ...]``:
-whoever takes some of them out turns them on the way.
+callers that take a slice also transpose it.
 """
 
 from collections.abc import Iterator, Sequence
@@ -22,14 +22,14 @@ from jsparse.masks.transposed import offset_entries
 class Lists(NamedTuple):
     """For each item, which items of the other side to visit: entries start .. start + count of index."""
 
-    index: Any
-    start: Any
+    index: Any  # [L]
+    start: Any  # [N items]
     count: Any
     full_count: Any
 
     @property
     def known(self) -> bool:
-        """While tracing, that is: NumPy arrays."""
+        """Whether they are known while tracing: NumPy arrays."""
         return isinstance(self.count, np.ndarray)
 
 
@@ -46,10 +46,9 @@ class Part(NamedTuple):
 
 
 class Items(NamedTuple):
-    """Blocks of a sequence, ``values`` [N items, B, block, H KV heads, ...], and what the element mask has to
-    know."""
+    """Blocks of a sequence, and what the element mask has to know."""
 
-    values: tuple[Any, ...]
+    values: tuple[Any, ...]  # [N items, B, block, H KV heads, ...]
     position: Any  # [N], of the first token of each item
     segment: Any  # [N, B, block] or None
 

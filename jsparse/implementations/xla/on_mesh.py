@@ -58,7 +58,7 @@ def _split(run: Callable, visible: Visible, operands, outputs: tuple[str, ...]) 
 
     def run_share(*leaves):
         operands, lists, heads = jax.tree.unflatten(structure, leaves)
-        share = _with_lists(visible, lists) if lists else visible
+        share = _with_lists(visible, lists) if isinstance(visible, BlockMask) and lists else visible
         rows = share.head_rows if isinstance(share, BlockMask) else share.masks
         if not isinstance(rows, tuple) or heads.shape[0] == kv_heads:
             return run(share, *operands)
