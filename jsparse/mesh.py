@@ -21,13 +21,13 @@ def sequence_devices() -> int:
 def split_over_mesh(
     run: Callable, operands: tuple, axes: tuple[str, ...], outputs: tuple[str, ...], *, num_heads: int
 ):
-    """``run(*operands)``, by ``shard_map`` over the mesh in context (``jax.set_mesh``), or as it is without.
+    """``run(*operands)``, by ``shard_map`` over the mesh in context (``jax.set_mesh``) if there is one.
 
     ``axes`` name the axes of each operand, one letter each: ``b`` is split over the devices that share the
     batch, ``h`` over those that share the heads, ``s`` over those that share each sequence, all others are
     whole on every device; ``outputs`` likewise. Operand 0 decides: its own sharding where the mesh axes are
-    Explicit, ``BATCH_AXES``, ``HEAD_AXES`` and ``SEQUENCE_AXIS`` where they are Auto. Mesh axes that do not
-    divide the batch, or ``num_heads``, KV heads, repeat the work.
+    Explicit, ``BATCH_AXES``, ``HEAD_AXES`` and ``SEQUENCE_AXIS`` where they are Auto. If an axis does
+    not divide the batch or ``num_heads``, the number of KV heads, its devices repeat the work.
 
     Raises ValueError where operand 0 is explicitly sharded along another axis.
     """

@@ -22,9 +22,11 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from jsparse.implementations.merge import merge
 from jsparse.implementations.xla.on_mesh import switch
+from jsparse.integers import cdiv
 from jsparse.masks.block_mask import BlockMask
-from jsparse.masks.token_mask import TokenMask, causal
+from jsparse.masks.token_mask import HeadMasks, TokenMask, causal
 from jsparse.mesh import SEQUENCE_AXIS, split_over_mesh
 
 
@@ -134,9 +136,7 @@ def _reach(mask: TokenMask, length: int, chunk: int) -> int:
 
 # --- on all devices ---
 #
-# ``compute`` is the forward or backward pass of an implementation on the arrays of one device:
-# forward(q, k, v, mask, scale, q_segment_ids, kv_segment_ids) gives out and lse, and backward(the same, out,
-# lse, d_out, d_lse) the gradients of q, k and v.
+# ``compute`` is the forward or backward pass of an implementation, here on the arrays of one device.
 
 
 def forward(compute: Callable, q, k, v, split: SequenceSplit, scale, q_ids, kv_ids):
@@ -173,7 +173,7 @@ def _exchange_forward(compute, split: SequenceSplit, scale, heads, q, k, v, q_id
     def attend(view: View):
         def run(q, k, v, q_ids, kv_ids):
             k, v, kv_ids = _read(view, (k, v, kv_ids))
-            return compute(q, k, v, _block_mask(split, view), scale, q_ids, kv_ids)
+            return compute(q, k, v, _visible(split, view), scale, q_ids, kv_ids)
 
         return run
 
@@ -186,7 +186,7 @@ def _exchange_backward(compute, split: SequenceSplit, scale, heads, q, k, v, q_i
         def run(q, k, v, q_ids, kv_ids, *results):
             unread = (0, 0), (view.start, k.shape[1] - view.stop), (0, 0), (0, 0)
             k, v, kv_ids = _read(view, (k, v, kv_ids))
-            dq, dk, dv = compute(q, k, v, _block_mask(split, view), scale, q_ids, kv_ids, *results)
+            dq, dk, dv = compute(q, k, v, _visible(split, view), scale, q_ids, kv_ids, *results)
             return dq, jnp.pad(dk, unread), jnp.pad(dv, unread)
 
         return run
@@ -235,10 +235,8 @@ def _own_view(split: SequenceSplit, heads, count: int) -> tuple[jax.Array, list[
     return lax.axis_index(SEQUENCE_AXIS) * shares + heads[0] // heads.shape[0], views
 
 
-def _block_mask(split: SequenceSplit, view: View) -> BlockMask:
-    return BlockMask.from_token_masks(
-        view.masks, split.chunk, view.stop - view.start, block_q=split.block_q, block_kv=split.block_kv
-    )
+def _visible(split: SequenceSplit, view: View) -> HeadMasks:
+    return HeadMasks(view.masks, split.chunk, view.stop - view.start)
 
 
 # --- ring ---
@@ -254,7 +252,7 @@ def _ring_forward(compute, split: SequenceSplit, scale, heads, q, k, v, q_ids, k
         mask = _earlier(split, s)
         k, v, kv_ids = _padded(keys, mask.kv_len)
         part = compute(q, k, v, mask, scale, q_ids, kv_ids)
-        return passed_on, *_merged(out, lse, *part)
+        return passed_on, *merge(out, lse, *part)
 
     # One exchange more than need be, for a loop of one body.
     carry = _pass_on(split, keys), out.astype(_accumulator(out)), lse
@@ -287,9 +285,8 @@ def _pass_on(split: SequenceSplit, arrays):
     return jax.tree.map(lambda x: lax.ppermute(x, SEQUENCE_AXIS, around), arrays)
 
 
-def _diagonal(split: SequenceSplit) -> BlockMask:
-    sizes = {"block_q": split.block_q, "block_kv": split.block_kv}
-    return BlockMask.from_token_masks(causal(), split.chunk, split.chunk, **sizes)
+def _diagonal(split: SequenceSplit) -> HeadMasks:
+    return HeadMasks(causal(), split.chunk, split.chunk)
 
 
 def _earlier(split: SequenceSplit, step) -> BlockMask:
@@ -309,7 +306,7 @@ def earlier_keys(visible, chunk: int, *, block_q: int, block_kv: int) -> BlockMa
     >>> mask.kv_len, mask.kv_count.tolist(), mask.kv_full_count.tolist()
     (14, [[2, 2]], [[1, 1]])
     """
-    num_q_blocks, num_kv_blocks = -(-chunk // block_q), -(-chunk // block_kv)
+    num_q_blocks, num_kv_blocks = cdiv(chunk, block_q), cdiv(chunk, block_kv)
     index = np.broadcast_to(np.arange(num_kv_blocks), (1, num_q_blocks, num_kv_blocks))
     count = jnp.broadcast_to(jnp.where(visible, num_kv_blocks, 0), (1, num_q_blocks))
     return BlockMask.from_indices(
@@ -328,14 +325,6 @@ def _padded(keys, length: int):
     return jax.tree.map(
         lambda x: jnp.pad(x, [(0, 0), (0, length - x.shape[1])] + [(0, 0)] * (x.ndim - 2)), keys
     )
-
-
-def _merged(out, lse, other_out, other_lse):
-    """Attention to two sets of keys from that to each: out [B, C, H, D] and lse [B, C, H]."""
-    total = jnp.logaddexp(lse, other_lse)
-    finite = jnp.where(total == -jnp.inf, 0, total)  # nothing seen: -inf - -inf is not a number
-    weight, other_weight = jnp.exp(lse - finite)[..., None], jnp.exp(other_lse - finite)[..., None]
-    return out * weight + other_out * other_weight, total
 
 
 def _accumulator(x):

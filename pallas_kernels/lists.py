@@ -1,8 +1,16 @@
 """What the attention kernels read to know where to go: lists of blocks, and what each head sees in them."""
 
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
+import numpy as np
 from jax import Array, lax
+
+HEAD_DIMS = (64, 128, 256)  # that there are kernels for
+
+if TYPE_CHECKING:
+    Arrays = Array | np.ndarray
+else:
+    Arrays = Any  # tree functions put flags and axes here, which a type checked at run time would refuse
 
 
 class Lists(NamedTuple):
@@ -12,10 +20,10 @@ class Lists(NamedTuple):
     blocks need no element mask.
     """
 
-    index: Any  # [L], at least one entry
-    start: Any  # [B or 1, R, n]
-    count: Any
-    full_count: Any
+    index: Arrays  # [L], at least one entry
+    start: Arrays  # [B or 1, R, n]
+    count: Arrays
+    full_count: Arrays
 
 
 class Heads(NamedTuple):

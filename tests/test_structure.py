@@ -13,6 +13,8 @@ import jaxtyping
 import pytest
 
 import jsparse
+from jsparse.cache import decode as decode_table
+from jsparse.implementations import table as attention_table
 
 ROOT = Path(__file__).parent.parent
 
@@ -156,6 +158,36 @@ def test_nothing_imports_in_a_circle():
         if name != COMMAND_LINE
     }
     assert circles(imports) == []
+
+
+NAMES = {row.name for row in (*attention_table.IMPLEMENTATIONS, *decode_table.IMPLEMENTATIONS)}
+
+
+def compared_names(source: str) -> list[str]:
+    """The expressions of a source that ask for an implementation by its name."""
+    found = []
+    for node in ast.walk(ast.parse(source)):
+        asks = isinstance(node, ast.Compare | ast.MatchValue)
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
+            asks = node.func.attr in ("startswith", "endswith")
+        strings = {
+            x.value for x in ast.walk(node) if isinstance(x, ast.Constant) and isinstance(x.value, str)
+        }
+        if asks and any(text in NAMES or text.startswith("mosaic_gpu") for text in strings):
+            found.append(ast.unparse(node))
+    return found
+
+
+def test_a_compared_name_is_found():
+    sources = ("if name == 'xla': pass", "x = name in ('a', 'cudnn')", "name.startswith('mosaic_gpu')")
+    assert [len(compared_names(source)) for source in sources] == [1, 1, 1]
+    assert compared_names("attention(q, k, v, mask, implementation='xla')") == []
+
+
+def test_only_the_tables_know_implementations_by_name():
+    """A new device is one file and one row: nothing else asks which implementation it has."""
+    found = {name: compared_names(path.read_text()) for name, path in MODULES.items()}
+    assert {name: asked for name, asked in found.items() if asked} == {}
 
 
 def test_every_folder_with_code_is_packed():

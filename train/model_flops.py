@@ -3,8 +3,8 @@
 import dataclasses
 from collections.abc import Sequence
 
-from jsparse.attention import Mask, default_block_sizes
-from jsparse.masks.block_mask import BlockMask
+from jsparse.attention import Mask
+from jsparse.masks.block_mask import BlockMask, default_block_sizes
 from jsparse.masks.token_mask import causal
 from jsparse.models import Llama, has_lora
 from jsparse.models.layers import Linear, linear_layers

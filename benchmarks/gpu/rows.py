@@ -182,8 +182,7 @@ def visited_blocks(row: Prefill) -> int:
     """Blocks that all query heads of one sequence visit."""
     mask = block_mask(row)
     a_row = np.asarray(mask.kv_count).sum(axis=-1)
-    heads = mask.head_rows or [head * len(a_row) // row.q_heads for head in range(row.q_heads)]
-    return int(sum(a_row[head] for head in heads))
+    return int(sum(a_row[list(mask.row_of_head(row.q_heads))]))
 
 
 def page_lists(row: Decode, most: int = 32) -> np.ndarray:

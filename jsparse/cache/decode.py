@@ -15,13 +15,28 @@ from jaxtyping import Array, Float, Int
 from jsparse.cache import hopper
 from jsparse.cache.pages import PagedKVCache
 from jsparse.cache.ring import StreamingKVCache
-from jsparse.device import hopper as on_hopper
 from jsparse.device import product_dtype
+from jsparse.implementations.interface import always, choose, never, no_limit
 
-_IMPLEMENTATIONS = ("mosaic_gpu", "mosaic_gpu_interpret", "xla")
 _BLOCK_TOKENS = 512  # keys a step of the loop over pages: large enough for efficient products, small to hold
 _BLOCK_NUMBERS = 2**19  # in the keys of a large step for single queries, which a core's cache should hold
 _NEAR_TOKENS = 4096  # visited in small steps, and the most of a large one
+
+
+class DecodeImplementation(NamedTuple):
+    """One way to attend over a cache: a row of the table.
+
+    - name: as users give it.
+    - decode: ``decode(q, cache, lengths, page_table, pages, scale)`` computes :func:`decode_attention`, with
+      one list of pages per KV head.
+    - limit: ``limit(q, cache)`` says why it cannot take a call, or gives None.
+    - by_default: ``by_default(q, cache)`` tells whether it is tried for calls that name no implementation.
+    """
+
+    name: str
+    decode: Callable
+    limit: Callable[..., str | None] = no_limit
+    by_default: Callable[..., bool] = always
 
 
 def decode_attention(
@@ -38,21 +53,27 @@ def decode_attention(
 
         out = softmax(scale * q @ k.T) @ v        scale = 1 / sqrt(D) by default
 
-    over all ``lengths[b]`` tokens of a paged cache, or those in the listed ``pages`` only; over the sink and
-    the window of a streaming cache. The newest token's own key is in the cache already. Consecutive query
-    heads share a KV head. ``pages`` are indices into the sequence's row of ``page_table``, a list for each KV
-    head or for each query head, -1 for no page, as ``jsparse.cache.select.select_pages`` makes them; other
-    pages are not touched. A sequence of length 0 gives 0. Pages of int8 or int4 codes are read as the values
-    that they stand for.
+    over all tokens of a paged cache, or those in the listed pages only; over the sink and the window of a
+    streaming cache. The cache holds the newest token's own key already.
 
-    ``implementation``: "mosaic_gpu" is the kernel for Hopper GPUs (bfloat16 or float16; head_dim 64, 128 or
-    256; pages and rings of 8, 16, 32 or a multiple of 8 from 64 tokens; up to 16 query heads a KV head),
-    "mosaic_gpu_interpret" the same on a CPU, for tests (jax >= 0.12; float32 too), "xla" runs everywhere.
-    None takes the kernel where it can run, else XLA.
+    - q: [B, Hq, D], the query of the newest token of each sequence. Consecutive query heads share a KV head.
+    - cache: the keys and values. Pages of int8 or int4 codes are read as the values that they stand for.
+    - lengths: [B], tokens per sequence, the newest included.
+    - page_table: [B, max_pages], the physical page of each page of a sequence; None for a streaming cache.
+    - pages: [B, H, n], the pages to read, as indices into the sequence's row of ``page_table``, -1 for no
+      page: one list per KV head or per query head, as ``jsparse.cache.select.select_pages`` makes them. Other
+      pages are not touched. None reads every page.
+    - scale: of the scores; 1 / sqrt(D) if None.
+    - implementation: "mosaic_gpu" is the kernel for Hopper GPUs (bfloat16 or float16; head_dim 64, 128 or
+      256; pages and rings of 8, 16, 32 or a multiple of 8 from 64 tokens; up to 16 query heads per KV head),
+      "xla" runs everywhere, "mosaic_gpu_interpret" runs the kernel on a CPU, for tests (jax >= 0.12; float32
+      too). None takes the kernel where it can run, else XLA.
 
-    Raises ``ValueError`` where query heads do not divide by KV heads, or where ``page_table`` and ``pages``
-    do not go with the kind of cache, and ``NotImplementedError`` where the implementation asked for cannot
-    take them, naming the limit.
+    Returns out [B, Hq, D] in q's dtype; 0 for a sequence of length 0.
+
+    Raises ValueError if the query heads are no multiple of the KV heads, or if ``page_table`` and ``pages``
+    do not fit the kind of cache. Raises NotImplementedError, which names the limit, if the implementation
+    asked for cannot take the call.
 
     >>> from jsparse.cache import StreamingKVCache
     >>> cache = StreamingKVCache.zeros(1, 1, 4, sink=1, window=2, dtype=jnp.float32)
@@ -76,15 +97,18 @@ def decode_attention(
         )
     if pages is not None and pages.shape[1] > kv_heads:
         return _by_query_head(q, cache, lengths, page_table, pages, scale, implementation)
-    if _takes_kernel(implementation, q, cache):
-        interpret = implementation == "mosaic_gpu_interpret"
-        return hopper.decode(q, cache, lengths, page_table, pages, scale, interpret=interpret)
+    chosen = choose(IMPLEMENTATIONS, implementation, q, cache)
+    return chosen.decode(q, cache, lengths, page_table, pages, scale)
+
+
+def _portable(q, cache: PagedKVCache | StreamingKVCache, lengths, page_table, pages, scale):
+    """``decode_attention`` in XLA, for every device."""
     if isinstance(cache, StreamingKVCache):
+        kv_heads = cache.k.shape[1]
         position = cache.positions(lengths)[:, None]  # the ring holds what may be seen and nothing more
         ring = (cache.k, cache.v, position)
         out = _attend(q[:, None], lengths[:, None] - 1, kv_heads, [_Steps(lambda _: ring, 0, 1)], scale=scale)
         return out[:, 0]
-    assert page_table is not None
     out = paged_attention(q[:, None], cache, page_table, lengths - 1, lengths, pages=pages, scale=scale)
     return out[:, 0]
 
@@ -269,12 +293,15 @@ def _scores(q: Float[Array, "B H Q D"], k: Float[Array, "B H S D"], *, keys_firs
     return jnp.einsum("bhqd,bhsd->bhqs", q, k, preferred_element_type=jnp.float32)
 
 
-def _takes_kernel(implementation: str | None, q, cache: PagedKVCache | StreamingKVCache) -> bool:
-    if implementation is not None and implementation not in _IMPLEMENTATIONS:
-        raise ValueError(f"implementation must be None or one of {_IMPLEMENTATIONS}, not {implementation!r}")
-    if implementation == "xla" or (implementation is None and not on_hopper()):
-        return False
-    reason = hopper.limit(q, cache, interpret=implementation == "mosaic_gpu_interpret")
-    if reason is not None and implementation is not None:
-        raise NotImplementedError(f"implementation={implementation!r}: {reason}")
-    return reason is None
+def _hopper(name: str, *, interpret: bool, **options) -> DecodeImplementation:
+    decode = functools.partial(hopper.decode, interpret=interpret)
+    limit = functools.partial(hopper.limit, interpret=interpret)
+    return DecodeImplementation(name, decode, limit, **options)
+
+
+# In order of preference. A new device is one file and one row.
+IMPLEMENTATIONS = (
+    _hopper("mosaic_gpu", interpret=False),
+    DecodeImplementation("xla", _portable),
+    _hopper("mosaic_gpu_interpret", interpret=True, by_default=never),
+)

@@ -13,6 +13,7 @@ from jsparse.cache.pages import PagedKVCache
 from jsparse.cache.ring import StreamingKVCache
 from jsparse.cache.tokens import Tokens
 from jsparse.device import hopper
+from jsparse.implementations.merge import merge
 from jsparse.integers import cdiv
 from jsparse.masks.estimate import all_blocks
 from jsparse.masks.pooled import PooledBlocks
@@ -101,7 +102,8 @@ def streaming_prefill(
     if before.sink == 0:
         return out
     sink_out, sink_lse = _attend_to_sink(q, after, tokens)
-    return _merged(out, lse, sink_out, sink_lse).astype(q.dtype)
+    merged, _ = merge(out, lse, sink_out, sink_lse)
+    return merged.astype(q.dtype)
 
 
 def _attend_to_sink(q, cache: StreamingKVCache, tokens: Tokens):
@@ -124,12 +126,3 @@ def _attend_to_sink(q, cache: StreamingKVCache, tokens: Tokens):
     lse = (top + jnp.log(total)).transpose(0, 3, 1, 2).reshape(batch, chunk, q_heads)
     total = jnp.where(total == 0, 1, total).transpose(0, 3, 1, 2)[..., None]
     return (out / total).reshape(q.shape), lse
-
-
-def _merged(out, lse, other_out, other_lse):
-    """Attention to two sets of keys from that to each: out [B, C, H, D] and lse [B, C, H]."""
-    top = jnp.maximum(lse, other_lse)
-    top = jnp.where(top == -jnp.inf, 0, top)  # nothing seen: -inf - -inf is not a number
-    weight, other_weight = jnp.exp(lse - top), jnp.exp(other_lse - top)
-    total = jnp.maximum(weight + other_weight, jnp.finfo(jnp.float32).tiny)
-    return out * (weight / total)[..., None] + other_out * (other_weight / total)[..., None]

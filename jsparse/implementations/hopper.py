@@ -15,60 +15,63 @@ import jax.numpy as jnp
 import numpy as np
 
 from jsparse.device import device_kind, kernel_limit
-from jsparse.masks.block_mask import BlockMask, offset_entries, transposed_lists
+from jsparse.implementations.interface import Call, Visible
+from jsparse.masks.block_mask import BlockMask, follow
+from jsparse.masks.transposed import offset_entries, transposed_lists
 from jsparse.mesh import split_over_mesh
 from jsparse.pallas_kernels import measured
-from jsparse.pallas_kernels.lists import UNLIMITED, Heads, Lists
+from jsparse.pallas_kernels.lists import HEAD_DIMS, UNLIMITED, Heads, Lists
 
-_HEAD_DIMS = (64, 128, 256)
 _BLOCK = 64
 
 
-def limit(q, mask: BlockMask, scale: float, *, interpret: bool) -> str | None:
+def limit(call: Call, *, interpret: bool) -> str | None:
     """Why the kernels cannot take this call, or None where they can."""
+    q, mask = call.q, call.visible
     if (reason := kernel_limit(interpret=interpret)) is not None:
         return reason
     if q.dtype not in (jnp.bfloat16, jnp.float16) and not (interpret and q.dtype == jnp.float32):
         return f"the GPU kernels take bfloat16 and float16, not {q.dtype}"
-    if q.shape[-1] > _HEAD_DIMS[-1]:
-        return f"the GPU kernels take head_dim up to {_HEAD_DIMS[-1]}, not {q.shape[-1]}"
-    for name, size in (("block_q", mask.block_q), ("block_kv", mask.block_kv)):
-        if size % _BLOCK:
-            return f"the GPU kernels take blocks of a multiple of {_BLOCK} tokens, not {name}={size}"
-    if scale <= 0:
-        return f"the GPU kernels take a positive scale, not {scale}"
+    if q.shape[-1] > HEAD_DIMS[-1]:
+        return f"the GPU kernels take head_dim up to {HEAD_DIMS[-1]}, not {q.shape[-1]}"
+    if isinstance(mask, BlockMask):
+        for name, size in (("block_q", mask.block_q), ("block_kv", mask.block_kv)):
+            if size % _BLOCK:
+                return f"the GPU kernels take blocks of a multiple of {_BLOCK} tokens, not {name}={size}"
+    if call.scale <= 0:
+        return f"the GPU kernels take a positive scale, not {call.scale}"
     return None
 
 
-def block_sizes() -> tuple[int, int]:
+def block_sizes(q_len: int, kv_len: int) -> tuple[int, int]:
     """(block_q, block_kv) of lists made for token masks: two compute warpgroups of 64 queries share one."""
     return 128, 128
 
 
-def forward(q, k, v, mask: BlockMask, scale, q_segment_ids, kv_segment_ids, *, interpret: bool):
+def forward(q, k, v, visible: Visible, scale, q_segment_ids, kv_segment_ids, *, interpret: bool):
     """out [B, T, Hq, D] in q's dtype, lse [B, T, Hq] float32, natural logarithm."""
     from jsparse.pallas_kernels.hopper.forward import forward, forward_tiles
 
+    mask = follow(visible, *block_sizes(visible.q_len, visible.kv_len))
     arrays, segments = _pad(q, k, v), _segments(q_segment_ids, kv_segment_ids)
     kernel = _kernel(forward, forward_tiles, arrays[0].shape[-1], mask, scale, interpret)
     out, lse = _launch(kernel, mask, _row_lists(mask), arrays, (), segments, ("bthd", "bht"))
     return out[:, : mask.q_len, :, : q.shape[-1]], lse[:, :, : mask.q_len].swapaxes(1, 2) * np.log(2)
 
 
-def backward(
-    q, k, v, mask: BlockMask, scale, q_segment_ids, kv_segment_ids, out, lse, d_out, d_lse, *, interpret: bool
-):
+def backward(q, k, v, visible: Visible, scale, q_ids, kv_ids, out, lse, d_out, d_lse, *, interpret: bool):
     """The gradients of q, k and v."""
     from jsparse.pallas_kernels.hopper.backward_keys import backward_keys, keys_tiles
     from jsparse.pallas_kernels.hopper.backward_queries import backward_queries, queries_tiles
 
+    mask = follow(visible, *block_sizes(visible.q_len, visible.kv_len))
     delta = jnp.sum(out.astype(jnp.float32) * d_out.astype(jnp.float32), axis=-1) - d_lse
     # Rows that see nothing, and those that fill up the last block, have no weights: exp2(score - inf) = 0.
     padding = (0, 0), (0, 0), (0, -mask.q_len % math.lcm(128, mask.block_q))
     base2 = jnp.where(lse == -jnp.inf, jnp.inf, lse / np.log(2)).swapaxes(1, 2)
     base2 = jnp.pad(base2, padding, constant_values=jnp.inf)
     rows = base2, jnp.pad(delta.swapaxes(1, 2), padding)
-    arrays, segments = _pad(q, k, v, d_out.astype(q.dtype)), _segments(q_segment_ids, kv_segment_ids)
+    arrays, segments = _pad(q, k, v, d_out.astype(q.dtype)), _segments(q_ids, kv_ids)
 
     dim, padded = q.shape[-1], arrays[0].shape[-1]
     kernel = _kernel(backward_queries, queries_tiles, padded, mask, scale, interpret)
@@ -105,7 +108,7 @@ def _pad(*arrays):
     No mask shows the added keys, and what the added queries see is cut off.
     """
     dim = arrays[0].shape[-1]
-    columns = next(size for size in _HEAD_DIMS if size >= dim) - dim
+    columns = next(size for size in HEAD_DIMS if size >= dim) - dim
     return tuple(jnp.pad(x, ((0, 0), (0, -x.shape[1] % 8), (0, 0), (0, columns))) for x in arrays)
 
 
@@ -133,8 +136,7 @@ def _not_empty(index):
 
 
 def _heads(mask: BlockMask, num_q_heads: int) -> Heads:
-    num_rows = mask.kv_start.shape[-2]
-    rows = mask.head_rows or [head * num_rows // num_q_heads for head in range(num_q_heads)]
+    rows = mask.row_of_head(num_q_heads)
     of_row = [
         (
             0 if m.window is None else m.sink,

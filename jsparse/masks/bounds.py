@@ -2,10 +2,9 @@
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array, Float, Num
 
-AnyArray = Array | np.ndarray
+from jsparse.arrays import AnyArray
 
 
 def page_bounds(

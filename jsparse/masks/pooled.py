@@ -7,8 +7,9 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Float, Int
 
+from jsparse.arrays import AnyArray
 from jsparse.masks.block_mask import BlockMask
-from jsparse.masks.bounds import AnyArray, page_scores
+from jsparse.masks.bounds import page_scores
 from jsparse.masks.estimate import (
     best_blocks,
     by_position,

@@ -1,9 +1,12 @@
 """Which keys one query may see: four integers that every implementation understands."""
 
 import dataclasses
+from typing import Any
 
 import numpy as np
 from jaxtyping import Array, Bool, Int
+
+from jsparse.integers import require_integer
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,12 +38,12 @@ class TokenMask:
     group_shift: int = 0
 
     def __post_init__(self):
-        _require_int("sink", self.sink, minimum=0)
+        require_integer("sink", self.sink, 0)
         if self.window is not None:
-            _require_int("window", self.window, minimum=1)
+            require_integer("window", self.window)
         if self.group_size is not None:
-            _require_int("group_size", self.group_size, minimum=1)
-        _require_int("group_shift", self.group_shift, minimum=0)
+            require_integer("group_size", self.group_size)
+        require_integer("group_shift", self.group_shift, 0)
         if self.group_shift and self.group_size is None:
             raise ValueError(f"group_shift={self.group_shift} needs a group_size")
 
@@ -77,6 +80,32 @@ def shifted_groups(size: int, shift: int) -> TokenMask:
     return TokenMask(group_size=size, group_shift=shift)
 
 
-def _require_int(name: str, value: object, minimum: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < minimum:
-        raise ValueError(f"{name} must be an integer >= {minimum}, not {value!r}")
+@dataclasses.dataclass(frozen=True)
+class HeadMasks:
+    """The token masks of all query heads, for ``q_len`` queries aligned to the end of ``kv_len`` keys.
+
+    - masks: one for all heads, or a tuple of one per query head.
+    """
+
+    masks: TokenMask | tuple[TokenMask, ...]
+    q_len: int
+    kv_len: int
+
+    @staticmethod
+    def from_masks(masks: Any, q_len: int, kv_len: int) -> "HeadMasks":
+        """Of one mask or a sequence of masks; ValueError for anything else."""
+        masks = masks if isinstance(masks, TokenMask) else tuple(masks)
+        listed = (masks,) if isinstance(masks, TokenMask) else masks
+        if not listed or not all(isinstance(mask, TokenMask) for mask in listed):
+            raise ValueError(
+                f"masks must be a TokenMask or a sequence of them, one per query head, not {masks!r}"
+            )
+        return HeadMasks(masks, q_len, kv_len)
+
+    def distinct(self) -> tuple[TokenMask, ...]:
+        """The different masks, in the order of the heads."""
+        return (self.masks,) if isinstance(self.masks, TokenMask) else tuple(dict.fromkeys(self.masks))
+
+    def per_head(self, num_q_heads: int) -> tuple[TokenMask, ...]:
+        """One mask for each query head."""
+        return (self.masks,) * num_q_heads if isinstance(self.masks, TokenMask) else self.masks

@@ -95,10 +95,7 @@ def attention_flops(mask: BlockMask, num_q_heads: int, head_dim: int) -> Passes:
     True
     """
     counts = np.asarray(mask.kv_count, dtype=np.int64).sum(axis=-1)  # [R] or [B, R]
-    rows = mask.head_rows
-    if rows is None:
-        num_rows = counts.shape[-1]
-        rows = tuple(head * num_rows // num_q_heads for head in range(num_q_heads))
+    rows = mask.row_of_head(num_q_heads)
     if len(rows) != num_q_heads:
         raise ValueError(f"num_q_heads={num_q_heads}, but the mask is for {len(rows)} query heads")
     blocks = int(counts[..., list(rows)].sum(axis=-1).max())

@@ -32,8 +32,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from jsparse.pallas_kernels.hopper.mosaic import anew, launch, multiply, multiply_registers, tile_transforms
+from jsparse.pallas_kernels.lists import HEAD_DIMS
 
-HEAD_DIMS = (64, 128, 256)
 GROUPS = (8, 16)  # query heads of a KV head, rounded up
 MIN_PAGE = 8  # rows of the smallest tile that TMA copies
 SHARED_MEMORY = 228 * 1024  # bytes of an SM that its thread blocks share

@@ -15,9 +15,8 @@ from jsparse.device import device_kind
 from jsparse.implementations import hopper
 from jsparse.pallas_kernels import measured
 from jsparse.pallas_kernels.hopper import backward_keys, backward_queries, forward, paged_decode
-from jsparse.pallas_kernels.lists import Heads, Lists
+from jsparse.pallas_kernels.lists import HEAD_DIMS, Heads, Lists
 
-HEAD_DIMS = (64, 128, 256)
 BLOCKS = (64, 128, 192, 384)  # one or three steps a block, whether the widest step is 64 or 128
 PAGES = (8, 64, 384)  # eight to a step, one a step, a ring of several steps
 BATCH, LENGTH, HEADS, KV_HEADS, LISTED = 2, 4096, 32, 8, 1000

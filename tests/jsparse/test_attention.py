@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from jsparse import BlockMask, TokenMask, attention, causal, shifted_groups, sliding_window, streaming
 from jsparse.attention import _attention
 from jsparse.implementations.xla import items, list_loop
+from jsparse.masks.token_mask import HeadMasks
 
 # On a machine with a GPU: JSPARSE_TEST_IMPLEMENTATION=mosaic_gpu, in half precision only.
 INTERPRETED = pytest.param(
@@ -475,6 +476,30 @@ def test_other_lengths_do_not_make_a_mask_compile_again():
     assert compiled._cache_size() == before
 
 
+def test_a_block_mask_of_token_masks_is_laid_out_as_they_are():
+    """On a CPU in blocks of its own; not once its lists may be others."""
+    for masks in (causal(), tuple(MIXED)):
+        head_masks = HeadMasks(masks, 70, 90)
+        mask = BlockMask.from_token_masks(masks, 70, 90, block_q=8, block_kv=16)
+        assert mask.exact == head_masks
+        for ours, expected in zip(items.parts(mask, 4, 2), items.parts(head_masks, 4, 2), strict=True):
+            assert (ours.q_heads, ours.kv_heads) == (expected.q_heads, expected.kv_heads)
+            jax.tree.map(np.testing.assert_array_equal, ours.lists, expected.lists)
+    assert dataclasses.replace(mask, kv_count=mask.kv_count).exact is None
+    assert jax.tree.map(np.copy, mask).exact is None
+
+
+def test_lists_of_the_implementations_do_not_drive_out_those_of_users():
+    compiled: Any = _attention
+    (q, k, v), _, _, _ = inputs(Case(causal()))
+    attention(q, k, v, BlockMask.from_token_masks(causal(), 70, 70))
+    before = compiled._cache_size()
+    for length in range(80, 120):
+        items.parts(HeadMasks(causal(), length, length), 4, 2)
+    attention(q, k, v, BlockMask.from_token_masks(causal(), 70, 70))
+    assert compiled._cache_size() == before
+
+
 @pytest.mark.parametrize(
     "change, message",
     [
@@ -484,7 +509,7 @@ def test_other_lengths_do_not_make_a_mask_compile_again():
         ({"q": jnp.zeros((3, 8, 4, 16))}, "agree in batch"),
         ({"v": jnp.zeros((2, 9, 2, 16))}, "k and v must have one shape"),
         ({"v": jnp.zeros((2, 8, 2, 16), jnp.bfloat16)}, "one floating dtype"),
-        ({"mask": [causal()] * 3}, "one TokenMask a query head: 3 were given for 4 heads"),
+        ({"mask": [causal()] * 3}, "one TokenMask per query head: 3 were given for 4 heads"),
         ({"mask": BlockMask.from_token_masks(causal(), 9, 8)}, "mask is for q_len=9, kv_len=8"),
         ({"q_segment_ids": jnp.zeros((2, 8), jnp.int32)}, "together or not at all"),
         (

@@ -2,30 +2,34 @@
 
 A query item is one block of queries of all the query heads that share a list and a KV head; a KV item is one
 block of keys of the KV heads of such a class. Blocks stay as they lie in memory, ``[items, B, block, ...]``:
-whoever takes some of them out turns them on the way.
+callers that take a slice also transpose it.
 """
 
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
 
 from jsparse.device import device_kind
-from jsparse.masks.block_mask import BlockMask, build_block_mask, offset_entries
-from jsparse.masks.token_mask import TokenMask
+from jsparse.implementations.interface import Visible
+from jsparse.integers import power_of_two_from, power_of_two_up_to
+from jsparse.masks.block_mask import BlockMask, default_block_sizes, follow
+from jsparse.masks.token_mask import HeadMasks, TokenMask
+from jsparse.masks.transposed import offset_entries
 
 
 class Lists(NamedTuple):
     """For each item, which items of the other side to visit: entries start .. start + count of index."""
 
-    index: Any
-    start: Any
+    index: Any  # [L]
+    start: Any  # [N items]
     count: Any
     full_count: Any
 
     @property
     def known(self) -> bool:
-        """While tracing, that is: NumPy arrays."""
+        """Whether they are known while tracing: NumPy arrays."""
         return isinstance(self.count, np.ndarray)
 
 
@@ -42,41 +46,66 @@ class Part(NamedTuple):
 
 
 class Items(NamedTuple):
-    """Blocks of a sequence, ``values`` [N items, B, block, H KV heads, ...], and what the element mask has to
-    know."""
+    """Blocks of a sequence, and what the element mask has to know."""
 
-    values: tuple[Any, ...]
+    values: tuple[Any, ...]  # [N items, B, block, H KV heads, ...]
     position: Any  # [N], of the first token of each item
     segment: Any  # [N, B, block] or None
 
 
-def parts(mask: BlockMask, num_q_heads: int, num_kv_heads: int, *, by_key: bool = False) -> list[Part]:
+def in_own_blocks(visible: Visible) -> Visible:
+    """Token masks on a CPU, where each part has block sizes of its own; lists to follow elsewhere.
+
+    Whatever the blocks, a token mask shows the same keys. So a CPU takes the token masks of a BlockMask too,
+    where the lists are exactly theirs.
+    """
+    if device_kind() != "cpu":
+        return follow(visible, *default_block_sizes(visible.q_len, visible.kv_len))
+    return visible.exact or visible if isinstance(visible, BlockMask) else visible
+
+
+def parts(visible: Visible, num_q_heads: int, num_kv_heads: int, *, by_key: bool = False) -> list[Part]:
     """Heads that share static rows run as one part; heads with lists of their own all run as one part.
 
     ``by_key``: for a pass whose items are blocks of keys.
     """
-    group = num_q_heads // num_kv_heads
-    num_rows = mask.kv_start.shape[-2]
-    if mask.head_rows is None:
-        shared = mask.kv_start.shape == (1, mask.num_q_blocks)
-        static = _of_token_mask(mask, 0, group, by_key) if shared else None
-        if static is not None:
-            return [_static_part(static, range(num_q_heads), range(num_kv_heads), mask.token_masks[0])]
-        return [_part_of_all(mask, num_q_heads, num_kv_heads)]
+    visible = in_own_blocks(visible)
+    if isinstance(visible, BlockMask):
+        return _parts_of_lists(visible, num_q_heads, num_kv_heads)
     made = []
-    for row in range(num_rows):
-        q_heads = [head for head in range(num_q_heads) if mask.head_rows[head] == row]
+    for mask, q_heads, kv_heads in _sharing(visible.per_head(num_q_heads), num_kv_heads):
+        group = len(q_heads) // len(kv_heads)
+        sizes = block_sizes(mask, visible.q_len, visible.kv_len, group, by_key=by_key)
+        lists = follow(HeadMasks(mask, visible.q_len, visible.kv_len), *sizes)
+        made.append(_static_part(lists, q_heads, kv_heads, mask, 0))
+    return made
+
+
+def _parts_of_lists(mask: BlockMask, num_q_heads: int, num_kv_heads: int) -> list[Part]:
+    if mask.head_rows is None:
+        return [_part_of_all(mask, num_q_heads, num_kv_heads)]
+    return [
+        _static_part(mask, q_heads, kv_heads, mask.token_masks[row], row)
+        for row, q_heads, kv_heads in _sharing(mask.head_rows, num_kv_heads)
+    ]
+
+
+def _sharing(row_of_head: Sequence, num_kv_heads: int) -> Iterator[tuple[Any, list[int], list[int]]]:
+    """(row, the query heads that follow it, the KV heads that they read) for each row that heads follow."""
+    group = len(row_of_head) // num_kv_heads
+    for row in dict.fromkeys(row_of_head):
+        q_heads = [head for head, its_row in enumerate(row_of_head) if its_row == row]
         whole = [
             head
             for head in range(num_kv_heads)
             if set(range(head * group, (head + 1) * group)) <= set(q_heads)
         ]
         # Heads that take only a part of their KV head's group bring their own copy of it.
-        kv_heads = whole if len(whole) * group == len(q_heads) else [head // group for head in q_heads]
-        static = _of_token_mask(mask, row, len(q_heads) // len(kv_heads), by_key) or mask
-        number = row if static is mask else 0
-        made.append(_static_part(static, q_heads, kv_heads, mask.token_masks[row], number))
-    return made
+        yield (
+            row,
+            q_heads,
+            whole if len(whole) * group == len(q_heads) else [head // group for head in q_heads],
+        )
 
 
 def _part_of_all(mask: BlockMask, num_q_heads: int, num_kv_heads: int) -> Part:
@@ -95,7 +124,7 @@ def _part_of_all(mask: BlockMask, num_q_heads: int, num_kv_heads: int) -> Part:
     return Part(q_heads, kv_heads, lists, classes, batched, mask, mask.token_masks[0])
 
 
-def _static_part(mask: BlockMask, q_heads, kv_heads, token_mask: TokenMask, row: int = 0) -> Part:
+def _static_part(mask: BlockMask, q_heads, kv_heads, token_mask: TokenMask, row: int) -> Part:
     return Part(tuple(q_heads), tuple(kv_heads), _row(mask, row), 1, False, mask, token_mask)
 
 
@@ -105,22 +134,6 @@ def _row(mask: BlockMask, row: int) -> Lists:
     if isinstance(index, np.ndarray):
         index, begin = index[begin[0] : begin[-1] + count[-1]], begin - begin[0]
     return Lists(index, begin, count, mask.kv_full_count[row])
-
-
-def _of_token_mask(mask: BlockMask, row: int, group: int, by_key: bool) -> BlockMask | None:
-    """The row's token mask in blocks of a size that suits a CPU; None elsewhere, and where the lists differ.
-
-    Whatever the blocks, the token mask shows the same keys.
-    """
-    lists, token_mask = _row(mask, row), mask.token_masks[row]
-    if device_kind() != "cpu" or not isinstance(lists.index, np.ndarray):
-        return None
-    # Made anew: kept, they would drive the masks that users call with out of the cache, to compile again.
-    same = build_block_mask(token_mask, mask.q_len, mask.kv_len, mask.block_q, mask.block_kv)
-    if not all(np.array_equal(*pair) for pair in zip(lists, _row(same, 0), strict=True)):
-        return None
-    own_sizes = block_sizes(token_mask, mask.q_len, mask.kv_len, group, by_key=by_key)
-    return build_block_mask(token_mask, mask.q_len, mask.kv_len, *own_sizes)
 
 
 def block_sizes(
@@ -139,14 +152,9 @@ def block_sizes(
     return min(block_q, _holding(q_len)), min(block_kv, _holding(kv_len))
 
 
-def power_of_two_up_to(n: int) -> int:
-    """The largest power of two up to n, 1 at least."""
-    return 1 << max(n, 1).bit_length() - 1
-
-
 def _holding(length: int) -> int:
     """The power of two that holds a sequence, 16 at least."""
-    return max(16, 1 << (length - 1).bit_length())
+    return max(16, power_of_two_from(length))
 
 
 def query_items(arrays, part: Part, segment_ids) -> Items:

@@ -8,7 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from jsparse.implementations.xla.items import Lists, power_of_two_up_to
+from jsparse.implementations.xla.items import Lists
+from jsparse.integers import cdiv, power_of_two_up_to
 
 # Scores of one chunk: large enough to keep the cores busy, small enough to stay in the cache.
 _CHUNK_SCORES = 1 << 20
@@ -41,7 +42,7 @@ def over_lists(
     start, init, step, finish = computation
     num_items = lists.start.shape[0]
     xp = np if lists.known else jnp
-    longest = int(lists.count.max()) if lists.known else -(-lists.index.shape[0] // num_items)
+    longest = int(lists.count.max()) if lists.known else cdiv(lists.index.shape[0], num_items)
     width = _width(lists.count if lists.known else None, longest, entry_tokens)
     once = lists.known and longest <= width
     # A single step forward holds little besides its scores.
@@ -93,8 +94,7 @@ def _chunk(num_items: int, most_scores: int, item_scores: int) -> int:
     (8, 5, 1)
     """
     most = power_of_two_up_to(most_scores // item_scores)
-    chunks = -(-num_items // most)
-    return -(-num_items // chunks)
+    return cdiv(num_items, cdiv(num_items, most))
 
 
 def _width(counts, longest: int, entry_tokens: int) -> int:
@@ -124,7 +124,7 @@ def cut_in_pieces(lists: Lists):
     """
     xp = np if lists.known else jnp
     num_items, num_entries = lists.start.shape[0], lists.index.shape[0]
-    length = max(1, -(-num_entries // num_items))
+    length = max(1, cdiv(num_entries, num_items))
     last = xp.cumsum(-(-lists.count // length))
     num_pieces = int(last[-1]) if xp is np else num_items + num_entries // length
     piece = xp.arange(max(1, num_pieces), dtype=np.int32)

@@ -12,71 +12,86 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from jsparse.implementations.xla import passes
+from jsparse.implementations.interface import Visible
+from jsparse.implementations.xla import items, passes
 from jsparse.masks.block_mask import BlockMask
+from jsparse.masks.token_mask import HeadMasks
 from jsparse.mesh import split_over_mesh
 
+_LISTS = ("kv_index", "kv_start", "kv_count", "kv_full_count")
 
-def forward(q, k, v, mask: BlockMask, scale, q_segment_ids, kv_segment_ids):
+
+def forward(q, k, v, visible: Visible, scale, q_segment_ids, kv_segment_ids):
     """What ``passes.forward`` computes."""
 
-    def run(mask, q, k, v, q_ids, kv_ids):
-        return passes.forward(q, k, v, mask, scale, q_ids, kv_ids)
+    def run(visible, q, k, v, q_ids, kv_ids):
+        return passes.forward(q, k, v, visible, scale, q_ids, kv_ids)
 
-    return _split(run, mask, (q, k, v, q_segment_ids, kv_segment_ids), ("bthd", "bth"))
+    return _split(run, visible, (q, k, v, q_segment_ids, kv_segment_ids), ("bthd", "bth"))
 
 
-def backward(q, k, v, mask: BlockMask, scale, q_segment_ids, kv_segment_ids, out, lse, d_out, d_lse):
+def backward(q, k, v, visible: Visible, scale, q_segment_ids, kv_segment_ids, out, lse, d_out, d_lse):
     """What ``passes.backward`` computes."""
 
-    def run(mask, q, k, v, q_ids, kv_ids, out, lse, d_out, d_lse):
-        return passes.backward(q, k, v, mask, scale, q_ids, kv_ids, out, lse, d_out, d_lse)
+    def run(visible, q, k, v, q_ids, kv_ids, out, lse, d_out, d_lse):
+        return passes.backward(q, k, v, visible, scale, q_ids, kv_ids, out, lse, d_out, d_lse)
 
     operands = q, k, v, q_segment_ids, kv_segment_ids, out, lse, d_out, d_lse
-    return _split(run, mask, operands, ("bthd", "bthd", "bthd"))
+    return _split(run, visible, operands, ("bthd", "bthd", "bthd"))
 
 
-def _split(run: Callable, mask: BlockMask, operands, outputs: tuple[str, ...]) -> tuple:
-    """run(the mask of a device's own heads and sequences, *its share of the operands)."""
-    kv_heads, num_rows = operands[1].shape[2], mask.kv_start.shape[-2]
-    own_rows = mask.head_rows is None and num_rows > 1  # shared by the heads evenly and in order
-    lists = {name: getattr(mask, name) for name in ("kv_index", "kv_start", "kv_count", "kv_full_count")}
-    if not (own_rows or any(isinstance(x, jax.Array) for x in lists.values())):
-        lists = {}  # known while tracing and the same for all: compiled in
+def _split(run: Callable, visible: Visible, operands, outputs: tuple[str, ...]) -> tuple:
+    """run(what a device's own heads and sequences see, *its share of the operands)."""
+    visible = items.in_own_blocks(visible)
+    kv_heads = shares = operands[1].shape[2]
+    lists, list_axes = {}, {}  # those that are known while tracing and the same for all are compiled in
+    if isinstance(visible, BlockMask):
+        own_rows = visible.head_rows is None and len(visible.token_masks) > 1  # shared evenly and in order
+        lists = {name: getattr(visible, name) for name in _LISTS}
+        if not own_rows and not any(isinstance(x, jax.Array) for x in lists.values()):
+            lists = {}
+        row_axes = ("b" if visible.kv_start.ndim == 3 else "") + ("h" if own_rows else ".") + "."
+        list_axes = {name: "." if name == "kv_index" else row_axes for name in lists}
+        if own_rows:  # every device must get whole ones
+            shares = min(kv_heads, len(visible.token_masks))
     leaves, structure = jax.tree.flatten((operands, lists, jnp.arange(kv_heads)))
 
     def run_share(*leaves):
         operands, lists, heads = jax.tree.unflatten(structure, leaves)
-        share = dataclasses.replace(mask, **lists)
-        if mask.head_rows is None or heads.shape[0] == kv_heads:
-            rows = share.kv_start.shape[-2]
-            return run(dataclasses.replace(share, token_masks=mask.token_masks[:rows]), *operands)
-        head_rows = np.reshape(mask.head_rows, (kv_heads // heads.shape[0], -1)).tolist()
+        share = _with_lists(visible, lists) if isinstance(visible, BlockMask) and lists else visible
+        rows = share.head_rows if isinstance(share, BlockMask) else share.masks
+        if not isinstance(rows, tuple) or heads.shape[0] == kv_heads:
+            return run(share, *operands)
+        count = len(rows) // (kv_heads // heads.shape[0])
         return switch(
             heads[0] // heads.shape[0],
-            [tuple(rows) for rows in head_rows],
+            [rows[first : first + count] for first in range(0, len(rows), count)],
             lambda rows: lambda *operands: run(_of_heads(share, rows), *operands),
             *operands,
         )
 
-    row_axes = ("b" if mask.kv_start.ndim == 3 else "") + ("h" if own_rows else ".") + "."
-    axes = ["bthd"[: x.ndim] for x in jax.tree.leaves(operands)]
-    axes += jax.tree.leaves({name: "." if name == "kv_index" else row_axes for name in lists}) + ["h"]
-    # Every device must get whole rows.
-    shares = min(kv_heads, num_rows) if own_rows else kv_heads
+    axes = ["bthd"[: x.ndim] for x in jax.tree.leaves(operands)] + jax.tree.leaves(list_axes) + ["h"]
     return split_over_mesh(run_share, tuple(leaves), tuple(axes), outputs, num_heads=shares)
 
 
-def _of_heads(mask: BlockMask, head_rows: tuple[int, ...]) -> BlockMask:
-    """The mask of these heads alone, without the rows of others."""
-    rows = sorted(set(head_rows))
+def _with_lists(mask: BlockMask, lists: dict) -> BlockMask:
+    """The mask with a device's share of its lists."""
+    num_rows = lists["kv_start"].shape[-2]
+    return dataclasses.replace(mask, **lists, token_masks=mask.token_masks[:num_rows])
+
+
+def _of_heads(visible: Visible, rows: tuple) -> Visible:
+    """What some heads see, without the rows of others. ``rows`` are their token masks, or rows of lists."""
+    if isinstance(visible, HeadMasks):
+        return dataclasses.replace(visible, masks=rows)
+    followed = sorted(set(rows))
     return dataclasses.replace(
-        mask,
-        kv_start=mask.kv_start[np.asarray(rows)],
-        kv_count=mask.kv_count[np.asarray(rows)],
-        kv_full_count=mask.kv_full_count[np.asarray(rows)],
-        head_rows=tuple(rows.index(row) for row in head_rows),
-        token_masks=tuple(mask.token_masks[row] for row in rows),
+        visible,
+        kv_start=visible.kv_start[np.asarray(followed)],
+        kv_count=visible.kv_count[np.asarray(followed)],
+        kv_full_count=visible.kv_full_count[np.asarray(followed)],
+        head_rows=tuple(followed.index(row) for row in rows),
+        token_masks=tuple(visible.token_masks[row] for row in followed),
     )
 
 

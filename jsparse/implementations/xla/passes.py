@@ -20,6 +20,7 @@ import numpy as np
 from jax import lax
 
 from jsparse.device import product_dtype
+from jsparse.implementations.interface import Visible
 from jsparse.implementations.xla.items import (
     Items,
     Lists,
@@ -32,14 +33,14 @@ from jsparse.implementations.xla.items import (
     query_items,
 )
 from jsparse.implementations.xla.list_loop import cut_in_pieces, over_lists, sum_by_owner
-from jsparse.masks.block_mask import BlockMask, transposed_lists
+from jsparse.masks.transposed import transposed_lists
 
 
-def forward(q, k, v, mask: BlockMask, scale, q_segment_ids=None, kv_segment_ids=None):
+def forward(q, k, v, visible: Visible, scale, q_segment_ids=None, kv_segment_ids=None):
     """out [B, T, Hq, D] in q's dtype, lse [B, T, Hq] float32."""
     batch, _, num_heads, _ = q.shape
     outs, lses, heads = [], [], []
-    for part in parts(mask, num_heads, k.shape[2]):
+    for part in parts(visible, num_heads, k.shape[2]):
         queries = query_items((q,), part, q_segment_ids)
         keys = key_items((k, v), part, kv_segment_ids)
         out, lse = _forward(queries, keys, part, scale)
@@ -49,7 +50,7 @@ def forward(q, k, v, mask: BlockMask, scale, q_segment_ids=None, kv_segment_ids=
     return join_heads(outs, heads, num_heads), join_heads(lses, heads, num_heads)
 
 
-def backward(q, k, v, mask: BlockMask, scale, q_segment_ids, kv_segment_ids, out, lse, d_out, d_lse):
+def backward(q, k, v, visible: Visible, scale, q_segment_ids, kv_segment_ids, out, lse, d_out, d_lse):
     """The gradients of q, k and v."""
     batch, _, num_heads, _ = q.shape
     # d_scores = weights * (d_weights - delta), where lse adds its own part to delta.
@@ -57,12 +58,12 @@ def backward(q, k, v, mask: BlockMask, scale, q_segment_ids, kv_segment_ids, out
     # exp(score - inf) = 0: a query that sees nothing has no weights.
     lse = jnp.where(lse == -jnp.inf, jnp.inf, lse)
     dqs, dks, dvs, q_heads, kv_heads = [], [], [], [], []
-    for part in parts(mask, num_heads, k.shape[2]):
+    for part in parts(visible, num_heads, k.shape[2]):
         queries = query_items((q, d_out, lse, delta), part, q_segment_ids)
         keys = key_items((k, v), part, kv_segment_ids)
         dqs.append(from_query_items(_backward_queries(queries, keys, part, scale), part, batch))
         q_heads.append(part.q_heads)
-    for part in parts(mask, num_heads, k.shape[2], by_key=True):
+    for part in parts(visible, num_heads, k.shape[2], by_key=True):
         queries = query_items((q, d_out, lse, delta), part, q_segment_ids)
         keys = key_items((k, v), part, kv_segment_ids)
         dk, dv = _backward_keys(queries, keys, part, scale)

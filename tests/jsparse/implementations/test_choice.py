@@ -89,7 +89,9 @@ def test_cudnn_is_chosen_where_it_was_measured_to_be_faster(monkeypatch):
     monkeypatch.setattr(measured, "_table", lambda: {"tiles": [], "cudnn_faster": [row]})
     chosen = []
     monkeypatch.setattr(
-        "jsparse.implementations.cudnn.attention", lambda q, k, v, scale: chosen.append("cudnn") or q
+        jax.nn,
+        "dot_product_attention",
+        lambda q, k, v, **options: chosen.append(options["implementation"]) or q,
     )
     for kind, mask, dim in (
         ("NVIDIA H200", causal(), 128),

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jsparse import BlockMask, TokenMask, attention, causal, streaming
-from jsparse.masks.block_mask import transposed_lists
+from jsparse.masks.transposed import transposed_lists
 
 token_masks = st.builds(
     lambda sink, window, group: (

@@ -19,7 +19,6 @@ if jax.__version_info__ < (0, 12):
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from jsparse.pallas_kernels.hopper.paged_decode import (
-    HEAD_DIMS,
     SHARED_MEMORY,
     SYSTEM_MEMORY,
     DecodeTiles,
@@ -31,6 +30,7 @@ from jsparse.pallas_kernels.hopper.paged_decode import (
     shape_limit,
     shared_memory,
 )
+from jsparse.pallas_kernels.lists import HEAD_DIMS
 
 NUM_PAGES, KV_HEADS = 9, 2
 FLOAT32 = 1e-5  # relative, norm-wise
