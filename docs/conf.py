@@ -4,7 +4,6 @@ import importlib.metadata
 import sys
 from pathlib import Path
 
-ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(Path(__file__).parent))
 
 import draw_gallery  # noqa: E402

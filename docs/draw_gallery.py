@@ -37,6 +37,7 @@ def all_masks() -> dict[str, tuple[str, jsparse.TokenMask | jsparse.BlockMask]]:
     q, k = keys_with_a_needle()
     strided = StridedBlocks(block=BLOCK, window=3, stride=4)
     pooled = jsparse.PooledBlocks(budget=5 * BLOCK, block=BLOCK)
+    local = gallery.local_and_global(4, 12, window=3, block=BLOCK)
     slash = jsparse.VerticalSlash(
         vertical=2 * BLOCK, slash=2 * BLOCK, last_queries=8, block=BLOCK, segment=TOKENS // 2
     )
@@ -54,10 +55,7 @@ def all_masks() -> dict[str, tuple[str, jsparse.TokenMask | jsparse.BlockMask]]:
         "routed_regions": ("BiFormer: routed_regions", gallery.routed_regions(q, k, region=8, top=3)),
         "criss_cross": ("CCNet: criss_cross(8, 8)", gallery.criss_cross(8, 8)),
         "arrow": ("SeNER: arrow", gallery.arrow(16, window=3, block=BLOCK)),
-        "local_and_global": (
-            "Scale-DiT: local_and_global",
-            gallery.local_and_global(4, 12, window=3, block=BLOCK),
-        ),
+        "local_and_global": ("Scale-DiT: local_and_global", local),
     }
 
 

@@ -1,8 +1,8 @@
 """Patterns of other papers as lists of blocks, a short function each.
 
-All are causal: ``jsparse`` never shows a later token, so of a paper's bidirectional pattern this is the half at
-and below the diagonal. A grid of blocks is drawn first, and turned into lists. Such a grid has
-(tokens / block)² entries, which is fine for a page of examples; ``BlockMask.from_token_masks`` makes none.
+All are causal: jsparse never shows a later token, so this is the half of a paper's bidirectional pattern at
+and below the diagonal. A grid of blocks is drawn first and turned into lists. Such a grid has (tokens /
+block)² entries, which is fine for examples; ``BlockMask.from_token_masks`` makes none.
 """
 
 import jax
@@ -40,7 +40,7 @@ def lists_from_grid(grid: Bool[Array | np.ndarray, "*R n n"], block: int) -> Blo
 def routed_regions(
     q: Float[Array, "B T Hq D"], k: Float[Array, "B T Hk D"], *, region: int, top: int
 ) -> BlockMask:
-    """BiFormer's bi-level routing (arXiv 2303.08810, §3.2): each region reads the ``top`` regions nearest to it.
+    """BiFormer's bi-level routing (arXiv 2303.08810): each region reads the ``top`` regions that fit best.
 
     The affinity of two regions is the product of their mean query and mean key, summed over heads; all heads
     share the choice. A region's own is always among the chosen, so every query sees something.
@@ -56,7 +56,7 @@ def routed_regions(
 
 
 def criss_cross(height: int, width: int, *, block: int = 1) -> BlockMask:
-    """CCNet's criss-cross attention (arXiv 1811.11721, §3.2): a pixel sees its row and its column.
+    """CCNet's criss-cross attention (arXiv 1811.11721): a pixel sees its row and its column.
 
     The pixels of an image come row by row, ``block`` tokens each.
     """
