@@ -8,7 +8,7 @@ PYTHON ?=
 TILES ?= all
 VENV_PYTHON = $(VENV)/bin/python
 
-.PHONY: help demo test test-versions test-gpu-compile lint typecheck clean
+.PHONY: help demo test test-versions test-gpu-compile lint typecheck docs clean
 
 help:
 	@echo "make demo       perplexity, generation and recall of the shipped model by cache; results in demo/"
@@ -19,6 +19,7 @@ help:
 	@echo "                compile the GPU kernels and whole programs for H200s; needs Python >= 3.12 and no GPU"
 	@echo "make lint       ruff: rules and format"
 	@echo "make typecheck  pyright, on the installed package and the tests"
+	@echo "make docs       the documentation as HTML in build/docs/html; warnings are errors, nothing is downloaded"
 	@echo "make clean      remove what the targets above made"
 	@echo "PYTHON=... and VENV=... choose the interpreter and the environment's folder."
 
@@ -56,6 +57,12 @@ typecheck: $(VENV)/.installed-lint $(VENV)/.installed-test
 	rm -rf build
 	$(VENV_PYTHON) -m pip install -q --disable-pip-version-check --no-deps --target build/check .
 	$(VENV_PYTHON) -m pyright --pythonpath $(VENV_PYTHON)
+
+# Always from scratch, so that no warning hides in a page that Sphinx kept.
+docs: $(VENV)/.installed-docs
+	rm -rf build/docs
+	JAX_PLATFORMS=cpu $(VENV_PYTHON) -m sphinx -q -W --keep-going -b html -d build/docs/doctrees docs build/docs/html
+	@echo "build/docs/html/index.html"
 
 clean:
 	rm -rf $(VENV) $(VENV_GPU) .venv-3.11 build demo *.egg-info .pytest_cache .ruff_cache .hypothesis

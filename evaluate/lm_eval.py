@@ -50,14 +50,14 @@ class JsparseLM(_Base):
     after it choose pages. Where a task puts its question at the end of the context, a sparse cache so looks
     better than where the question too is decoded (``jsparse.texts.tasks`` does that).
 
-    model: a Hugging Face folder with config.json, safetensors and tokenizer.json.
-    cache: ``streaming_heads`` are the model's own, in the order of its checkpoint. ``batch`` must be None.
-    batch_size: prompts at a time.
-    max_new_tokens: where a task does not say.
-    max_length: tokens of a context and its continuation together; None takes the model's positions, or the
-        cache's capacity. Of longer contexts the end is taken, as the harness does, with a warning.
-    prefix_token_id: what stands before a text without a context; None takes the model's bos or eos token.
-    dtype: of the weights; None as stored.
+    - model: a Hugging Face folder with config.json, safetensors and tokenizer.json.
+    - cache: ``streaming_heads`` are the model's own, in the order of its checkpoint. ``batch`` must be None.
+    - batch_size: prompts at a time.
+    - max_new_tokens: where a task does not say.
+    - max_length: tokens of a context and its continuation together; None takes the model's positions, or the
+      cache's capacity. Of longer contexts the end is taken, as the harness does, with a warning.
+    - prefix_token_id: what stands before a text without a context; None takes the model's bos or eos token.
+    - dtype: of the weights; None as stored.
 
     Chat templates are not applied. Logits of a whole continuation are kept at once, in float32.
 

@@ -57,18 +57,18 @@ def evaluate_passkeys(
     before it. As long as that holds, greedy decoding has these same tokens before it and chooses the next of
     the answer; where it first fails, greedy decoding departs from the answer.
 
-    tokenizer: the model's own. The digits are tokenized as they are in the sentence, together with what is
-        before them.
-    lengths: tokens of a text, in all.
-    depths: where in the filler the passkey is, from 0 (its start) to 1 (its end, before the question).
-    samples: texts for each length and depth, each with another key. The keys, and where in the haystack a
-        text is from, follow from ``seed``, length and sample: depths differ in the depth alone.
-    digits: of a passkey.
-    haystack: tokens to take the filler from, a random stretch for each text; None: a few short sentences,
-        again and again, as in LongLoRA.
-    mask_for: the mask for a length, as in ``perplexity_by_context``; None is full causal attention.
-    batch_size: texts at a time.
-    progress: a progress bar, if stderr is a terminal.
+    - tokenizer: the model's own. The digits are tokenized as they are in the sentence, together with what is
+      before them.
+    - lengths: tokens of a text, in all.
+    - depths: where in the filler the passkey is, from 0 (its start) to 1 (its end, before the question).
+    - samples: texts for each length and depth, each with another key. The keys, and where in the haystack a
+      text is from, follow from ``seed``, length and sample: depths differ in the depth alone.
+    - digits: of a passkey.
+    - haystack: tokens to take the filler from, a random stretch for each text; None: a few short sentences,
+      again and again, as in LongLoRA.
+    - mask_for: the mask for a length, as in ``perplexity_by_context``; None is full causal attention.
+    - batch_size: texts at a time.
+    - progress: a progress bar, if stderr is a terminal.
 
     Logits are computed for the answer alone; compiled once a length. Raises ValueError for arguments out of
     range, a tokenizer that is not the model's, a length that is too short for the task or a haystack that is

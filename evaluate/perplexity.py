@@ -61,18 +61,18 @@ def evaluate_perplexity(
     With "new" the last window is filled up on the right, where causal attention does not look. With "all" and
     "last" every window is full: tokens behind the last full one are not scored.
 
-    tokens: one row of ids, all in the vocabulary; at least ``context`` of them. It may be a ``np.memmap`` of
-        any integers: it is read in place, a window at a time.
-    stride: with "new" 1 to context - 1 (a window's first token has nothing to its left), default
-        context // 2. Else at least 1; default 256 with "all", and ``last`` with "last", where it scores
-        each token once.
-    last: for "last" alone, 1 to context - 1.
-    mask: None for full causal attention (with the model's own sliding windows, where it has them), or what a
-        model takes: the same for all layers, or one entry a layer (``AttentionPattern.masks``). BlockMasks
-        are of ``context`` queries and keys.
-    batch_size: windows at a time.
-    max_windows: score the first so many windows only; the result's ``tokens`` says how many that were.
-    progress: a progress bar, if stderr is a terminal.
+    - tokens: one row of ids, all in the vocabulary; at least ``context`` of them. It may be a ``np.memmap``
+      of any integers: it is read in place, a window at a time.
+    - stride: with "new" 1 to context - 1 (a window's first token has nothing to its left), default
+      context // 2. Else at least 1; default 256 with "all", and ``last`` with "last", where it scores
+      each token once.
+    - last: for "last" alone, 1 to context - 1.
+    - mask: None for full causal attention (with the model's own sliding windows, where it has them), or what
+      a model takes: the same for all layers, or one entry a layer (``AttentionPattern.masks``). BlockMasks
+      are of ``context`` queries and keys.
+    - batch_size: windows at a time.
+    - max_windows: score the first so many windows only; the result's ``tokens`` says how many that were.
+    - progress: a progress bar, if stderr is a terminal.
 
     Computed window by window in float32 and summed in float64, the logits of a stretch of tokens at a time;
     compiled once for a model, context, batch size and mask. Raises ValueError for arguments out of range,
