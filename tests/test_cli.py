@@ -304,13 +304,13 @@ def test_a_plan_names_what_it_can_plan(capsys):
 
 @pytest.mark.parametrize("options", [["generate"], ["finetune"]])
 def test_a_plan_that_does_not_compile_is_one_line(options, monkeypatch, capsys):
-    import jsparse.serve.commands
-    import jsparse.train.commands
+    from jsparse.serve import commands as serving
+    from jsparse.train import commands as training
 
     def fail(*args, **kwargs):
         raise RuntimeError("too many\nregisters")
 
-    for room in (jsparse.serve.commands, jsparse.train.commands):
+    for room in (serving, training):
         monkeypatch.setattr(room, "make_plan", fail)
         monkeypatch.setattr(room, "prepare_process", lambda: None)
     model = ["--model", str(shipped_model())]

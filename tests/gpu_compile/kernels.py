@@ -73,7 +73,7 @@ def _attention_cases(kernel: Callable, choose: Callable, every: bool) -> Iterato
     name = kernel.__name__
     for head_dim in HEAD_DIMS:
         choices: dict[Any, list] = {}
-        for blocks in itertools.product(BLOCKS, BLOCKS) if every else [hopper.block_sizes()]:
+        for blocks in itertools.product(BLOCKS, BLOCKS) if every else [hopper.block_sizes(LENGTH, LENGTH)]:
             shape = {"head_dim": head_dim, "block_q": blocks[0], "block_kv": blocks[1]}
             tiles = measured.tiles(name, device_kind(), choose, **shape)
             choices.setdefault(tiles, []).append(blocks)
