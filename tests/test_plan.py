@@ -14,6 +14,7 @@ from rich.console import Console
 import jsparse.device
 import jsparse.plan
 import jsparse.plan.compile_only
+import jsparse.plan.program
 from jsparse.extras import MissingExtra
 from jsparse.models import Llama, LlamaConfig
 from jsparse.models.checkpoint import load_config
@@ -169,9 +170,9 @@ def compiles_to(monkeypatch, result):
             raise result
         return None, 7.5
 
-    monkeypatch.setattr(jsparse.plan, "compile_for", compile_for)
-    monkeypatch.setattr(jsparse.plan, "memory_of", lambda compiled: result)
-    monkeypatch.setattr(jsparse.plan, "kernel_calls", lambda compiled: 2)
+    monkeypatch.setattr(jsparse.plan.program, "compile_for", compile_for)
+    monkeypatch.setattr(jsparse.plan.program, "memory_of", lambda compiled: result)
+    monkeypatch.setattr(jsparse.plan.program, "kernel_calls", lambda compiled: 2)
 
 
 def test_a_program_is_what_the_compiler_says(monkeypatch):

@@ -35,7 +35,7 @@ def _keys_and_values(*shape: int) -> tuple[np.ndarray, np.ndarray]:
 def page_lists(length: int, of: Sizes) -> np.ndarray:
     """int32 [lists, Hk, pages]: lists that share no page, each ascending, as many as there are up to eight.
 
-    >>> from rows import SMALL
+    >>> from cpu.rows import SMALL
     >>> lists = page_lists(1024, SMALL)
     >>> lists.shape, [len(np.unique(lists[:, head])) for head in range(2)]
     ((8, 2, 8), [64, 64])

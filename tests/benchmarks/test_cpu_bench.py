@@ -201,7 +201,7 @@ def test_a_worker_answers_survives_prints_and_tells_how_it_ended(tmp_path):
     script.write_text(
         "import os, sys\n"
         f"sys.path.insert(0, {str(BENCHMARKS)!r})\n"
-        "from workers import Ready, repeated, serve\n"
+        "from cpu.workers import Ready, repeated, serve\n"
         "def make(spec):\n"
         "    print('not an answer')\n"
         "    os.write(1, b'nor this\\n')\n"

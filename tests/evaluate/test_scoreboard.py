@@ -273,7 +273,7 @@ def test_right_and_wrong_heads_are_each_others_complement():
 
 def test_budgets_are_whole_pages():
     assert token_budgets([1 / 16, 0.13, 1 / 2], 2048) == [128, 256, 1024]
-    with pytest.raises(ValueError, match="budgets: 0.05 of length=1000 is 64 tokens .* must be 128 at least"):
+    with pytest.raises(ValueError, match="budgets: 0.05 of length=1000 is 64 tokens .* must be at least 128"):
         token_budgets([0.5, 0.05], 1000)
     with pytest.raises(ValueError, match="budgets: 0.5 and 0.51 of length=1024 are both 512 tokens"):
         token_budgets([0.25, 0.5, 0.51], 1024)
