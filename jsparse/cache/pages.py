@@ -146,6 +146,7 @@ def append_paged(
 def _append_bounds(cache: PagedKVCache, k: Float[Array, "B C Hk D"], tokens: Tokens):
     page_table, lengths, counts = tokens
     size = cache.logical_page_size
+    assert size is not None and page_table is not None
     logical_pages = cache.page_size // size
     # Align the chunk to logical pages: units of `size` tokens; the first may have begun before the chunk.
     units = (k.shape[1] - 1) // size + 2 if k.shape[1] > 1 else 1

@@ -60,7 +60,7 @@ def prefilled(tokens, layer, table, chunk, estimate, lengths=LENGTHS):
         take = np.minimum(held[:, None] + np.arange(chunk), CAPACITY - 1)[..., None, None]
         after = (np.arange(chunk) >= counts[:, None])[..., None, None]
         pieces = (jnp.array(np.where(after, np.nan, np.take_along_axis(x, take, 1))) for x in tokens)
-        out, layer = step(*pieces, layer, Tokens(table, held, counts), estimate=estimate)
+        out, layer = step(*pieces, layer, Tokens(*map(jnp.asarray, (table, held, counts))), estimate=estimate)
         for row, count in enumerate(counts):
             outs[row].append(np.asarray(out)[row, :count])
         held = held + counts
@@ -139,7 +139,11 @@ def test_prefill_then_decode_is_all_prefill(tokens):
     for _ in range(steps):
         counts = (held < LENGTHS).astype(np.int32)
         place = np.arange(len(LENGTHS)), np.minimum(held, CAPACITY - 1)
-        out, layer = step(*(jnp.array(x[place][:, None]) for x in tokens), layer, Tokens(table, held, counts))
+        out, layer = step(
+            *(jnp.array(x[place][:, None]) for x in tokens),
+            layer,
+            Tokens(*map(jnp.asarray, (table, held, counts))),
+        )
         for row in np.flatnonzero(counts):
             np.testing.assert_allclose(out[row, 0], expected[row][held[row]], atol=1e-5)
         held = held + counts

@@ -57,7 +57,7 @@ def filled(cache, k, v, lengths, chunk, table=TABLE):
             jnp.array(np.where(after, np.nan, np.take_along_axis(x, take % x.shape[1], axis=1)))
             for x in (k, v)
         )
-        cache = append(cache, *pieces, Tokens(table, held, counts))
+        cache = append(cache, *pieces, Tokens(*map(jnp.asarray, (table, held, counts))))
         held = held + counts
     return cache
 
@@ -200,7 +200,8 @@ def test_no_value_wraps_around(bits):
         1, HEADS, DIM, page_size=16, logical_page_size=None, dtype=jnp.float32, bits=bits
     )
     count = np.array([len(EXTREME)], np.int32)
-    cache = append(cache, x, -x, Tokens(np.zeros((1, 1), np.int32), np.zeros(1, np.int32), count))
+    tokens = Tokens(jnp.zeros((1, 1), jnp.int32), jnp.zeros(1, jnp.int32), jnp.array(count))
+    cache = append(cache, x, -x, tokens)
     x = x[0].swapaxes(0, 1).astype(np.float64)
     for stored, given in ((cache.k, x), (cache.v, -x)):
         got = values_of(stored, bits)[0, :, : len(EXTREME)]
@@ -217,8 +218,8 @@ def test_a_cache_that_is_not_quantised_holds_the_very_numbers(dtype):
     """LServe's unquantised models got int8 caches with scales of 1 all the same."""
     k = jnp.array(random(1, 16, HEADS, DIM), dtype)
     cache = PagedKVCache.zeros(2, HEADS, DIM, page_size=16, logical_page_size=4, dtype=dtype)
-    zero = np.zeros(1, np.int32)
-    cache = append(cache, k, -k, Tokens(np.ones((1, 1), np.int32), zero, zero + 16))
+    zero = jnp.zeros(1, jnp.int32)
+    cache = append(cache, k, -k, Tokens(jnp.ones((1, 1), jnp.int32), zero, zero + 16))
     assert cache.bits is None and {x.dtype for x in jax.tree.leaves(cache)} == {jnp.dtype(dtype)}
     np.testing.assert_array_equal(cache.k[1].swapaxes(0, 1), k[0])
     np.testing.assert_array_equal(cache.v[1].swapaxes(0, 1), -k[0])

@@ -47,7 +47,7 @@ def test_a_narrowed_ring_holds_what_the_shorter_one_would(sink, long, short):
     rows, longest = len(lengths), int(lengths[-1])
     k = random(rows, longest, 1, 4)
     start = np.zeros(rows, np.int32)
-    wide = append(dirty_ring(rows, 4, sink, long), k, -k, Tokens(None, start, lengths))
+    wide = append(dirty_ring(rows, 4, sink, long), k, -k, Tokens(None, jnp.array(start), jnp.array(lengths)))
     got = narrowed(wide, short, lengths)
     assert got.window == short and got.sink == sink and got.k.shape == (rows, 1, sink + short, 4)
     for row, length in enumerate(lengths):
