@@ -61,7 +61,7 @@ def runs_here(block: str) -> bool:
         for page in pages_with("python")
     ],
 )
-def test_python_blocks_run(page, save_tiny_model, tmp_path, monkeypatch):
+def test_python_blocks_run(page, save_tiny_model, tmp_path, monkeypatch, capsys):
     """A page's blocks, one after another, on tiny checkpoints."""
     monkeypatch.chdir(tmp_path)
     save_tiny_model(tmp_path / "my-llama")
@@ -74,7 +74,16 @@ def test_python_blocks_run(page, save_tiny_model, tmp_path, monkeypatch):
     source = "\n".join(block for block in blocks(page, "python") if runs_here(block))
     for large, small in SMALLER.items():
         source = source.replace(large, small)
-    exec(compile(source, name_of(page), "exec"), {"__name__": "page"})
+    names: dict = {"__name__": "page"}
+    exec(compile(source, name_of(page), "exec"), names)
+    if page.name == "README.md":
+        assert names["out"].shape == names["gradient"].shape == (1, 1024, 8, 64)
+        assert len(names["result"].tokens[0]) == 100 and capsys.readouterr().out
+        assert names["model"].config.max_position_embeddings == 256
+    if page.name == "heads.md":
+        assert names["streams"].sum() == 2
+    if page.name == "masks.md":
+        assert names["logits"].shape == (1, len("Call me"), 257)
 
 
 def test_what_is_made_smaller_is_there():
