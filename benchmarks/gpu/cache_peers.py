@@ -199,6 +199,17 @@ def _sdpa_token(q, k, v):
 # Selection ---------------------------------------------------------------------------------------------
 
 
+def _products(q, k_min, k_max):
+    return jsparse.page_scores(q, k_min[:, :, None], k_max[:, :, None]).max(axis=2)
+
+
+def _elementwise(q, k_min, k_max):
+    """The formula as it is written, for XLA to fuse: each bound is read once and nothing large is written."""
+    q, k_min, k_max = q[:, :, :, None], k_min[:, :, None], k_max[:, :, None]
+    q, k_min, k_max = (x.astype(jnp.float32) for x in (q, k_min, k_max))
+    return jnp.maximum(q * k_min, q * k_max).sum(axis=-1).max(axis=2)
+
+
 def select(row: Select, setup: Setup) -> dict[str, Maker]:
     pages, chosen = row.length // row.page, row.selected // row.page
     q = random_normal(0, row.batch, row.kv_heads, row.q_heads // row.kv_heads, row.dim)
@@ -207,19 +218,8 @@ def select(row: Select, setup: Setup) -> dict[str, Maker]:
         a, b = (random_normal(2 * i + j, row.batch, row.kv_heads, pages, row.dim) for j in (1, 2))
         bounds.append((jnp.minimum(a, b), jnp.maximum(a, b)))
 
-    def products(q, k_min, k_max):
-        return jsparse.page_scores(q, k_min[:, :, None], k_max[:, :, None]).max(axis=2)
-
-    def elementwise(q, k_min, k_max):
-        """The formula as it is written, for XLA to fuse: each bound is read once and nothing large is
-        written.
-        """
-        q, k_min, k_max = q[:, :, :, None], k_min[:, :, None], k_max[:, :, None]
-        q, k_min, k_max = (x.astype(jnp.float32) for x in (q, k_min, k_max))
-        return jnp.maximum(q * k_min, q * k_max).sum(axis=-1).max(axis=2)
-
     # What was chosen is compared by its scores: among pages that score nearly alike, any is right.
-    known = jax.jit(elementwise)(q, *bounds[0])
+    known = jax.jit(_elementwise)(q, *bounds[0])
 
     def of_the_chosen(index) -> dict[str, Any]:
         return {
@@ -261,8 +261,8 @@ def select(row: Select, setup: Setup) -> dict[str, Maker]:
         )
 
     return {
-        OURS: in_jax(OURS, products),
-        "XLA, elementwise": in_jax("XLA, elementwise", elementwise),
+        OURS: in_jax(OURS, _products),
+        "XLA, elementwise": in_jax("XLA, elementwise", _elementwise),
         "torch, compiled": in_torch,
     }
 
