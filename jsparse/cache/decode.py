@@ -65,9 +65,9 @@ def decode_attention(
       pages are not touched. None reads every page.
     - scale: of the scores; 1 / sqrt(D) if None.
     - implementation: "mosaic_gpu" is the kernel for Hopper GPUs (bfloat16 or float16; head_dim 64, 128 or
-      256; pages and rings of 8, 16, 32 or a multiple of 8 from 64 tokens; up to 16 query heads per KV head),
-      "xla" runs everywhere, "mosaic_gpu_interpret" runs the kernel on a CPU, for tests (jax >= 0.12; float32
-      too). None takes the kernel where it can run, else XLA.
+      256; pages of 8, 16, 32 or a multiple of 8 from 64 tokens, or as many slots of a streaming cache, none
+      of them spare; up to 16 query heads per KV head), "xla" runs everywhere, "mosaic_gpu_interpret" runs the
+      kernel on a CPU, for tests (jax >= 0.12; float32 too). None takes the kernel where it can run, else XLA.
 
     Returns out [B, Hq, D] in q's dtype; 0 for a sequence of length 0.
 
@@ -105,7 +105,7 @@ def _portable(q, cache: PagedKVCache | StreamingKVCache, lengths, page_table, pa
     """``decode_attention`` in XLA, for every device."""
     if isinstance(cache, StreamingKVCache):
         kv_heads = cache.k.shape[1]
-        position = cache.positions(lengths)[:, None]  # the ring holds what may be seen and nothing more
+        position = cache.positions(lengths)[:, None]  # the sink and the window, nothing else
         ring = (cache.k, cache.v, position)
         out = _attend(q[:, None], lengths[:, None] - 1, kv_heads, [_Steps(lambda _: ring, 0, 1)], scale=scale)
         return out[:, 0]

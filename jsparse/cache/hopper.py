@@ -15,6 +15,9 @@ from jsparse.mesh import split_over_mesh
 
 def limit(q, cache: PagedKVCache | StreamingKVCache, *, interpret: bool) -> str | None:
     """Why the kernel cannot take this call, or None where it can."""
+    # It reads a page from its beginning, and the slots of a window have gaps where drafts may lie.
+    if isinstance(cache, StreamingKVCache) and cache.spare:
+        return f"the decode kernel takes streaming caches of spare=0, not spare={cache.spare}"
     if (reason := kernel_limit(interpret=interpret)) is not None:
         return reason
     from jsparse.pallas_kernels.hopper.paged_decode import shape_limit

@@ -15,39 +15,60 @@ from jsparse.cache.tokens import Tokens
 class StreamingKVCache:
     """Keys and values of streaming heads: the first ``sink`` tokens and a ring of the last ``window``.
 
-    - ``k``, ``v``: ``[B, Hk, sink + window, D]``. Position ``p`` lies in slot ``p`` where ``p < sink``,
-      then in ``sink + (p - sink) % window``. Nothing else is allocated (StreamingLLM, DuoAttention).
+    - ``k``, ``v``: ``[B, Hk, sink + ring, D]``, ``ring = window + spare``. Position ``p`` lies in slot ``p``
+      where ``p < sink``, then in ``sink + (p - sink) % ring``. Nothing else is allocated (StreamingLLM,
+      DuoAttention).
+    - ``sink``: how many of the first tokens stay.
+    - ``spare``: how many drafts may be written behind a sequence and rejected. A caller rejects them by going
+      on with the length from before them. After ``L`` tokens, the drafts ``L ... L + spare - 1`` overwrite
+      positions up to ``L - 1 - window``, and the query at ``L - 1`` sees those from ``L - window`` on.
 
     >>> cache = StreamingKVCache.zeros(1, 2, 16, sink=2, window=3, dtype=jnp.float32)
     >>> cache.positions(jnp.array([7])).tolist()  # after seven tokens
     [[0, 1, 5, 6, 4]]
+    >>> cache = StreamingKVCache.zeros(1, 2, 16, sink=2, window=3, spare=1, dtype=jnp.float32)
+    >>> cache.positions(jnp.array([7])).tolist()  # the slot of token 3 may hold a draft of token 7
+    [[0, 1, 6, -1, 4, 5]]
     """
 
     k: Any
     v: Any
     sink: int = dataclasses.field(metadata={"static": True})
+    spare: int = dataclasses.field(default=0, metadata={"static": True})
 
     @property
     def window(self) -> int:
+        """How many of the last tokens a query sees, its own included."""
+        return self.ring - self.spare
+
+    @property
+    def ring(self) -> int:
+        """How many slots the ring has: ``window + spare``."""
         return self.k.shape[2] - self.sink
 
     @classmethod
     def zeros(
-        cls, batch: int, kv_heads: int, dim: int, *, sink: int, window: int, dtype: Any
+        cls, batch: int, kv_heads: int, dim: int, *, sink: int, window: int, spare: int = 0, dtype: Any
     ) -> "StreamingKVCache":
         """An empty cache. A window holds at least the query's own token."""
         if sink < 0 or window < 1:
             raise ValueError(f"sink={sink} must be >= 0 and window={window} >= 1")
-        k, v = (jnp.zeros((batch, kv_heads, sink + window, dim), dtype) for _ in range(2))
-        return cls(k, v, sink)
+        if spare < 0:
+            raise ValueError(f"spare={spare} must be >= 0")
+        k, v = (jnp.zeros((batch, kv_heads, sink + window + spare, dim), dtype) for _ in range(2))
+        return cls(k, v, sink, spare)
 
     def positions(self, lengths: Int[Array, " B"]) -> Int[Array, "B S"]:
-        """The position of the token that each slot holds after ``lengths`` tokens; -1 where it holds none."""
-        return _ring_positions(lengths, self.sink, self.window)
+        """The position of the token that each slot holds after ``lengths`` tokens; -1 where it holds none.
+
+        These are the tokens of the sink and the last ``window``. A slot that a draft behind them may have
+        overwritten counts as one that holds none.
+        """
+        return _ring_positions(lengths, self.sink, self.window, self.spare)
 
     def slots(self, positions: Int[Array, "*shape"]) -> Int[Array, "*shape"]:
         """Where the tokens of these positions lie, while they do."""
-        ring = self.sink + (positions - self.sink) % self.window
+        ring = self.sink + (positions - self.sink) % self.ring
         return jnp.where(positions < self.sink, positions, ring)
 
     def take(self, positions: Int[Array, "B n"]) -> tuple[Float[Array, "B Hk n D"], Float[Array, "B Hk n D"]]:
@@ -59,21 +80,25 @@ class StreamingKVCache:
     def narrowed(self, window: int, lengths: Int[Array, " B"]) -> "StreamingKVCache":
         """The same tokens in a ring that is no longer than this one, of which the last ``window`` stay.
 
+        It has as many spare slots.
         Prompts may see a longer window than new tokens do: what decoding never reads is not kept.
         """
         if window > self.window:
             raise ValueError(f"window={window} must be at most the {self.window} of the ring")
         if window == self.window:
             return self
-        return StreamingKVCache(*self.take(_ring_positions(lengths, self.sink, window)), self.sink)
+        k, v = self.take(_ring_positions(lengths, self.sink, window, self.spare))
+        return dataclasses.replace(self, k=k, v=v)
 
 
-def _ring_positions(lengths, sink: int, window: int):
-    slot = jnp.arange(sink + window)
+def _ring_positions(lengths, sink: int, window: int, spare: int):
+    slot = jnp.arange(sink + window + spare)
     last = lengths[:, None] - 1
-    ring = last - (last - slot) % window  # the latest p <= last of this slot
+    ring = last - (last - slot) % (window + spare)  # the latest p <= last of this slot
     position = jnp.where(slot < sink, slot, ring)
-    return jnp.where((position <= last) & ((slot < sink) | (position >= sink)), position, -1)
+    # A ring without spare slots holds nothing from before the window.
+    first = jnp.maximum(sink, last - window + 1) if spare else sink
+    return jnp.where((position <= last) & ((slot < sink) | (position >= first)), position, -1)
 
 
 def append_streaming(
@@ -84,17 +109,18 @@ def append_streaming(
 ) -> StreamingKVCache:
     """Writes the first ``tokens.added[b]`` of ``C`` tokens of each sequence behind those that it has.
 
-    Of a chunk longer than the window only the last tokens are written, so that no slot is written twice.
+    Of a chunk longer than the ring (``window + spare``) only the last tokens are written: no slot is written
+    twice.
     """
     _, lengths, counts = tokens
     chunk = jnp.arange(k.shape[1])
     position = lengths[:, None] + chunk
     last = (lengths + counts)[:, None] - 1
-    kept = (chunk < counts[:, None]) & ((position < cache.sink) | (position > last - cache.window))
+    kept = (chunk < counts[:, None]) & ((position < cache.sink) | (position > last - cache.ring))
     slot = jnp.where(kept, cache.slots(position), cache.k.shape[2])
     row = jnp.arange(k.shape[0])[:, None]
-    return StreamingKVCache(
-        cache.k.at[row, :, slot].set(k.astype(cache.k.dtype), mode="drop"),
-        cache.v.at[row, :, slot].set(v.astype(cache.v.dtype), mode="drop"),
-        cache.sink,
+    return dataclasses.replace(
+        cache,
+        k=cache.k.at[row, :, slot].set(k.astype(cache.k.dtype), mode="drop"),
+        v=cache.v.at[row, :, slot].set(v.astype(cache.v.dtype), mode="drop"),
     )
