@@ -150,20 +150,30 @@ def _decode(
     row = jnp.arange(tails.shape[0])
     steps = tail_lengths + new_tokens - 1  # the last token is not fed
 
-    def step(carry):
-        i, state, token, answers, finite = carry
-        fed = jnp.where(i < tail_lengths, tails[:, jnp.minimum(i, tails.shape[1] - 1)], token)
-        running = i < steps
-        hidden, state = loop.forward(model, state, fed[:, None], running.astype(jnp.int32), reading)
+    def tail_or_newest(turn, state, carry):
+        token, _, _ = carry
+        fed = jnp.where(turn < tail_lengths, tails[:, jnp.minimum(turn, tails.shape[1] - 1)], token)
+        return fed[:, None], (turn < steps).astype(jnp.int32)
+
+    def answer(turn, state, hidden, carry):
+        _, answers, finite = carry
+        running = turn < steps
         logits = model.logits(hidden[:, 0])
         token = jnp.argmax(logits, axis=-1).astype(jnp.int32)
-        place = i - (tail_lengths - 1)
+        place = turn - (tail_lengths - 1)
         place = jnp.where(running & (place >= 0), place, answers.shape[1])  # beyond: dropped
         finite &= jnp.isfinite(logits).all(axis=-1) | ~running
-        return i + 1, state, token, answers.at[row, place].set(token, mode="drop"), finite
+        return state, (token, answers.at[row, place].set(token, mode="drop"), finite)
 
-    start = (jnp.int32(0), state, jnp.zeros_like(row, jnp.int32), answers, jnp.ones_like(row, bool))
-    _, _, _, answers, finite = jax.lax.while_loop(lambda carry: carry[0] < steps.max(), step, start)
+    _, (_, answers, finite) = loop.feed(
+        model,
+        state,
+        reading,
+        (jnp.zeros_like(row, jnp.int32), answers, jnp.ones_like(row, bool)),
+        unfinished=lambda turn, *_: turn < steps.max(),
+        tokens=tail_or_newest,
+        use=answer,
+    )
     return answers, finite
 
 

@@ -58,12 +58,22 @@ def _forced(
     reading: Reading,
 ) -> Float[Array, "T vocab"]:
     model = structure.model(params)
-    batch = state.lengths.shape[0]
-    fed = (jnp.arange(batch) == 0).astype(jnp.int32)
+    batch, count = state.lengths.shape[0], continuation.shape[0]
+    first_row = (jnp.arange(batch) == 0).astype(jnp.int32)
 
-    def step(state, token):
-        tokens = jnp.full((batch, 1), token)
-        hidden, state = loop.forward(model, state, tokens, fed, reading)
-        return state, model.logits(hidden[0, 0])
+    def given(turn, state, logits):
+        return jnp.full((batch, 1), continuation[turn]), first_row
 
-    return jax.lax.scan(step, state, continuation)[1]
+    def record(turn, state, hidden, logits):
+        return state, logits.at[turn].set(model.logits(hidden[0, 0]))
+
+    _, logits = loop.feed(
+        model,
+        state,
+        reading,
+        jnp.zeros((count, model.config.vocab_size), jnp.float32),
+        unfinished=lambda turn, *_: turn < count,
+        tokens=given,
+        use=record,
+    )
+    return logits

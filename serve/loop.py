@@ -7,13 +7,14 @@ ones.
 
 import dataclasses
 import functools
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from jsparse.cache.layer import LayerKVCache, attend_and_append
 from jsparse.cache.pages import PagedKVCache
@@ -270,20 +271,51 @@ def decode_steps(
     """
     model = structure.model(params)
 
-    def unfinished(carry):
-        i, state, _ = carry
-        return (i < steps) & (state.finish == RUNNING).any()
+    def unfinished(turn, state, out):
+        return (turn < steps) & (state.finish == RUNNING).any()
 
-    def step(carry):
-        i, state, out = carry
-        running = (state.finish == RUNNING).astype(jnp.int32)
-        hidden, state = forward(model, state, state.token[:, None], running, reading)
+    def newest(turn, state, out):
+        return state.token[:, None], (state.finish == RUNNING).astype(jnp.int32)
+
+    def choose(turn, state, hidden, out):
         state, token = _choose(model, hidden[:, 0], state, rows)
-        return i + 1, state, out.at[:, i].set(token)
+        return state, out.at[:, turn].set(token)
 
     out = jnp.full((state.token.shape[0], MAX_STEPS), -1, jnp.int32)
-    _, state, out = jax.lax.while_loop(unfinished, step, (0, state, out))
-    return state, out
+    return feed(model, state, reading, out, unfinished=unfinished, tokens=newest, use=choose)
+
+
+def feed(
+    model: Llama,
+    state: DecodeState,
+    reading: Reading,
+    carry: Any,
+    *,
+    unfinished: Callable[..., Bool[Array, ""]],
+    tokens: Callable[..., tuple[Int[Array, "B n"], Int[Array, " B"]]],
+    use: Callable[..., tuple[DecodeState, Any]],
+) -> tuple[DecodeState, Any]:
+    """Feeds a decode state turn by turn: the one loop around :func:`forward`, to be called inside ``jit``.
+
+    - carry: what the caller records, any tree of arrays of fixed shapes.
+    - unfinished: ``(turn, state, carry)`` gives whether there is another turn.
+    - tokens: ``(turn, state, carry)`` gives the tokens of a turn, and how many of them each row takes.
+    - use: ``(turn, state, hidden, carry)`` makes the next state and carry of the hidden states
+      ``[B, n, embed]`` of these tokens, which ``state`` holds by then.
+
+    Returns the last state and carry.
+    """
+
+    def step(carried):
+        turn, state, carry = carried
+        fed, counts = tokens(turn, state, carry)
+        hidden, state = forward(model, state, fed, counts, reading)
+        return turn + 1, *use(turn, state, hidden, carry)
+
+    _, state, carry = jax.lax.while_loop(
+        lambda carried: unfinished(*carried), step, (jnp.int32(0), state, carry)
+    )
+    return state, carry
 
 
 def forward(model: Llama, state: DecodeState, tokens, counts, reading: Reading, *, prompt: bool = False):

@@ -179,13 +179,15 @@ def attention_steps(
     """The attention of ``steps`` decode steps with these queries, keys and values, and the sum of it."""
     model = _AttentionAlone(q, k, v, len(state.layers))
     counts = jnp.ones_like(state.lengths)
-
-    def step(_, carry):
-        state, total = carry
-        out, state = loop.forward(model, state, state.token[:, None], counts, reading)
-        return state, total + out
-
-    return jax.lax.fori_loop(0, steps, step, (state, jnp.zeros_like(q)))
+    return loop.feed(
+        model,
+        state,
+        reading,
+        jnp.zeros_like(q),
+        unfinished=lambda turn, *_: turn < steps,
+        tokens=lambda turn, state, total: (state.token[:, None], counts),
+        use=lambda turn, state, out, total: (state, total + out),
+    )
 
 
 Pools = tuple[PagedKVCache, ...]
