@@ -71,10 +71,12 @@ def decode_after_drafts(ring, q, k, v, lengths, drafts, *, one_chunk):
 
     def prompt(t, ring):
         before = jnp.full(rows, t)
-        return write(before, t < lengths, *(jnp.broadcast_to(x[t], (rows, 1, DIM)) for x in (k, v)), ring)
+        new_k, new_v = (jnp.broadcast_to(x[t], (rows, 1, DIM)) for x in (k, v))
+        return write(before, t < lengths, new_k, new_v, ring)
 
     def draft(j, ring):
-        return write(lengths + j, j < drafts, *[jnp.full((rows, 1, DIM), jnp.nan)] * 2, ring)
+        nothing = jnp.full((rows, 1, DIM), jnp.nan)
+        return write(lengths + j, j < drafts, nothing, nothing, ring)
 
     def step(ring, i):
         at = lengths + i
@@ -150,9 +152,11 @@ def test_a_narrowed_ring_has_the_same_spare_slots(sink, long, short, spare):
     _, k, v = (jnp.array(np.broadcast_to(x, (rows, *x.shape))) for x in sequence(int(lengths[-1])))
 
     def filled(window):
-        return append_streaming(dirty_ring(rows, sink, window, spare), k, v, Tokens(None, start, lengths))
+        return append_streaming(
+            dirty_ring(rows, sink, window, spare), k, v, Tokens(None, start, jnp.array(lengths))
+        )
 
-    start = np.zeros(rows, np.int32)
+    start = jnp.zeros(rows, jnp.int32)
     got, direct = filled(long).narrowed(short, jnp.array(lengths)), filled(short)
     assert jax.tree.structure(got) == jax.tree.structure(direct) and got.k.shape == direct.k.shape
     held = np.asarray(got.positions(jnp.array(lengths)))[:, None, :, None] >= 0
