@@ -14,10 +14,11 @@ import numpy as np
 from jaxtyping import Array, Bool, Int, Int32
 
 from jsparse.cache.select.selection import Selection
+from jsparse.integers import power_of_two_from
 from jsparse.models import Llama
 from jsparse.serve import loop
 from jsparse.serve.batch import Batch
-from jsparse.serve.config import CacheConfig, CacheLayout, Reading, check_fit, layout_of, power_of_two
+from jsparse.serve.config import CacheConfig, CacheLayout, Reading, check_fit, layout_of
 from jsparse.serve.request import Request, check_ids
 from jsparse.serve.sampling import SamplingParams
 
@@ -187,12 +188,12 @@ def _arrays(rows: Sequence[Question], questions: Sequence[Question], batch_size:
     """Tails, their lengths, the numbers of new tokens, and room for answers; empty rows have one token."""
     longest_tail = max(_SHORTEST_TAIL, *(len(q.tail) for q in questions))
     longest_answer = max(_SHORTEST_ANSWER, *(q.new_tokens for q in questions))
-    tails = np.zeros((batch_size, power_of_two(longest_tail)), np.int32)
+    tails = np.zeros((batch_size, power_of_two_from(longest_tail)), np.int32)
     lengths, new = np.zeros(batch_size, np.int32), np.ones(batch_size, np.int32)
     for i, q in enumerate(rows):
         tails[i, : len(q.tail)] = q.tail
         lengths[i], new[i] = len(q.tail), q.new_tokens
-    return tails, lengths, new, np.full((batch_size, power_of_two(longest_answer)), -1, np.int32)
+    return tails, lengths, new, np.full((batch_size, power_of_two_from(longest_answer)), -1, np.int32)
 
 
 def _check(

@@ -13,8 +13,9 @@ import numpy as np
 import tokenizers
 
 from jsparse.extras import require_extra
+from jsparse.integers import power_of_two_from
 from jsparse.models import Llama, load_tokenizer, reorder_heads
-from jsparse.serve.config import CacheConfig, power_of_two
+from jsparse.serve.config import CacheConfig
 from jsparse.serve.generation import stream
 from jsparse.serve.logits import decode_logits
 from jsparse.serve.sampling import SamplingParams
@@ -256,7 +257,7 @@ def score_continuation(
     prompt, fed = tokens[:border], tokens[border:-1]
     logits = [np.asarray(model(prompt[None])[0], np.float32)] if alone else []
     if len(fed):
-        width = min(max(_SHORTEST, power_of_two(len(fed))), max_length - border)
+        width = min(max(_SHORTEST, power_of_two_from(len(fed))), max_length - border)
         padded = np.pad(fed, (0, width - len(fed)))  # later tokens change nothing before them
         logits.append(decode_logits(model, prompt, padded, cache)[: len(fed)])
     chosen = np.array(continuation)

@@ -6,9 +6,10 @@ from typing import NamedTuple
 import jax
 import numpy as np
 
+from jsparse.integers import power_of_two_from
 from jsparse.models import Llama
 from jsparse.serve import loop
-from jsparse.serve.config import CacheConfig, CacheLayout, check_fit, layout_of, power_of_two
+from jsparse.serve.config import CacheConfig, CacheLayout, check_fit, layout_of
 from jsparse.serve.pages import PageAllocator
 from jsparse.serve.request import Request, check_requests
 from jsparse.serve.sampling import GREEDY, RowParams
@@ -93,7 +94,7 @@ class Batch:
         check_fit(layout, self.config, lengths, max_new, free_rows=len(free), free_pages=self.free_pages)
         rows = free[: len(requests)]
         # As many rows as a power of two: another number of prompts seldom compiles again.
-        width = min(layout.batch, power_of_two(len(requests)))
+        width = min(layout.batch, power_of_two_from(len(requests)))
         table = np.full((width, layout.pages_of(layout.capacity)), layout.num_pages, np.int32)  # none
         for i, row in enumerate(rows):
             count = layout.pages_of(lengths[i] + max_new[i])

@@ -6,6 +6,7 @@ from typing import Any, Literal
 import numpy as np
 
 from jsparse.cache.select.selection import Selection
+from jsparse.integers import is_integer, power_of_two_from
 from jsparse.masks.pooled import PooledBlocks
 from jsparse.masks.vertical_slash import VerticalSlash
 from jsparse.models import LlamaConfig
@@ -215,8 +216,8 @@ def plan_cache(cache: CacheConfig, model: LlamaConfig, lengths: list[int], max_n
     """
     page, _ = cache.page_sizes()
     longest = max(length + new for length, new in zip(lengths, max_new, strict=True))
-    capacity = cache.capacity or power_of_two(-(-longest // page)) * page
-    batch = cache.batch or power_of_two(len(lengths))
+    capacity = cache.capacity or power_of_two_from(-(-longest // page)) * page
+    batch = cache.batch or power_of_two_from(len(lengths))
     layout = layout_of(dataclasses.replace(cache, capacity=capacity, batch=batch), model)
     check_fit(layout, model, lengths, max_new, free_rows=layout.batch, free_pages=layout.num_pages)
     return layout
@@ -324,16 +325,6 @@ def _layer_layouts(cache: CacheConfig, model: LlamaConfig) -> tuple[LayerLayout,
             window = min(window, cache.capacity)
             layouts.append(LayerLayout(tuple(range(kv_heads)), 0, window, window))
     return tuple(layouts)
-
-
-def power_of_two(n: int) -> int:
-    """The smallest power of two that is at least n."""
-    return 1 << (n - 1).bit_length()
-
-
-def is_integer(value: object) -> bool:
-    """Whether a value is an integer of Python or NumPy; True and False are not."""
-    return isinstance(value, int | np.integer) and not isinstance(value, bool)
 
 
 def _require_integer(name: str, value: Any, minimum: int, otherwise: str = "") -> None:

@@ -9,13 +9,14 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from jsparse.integers import is_integer
 from jsparse.mesh import BATCH_AXES
 from jsparse.models import Llama, LlamaConfig
 from jsparse.models.sharding import MeshConfig, abstract_parameters
 from jsparse.plan.compile_only import compile_only_devices, find_device
 from jsparse.plan.program import DEFAULT_MEMORY_FRACTION, Plan, Program, check_memory_fraction, plan_program
 from jsparse.serve import loop
-from jsparse.serve.config import CacheConfig, CacheLayout, is_integer, plan_cache
+from jsparse.serve.config import CacheConfig, CacheLayout, plan_cache
 from jsparse.serve.sampling import RowParams
 
 

@@ -6,8 +6,8 @@ from typing import NamedTuple
 import jax
 import numpy as np
 
+from jsparse.integers import is_integer
 from jsparse.models import LlamaConfig
-from jsparse.serve.config import is_integer
 from jsparse.serve.sampling import SamplingParams
 
 

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from jsparse.serve.config import is_integer
+from jsparse.integers import is_integer
 
 _MIN_TEMPERATURE = 1e-4  # below it float32 logits divided by it are all infinite or zero: that is greedy
 

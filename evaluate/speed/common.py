@@ -11,10 +11,11 @@ from flax import nnx
 from jaxtyping import Bool
 
 from jsparse.evaluate.speed.turns import Timing
+from jsparse.integers import is_integer
 from jsparse.models import Llama, LlamaConfig, load_config
 from jsparse.reports.console import write_json
 from jsparse.reports.machine import describe_machine
-from jsparse.serve.config import Policy, is_integer
+from jsparse.serve.config import Policy
 from jsparse.serve.loop import ModelShape
 
 RESULTS = "results.json"
