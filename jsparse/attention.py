@@ -60,9 +60,12 @@ def attention(
 ) -> Float[Array, "B T Hq D"] | tuple[Float[Array, "B T Hq D"], Float[Array, "B T Hq"]]:
     """Attention that visits only the blocks that the mask lists.
 
-    For each query: ``out = sum_s p_s v_s``, ``p = softmax_s(scale * q · k_s)``, over the keys that the query
-    sees, and ``lse = log sum_s exp(scale * q · k_s)``. Differentiable in q, k and v (through lse too). Memory
-    grows with T + S, time with the number of listed blocks, forward and backward.
+    For each query, over the keys that it sees::
+
+        out = sum_s p_s v_s      p = softmax_s(scale * q · k_s)      lse = log sum_s exp(scale * q · k_s)
+
+    Differentiable in q, k and v (through lse too). Memory grows with T + S, time with the number of listed
+    blocks, forward and backward.
 
     - q: [B, T, Hq, D], floating. Query t stands at position t + S - T: queries are aligned to the end of the
       keys.
@@ -75,13 +78,13 @@ def attention(
       blocks of multiples of 64), "xla" (any device, block-sparse), "cudnn" (dense; every head must be plain
       causal), "reference" (dense, for tests), "mosaic_gpu_interpret" (the kernels' own source on a CPU,
       slowly, with a race detector, float32 too; for tests). None chooses: on a Hopper GPU the kernels, or
-      cuDNN where it can take the call and was measured to be faster; XLA everywhere else.
+      cuDNN if it can take the call and was measured to be faster; XLA everywhere else.
     - return_lse: whether to return lse as well.
 
     On a mesh in context (``jax.set_mesh``) the kernels and XLA run on each device's own sequences and heads.
     Mesh axes of type Explicit split as q says; of those of type Auto, "data" and "fsdp" split the batch and
     "tensor" the heads. Where T = S, an Auto axis "sequence" of n devices splits the tokens: each device holds
-    T / n consecutive ones. If no head looks back further than that, a sink aside (windows, LongLoRA's
+    T / n consecutive ones. If no head looks back further than that, apart from a sink (windows, LongLoRA's
     groups), a device reads only the sink and the last keys of the device before it. If every head is plain
     causal, keys and values travel around the devices (``jsparse.sequence``). Under other masks every device
     gets all keys and values.
@@ -122,7 +125,7 @@ def attention(
 
 
 class _Options(NamedTuple):
-    """What is compiled in. ``visible`` is the tree structure of a BlockMask if its lists are arguments."""
+    """What is compiled in. ``visible`` is the tree structure of a BlockMask whose lists are arguments."""
 
     visible: Any  # Visible, SequenceSplit, or the structure
     scale: float
@@ -133,7 +136,7 @@ class _Options(NamedTuple):
         return self.visible if known else jax.tree.unflatten(self.visible, lists)
 
     def passes(self) -> tuple[Callable, Callable | None]:
-        """The implementation's, or the same where the tokens of each sequence are split."""
+        """Forward and backward pass of the implementation, on each device's tokens if sequences are split."""
         passes = self.implementation.forward, self.implementation.backward
         if isinstance(self.visible, SequenceSplit):
             split = sequence.forward, sequence.backward
@@ -158,7 +161,7 @@ def _with_backward(options: _Options, q, k, v, segment_ids, lists):
 
 def _forward_rule(options: _Options, q, k, v, segment_ids, lists):
     out, lse = _with_backward(options, q, k, v, segment_ids, lists)
-    # Rematerialization may keep these by name, and then computes no attention again.
+    # Rematerialization may keep these by name, and then does not compute attention again.
     out, lse = (checkpoint_name(x, "attention") for x in (out, lse))
     return (out, lse), (q, k, v, segment_ids, lists, out, lse)
 

@@ -1,4 +1,4 @@
-"""Checks of a configuration, each an error that names the field, its value and what is allowed."""
+"""Checks of a configuration. Each error names the field, its value and what is allowed."""
 
 import math
 from collections.abc import Collection
@@ -9,6 +9,7 @@ from jsparse.integers import require_integer
 
 
 def require_integers(config: Any, minimum: int, *fields: str) -> None:
+    """ValueError unless each of these fields of ``config`` is an integer of at least ``minimum``."""
     for field in fields:
         value = getattr(config, field)
         if not isinstance(value, int):  # NumPy's are refused too: settings are written as JSON
@@ -17,6 +18,7 @@ def require_integers(config: Any, minimum: int, *fields: str) -> None:
 
 
 def require_numbers(config: Any, *fields: str, allow_zero: bool = False) -> None:
+    """ValueError unless each of these fields of ``config`` is a finite number above 0, or 0 if allowed."""
     for field in fields:
         value = getattr(config, field)
         number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
@@ -25,6 +27,7 @@ def require_numbers(config: Any, *fields: str, allow_zero: bool = False) -> None
 
 
 def require_choice(config: Any, field: str, *allowed: str | int | None) -> None:
+    """ValueError unless this field of ``config`` is one of ``allowed``."""
     if getattr(config, field) not in allowed:
         raise ValueError(
             f"{field} must be one of {', '.join(map(repr, allowed))}, not {getattr(config, field)!r}"
@@ -32,10 +35,11 @@ def require_choice(config: Any, field: str, *allowed: str | int | None) -> None:
 
 
 def require_new_folder(path: Path, option: str = "output", *, allowed: Collection[str] = ()) -> None:
-    """FileExistsError unless a folder does not exist yet or holds nothing: no result is overwritten.
+    """FileExistsError unless a folder is empty or does not exist yet, so that no result is overwritten.
 
-    - option: what the path was given as, the beginning of the message.
-    - allowed: names of files that may be there.
+    - path: the folder.
+    - option: the name under which the path was given; the message begins with it.
+    - allowed: names of files that the folder may hold.
     """
     if path.exists() and not path.is_dir():
         raise FileExistsError(f"{option}={path} is a file; it must be a folder, or not exist")

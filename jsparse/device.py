@@ -13,9 +13,9 @@ _HOPPER = re.compile(r"\b(GH|H)\d+\b")  # H100, H200, H800, H20, GH200
 
 
 def device_kind() -> str:
-    """The kind of device that is traced for: "NVIDIA H200", "cpu", ...
+    """The kind of device that the program is traced for: "NVIDIA H200", "cpu", ...
 
-    An abstract device, under which programs are compiled for machines that are not there, comes first.
+    An abstract device in context, for compiling without the device itself, takes precedence.
     """
     abstract = jax.sharding.get_abstract_mesh().abstract_device
     if abstract is not None:
@@ -27,14 +27,14 @@ def device_kind() -> str:
 
 
 def hopper() -> bool:
-    """Whether that is a Hopper GPU (compute capability 9.0), and this jax can compile our kernels for it."""
+    """Whether the device is a Hopper GPU (compute capability 9.0), and this jax can compile our kernels."""
     return jax.__version_info__ >= (0, 11, 2) and _HOPPER.search(device_kind()) is not None
 
 
 def product_dtype(dtype) -> Any:
-    """What arrays of a floating dtype are multiplied in: float32 on a CPU that does not gain by bfloat16.
+    """The dtype in which arrays of a floating dtype are multiplied: float32 on a CPU with no faster one.
 
-    Most would make them float32 anyway, at each product, and multiply several times as fast without that.
+    Most CPUs would convert to float32 at each product anyway, and are several times as fast without that.
     """
     dtype = jnp.dtype(dtype)
     if device_kind() != "cpu" or dtype.itemsize > 2 or (dtype == jnp.bfloat16 and _cpu_has_bfloat16_units()):
@@ -44,10 +44,10 @@ def product_dtype(dtype) -> Any:
 
 @functools.cache
 def _cpu_has_bfloat16_units() -> bool:
-    """Whether the CPU has units for bfloat16 (AMX, Arm's BF16), as far as Linux tells.
+    """Whether the CPU has units for bfloat16 (AMX, Arm's BF16), as far as Linux says.
 
-    AVX-512 BF16 is not enough: with it attention in float32 products took 0.7 to 0.8 of the time (jax 0.12
-    and 0.10).
+    AVX-512 BF16 is not enough: on such a CPU, attention with float32 products took 0.7 to 0.8 of the time
+    (jax 0.12 and 0.10).
     """
     try:
         words = Path("/proc/cpuinfo").read_text().split()
@@ -57,15 +57,15 @@ def _cpu_has_bfloat16_units() -> bool:
 
 
 def kernel_limit(*, interpret: bool) -> str | None:
-    """Why no GPU kernel can run here, interpreted on a CPU or compiled; None where they can."""
+    """Why no GPU kernel can run here, compiled or (``interpret``) interpreted on a CPU; None if they can."""
     if interpret:
         if jax.__version_info__ < (0, 12):
             return f"jax {jax.__version__} cannot interpret the GPU kernels; jax >= 0.12 can (Python >= 3.12)"
         if (threads := _cpu_threads()) < 6:
-            # Each of a kernel's warpgroups blocks a thread of XLA's while it waits for the others.
+            # Each warpgroup of a kernel blocks one of XLA's threads while it waits for the others.
             return (
-                f"interpreting the GPU kernels would hang with XLA's {threads} threads, one a core: set the "
-                "environment variable PJRT_NPROC=8 before jax starts"
+                f"interpreting the GPU kernels would hang with XLA's {threads} threads, one per core: set "
+                "the environment variable PJRT_NPROC=8 before jax starts"
             )
         return None
     if jax.__version_info__ < (0, 11, 2):
@@ -83,7 +83,7 @@ def _cpu_threads() -> int:
 
 
 def _cuda_version() -> int:
-    """12091 for 12.9.1; 0 where jax has no CUDA plugin."""
+    """12091 for 12.9.1; 0 if jax has no CUDA plugin."""
     from jax._src.lib import cuda_versions  # jax offers it nowhere else
 
     return 0 if cuda_versions is None else cuda_versions.cuda_runtime_get_version()

@@ -4,13 +4,15 @@ import importlib.util
 
 
 class MissingExtra(ImportError):
-    """A package is not installed that only some users need; the message says how to get it."""
+    """A package that only some users need is not installed; the message says how to get it."""
 
 
 def require_extra(package: str, extra: str, why: str) -> None:
-    """MissingExtra where ``package`` cannot be imported.
+    """MissingExtra if ``package`` cannot be imported.
 
-    - why: what needs it, the beginning of the message.
+    - package: its name.
+    - extra: the extra of jsparse that installs it.
+    - why: what needs it; the message begins with this.
 
     >>> require_extra("no_such_package", "plot", "plot: figures are drawn with matplotlib")
     Traceback (most recent call last):

@@ -1,4 +1,4 @@
-"""Whole numbers: the check of an argument, rounding to blocks, and powers of two."""
+"""Integers: checking an argument, rounding up to blocks, and powers of two."""
 
 from typing import Any
 
@@ -6,7 +6,7 @@ import numpy as np
 
 
 def is_integer(value: object) -> bool:
-    """Whether a value is an integer of Python or NumPy; True and False are not."""
+    """Whether a value is a Python or NumPy integer; True and False are not."""
     return isinstance(value, int | np.integer) and not isinstance(value, bool)
 
 

@@ -5,14 +5,15 @@ from collections.abc import Callable
 import jax
 from jax.sharding import AxisType, PartitionSpec
 
-# Which mesh axes split what where the compiler chooses shardings (axes of type Auto), and no array tells.
+# The mesh axes that split each dimension if the compiler chooses shardings (axes of type Auto): arrays do not
+# say then.
 BATCH_AXES = ("data", "fsdp")
 HEAD_AXES = ("tensor",)
 SEQUENCE_AXIS = "sequence"
 
 
 def sequence_devices() -> int:
-    """Over how many devices the mesh in context splits a sequence's tokens: 1 without an Auto "sequence"."""
+    """How many devices of the mesh in context share a sequence's tokens; 1 without an Auto "sequence"."""
     mesh = jax.sharding.get_abstract_mesh()
     sizes = zip(mesh.axis_names, mesh.axis_types, mesh.axis_sizes, strict=True)
     return next((n for name, kind, n in sizes if name == SEQUENCE_AXIS and kind == AxisType.Auto), 1)
@@ -23,13 +24,19 @@ def split_over_mesh(
 ):
     """``run(*operands)``, by ``shard_map`` over the mesh in context (``jax.set_mesh``) if there is one.
 
-    ``axes`` name the axes of each operand, one letter each: ``b`` is split over the devices that share the
-    batch, ``h`` over those that share the heads, ``s`` over those that share each sequence, all others are
-    whole on every device; ``outputs`` likewise. Operand 0 decides: its own sharding where the mesh axes are
-    Explicit, ``BATCH_AXES``, ``HEAD_AXES`` and ``SEQUENCE_AXIS`` where they are Auto. If an axis does
-    not divide the batch or ``num_heads``, the number of KV heads, its devices repeat the work.
+    Mesh axes of type Explicit split as operand 0 is sharded; of those of type Auto, ``BATCH_AXES``,
+    ``HEAD_AXES`` and ``SEQUENCE_AXIS`` split. If an axis does not divide the batch or the heads, its devices
+    repeat the work.
 
-    Raises ValueError where operand 0 is explicitly sharded along another axis.
+    - run: computes a device's outputs, a tuple, from its shares of the operands.
+    - operands: arrays.
+    - axes: the axes of each operand, one letter each. ``b`` is split over the devices that share the batch,
+      ``h`` over those that share the heads, ``s`` over those that share each sequence. Axes with any other
+      letter are whole on every device.
+    - outputs: the axes of each output, in the same letters.
+    - num_heads: the number of KV heads.
+
+    Raises ValueError if operand 0 is explicitly sharded along another axis.
     """
     mesh = jax.sharding.get_abstract_mesh()
     kinds = dict(zip(mesh.axis_names, mesh.axis_types, strict=True))
@@ -49,7 +56,7 @@ def split_over_mesh(
         parts = (tuple(name for name in split.get(letter, ()) if name in among) for letter in letters)
         return PartitionSpec(*(part or None for part in parts))
 
-    # Types show how arrays lie along Explicit axes, and shard_map wants them to lie as it will cut them.
+    # Types say how arrays are sharded along Explicit axes, and shard_map requires the sharding it cuts by.
     explicit = {name for name, kind in kinds.items() if kind == AxisType.Explicit}
     if explicit:
         operands = tuple(jax.reshard(x, spec(of, explicit)) for x, of in zip(operands, axes, strict=True))
@@ -63,7 +70,7 @@ def split_over_mesh(
 
 
 def dividing(names: tuple[str, ...], size: dict[str, int], length: int) -> tuple[str, ...]:
-    """The first of these mesh axes, of those with a ``size``, whose product divides the length."""
+    """Those of the mesh axes, in order, whose sizes together divide the length; some may have no ``size``."""
     chosen: list[str] = []
     for name in names:
         if name in size and length % size[name] == 0:

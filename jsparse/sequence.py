@@ -1,15 +1,15 @@
-"""Attention to a sequence whose tokens are split over devices: what each reads of the others, and how.
+"""Attention when the tokens of a sequence are split over devices: what each reads from the others, and how.
 
-Each of n devices holds C = T / n consecutive tokens. Three ways, chosen by the masks of all heads:
+Each of n devices holds C = T / n consecutive tokens. There are three ways, chosen by the masks of all heads:
 
-- *halo*, where every query looks back at most C tokens, and at a sink of the first tokens: a device gets the
-  last keys of its left neighbour, as many as the masks reach back, and the sink of the first device.
-- *ring*, where every head is plain causal: keys and values travel around the devices, and each adds up what
-  its queries see of them (ring attention, arXiv 2310.01889, §3). Memory is that of C tokens. The last device
-  computes n times as much as the first, which waits for it.
-- *gather* for all else: every device gets all T keys and values, and reads those up to its own tokens.
+- *halo*, if every query looks back at most C tokens, and at a sink of the first tokens. A device gets the
+  last keys of its left neighbour, as many as the masks reach back, and the sink from the first device.
+- *ring*, if every head is plain causal. Keys and values travel around the devices, and each device adds up
+  what its queries see of them (ring attention, arXiv 2310.01889, §3). Memory is that of C tokens. The last
+  device computes n times as much as the first, which waits for it.
+- *gather* otherwise. Every device gets all T keys and values, and reads those up to its own tokens.
 
-Memory and work of the backward pass are of the same order: it moves the keys again instead of keeping them.
+The backward pass needs memory and work of the same order: it moves the keys again instead of keeping them.
 """
 
 import dataclasses
@@ -31,8 +31,10 @@ from jsparse.mesh import SEQUENCE_AXIS, split_over_mesh
 
 
 class View(NamedTuple):
-    """What one device sees of the keys that it holds after the exchange: keys [start, stop), and one mask a
-    query head for them. Its C queries are aligned to their end."""
+    """What one device sees of the keys that it holds after the exchange.
+
+    It sees keys [start, stop), to whose end its C queries are aligned, through one mask per query head.
+    """
 
     start: int
     stop: int
@@ -43,9 +45,15 @@ class View(NamedTuple):
 class SequenceSplit:
     """How ``devices`` devices share a sequence of ``devices * chunk`` tokens.
 
-    With "halo", device i > 0 holds the ``sink`` first keys of all, the ``halo`` keys before its own, and its
-    own, in this order, and device 0 anything in place of the first two; with "gather" all keys. ``masks`` are
-    one a query head.
+    After a "halo" exchange, device i > 0 holds the first ``sink`` keys of the sequence, the ``halo`` keys
+    before its own, and its own, in this order; device 0 holds anything in place of the first two. After
+    "gather", each device holds all keys.
+
+    - exchange: what the devices exchange.
+    - devices, chunk: how many devices there are, and how many tokens each holds.
+    - masks: one per query head.
+    - sink, halo: keys that a device gets from others with "halo".
+    - block_q, block_kv: block sizes of the lists in a ring.
     """
 
     exchange: Literal["halo", "ring", "gather"]
@@ -58,13 +66,13 @@ class SequenceSplit:
     block_kv: int
 
     def view(self, device: int) -> View:
-        """The keys that a device reads, and the masks for them; for "halo" and "gather"."""
+        """The keys that a device reads, and the masks for them, with "halo" and "gather"."""
         if self.exchange == "gather":
             return View(0, (device + 1) * self.chunk, self.masks)
         before = self.sink + self.halo
         if device == 0:
             return View(before, before + self.chunk, self.masks)
-        # Sinks keep their positions; all else moves by so much, and with it the groups' borders.
+        # Sinks keep their positions. Everything else moves by this much, the borders of groups too.
         moved = device * self.chunk - before
         masks = (
             mask
@@ -76,7 +84,7 @@ class SequenceSplit:
 
 
 def chunk_length(length: int, devices: int) -> int:
-    """How many tokens of a sequence each device holds. ValueError where the devices do not divide it."""
+    """How many tokens of a sequence each device holds. ValueError unless the devices divide it evenly."""
     if length % devices:
         raise ValueError(
             f"q and k have {length} tokens, which the {devices} devices of the mesh axis {SEQUENCE_AXIS!r} "
@@ -88,9 +96,14 @@ def chunk_length(length: int, devices: int) -> int:
 def split_sequence(
     masks: tuple[TokenMask, ...], length: int, devices: int, *, block_q: int = 128, block_kv: int = 128
 ) -> SequenceSplit:
-    """How a sequence is split under these masks, one a query head.
+    """How a sequence is split under these masks.
 
-    Raises ValueError where the devices do not divide the length.
+    - masks: one per query head.
+    - length: tokens of the sequence.
+    - devices: how many share it.
+    - block_q, block_kv: block sizes of the lists in a ring.
+
+    Raises ValueError if the devices do not divide the length.
 
     >>> from jsparse import shifted_groups, streaming
     >>> split = split_sequence((shifted_groups(16, 0), shifted_groups(16, 8)), 64, 4)
@@ -108,7 +121,7 @@ def split_sequence(
         return split("ring", sink=0, halo=0)
     halo = max(_reach(mask, length, chunk) for mask in masks)
     sink = max(mask.sink for mask in masks)
-    # Sinks that lie in a halo would be there twice.
+    # A sink that lies in a halo would be read twice.
     if halo + sink <= chunk:
         return split("halo", sink=sink, halo=halo)
     return split("gather", sink=0, halo=0)
@@ -124,7 +137,7 @@ def _simplified(mask: TokenMask, length: int) -> TokenMask:
 
 
 def _reach(mask: TokenMask, length: int, chunk: int) -> int:
-    """How many keys before its own tokens a device needs at most, sinks aside."""
+    """The most keys before its own tokens that any device needs, apart from sinks."""
     first = np.arange(chunk, length, chunk)  # of each device's own tokens
     group = length if mask.group_size is None else (first + mask.group_shift) % mask.group_size
     window = length if mask.window is None else mask.window - 1
@@ -154,7 +167,7 @@ def backward(compute: Callable, q, k, v, split: SequenceSplit, scale, q_ids, kv_
 
 
 def _over_devices(run: Callable, operands: tuple, outputs: tuple[str, ...]) -> tuple:
-    """run(the numbers of a device's KV heads, *its shares of the operands)."""
+    """``run(the numbers of a device's KV heads, *its shares of the operands)`` on each device."""
     num_heads = operands[1].shape[2]
     leaves, structure = jax.tree.flatten((*operands, jnp.arange(num_heads)))
     axes = *("bshd"[: x.ndim] for x in leaves[:-1]), "h"
@@ -194,7 +207,7 @@ def _exchange_backward(compute, split: SequenceSplit, scale, heads, q, k, v, q_i
     held_k, held_v, held_ids = _fetch(split, (k, v, kv_ids))
     views = _own_view(split, heads, q.shape[2])
     dq, *gradients = switch(*views, attend, q, held_k, held_v, q_ids, held_ids, *results)
-    # What was fetched of others goes back to them, and is added up there in float32.
+    # Gradients of fetched keys go back to the devices that own them, and are added up there in float32.
     total = tuple(jax.ShapeDtypeStruct(x.shape, _accumulator(x)) for x in (k, v))
     give_back = jax.linear_transpose(functools.partial(_fetch, split), total)
     ((dk, dv),) = give_back(tuple(dx.astype(_accumulator(dx)) for dx in gradients))
@@ -202,7 +215,7 @@ def _exchange_backward(compute, split: SequenceSplit, scale, heads, q, k, v, q_i
 
 
 def _fetch(split: SequenceSplit, keys):
-    """What a device holds after the exchange, of its own keys, values and segment ids [B, C, ...]."""
+    """What a device holds after the exchange, from its own keys, values and segment ids [B, C, ...]."""
 
     def fetch(x):
         if split.exchange == "gather":
@@ -224,8 +237,10 @@ def _read(view: View, keys):
 
 
 def _own_view(split: SequenceSplit, heads, count: int) -> tuple[jax.Array, list[View]]:
-    """Which view is this device's, and those of all: by place in the sequence, then by share of ``count``
-    query heads."""
+    """The index of this device's view, and the views of all devices.
+
+    They are ordered by place in the sequence, then by share of ``count`` query heads.
+    """
     shares = len(split.masks) // count
     views = [
         view._replace(masks=view.masks[share * count : (share + 1) * count])
@@ -254,14 +269,14 @@ def _ring_forward(compute, split: SequenceSplit, scale, heads, q, k, v, q_ids, k
         part = compute(q, k, v, mask, scale, q_ids, kv_ids)
         return passed_on, *merge(out, lse, *part)
 
-    # One exchange more than need be, for a loop of one body.
+    # One exchange more than necessary lets all steps share one loop body.
     carry = _pass_on(split, keys), out.astype(_accumulator(out)), lse
     _, total, lse = lax.fori_loop(1, split.devices, step, carry)
     return total.astype(out.dtype), lse
 
 
 def _ring_backward(compute, split: SequenceSplit, scale, heads, q, k, v, q_ids, kv_ids, *results):
-    """The gradients of keys and values travel with them, and after n steps are at home."""
+    """The gradients of keys and values travel with them, and are home again after n steps."""
     keys = k, v, kv_ids
     gradients = compute(q, k, v, _diagonal(split), scale, q_ids, kv_ids, *results)
     dq, *d_keys = (dx.astype(_accumulator(dx)) for dx in gradients)
@@ -290,17 +305,20 @@ def _diagonal(split: SequenceSplit) -> HeadMasks:
 
 
 def _earlier(split: SequenceSplit, step) -> BlockMask:
-    """All keys of the device ``step`` places before this one, or none where there is no such device."""
+    """Lists of all keys of the device ``step`` places before this one, or of none without such a device."""
     there = lax.axis_index(SEQUENCE_AXIS) >= step
     return earlier_keys(there, split.chunk, block_q=split.block_q, block_kv=split.block_kv)
 
 
 def earlier_keys(visible, chunk: int, *, block_q: int, block_kv: int) -> BlockMask:
-    """Lists with which ``chunk`` queries see all of the first ``chunk`` keys where ``visible``, else none.
+    """Lists with which ``chunk`` queries see all of the first ``chunk`` keys if ``visible``, else none.
 
-    These keys have whole blocks to themselves. After those come as many keys as there are queries, in the
-    queries' own places: no list has them. ``visible`` is a bool scalar, perhaps traced; where it is False no
-    block is visited.
+    These keys have whole blocks to themselves. As many keys as there are queries follow, in the queries' own
+    places; no list has them.
+
+    - visible: a bool scalar, perhaps traced. If it is False, no block is visited.
+    - chunk: how many queries there are.
+    - block_q, block_kv: block sizes in tokens.
 
     >>> mask = earlier_keys(True, 6, block_q=4, block_kv=4)
     >>> mask.kv_len, mask.kv_count.tolist(), mask.kv_full_count.tolist()

@@ -1,7 +1,7 @@
-"""Attention over a KV cache: one token or a chunk a sequence, by online softmax over blocks of cached keys.
+"""Attention over a KV cache: one token or a chunk per sequence, by online softmax over blocks of cached keys.
 
-How far the loop runs follows the longest sequence at hand, not the capacity of the cache. Lengths are traced:
-a new length compiles nothing. On a Hopper GPU a kernel attends for single tokens; all else is portable XLA.
+The loop runs as far as the longest sequence at hand, not to the capacity of the cache. Lengths are traced: a
+new length compiles nothing. On a Hopper GPU a kernel computes single tokens; everything else is portable XLA.
 """
 
 import functools
@@ -18,19 +18,20 @@ from jsparse.cache.ring import StreamingKVCache
 from jsparse.device import product_dtype
 from jsparse.implementations.interface import always, choose, never, no_limit
 
-_BLOCK_TOKENS = 512  # keys a step of the loop over pages: large enough for efficient products, small to hold
-_BLOCK_NUMBERS = 2**19  # in the keys of a large step for single queries, which a core's cache should hold
-_NEAR_TOKENS = 4096  # visited in small steps, and the most of a large one
+# Keys per step of the loop over pages: enough for efficient products, and few enough to hold.
+_BLOCK_TOKENS = 512
+_BLOCK_NUMBERS = 2**19  # in the keys of a large step for single queries: a core's cache should hold them
+_NEAR_TOKENS = 4096  # tokens visited in small steps, and the most of a large step
 
 
 class DecodeImplementation(NamedTuple):
     """One way to attend over a cache: a row of the table.
 
-    - name: as users give it.
+    - name: what users call it.
     - decode: ``decode(q, cache, lengths, page_table, pages, scale)`` computes :func:`decode_attention`, with
       one list of pages per KV head.
-    - limit: ``limit(q, cache)`` says why it cannot take a call, or gives None.
-    - by_default: ``by_default(q, cache)`` tells whether it is tried for calls that name no implementation.
+    - limit: ``limit(q, cache)`` says why it cannot take a call, or returns None.
+    - by_default: ``by_default(q, cache)`` says whether it is tried for calls that name no implementation.
     """
 
     name: str
@@ -53,8 +54,8 @@ def decode_attention(
 
         out = softmax(scale * q @ k.T) @ v        scale = 1 / sqrt(D) by default
 
-    over all tokens of a paged cache, or those in the listed pages only; over the sink and the window of a
-    streaming cache. The cache holds the newest token's own key already.
+    Of a paged cache, all tokens count, or only those in the listed pages; of a streaming cache, the sink and
+    the window. The cache already holds the newest token's own key.
 
     - q: [B, Hq, D], the query of the newest token of each sequence. Consecutive query heads share a KV head.
     - cache: the keys and values. Pages of int8 or int4 codes are read as the values that they stand for.
@@ -66,14 +67,17 @@ def decode_attention(
     - scale: of the scores; 1 / sqrt(D) if None.
     - implementation: "mosaic_gpu" is the kernel for Hopper GPUs (bfloat16 or float16; head_dim 64, 128 or
       256; pages of 8, 16, 32 or a multiple of 8 from 64 tokens, or as many slots of a streaming cache, none
-      of them spare; up to 16 query heads per KV head), "xla" runs everywhere, "mosaic_gpu_interpret" runs the
-      kernel on a CPU, for tests (jax >= 0.12; float32 too). None takes the kernel where it can run, else XLA.
+      of them spare; up to 16 query heads per KV head). "xla" runs everywhere. "mosaic_gpu_interpret" runs the
+      kernel on a CPU, for tests (jax >= 0.12; float32 too). None takes the kernel if it can run, else XLA.
 
     Returns out [B, Hq, D] in q's dtype; 0 for a sequence of length 0.
 
-    Raises ValueError if the query heads are no multiple of the KV heads, or if ``page_table`` and ``pages``
-    do not fit the kind of cache. Raises NotImplementedError, which names the limit, if the implementation
-    asked for cannot take the call.
+    Raises ValueError if the query heads are not a multiple of the KV heads, or if ``page_table`` and
+    ``pages`` do not fit the kind of cache. Raises NotImplementedError, which names the limit, if the
+    implementation asked for cannot take the call.
+
+    Source: the pages of PagedAttention (arXiv 2309.06180, §4.1); which of them are listed, of Quest (arXiv
+    2406.10774) and LServe (arXiv 2502.14866).
 
     >>> from jsparse.cache import StreamingKVCache
     >>> cache = StreamingKVCache.zeros(1, 1, 4, sink=1, window=2, dtype=jnp.float32)
@@ -88,12 +92,12 @@ def decode_attention(
     kv_heads = cache.num_heads if isinstance(cache, PagedKVCache) else cache.k.shape[1]
     if q.shape[1] % kv_heads:
         raise ValueError(
-            f"q has {q.shape[1]} heads, which is no multiple of the {kv_heads} KV heads of the cache"
+            f"q has {q.shape[1]} heads, which is not a multiple of the {kv_heads} KV heads of the cache"
         )
     if pages is not None and pages.shape[1] not in (kv_heads, q.shape[1]):
         raise ValueError(
             f"pages has lists for {pages.shape[1]} heads; allowed is one for each of the {kv_heads} KV heads "
-            f"or of the {q.shape[1]} query heads"
+            f"or one for each of the {q.shape[1]} query heads"
         )
     if pages is not None and pages.shape[1] > kv_heads:
         return _by_query_head(q, cache, lengths, page_table, pages, scale, implementation)
@@ -114,7 +118,7 @@ def _portable(q, cache: PagedKVCache | StreamingKVCache, lengths, page_table, pa
 
 
 def _by_query_head(q, cache, lengths, page_table, pages, scale, implementation):
-    """The query heads of a group as sequences of their own, which share pages but not lists."""
+    """Treats the query heads of a group as sequences of their own, which share pages but not lists."""
     batch, q_heads, dim = q.shape
     kv_heads = cache.num_heads
     group = q_heads // kv_heads
@@ -145,10 +149,10 @@ def paged_attention(
     pages: Int[Array, "B Hk n"] | None = None,
     scale: float | None = None,
 ) -> Float[Array, "B C Hq D"]:
-    """Causal attention of a chunk of queries to the keys in the pages, which hold the chunk's own already.
+    """Causal attention of a chunk of queries to the keys in the pages, which already hold the chunk's own.
 
     Query ``t`` of sequence ``b`` stands at position ``offsets[b] + t`` and sees the keys up to its own that
-    are before ``lengths[b]``. ``pages`` as in :func:`decode_attention`; None visits every page.
+    are before ``lengths[b]``. ``pages`` and ``scale`` are those of :func:`decode_attention`.
     """
     batch, max_pages = page_table.shape
     kv_heads, page_size = cache.num_heads, cache.page_size
@@ -159,9 +163,9 @@ def paged_attention(
     heads = jnp.arange(kv_heads)
     longest = jnp.minimum(jnp.max(lengths), count * page_size)
 
-    # Blocks are the same whatever is listed: a list of all pages gives the bits that no list gives.
+    # Blocks do not depend on what is listed: a list of all pages gives bit for bit what no list gives.
     def steps(first: int, last: int, tokens: int) -> _Steps:
-        """The pages from ``first`` to ``last`` of the lists in blocks of so many tokens."""
+        """The pages from ``first`` to ``last`` of the lists, in blocks of ``tokens`` tokens."""
         block = max(tokens // page_size, 1)
         part = jnp.pad(
             pages[:, :, first:last], ((0, 0), (0, 0), (0, -(last - first) % block)), constant_values=-1
@@ -171,7 +175,7 @@ def paged_attention(
             listed = jax.lax.dynamic_slice_in_dim(part, i * block, block, axis=2)
             physical = jnp.take_along_axis(page_table[:, None], listed, axis=2, mode="clip")
             position = listed[..., None] * page_size + jnp.arange(page_size)
-            # Position -1: no page listed here, or a slot beyond the sequence's end.
+            # Position -1: no page is listed here, or the slot lies beyond the sequence's end.
             position = jnp.where(
                 (listed[..., None] >= 0) & (position < lengths[:, None, None, None]), position, -1
             )
@@ -181,7 +185,7 @@ def paged_attention(
 
         rest = jnp.clip(longest - first * page_size, 0, (last - first) * page_size)
         size = block * page_size
-        # Every query of a prompt sees all of the blocks before the chunk: they need no mask.
+        # Every query of a prompt sees all blocks before the chunk, so they need no mask.
         full = jnp.min(jnp.minimum(offsets, lengths)) // size if unlisted and q.shape[1] > 1 else 0
         return _Steps(load, full, (rest + size - 1) // size)
 
@@ -197,10 +201,10 @@ def paged_attention(
 
 
 def _block_tokens(queries: int, width: int) -> tuple[int, int]:
-    """How many keys of ``width`` numbers a step visits, near the beginning of a long list and after it.
+    """How many keys of ``width`` numbers a step visits, at the beginning of a long list and after it.
 
-    For single queries a step is hardly more than the reading of its keys: larger steps cost less, as long as
-    what is read stays in the caches of a CPU and the last one is not mostly empty.
+    For single queries, a step does little more than read its keys. Larger steps cost less, as long as what is
+    read stays in the caches of a CPU and the last step is not mostly empty.
     """
     if queries > 1:
         return _BLOCK_TOKENS, _BLOCK_TOKENS
@@ -208,9 +212,12 @@ def _block_tokens(queries: int, width: int) -> tuple[int, int]:
 
 
 class _Steps(NamedTuple):
-    """``load(i)`` gives k, v [B, Hk, S, D] and positions [B, Hk or 1, S], -1: none, for ``i < count``.
+    """Blocks of keys to visit one after the other.
 
-    All queries see all keys of the first ``full`` blocks.
+    - load: ``load(i)`` returns k, v [B, Hk, S, D] and positions [B, Hk or 1, S] of block ``i``; position -1
+      is a slot without a token.
+    - full: the number of blocks, the first, of which all queries see all keys.
+    - count: the number of blocks.
     """
 
     load: Callable
@@ -236,7 +243,7 @@ def _attend(
     grouped = grouped.reshape(batch, kv_heads, group * chunk, dim).astype(dtype)
     keys_first = chunk == 1 and dtype == jnp.float32  # bfloat16 gains nothing by it
 
-    # Scaled first where nothing is lost by it; then a mask, or none, is all that blocks differ in.
+    # Queries are scaled first if nothing is lost by it. Blocks then differ only in whether they are masked.
     if dtype == jnp.float32:
         grouped, factor = grouped * factor, 1
 
@@ -245,7 +252,7 @@ def _attend(
         k, v, k_position = load(i)
         scores = _scores(grouped, k.astype(dtype), keys_first=keys_first) * factor
         if masked:
-            # Made once: XLA would make the masks anew for each number that they hide.
+            # Computed once: XLA would compute the masks again for each number that they hide.
             held = jax.lax.optimization_barrier(k_position >= 0)
             visible = held[:, :, None] & (k_position[:, :, None] <= q_position[:, None, :, None])
             visible = jax.lax.optimization_barrier(visible)
@@ -269,7 +276,7 @@ def _attend(
     rows = (batch, kv_heads, group * chunk)
     start = (
         jnp.zeros((*rows, dim), jnp.float32),
-        jnp.full(rows, jnp.finfo(jnp.float32).min),  # and not -inf, so that exp(-inf - it) = 0
+        jnp.full(rows, jnp.finfo(jnp.float32).min),  # not -inf, so exp(-inf - this) = 0
         jnp.zeros(rows),
     )
     for load, full, count in loops:
@@ -285,8 +292,8 @@ def _attend(
 def _scores(q: Float[Array, "B H Q D"], k: Float[Array, "B H S D"], *, keys_first: bool):
     """Products of queries and keys, float32 [B, H, Q, S].
 
-    The few queries of one token can be the columns of a product whose rows are the keys, which takes a CPU
-    up to half as long in float32 as the other order.
+    With ``keys_first``, keys are the rows of the product and the few queries of one token its columns. In
+    float32, a CPU needs as little as half as long for it as for the other order.
     """
     if keys_first:
         return jnp.einsum("bhsd,bhqd->bhsq", k, q, preferred_element_type=jnp.float32).swapaxes(2, 3)

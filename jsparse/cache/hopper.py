@@ -1,4 +1,4 @@
-"""Decoding on the Hopper kernel: what it can take, and how a cache becomes pages and the lists of them."""
+"""Decoding on the Hopper kernel: what it can take, and how a cache becomes pages and lists of pages."""
 
 from typing import Any
 
@@ -14,7 +14,7 @@ from jsparse.mesh import split_over_mesh
 
 
 def limit(q, cache: PagedKVCache | StreamingKVCache, *, interpret: bool) -> str | None:
-    """Why the kernel cannot take this call, or None where it can."""
+    """Why the kernel cannot take this call, or None if it can."""
     # It reads a page from its beginning, and the slots of a window have gaps where drafts may lie.
     if isinstance(cache, StreamingKVCache) and cache.spare:
         return f"the decode kernel takes streaming caches of spare=0, not spare={cache.spare}"
@@ -45,7 +45,7 @@ def decode(q, cache: PagedKVCache | StreamingKVCache, lengths, page_table, pages
         out, _ = paged_decode(q, k, v, *listed, **options)
         return (out.astype(q.dtype),)
 
-    # Sequences own rings; pages belong to all of them.
+    # Each sequence has its own ring; all sequences share the pages.
     owner, lists, axes = ("b", (), ()) if streaming else (".", (page_table,), ("b.",))
     if pages is not None:
         lists, axes = (*lists, pages), (*axes, "bh.")
@@ -61,13 +61,13 @@ def _pool(stored: Any) -> Any:
 
 
 def _ring_lists(lengths, slots: int):
-    """Slots fill in order, and all that hold a token are visible: a page a sequence, shared by its heads."""
+    """One page per sequence, shared by its heads: slots fill in order, and every filled one is visible."""
     page = jnp.arange(lengths.shape[0], dtype=jnp.int32)
     return page[:, None, None], jnp.minimum(lengths, slots).astype(jnp.int32)[:, None, None]
 
 
 def _page_lists(lengths, page_size: int, page_table, pages=None):
-    """The pages in the pool [B, 1 or Hk, n], and how many tokens of the sequence each holds."""
+    """The pages' places in the pool [B, 1 or Hk, n], and how many tokens of the sequence each holds."""
     if pages is None:
         pages, physical = jnp.arange(page_table.shape[1])[None, None], page_table[:, None]
     else:

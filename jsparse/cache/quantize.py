@@ -5,12 +5,17 @@ from typing import NamedTuple
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int8
 
-# No step is finer than this part of a vector's largest value, so that zeros stay precise in float32.
+# No scale is smaller than this fraction of a vector's largest absolute value: zeros stay precise in float32.
 _FINEST = 2.0**-16
 
 
 class Quantized(NamedTuple):
-    """``value = scale * (code - zero)``; with 4 bits, dimensions d (low half) and d + D / 2 share a byte."""
+    """Vectors as codes: ``value = scale * (code - zero)``.
+
+    - codes: int8 [..., D]; or, with 4 bits, [..., D / 2] of two codes per byte, dimension d in the low half
+      and d + D / 2 in the high half.
+    - scale, zero: float32 [...], one per vector.
+    """
 
     codes: Int8[Array, "*batch stored"]
     scale: Float[Array, "*batch"]
@@ -18,17 +23,23 @@ class Quantized(NamedTuple):
 
 
 def quantize(x: Float[Array, "*batch D"], bits: int) -> Quantized:
-    """Vectors as codes of ``bits`` (8 or 4), each vector with a scale and a zero of its own::
+    """Vectors as 8- or 4-bit codes, with a scale and a zero for each vector::
 
         scale = (max - min) / (2**bits - 1)
         code = round(x / scale + zero)        in -2**(bits-1) ... 2**(bits-1) - 1
 
-    ``codes`` are int8 ``[..., D]``, or ``[..., D / 2]`` of two 4-bit codes a byte; ``scale`` and ``zero`` are
-    float32 ``[...]``. :func:`dequantize` gives each value back within half a scale (and float32's rounding),
-    and constant vectors exactly. A scale is at least 2**-16 of the vector's largest absolute value. Codes are
-    centred on 0, so that bfloat16 holds them all. (Per token and head, asymmetric: QServe, arXiv 2405.04532.)
+    A scale is at least 2**-16 of the vector's largest absolute value. Codes are centred on 0, so bfloat16
+    represents all of them exactly.
 
-    Raises ``ValueError`` where bits is neither 8 nor 4, or D is odd for 4.
+    - x: [..., D], floating; D is even for 4 bits.
+    - bits: of a code, 8 or 4.
+
+    Returns codes, scales and zeros. :func:`dequantize` gives each value back within half a scale (and
+    float32's rounding), and constant vectors exactly.
+
+    Raises ValueError if ``bits`` is neither 8 nor 4, or if it is 4 and D is odd.
+
+    Source: asymmetric codes per token and head as in QServe (arXiv 2405.04532).
 
     >>> quantize(jnp.array([[0.0, 1.0, 14.0, 15.0]]), 4).scale.tolist()
     [1.0]
@@ -39,7 +50,7 @@ def quantize(x: Float[Array, "*batch D"], bits: int) -> Quantized:
     x = x.astype(jnp.float32)
     low, high, largest = x.min(axis=-1), x.max(axis=-1), jnp.abs(x).max(axis=-1)
     scale = jnp.maximum((high - low) / (2 * half - 1), largest * _FINEST)
-    # A constant vector is its own scale, and its one code is 0.
+    # A constant vector has its absolute value as the scale, and its only code is 0.
     constant = high == low
     scale = jnp.where(constant, largest, scale)
     scale = jnp.where(scale == 0, 1.0, scale)
@@ -53,7 +64,14 @@ def quantize(x: Float[Array, "*batch D"], bits: int) -> Quantized:
 
 
 def dequantize(quantized: Quantized, bits: int) -> Float[Array, "*batch D"]:
-    """The float32 values of :func:`quantize`: ``scale * (code - zero)``.
+    """The float32 values of codes: ``scale * (code - zero)``.
+
+    - quantized: what :func:`quantize` returned.
+    - bits: of a code, the same as there.
+
+    Returns float32 [..., D].
+
+    Raises ValueError if ``bits`` is neither 8 nor 4.
 
     >>> dequantize(quantize(jnp.array([[-7.0, 0.0, 1.0, 8.0]]), 4), 4).tolist()
     [[-7.0, 0.0, 1.0, 8.0]]

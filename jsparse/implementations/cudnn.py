@@ -1,4 +1,4 @@
-"""Plain causal attention by cuDNN, through ``jax.nn.dot_product_attention``: dense, and good at that."""
+"""Plain causal attention by cuDNN, through ``jax.nn.dot_product_attention``: dense, and fast at that."""
 
 import jax
 
@@ -11,7 +11,7 @@ from jsparse.pallas_kernels.measured import cudnn_is_faster
 
 
 def limit(call: Call) -> str | None:
-    """Why cuDNN cannot take this call, or None where it can."""
+    """Why cuDNN cannot take this call, or None if it can."""
     if call.devices > 1:
         return (
             f"cuDNN is not called where the mesh axis {SEQUENCE_AXIS!r} splits the tokens over "
@@ -35,5 +35,5 @@ def is_faster(call: Call) -> bool:
 
 
 def forward(q, k, v, visible: Visible, scale, q_segment_ids=None, kv_segment_ids=None):
-    """out [B, T, Hq, D], and None for lse. Differentiable by its own rule."""
+    """out [B, T, Hq, D], and None for lse. It has its own rule for differentiation."""
     return jax.nn.dot_product_attention(q, k, v, scale=scale, is_causal=True, implementation="cudnn"), None

@@ -1,10 +1,10 @@
-"""Attention on the Hopper kernels: what they can take, and how a BlockMask and whole arrays become theirs.
+"""Attention on the Hopper kernels: what they can take, and how their arguments are made.
 
-Four things stand between ``attention`` and a kernel. A length that TMA cannot copy and a head_dim that no
-kernel has are padded with zeros. Lists and token masks become int32 arrays
-(``jsparse.pallas_kernels.lists``). An axis that ``jax.vmap`` maps is folded into the batch, since TMA knows
-five axes and no more. And on a mesh each device runs the kernel on its own sequences and heads
-(``shard_map``), since no compiler can look into a kernel to split it.
+Four things stand between ``attention`` and a kernel. A length that TMA cannot copy, or a head_dim for which
+there is no kernel, is padded with zeros. Lists and token masks become int32 arrays
+(``jsparse.pallas_kernels.lists``). An axis that ``jax.vmap`` maps is folded into the batch, since TMA handles
+five axes at most. And on a mesh each device runs the kernel on its own sequences and heads (``shard_map``),
+since no compiler can look into a kernel to split it.
 """
 
 import math
@@ -26,7 +26,7 @@ _BLOCK = 64
 
 
 def limit(call: Call, *, interpret: bool) -> str | None:
-    """Why the kernels cannot take this call, or None where they can."""
+    """Why the kernels cannot take this call, or None if they can."""
     q, mask = call.q, call.visible
     if (reason := kernel_limit(interpret=interpret)) is not None:
         return reason
@@ -44,7 +44,7 @@ def limit(call: Call, *, interpret: bool) -> str | None:
 
 
 def block_sizes(q_len: int, kv_len: int) -> tuple[int, int]:
-    """(block_q, block_kv) of lists made for token masks: two compute warpgroups of 64 queries share one."""
+    """(block_q, block_kv) of lists made for token masks: two warpgroups of 64 queries each share a list."""
     return 128, 128
 
 
@@ -66,7 +66,7 @@ def backward(q, k, v, visible: Visible, scale, q_ids, kv_ids, out, lse, d_out, d
 
     mask = follow(visible, *block_sizes(visible.q_len, visible.kv_len))
     delta = jnp.sum(out.astype(jnp.float32) * d_out.astype(jnp.float32), axis=-1) - d_lse
-    # Rows that see nothing, and those that fill up the last block, have no weights: exp2(score - inf) = 0.
+    # Rows that see nothing, or only fill up the last block, have no weights: exp2(score - inf) = 0.
     padding = (0, 0), (0, 0), (0, -mask.q_len % math.lcm(128, mask.block_q))
     base2 = jnp.where(lse == -jnp.inf, jnp.inf, lse / np.log(2)).swapaxes(1, 2)
     base2 = jnp.pad(base2, padding, constant_values=jnp.inf)
@@ -82,7 +82,7 @@ def backward(q, k, v, visible: Visible, scale, q_ids, kv_ids, out, lse, d_out, d
 
 
 def _kernel(kernel: Callable, choose: Callable, head_dim: int, mask: BlockMask, scale, interpret) -> Callable:
-    """The kernel on arrays, lists, heads and segments alone; it gives a tuple."""
+    """The kernel as a function of arrays, lists, heads and segments only, which returns a tuple."""
     blocks = {"block_q": mask.block_q, "block_kv": mask.block_kv}
     tiles = measured.tiles(kernel.__name__, device_kind(), choose, head_dim=head_dim, **blocks)
     options = {"scale": scale, "offset": mask.kv_len - mask.q_len, "tiles": tiles} | blocks
@@ -103,9 +103,9 @@ def interpreter():
 
 
 def _pad(*arrays):
-    """Zeros up to a multiple of 8 tokens, a tile's height in shared memory, and to a kernel's next head_dim.
+    """Pads to a multiple of 8 tokens, a tile's height in shared memory, and to the next head_dim of a kernel.
 
-    No mask shows the added keys, and what the added queries see is cut off.
+    No mask shows the added keys, and the results of the added queries are cut off.
     """
     dim = arrays[0].shape[-1]
     columns = next(size for size in HEAD_DIMS if size >= dim) - dim
@@ -113,7 +113,7 @@ def _pad(*arrays):
 
 
 def _row_lists(mask: BlockMask) -> Lists:
-    """For each block of queries, the blocks of keys; [1, R, nq] where all sequences share the lists."""
+    """For each block of queries, the blocks of keys; [1, R, nq] if all sequences share the lists."""
     shape = (-1, *mask.kv_start.shape[-2:])
     index = _not_empty(mask.kv_index)
     return Lists(index, *(x.reshape(shape) for x in (mask.kv_start, mask.kv_count, mask.kv_full_count)))
@@ -154,10 +154,12 @@ def _segments(q_ids, kv_ids) -> tuple:
 
 
 def _launch(kernel: Callable, mask, lists: Lists, arrays, rows, segments, outputs: tuple[str, ...]) -> tuple:
-    """What the kernel makes, with mapped axes folded away and the mesh's shares cut.
+    """The kernel's results, with mapped axes folded into the batch and each device computing its share.
 
-    arrays are [B, T or S, H, D], rows [B, Hq, Tp], segments [B, T] and [B, S] or none; outputs names the axes
-    of what comes back.
+    - arrays: [B, T or S, H, D].
+    - rows: [B, Hq, Tp].
+    - segments: [B, T] and [B, S], or none.
+    - outputs: the axes of each result.
     """
     lists = Lists(*(jnp.asarray(x, jnp.int32) for x in lists))
 
@@ -203,7 +205,7 @@ def _launch(kernel: Callable, mask, lists: Lists, arrays, rows, segments, output
 
 
 def _fold_lists(lists: Lists, mapped: Lists, size: int, batch: int) -> Lists:
-    """The lists of ``size`` batches as those of one; lists that all sequences share stay shared."""
+    """The lists of ``size`` batches as those of one batch; lists that all sequences share stay shared."""
     if not any(mapped) and lists.start.shape[0] == 1:
         return lists
     index, *rest = (

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 from jsparse.masks.block_mask import BlockMask
 from jsparse.masks.token_mask import HeadMasks
 
-# What is handed to an implementation: the lists that a user made, or token masks, for which it makes its own.
+# What an implementation is given: lists that a user made, or token masks, for which it makes its own lists.
 Visible = BlockMask | HeadMasks
 
 
@@ -15,10 +15,10 @@ class Call(NamedTuple):
 
     - q [B, T, Hq, D], k [B, S, Hk, D]: arrays, or their shapes and dtypes.
     - visible: the mask.
-    - scale: of the scores.
+    - scale: the factor of the scores.
     - segments: whether there are segment ids.
     - return_lse: whether lse is wanted.
-    - devices: over how many devices the tokens of a sequence are split.
+    - devices: how many devices share the tokens of a sequence.
     """
 
     q: Any
@@ -48,15 +48,15 @@ def never(*call) -> bool:
 class Implementation(NamedTuple):
     """One way to compute attention: a row of the table.
 
-    - name: as users give it.
-    - forward: ``forward(q, k, v, visible, scale, q_segment_ids, kv_segment_ids)`` gives out [B, T, Hq, D] and
-      lse [B, T, Hq], which may be None where ``limit`` refuses calls that want it.
-    - backward: ``backward(the same, out, lse, d_out, d_lse)`` gives the gradients of q, k and v. None if JAX
-      differentiates ``forward`` by itself.
-    - block_sizes: ``block_sizes(q_len, kv_len)`` gives (block_q, block_kv) of lists that suit it. None if it
-      follows no lists: then it gets whole arrays, on a mesh too.
-    - limit: ``limit(call)`` says why it cannot take a call, or gives None.
-    - by_default: ``by_default(call)`` tells whether it is tried for calls that name no implementation.
+    - name: what users call it.
+    - forward: ``forward(q, k, v, visible, scale, q_segment_ids, kv_segment_ids)`` returns out [B, T, Hq, D]
+      and lse [B, T, Hq], which may be None if ``limit`` refuses calls that want it.
+    - backward: ``backward(the same, out, lse, d_out, d_lse)`` returns the gradients of q, k and v. None if
+      JAX differentiates ``forward`` by itself.
+    - block_sizes: ``block_sizes(q_len, kv_len)`` returns the (block_q, block_kv) of lists that suit it. None
+      if it follows no lists: it then gets whole arrays, on a mesh too.
+    - limit: ``limit(call)`` says why it cannot take a call, or returns None.
+    - by_default: ``by_default(call)`` says whether it is tried for calls that name no implementation.
     """
 
     name: str
@@ -70,9 +70,11 @@ class Implementation(NamedTuple):
 def choose(table: Sequence[Any], name: str | None, *call) -> Any:
     """The row of this name, or, if it is None, the first row that is tried by default and can take the call.
 
-    Rows have ``name``, ``limit(*call)`` and ``by_default(*call)``.
+    - table: rows with ``name``, ``limit(*call)`` and ``by_default(*call)``, in order of preference.
+    - name: the implementation that was asked for, or None.
+    - call: what the choice depends on.
 
-    Raises ValueError for a name that no row has, and NotImplementedError, which says why, where the row that
+    Raises ValueError for a name that no row has. Raises NotImplementedError, which says why, if the row that
     was asked for cannot take the call.
 
     >>> table = (Implementation("fast", print, limit=lambda n: "too long" if n > 4 else None),

@@ -1,4 +1,4 @@
-"""Attention to two sets of keys from the attention to each."""
+"""Attention to two sets of keys, from the attention to each."""
 
 import jax.numpy as jnp
 from jaxtyping import Array, Float
@@ -10,14 +10,14 @@ def merge(
     other_out: Float[Array, "*rows D"],
     other_lse: Float[Array, "*rows"],
 ) -> tuple[Float[Array, "*rows D"], Float[Array, "*rows"]]:
-    """Attention to the keys of both sets, which have none in common::
+    """Attention to the keys of two disjoint sets, from the attention to each::
 
         lse = log(exp(lse_1) + exp(lse_2))        out = exp(lse_1 - lse) out_1 + exp(lse_2 - lse) out_2
 
     - out, other_out: attention to each set, [..., D].
     - lse, other_lse: natural logarithms of the sums of exponents [...], -inf for a row that sees nothing.
 
-    Returns out and lse; 0 (if the parts are) and -inf for rows that see nothing in either set.
+    Returns out and lse. A row that sees nothing in either set has out 0 (if the parts have) and lse -inf.
 
     Source: FlashAttention's rescaling (arXiv 2205.14135, §3.1), applied to whole parts.
 

@@ -1,4 +1,4 @@
-"""Dense masked attention that anyone can read: what every other implementation must agree with."""
+"""Dense masked attention that anyone can read; every other implementation must agree with it."""
 
 import jax
 import jax.numpy as jnp
@@ -11,8 +11,8 @@ from jsparse.masks.block_mask import BlockMask
 def forward(q, k, v, visible: Visible, scale, q_segment_ids=None, kv_segment_ids=None):
     """out [B, T, Hq, D] and lse [B, T, Hq] by the definition, from a [B, Hq, T, S] array of scores.
 
-    out = softmax(scale * q kᵀ over the visible keys) v, lse = log sum exp of the same scores. Computed in
-    float32, or in float64 where q is. Differentiated by JAX itself.
+    Over the visible keys, out = softmax(scale * q kᵀ) v and lse = log sum exp(scale * q kᵀ). Computed in
+    float32, or in float64 if q is. JAX differentiates it by itself.
     """
     dtype = jnp.promote_types(q.dtype, jnp.float32)
     heads_per_kv = q.shape[2] // k.shape[2]

@@ -23,32 +23,33 @@ from jsparse.masks.token_mask import HeadMasks, TokenMask
 )
 @dataclasses.dataclass(frozen=True, eq=False)
 class BlockMask:
-    """Lists of key blocks, one list for each mask row and query block. A pytree.
+    """Lists of key blocks, one for each mask row and query block. A pytree.
 
-    A query sees a key where the key's block is listed for the query's block *and* the row's ``TokenMask``
-    shows it. Queries are aligned to the end of the keys: query ``t`` stands at position ``t + kv_len -
-    q_len``.
+    A query sees a key if the key's block is listed for the query's block *and* the row's ``TokenMask`` shows
+    it. Queries are aligned to the end of the keys: query ``t`` stands at position ``t + kv_len - q_len``.
 
-    The lists lie one after another in one flat array, so that a head that visits four blocks a row does not
-    pad to a head that visits a thousand. With ``R`` rows and ``nq = ceil(q_len / block_q)``:
+    The lists lie one after another in one flat array, so a head that visits four blocks per query block is
+    not padded to one that visits a thousand. With ``R`` rows and ``nq = ceil(q_len / block_q)``:
 
     - ``kv_index`` int32 [L]: the block numbers of all lists;
     - ``kv_start``, ``kv_count`` int32 [R, nq] or [B, R, nq]: list ``(r, i)`` is
-      ``kv_index[kv_start[r, i] : kv_start[r, i] + kv_count[r, i]]``, in which no block stands twice;
-    - ``kv_full_count``, of the same shape: that many blocks at the head of the list are wholly visible and
-      need no element mask (segment ids aside).
+      ``kv_index[kv_start[r, i] : kv_start[r, i] + kv_count[r, i]]``, in which no block appears twice;
+    - ``kv_full_count``, of the same shape: how many blocks, the first of the list, are wholly visible and
+      need no element mask (apart from segment ids).
 
-    Static: the lengths, the block sizes, ``token_masks`` (one a row), and ``head_rows``, the row of each
-    query head. ``head_rows`` None means that the query heads share the rows evenly and in order, which fits
-    one row for all heads, one per KV head, or one per query head.
+    Static fields:
+
+    - ``q_len``, ``kv_len``, ``block_q``, ``block_kv``: lengths and block sizes in tokens.
+    - ``token_masks``: one per row.
+    - ``head_rows``: the row of each query head. None means that the query heads share the rows evenly and in
+      order, which fits one row for all heads, one per KV head, or one per query head.
+    - ``exact``: for a mask from ``from_token_masks``, the token masks that these lists show exactly; an
+      implementation may then choose its own block sizes. None for chosen lists, and also after
+      ``dataclasses.replace`` and tree functions, which may have put other lists here.
 
     Lists made from token masks are NumPy arrays: known while tracing, and compiled in. Lists from
     ``from_indices`` are JAX arrays, perhaps traced: other lists of the same capacity compile nothing. Two
     masks are equal only if they are the same object.
-
-    ``exact`` holds the token masks whose lists these are, in a mask from ``from_token_masks``; an
-    implementation may then choose block sizes of its own. It is None for chosen lists, and also after
-    ``dataclasses.replace`` and tree functions, which may have put other lists here.
     """
 
     kv_index: Any
@@ -93,14 +94,16 @@ class BlockMask:
     ) -> "BlockMask":
         """The blocks in which a token mask shows at least one key to at least one query.
 
-        Computed in closed form: time and memory are those of the lists, and no array of T x T elements, nor
-        of T / block x T / block blocks, is ever made. Heads with equal masks share a row.
+        Computed in closed form: time and memory grow with the lists, and no array of T x T elements, or of
+        T / block x T / block blocks, is ever made. Heads with equal masks share a row.
 
         - masks: one for all query heads, or one per query head.
-        - q_len, kv_len: how many queries and keys.
+        - q_len, kv_len: how many queries and keys there are.
         - block_q, block_kv: how many tokens a block of queries and a block of keys holds.
 
-        Raises ValueError for masks of another type, and for lengths and sizes that are no positive integers.
+        Returns a mask with NumPy lists. Equal arguments may give the same object.
+
+        Raises ValueError for masks of another type, and for lengths and sizes that are not positive integers.
 
         >>> from jsparse import streaming
         >>> mask = BlockMask.from_token_masks(streaming(sink=1, window=4), 16, 16, block_q=4, block_kv=4)
@@ -123,17 +126,23 @@ class BlockMask:
         token_mask: TokenMask = TokenMask(),
         kv_full_count: Int[Any, "*R nq"] | None = None,
     ) -> "BlockMask":
-        """The lists that a selector chose, at a fixed capacity of M blocks a list.
+        """The lists that a selector chose, with a fixed capacity of M blocks per list.
 
-        kv_index [R, nq, M] or [B, R, nq, M]: block numbers, all different within a list; what stands at and
-        after ``kv_count`` is not read. kv_count [R, nq] or [B, R, nq]. R rows: one for all heads, one per
-        KV head or one per query head. ``token_mask`` applies inside the listed blocks, except the first
-        ``kv_full_count`` (of kv_count's shape; none if None) of each list: these every query of the block
-        sees whole, and their element mask is skipped.
+        There are R rows: one for all heads, one per KV head, or one per query head.
 
-        Raises ValueError for shapes that do not fit, and, where the arrays are not traced, for a count beyond
-        M, a block number out of range, one listed twice, or one called wholly visible that is not. Traced
-        lists cannot be checked: the caller answers for them.
+        - kv_index: [R, nq, M] or [B, R, nq, M], block numbers, all different within a list. Entries from
+          ``kv_count`` on are not read.
+        - kv_count: [R, nq] or [B, R, nq], how many blocks each list has.
+        - q_len, kv_len, block_q, block_kv: lengths and block sizes in tokens.
+        - token_mask: applies inside the listed blocks, except the first ``kv_full_count`` of each list.
+        - kv_full_count: of kv_count's shape. Every query of the block sees this many blocks whole, so their
+          element mask is skipped. None means 0.
+
+        Returns a mask with JAX lists.
+
+        Raises ValueError for shapes that do not fit. Where the arrays are not traced, it also does so for a
+        count beyond M, a block number out of range, a block listed twice, and one called wholly visible that
+        is not. Traced lists cannot be checked: they are the caller's responsibility.
 
         >>> index, count = np.array([[[0, -1], [1, 0]]]), np.array([[1, 2]])
         >>> BlockMask.from_indices(index, count, q_len=8, kv_len=8, block_q=4, block_kv=4).kv_start.tolist()
@@ -179,7 +188,7 @@ class BlockMask:
 def build_block_mask(
     masks: TokenMask | tuple[TokenMask, ...], q_len: int, kv_len: int, block_q: int, block_kv: int
 ) -> BlockMask:
-    """What ``BlockMask.from_token_masks`` gives, made again at each call."""
+    """What ``BlockMask.from_token_masks`` returns, computed again at each call."""
     exact = HeadMasks(masks, q_len, kv_len)
     rows = exact.distinct()
     lists = [row_lists(mask, q_len, kv_len, block_q, block_kv) for mask in rows]
@@ -207,7 +216,7 @@ def build_block_mask(
 
 # The same object for the same masks, which then compiles once.
 _from_token_masks = functools.lru_cache(maxsize=16)(build_block_mask)
-# Lists that implementations make for themselves: apart, for they must not drive out those of users.
+# Lists that implementations make for themselves. They have their own cache and cannot evict those of users.
 _own_lists = functools.lru_cache(maxsize=32)(build_block_mask)
 
 
@@ -219,7 +228,7 @@ def follow(visible: BlockMask | HeadMasks, block_q: int, block_kv: int) -> Block
 
 
 def default_block_sizes(q_len: int, kv_len: int) -> tuple[int, int]:
-    """(block_q, block_kv) for token masks: 128, or the power of two that holds a shorter sequence."""
+    """(block_q, block_kv) for token masks: 128, or for a shorter sequence the power of two that holds it."""
     block_q, block_kv = (min(128, max(16, power_of_two_from(n))) for n in (q_len, kv_len))
     return block_q, block_kv
 

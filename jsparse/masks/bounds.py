@@ -1,4 +1,4 @@
-"""Bounds of the keys of a page, and the score that they give a query: how Quest and LServe rank pages."""
+"""Bounds of the keys in a page, and a query's score from them: how Quest and LServe rank pages."""
 
 import jax
 import jax.numpy as jnp
@@ -12,8 +12,14 @@ def page_bounds(
 ) -> tuple[Num[Array, "*batch P D"], Num[Array, "*batch P D"]]:
     """The smallest and the largest value of each channel in every page of keys.
 
-    ``k`` is ``[..., S, D]``, after RoPE; the result ``(k_min, k_max)`` has ``P = S / logical_page_size``
-    pages. Raises ``ValueError`` where ``S`` is no multiple of the page. (Quest, arXiv 2406.10774, §3.3.)
+    - k: [..., S, D], keys after RoPE.
+    - logical_page_size: keys per page.
+
+    Returns ``(k_min, k_max)``, each [..., P, D] with ``P = S / logical_page_size`` pages.
+
+    Raises ValueError if ``S`` is not a multiple of the page size.
+
+    Source: Quest (arXiv 2406.10774, §3.3).
 
     >>> k_min, k_max = page_bounds(jnp.array([[1.0, 5.0], [2.0, 4.0], [0.0, 0.0], [3.0, -3.0]]), 2)
     >>> k_min.tolist(), k_max.tolist()
@@ -35,8 +41,12 @@ def page_scores(
 
         score[p] = sum over channels d of max(q[d] * k_min[p, d], q[d] * k_max[p, d])
 
-    ``q`` is ``[..., D]``, the bounds ``[..., P, D]`` with ``k_min <= k_max``; leading axes broadcast. The
-    score is float32 and not divided by ``sqrt(D)``. (Quest, §3.3; LServe, arXiv 2502.14866, equation 2.)
+    - q: [..., D], queries after RoPE. Leading axes broadcast against those of the bounds.
+    - k_min, k_max: [..., P, D], with ``k_min <= k_max``, as :func:`page_bounds` returns them.
+
+    Returns the scores [..., P], float32, not divided by ``sqrt(D)``.
+
+    Source: Quest (arXiv 2406.10774, §3.3); LServe (arXiv 2502.14866, equation 2).
 
     >>> page_scores(jnp.array([1.0, -2.0]), jnp.array([[-1.0, -3.0]]), jnp.array([[4.0, 2.0]])).tolist()
     [10.0]

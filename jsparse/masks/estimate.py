@@ -1,14 +1,14 @@
 """Lists for the prefill of long prompts, estimated from the queries and keys themselves.
 
 A prompt is computed whole or in chunks. The keys of a chunk are laid out in two parts: first room for
-``cached`` tokens that were computed before, of which sequence ``b`` has ``held[b]``, then the chunk's own. So
-query ``t`` stands at position ``held[b] + t`` of its sequence, and its key in slot ``cached + t``. Of the
-chunk's tokens the first ``counts[b]`` are the sequence's. The lists of a prompt computed in chunks are those
+``cached`` tokens that were computed before (sequence ``b`` has ``held[b]`` of them), then the chunk's own. So
+query ``t`` stands at position ``held[b] + t`` of its sequence, and its key is in slot ``cached + t``. The
+first ``counts[b]`` tokens of the chunk belong to sequence ``b``. A prompt computed in chunks gets the lists
 of the whole prompt, up to the rounding of scores.
 
-Slots without a token may hold anything, NaN included: no list of a query depends on them. No list has a block
-of the room that is not held. A block of queries in which no token is left lists itself alone. (Attention
-multiplies what it hides inside a listed block by 0, so the values in the chunk's own slots must be finite.)
+Slots without a token may hold anything, NaN included: no query's list depends on them. No list has a block of
+room that is not held. A block of queries without a token lists only itself. (Attention multiplies what it
+hides inside a listed block by 0, so the values in the chunk's own slots must be finite.)
 
 The estimates count blocks by position, as if no room were left over; the finished lists count them by slot.
 """
@@ -22,17 +22,21 @@ from jax import lax
 from jax.core import Tracer
 from jaxtyping import Int
 
+from jsparse.arrays import AnyArray
+from jsparse.integers import cdiv
 from jsparse.masks.block_mask import BlockMask
-from jsparse.masks.bounds import AnyArray
 from jsparse.masks.token_mask import causal
 
 
 class Estimate(Protocol):
-    """What makes the lists of a prompt from its queries and keys: a frozen dataclass with these two."""
+    """What makes the lists of a prompt from its queries and keys: a frozen dataclass with these two members.
+
+    ``PooledBlocks`` and ``VerticalSlash`` are estimates.
+    """
 
     @property
     def block(self) -> int:
-        """Tokens of a block, of queries and of keys."""
+        """Tokens per block, of queries and of keys."""
         ...
 
     def block_mask(
@@ -44,7 +48,10 @@ class Estimate(Protocol):
         held: Any = None,
         counts: Any = None,
     ) -> BlockMask:
-        """Lists for a prompt, or for a chunk of one, laid out as the head of this file says."""
+        """Lists for a prompt, or for a chunk of one, whose keys are laid out as the head of this file says.
+
+        Arguments, result and errors are those of ``PooledBlocks.block_mask``.
+        """
         ...
 
 
@@ -57,9 +64,16 @@ def all_blocks(
     held: Int[AnyArray, " B"] | None = None,
     counts: Int[AnyArray, " B"] | None = None,
 ) -> BlockMask:
-    """Lists of every block up to a query's own, one a sequence and block of queries: dense causal attention.
+    """Lists of every block up to the query's own, which are dense causal attention.
 
-    For a chunk of ``q_len`` tokens; arguments and errors as of ``PooledBlocks.block_mask``.
+    - batch: sequences.
+    - q_len: tokens of the chunk.
+    - block: tokens per block.
+    - cached, held, counts: as for ``PooledBlocks.block_mask``.
+
+    Returns one list per sequence and block of queries.
+
+    Raises ValueError for numbers that do not fit.
 
     >>> mask = all_blocks(2, 2, block=1, cached=2, held=np.array([0, 1]))
     >>> mask.kv_index.reshape(2, 2, 4).tolist()
@@ -73,7 +87,7 @@ def all_blocks(
 
 
 class Chunk(NamedTuple):
-    """Where queries and keys stand."""
+    """Where the queries and keys of a chunk stand."""
 
     q_len: int
     cached: int
@@ -84,7 +98,7 @@ class Chunk(NamedTuple):
 
     @property
     def num_q_blocks(self) -> int:
-        return -(-self.q_len // self.block)
+        return cdiv(self.q_len, self.block)
 
     @property
     def num_kv_blocks(self) -> int:
@@ -97,15 +111,15 @@ class Chunk(NamedTuple):
 
 
 def lists_of_blocks(blocks, chunk: Chunk) -> BlockMask:
-    """The lists of the blocks given, [B, R, nq, M] by position, or of a shape that broadcasts to it.
+    """The lists of the given blocks: [B, R, nq, M], counted by position, or a shape that broadcasts to it.
 
-    In any order. Those before block 0 or after a query's own do not count, nor does a block's second mention.
-    A query's own block must be among them.
+    They come in any order. Blocks before block 0 or after the query's own are ignored, as are repetitions.
+    The query's own block must be among them.
     """
     none = np.iinfo(np.int32).max
     own = chunk.own_block[:, None, :, None]
     begun = jnp.arange(chunk.num_q_blocks) * chunk.block < chunk.counts[:, None]
-    blocks = jnp.where(begun[:, None, :, None], blocks, own)  # the least work for queries that are not there
+    blocks = jnp.where(begun[:, None, :, None], blocks, own)  # the least work for missing queries
     blocks = jnp.sort(jnp.where((blocks >= 0) & (blocks <= own), blocks, none), axis=-1)
     again = blocks[..., 1:] == blocks[..., :-1]
     blocks = jnp.sort(blocks.at[..., 1:].set(jnp.where(again, none, blocks[..., 1:])), axis=-1)
@@ -128,18 +142,18 @@ def lists_of_blocks(blocks, chunk: Chunk) -> BlockMask:
 
 
 def best_blocks(scores, n: int):
-    """The n blocks (or all) of the highest scores [..., blocks], of equals the earlier; always block 0."""
+    """The n blocks (or all) with the highest scores [..., blocks], the earlier of equals; always block 0."""
     return lax.top_k(scores.at[..., 0].set(jnp.inf), min(n, scores.shape[-1]))[1]
 
 
 def split_in_blocks(x, block: int):
-    """[B, T, ...] to [B, blocks, block, ...], the last block filled up with zeros."""
+    """[B, T, ...] to [B, blocks, block, ...], with the last block filled up with zeros."""
     x = jnp.pad(x, [(0, 0), (0, -x.shape[1] % block)] + [(0, 0)] * (x.ndim - 2))
     return x.reshape(x.shape[0], -1, block, *x.shape[2:])
 
 
 def by_position(x, chunk: Chunk, unit: int):
-    """Slots [B, S, ...], each of ``unit`` tokens, at their positions; after the chunk's, anything."""
+    """Slots [B, S, ...], each of ``unit`` tokens, moved to their positions. The rest may be anything."""
     if not chunk.gap:
         return x
     cached, held = chunk.cached // unit, chunk.held // unit
@@ -147,6 +161,7 @@ def by_position(x, chunk: Chunk, unit: int):
 
 
 def chunk_of(q, k, cached, held, counts, block, unit) -> Chunk:
+    """The layout of these queries and keys; ValueError unless they fit it. ``held`` is in whole ``unit``s."""
     for name, x in (("q", q), ("k", k)):
         if x.ndim != 4 or 0 in x.shape or not jnp.issubdtype(x.dtype, jnp.floating):
             raise ValueError(
@@ -175,7 +190,7 @@ def _layout(batch, q_len, cached, held, counts, block, unit) -> Chunk:
         if tuple(x.shape) != (batch,) or not jnp.issubdtype(x.dtype, jnp.integer):
             raise ValueError(f"{name} must be integers [{batch}], not {x.dtype} {list(x.shape)}")
         if isinstance(x, Tracer):
-            continue  # the caller answers for it
+            continue  # the caller's responsibility
         values = np.asarray(x)
         wrong = values[(values < 0) | (values > most) | (values % of != 0)]
         if wrong.size:
@@ -186,6 +201,7 @@ def _layout(batch, q_len, cached, held, counts, block, unit) -> Chunk:
 
 
 def require_multiple(name: str, value: object, of: int = 1, least: int = 1) -> None:
+    """ValueError that names the argument unless it is a multiple of ``of`` and at least ``least``."""
     if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < least or value % of:
         kind = "an integer" if of == 1 else f"a multiple of {of}"
         raise ValueError(f"{name} must be {kind}, at least {least}, not {value!r}")

@@ -1,4 +1,4 @@
-"""Head patterns: which KV heads of which layers keep every key, and which only stream."""
+"""Head patterns: which KV heads of each layer keep every key, and which only stream."""
 
 import dataclasses
 import os
@@ -14,12 +14,15 @@ PATTERN_FILE = "full_attention_heads.tsv"  # the name that DuoAttention gives it
 class HeadPattern:
     """How much each KV head needs the whole context: one score for each layer and KV head.
 
-    ``scores`` is ``[layers, kv_heads]``. A head with a high score is a *retrieval* head, which must see every
-    key; one with a low score is a *streaming* head, for which the sink and the recent window are enough.
-    DuoAttention (arXiv 2410.10819) learns the scores as gates; :meth:`load` and :meth:`save` read and write
-    its ``full_attention_heads.tsv``, and :meth:`threshold` makes the cut.
+    A head with a high score is a *retrieval* head, which must see every key. One with a low score is a
+    *streaming* head, for which the sink and the recent window are enough. :meth:`threshold` makes the cut;
+    :meth:`load` and :meth:`save` read and write DuoAttention's ``full_attention_heads.tsv``.
 
-    Raises ``ValueError`` where ``scores`` is not a table of finite numbers.
+    - scores: [layers, kv_heads], numbers.
+
+    Raises ValueError unless ``scores`` is a table of finite numbers.
+
+    Source: DuoAttention (arXiv 2410.10819), which learns the scores as gates.
 
     >>> HeadPattern([[0.9, 0.1], [0.4, 1.2]]).threshold(0.5)
     array([[False,  True],
@@ -41,12 +44,18 @@ class HeadPattern:
         object.__setattr__(self, "scores", scores)
 
     def threshold(self, sparsity: float | int) -> Bool[np.ndarray, "layers kv_heads"]:
-        """Which heads stream, when the fraction ``sparsity`` of all heads of the model shall.
+        """Which heads stream if a fraction of all the model's heads does.
 
-        True marks a streaming head. Scores are clipped to [0, 1] first: learned gates lie slightly outside.
-        Exactly ``round(sparsity * layers * kv_heads)`` heads stream, those of the lowest scores in the whole
-        model; of equal scores the earlier layer streams first, then the lower head. The counts a layer are
-        therefore uneven, and a layer may have none or only streaming heads.
+        Exactly ``round(sparsity * layers * kv_heads)`` heads stream: those with the lowest scores in the
+        whole model. Among equal scores the earlier layer streams first, then the lower head. So the counts
+        differ from layer to layer, and a layer may have no streaming heads or nothing else. Scores are
+        clipped to [0, 1] first, since learned gates lie slightly outside.
+
+        - sparsity: the fraction of heads that stream, from 0 to 1.
+
+        Returns [layers, kv_heads], True for a streaming head.
+
+        Raises ValueError for another sparsity.
         """
         if isinstance(sparsity, bool) or not 0 <= sparsity <= 1:
             raise ValueError(f"sparsity must be a number from 0 to 1, not {sparsity!r}")
@@ -57,11 +66,15 @@ class HeadPattern:
 
     @classmethod
     def load(cls, path: str | os.PathLike) -> "HeadPattern":
-        """Reads DuoAttention's TSV: a line a layer, a number a KV head, separated by tabs.
+        """Read DuoAttention's TSV: one line per layer, one number per KV head, separated by tabs.
 
-        Raises ``ValueError`` naming the file and the line where an entry is no finite number, is no gate, or
-        a line is of another length than the first. Gates are meant for [0, 1], and learned ones lie a little
-        outside: they load as they are, and :meth:`threshold` clips. Beyond [-10, 10] there are none.
+        Gates are meant to lie in [0, 1], and learned ones lie a little outside: they load as they are, and
+        :meth:`threshold` clips them. A number outside [-10, 10] is not a gate.
+
+        - path: the file.
+
+        Raises ValueError, naming the file and the line, for an entry that is not a finite number or not a
+        gate, and for a line that differs in length from the first.
         """
         rows: list[list[float]] = []
         for number, line in enumerate(Path(path).read_text().splitlines(), start=1):
@@ -74,11 +87,11 @@ class HeadPattern:
                 )
             rows.append(row)
         if not rows:
-            raise ValueError(f"{path}: the file is empty; a head pattern has a line a layer")
+            raise ValueError(f"{path}: the file is empty; a head pattern has one line per layer")
         return cls(rows)
 
     def save(self, path: str | os.PathLike) -> None:
-        """Writes what :meth:`load` reads back to the very same numbers."""
+        """Write a file from which :meth:`load` reads exactly the same numbers."""
         lines = ("\t".join(repr(float(score)) for score in row) for row in self.scores)
         Path(path).write_text("".join(line + "\n" for line in lines))
 
@@ -91,5 +104,7 @@ def _gate(text: str, place: str) -> float:
     if not np.isfinite(value):
         raise ValueError(f"{place}: {text!r} is not a finite number")
     if not -10 <= value <= 10:
-        raise ValueError(f"{place}: {text!r} is no gate; they lie in [0, 1] or little outside, in [-10, 10]")
+        raise ValueError(
+            f"{place}: {text!r} is not a gate; gates lie in [0, 1] or a little outside, within [-10, 10]"
+        )
     return value

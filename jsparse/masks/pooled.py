@@ -1,4 +1,4 @@
-"""Prompts read by blocks of keys that score best against the mean query (MInference, Quest)."""
+"""Prompts that read the blocks of keys that score best against the mean query (MInference, Quest)."""
 
 import dataclasses
 from typing import Literal
@@ -24,22 +24,25 @@ from jsparse.masks.estimate import (
 class PooledBlocks:
     """The blocks of keys that score best against the mean query of each block of queries.
 
-    For block ``i`` of the queries of a head, with ``mean(q)`` the mean of the block's queries, the score of
-    KV block ``j < i`` is, over the keys of block ``j`` and in float32::
+    Let ``mean(q)`` be the mean of the queries in query block ``i`` of a head. The score of KV block ``j < i``
+    is, over the keys of block ``j`` and in float32::
 
         pool="mean":    mean(q) · mean(k)
         pool="bounds":  sum over channels d of max(mean(q)[d] * k_min[d], mean(q)[d] * k_max[d])
 
-    Listed are the ``budget / block`` best blocks, of equals the earlier. Block ``i`` itself and block 0, the
+    The ``budget / block`` best blocks (the earlier of equals) are listed. Block ``i`` itself and block 0, the
     attention sink, are always among them.
 
     - budget: tokens that a block of queries reads, a multiple of ``block``, at least two blocks.
-    - block: tokens of a block, of queries and of keys.
+    - pool: how a block of keys is summed up, "mean" or "bounds".
+    - block: tokens per block, of queries and of keys.
 
-    Sources: "mean" is the block-sparse pattern of MInference (arXiv 2407.02490, §3.2); "bounds" scores blocks
-    as Quest and LServe score pages (``jsparse.page_scores``). Raises ValueError for fields that do not fit.
+    Raises ValueError for fields that do not fit.
 
-    >>> k = jnp.array([1.0, 0.0, 9.0, 2.0]).reshape(1, 4, 1, 1)  # one token a block
+    Source: "mean" is the block-sparse pattern of MInference (arXiv 2407.02490, §3.2); "bounds" scores blocks
+    as Quest and LServe score pages (:func:`jsparse.page_scores`).
+
+    >>> k = jnp.array([1.0, 0.0, 9.0, 2.0]).reshape(1, 4, 1, 1)  # one token per block
     >>> mask = PooledBlocks(budget=3, block=1).block_mask(jnp.ones((1, 4, 1, 1)), k)
     >>> mask.kv_index.reshape(4, 3).tolist()  # by score, 9 before 0, but blocks 0 and 3 in any case
     [[0, -1, -1], [0, 1, -1], [0, 1, 2], [0, 2, 3]]
@@ -64,17 +67,22 @@ class PooledBlocks:
         held: Int[AnyArray, " B"] | None = None,
         counts: Int[AnyArray, " B"] | None = None,
     ) -> BlockMask:
-        """Lists for ``jsparse.attention(q, k, v, lists)``, one a sequence, query head and block of queries.
+        """Lists for ``jsparse.attention(q, k, v, lists)``: one per sequence, query head and block of queries.
 
-        q [B, T, Hq, D] and k [B, S, Hk, D], after RoPE, S = cached + T. ``cached``, ``held`` (``cached``, if
-        None) and ``counts`` (T, if None) are what the head of this file says. ``cached`` is static, the other
-        two may be traced; ``cached`` and ``held`` are multiples of ``block``, and T may be any length.
+        A chunk of a prompt has queries for its own T tokens. Its keys are S = cached + T: first room for
+        ``cached`` earlier tokens, then its own.
 
-        A list ascends, and all of its blocks but the last, the query's own, are wholly visible. No gradient
-        flows through the choice.
+        - q: [B, T, Hq, D], after RoPE. T may be any length.
+        - k: [B, S, Hk, D], after RoPE.
+        - cached: room for earlier tokens, a multiple of ``block``; static.
+        - held: [B], how many earlier tokens each sequence has, multiples of ``block``; ``cached`` if None.
+        - counts: [B], how many of the chunk's tokens each sequence has; T if None.
 
-        Raises ValueError for shapes and lengths that do not fit; traced ``held`` and ``counts`` are the
-        caller's to answer for.
+        Returns ascending lists. All blocks of a list but the last, the query's own, are wholly visible. No
+        gradient flows through the choice.
+
+        Raises ValueError for shapes and lengths that do not fit. Traced ``held`` and ``counts`` cannot be
+        checked: they are the caller's responsibility.
         """
         chunk = chunk_of(q, k, cached, held, counts, self.block, unit=self.block)
         q, k = lax.stop_gradient((jnp.asarray(q), jnp.asarray(k)))
@@ -87,7 +95,7 @@ class PooledBlocks:
             axis=2, dtype=jnp.float32
         )
         queries = jnp.swapaxes(queries, 1, 2).reshape(batch, kv_heads, -1, dim)
-        # Only a query's own block may be full in part, and its score is not looked at.
+        # Only a query's own block may be partly filled, and its score is not used.
         keys = split_in_blocks(k, self.block)
         if self.pool == "bounds":
             bounds = keys.min(axis=2), keys.max(axis=2)

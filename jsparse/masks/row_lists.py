@@ -2,16 +2,18 @@
 
 import numpy as np
 
+from jsparse.integers import cdiv
+
 
 def row_lists(mask, q_len, kv_len, block_q, block_kv):
     """(index [L], count [nq], full_count [nq]) of one token mask: all full blocks of a list come first.
 
-    The keys that a block of queries at positions first..last sees are two intervals, the sinks and the rest,
-    cut at the start of the first query's group. Of those blocks, the ones that every query sees whole are two
-    intervals again. So a list is six ranges of blocks: two full ones, and what they leave over of the visible
+    The keys that a block of queries at positions first..last sees form two intervals, the sinks and the rest,
+    cut at the start of the first query's group. The blocks that every query sees whole form two intervals
+    within them. So a list is six ranges of blocks: two full ones, and the four that they leave of the visible
     ones.
     """
-    block = np.arange(-(-q_len // block_q), dtype=np.int64)
+    block = np.arange(cdiv(q_len, block_q), dtype=np.int64)
     first = block * block_q + kv_len - q_len
     last = np.minimum((block + 1) * block_q, q_len) - 1 + kv_len - q_len
     window = kv_len if mask.window is None else mask.window
@@ -32,8 +34,7 @@ def row_lists(mask, q_len, kv_len, block_q, block_kv):
     sink_hi = np.where(sink_end > lowest, -(-sink_end // block_kv), sink_lo)
     rest_lo = np.minimum(np.maximum(lowest, seeing - window + 1) // block_kv, end)
 
-    # Blocks that all queries see whole: [full_a_lo, full_a_hi) among the sinks and [full_b_lo, full_b_hi)
-    # after.
+    # Blocks that all queries see whole: [full_a_lo, full_a_hi) among the sinks, [full_b_lo, full_b_hi) after.
     full_lo = -(-group_start(last) // block_kv)
     full_hi = np.maximum((first + 1) // block_kv, 0)
     window_lo = last - window + 1
@@ -49,7 +50,7 @@ def row_lists(mask, q_len, kv_len, block_q, block_kv):
     full_a_lo, full_a_hi = np.where(no_a, sink_lo, full_a_lo), np.where(no_a, sink_lo, full_a_hi)
     full_b_lo, full_b_hi = np.where(no_b, end, full_b_lo), np.where(no_b, end, full_b_hi)
 
-    # Between the sinks and the rest is a gap, unless they touch.
+    # There is a gap between the sinks and the rest, unless they touch.
     touching = sink_hi >= rest_lo
     lo = np.where(touching, np.minimum(sink_lo, rest_lo), sink_lo)
     gap_lo = np.where(touching, full_a_hi, sink_hi)
@@ -71,7 +72,7 @@ def row_lists(mask, q_len, kv_len, block_q, block_kv):
 
 
 def wholly_visible(mask, q_block, kv_block, q_len, kv_len, block_q, block_kv):
-    """Where every query of a block sees every key of another, elementwise over block numbers."""
+    """Whether every query of ``q_block`` sees every key of ``kv_block``, elementwise over block numbers."""
     first, last = q_block * block_q, np.minimum((q_block + 1) * block_q, q_len) - 1
     first, last = first + kv_len - q_len, last + kv_len - q_len
     low, high = kv_block * block_kv, (kv_block + 1) * block_kv - 1

@@ -19,11 +19,18 @@ class TokenMask:
         window is None  or  j < sink  or  j > i - window
         group_size is None  or  (j + group_shift) // group_size == (i + group_shift) // group_size
 
-    A window counts the query itself. Positions are absolute; no mask ever shows a later token.
+    Positions are absolute; no mask ever shows a later token.
 
-    Sources: sink and window from StreamingLLM and DuoAttention (arXiv 2410.10819, §2.1); groups from LongLoRA
-    (arXiv 2309.12307, §3.2) in its causal form: the original rolls the sequence, so that the first tokens of
-    a shifted head see the last ones; here the group that the roll would wrap around is two groups.
+    - sink: how many of the first keys stay visible beside a window.
+    - window: how many of the last keys are visible, the query's own included. None: all.
+    - group_size: tokens per group. None: one group.
+    - group_shift: by how many tokens the groups' borders are moved to the left.
+
+    Raises ValueError for fields that are not integers in range, and for a ``group_shift`` without groups.
+
+    Source: sink and window from StreamingLLM and DuoAttention (arXiv 2410.10819, §2.1); groups from LongLoRA
+    (arXiv 2309.12307, §3.2), in causal form. The original rolls the sequence, which lets the first tokens of
+    a shifted head see the last ones. Here the group that the roll would wrap around becomes two groups.
 
     >>> TokenMask(sink=1, window=2)(np.arange(4)[:, None], np.arange(4)).astype(int)
     array([[1, 0, 0, 0],
@@ -61,22 +68,46 @@ class TokenMask:
 
 
 def causal() -> TokenMask:
-    """Every key up to and including the query's own."""
+    """Every key up to and including the query's own.
+
+    >>> causal()(np.arange(3)[:, None], np.arange(3)).astype(int)
+    array([[1, 0, 0],
+           [1, 1, 0],
+           [1, 1, 1]])
+    """
     return TokenMask()
 
 
 def streaming(sink: int, window: int) -> TokenMask:
-    """The first ``sink`` keys and the last ``window``, the query's own included (DuoAttention)."""
+    """The first ``sink`` keys and the last ``window``, the query's own included.
+
+    Source: StreamingLLM (arXiv 2309.17453, §3.2); DuoAttention (arXiv 2410.10819, §2.1).
+
+    >>> streaming(sink=1, window=2)(np.array([3]), np.arange(4)).tolist()
+    [True, False, True, True]
+    """
     return TokenMask(sink=sink, window=window)
 
 
 def sliding_window(n: int) -> TokenMask:
-    """The last ``n`` keys, the query's own included (Mistral)."""
+    """The last ``n`` keys, the query's own included.
+
+    Source: Mistral 7B (arXiv 2310.06825, §2).
+
+    >>> sliding_window(2)(np.array([3]), np.arange(4)).tolist()
+    [False, False, True, True]
+    """
     return TokenMask(window=n)
 
 
 def shifted_groups(size: int, shift: int) -> TokenMask:
-    """Keys of the query's own group ``(position + shift) // size`` (LongLoRA's S²-Attn, causal form)."""
+    """The keys up to the query's own in its group, where the group is ``(position + shift) // size``.
+
+    Source: the shifted sparse attention (S²-Attn) of LongLoRA (arXiv 2309.12307, §3.2), in causal form.
+
+    >>> shifted_groups(4, 2)(np.array([5]), np.arange(6)).tolist()
+    [False, False, True, True, True, True]
+    """
     return TokenMask(group_size=size, group_shift=shift)
 
 
@@ -93,7 +124,7 @@ class HeadMasks:
 
     @staticmethod
     def from_masks(masks: Any, q_len: int, kv_len: int) -> "HeadMasks":
-        """Of one mask or a sequence of masks; ValueError for anything else."""
+        """From one mask or a sequence of masks; ValueError for anything else."""
         masks = masks if isinstance(masks, TokenMask) else tuple(masks)
         listed = (masks,) if isinstance(masks, TokenMask) else masks
         if not listed or not all(isinstance(mask, TokenMask) for mask in listed):

@@ -16,13 +16,13 @@ def transposed_lists(
 ) -> tuple[Any, Any, Any, Any]:
     """For each KV block, the query blocks that list it: (q_index [L], q_start, q_count, q_full_count).
 
-    kv_item holds the KV block of each list entry. Arrays may be NumPy or traced; lists of wholly visible
-    blocks stay in front. Entries that no list reaches (padding) come last, in no list.
+    ``kv_item`` holds the KV block of each list entry. Arrays may be NumPy or traced. Wholly visible blocks
+    still come first in each list. Entries that no list reaches (padding) come last, in no list.
     """
     xp = np if all(isinstance(x, np.ndarray) for x in (kv_item, start, count, full_count)) else jnp
     entry = xp.arange(kv_item.shape[0], dtype=np.int32)
-    # Starts never fall, and of lists with the same start only the last can have entries. Entries before the
-    # first start, or past the end of their list, belong to none.
+    # Starts never decrease, and among lists with the same start only the last can have entries. Entries
+    # before the first start, or past the end of their list, belong to no list.
     owner = (xp.searchsorted(start, entry, side="right") - 1).astype(np.int32)
     offset = xp.where(owner < 0, np.iinfo(np.int32).max, entry - start[owner])
     listed, full = offset < count[owner], offset < full_count[owner]
@@ -35,7 +35,7 @@ def transposed_lists(
 
 
 def offset_entries(index: Int[Any, " L"], start: Int[Any, " N"], offset: Int[Any, " N"]) -> Any:
-    """The entries of list n, raised by offset[n]: from block numbers to item numbers."""
+    """Adds offset[n] to the entries of list n, which turns block numbers into item numbers."""
     if not np.any(offset):
         return index
     xp = np if isinstance(index, np.ndarray) and isinstance(start, np.ndarray) else jnp

@@ -1,4 +1,4 @@
-"""Prompts read by the columns and diagonals to which their last queries attend most (MInference)."""
+"""Prompts that read the columns and diagonals to which their last queries attend most (MInference)."""
 
 import dataclasses
 
@@ -8,8 +8,9 @@ import numpy as np
 from jax import lax
 from jaxtyping import Float, Int
 
+from jsparse.arrays import AnyArray
+from jsparse.integers import cdiv
 from jsparse.masks.block_mask import BlockMask
-from jsparse.masks.bounds import AnyArray
 from jsparse.masks.estimate import (
     best_blocks,
     by_position,
@@ -24,31 +25,33 @@ from jsparse.masks.estimate import (
 class VerticalSlash:
     """The columns and diagonals of the score matrix to which the last queries of each segment attend most.
 
-    The queries are cut into segments. With ``p[t, s]`` the softmax weights, in float32, of the last
-    ``last_queries`` queries ``t`` of a segment over all keys ``s`` up to their own, for each query head::
+    The queries are cut into segments. For each query head, let ``p[t, s]`` be the softmax weights, in
+    float32, of the last ``last_queries`` queries ``t`` of a segment over all keys ``s`` up to their own::
 
         column[s] = sum over t of p[t, s]         score of KV block j       = max of column over block j
         slash[n]  = sum over t of p[t, t - n]     score of block-diagonal d = max of slash over block d
 
-    where block ``b`` is ``b * block .. b * block + block - 1``. The ``vertical / block`` best KV blocks (of
-    equals, the earlier) and the ``slash / block`` best block-diagonals (of equals, the nearer) make the lists
-    of all query blocks of the segment. For query block ``i``, block-diagonal ``d`` is KV blocks ``i - d`` and
-    ``i - d - 1``, in which all keys at those distances lie. A list is the union of all these blocks up to
+    where block ``b`` is ``b * block .. b * block + block - 1``. The ``vertical / block`` best KV blocks (the
+    earlier of equals) and the ``slash / block`` best block-diagonals (the nearer of equals) make the lists of
+    all query blocks of the segment. For query block ``i``, block-diagonal ``d`` is KV blocks ``i - d`` and
+    ``i - d - 1``, which hold all keys at those distances. A list is the union of all these blocks up to
     ``i``. KV block 0, the attention sink, and block-diagonal 0 are always among the best.
+
+    Scores are divided by ``sqrt(D)``. A fraction ``last_queries / segment`` of all scores is computed, and an
+    array [B, last_queries, S] of them is held at a time.
 
     - vertical, slash: tokens, multiples of ``block``, at least one block. A list has at most
       ``(vertical + 2 * slash) / block`` blocks.
-    - last_queries: at most ``segment``. The last segment of a prompt, if it has fewer tokens, takes them all.
-    - block: tokens of a block, of queries and of keys. segment: tokens, a multiple of ``block``.
+    - last_queries: at most ``segment``. If the last segment of a prompt has fewer tokens, all are used.
+    - block: tokens per block, of queries and of keys.
+    - segment: tokens per segment, a multiple of ``block``.
 
-    Scores are divided by ``sqrt(D)``. Time is that of ``last_queries / segment`` of all scores, and an array
-    [B, last_queries, S] of them is held at a time.
+    Raises ValueError for fields that do not fit.
 
     Source: the vertical-slash pattern of MInference (arXiv 2407.02490, §3.2), which estimates once, from the
-    last queries of the whole prompt, and chooses columns and diagonals of single tokens. Raises ValueError
-    for fields that do not fit.
+    last queries of the whole prompt, and chooses columns and diagonals of single tokens.
 
-    >>> k = jnp.array([0.0, 9.0, 0.0, 0.0, 0.0]).reshape(1, 5, 1, 1)  # one token a block; key 1 draws all
+    >>> k = jnp.array([0.0, 9.0, 0.0, 0.0, 0.0]).reshape(1, 5, 1, 1)  # one token per block; key 1 draws all
     >>> estimate = VerticalSlash(vertical=2, slash=1, last_queries=1, block=1, segment=5)
     >>> mask = estimate.block_mask(jnp.ones((1, 5, 1, 1)), k)
     >>> mask.kv_index.reshape(5, 4).tolist()
@@ -78,15 +81,15 @@ class VerticalSlash:
         held: Int[AnyArray, " B"] | None = None,
         counts: Int[AnyArray, " B"] | None = None,
     ) -> BlockMask:
-        """Lists for ``jsparse.attention(q, k, v, lists)``, one a sequence, query head and block of queries.
+        """Lists for ``jsparse.attention(q, k, v, lists)``: one per sequence, query head and block of queries.
 
-        Arguments, result and errors are those of ``PooledBlocks.block_mask``, but ``held`` is a multiple of
-        ``segment``.
+        Arguments, result and errors are those of ``PooledBlocks.block_mask``, except that ``held`` must be
+        multiples of ``segment``.
         """
         chunk = chunk_of(q, k, cached, held, counts, self.block, unit=self.segment)
         q, k = lax.stop_gradient((jnp.asarray(q), jnp.asarray(k)))
         group = q.shape[2] // k.shape[2]
-        segments = -(-chunk.q_len // self.segment)
+        segments = cdiv(chunk.q_len, self.segment)
 
         # One head at a time: the weights of all do not fit into a CPU's cache, and may not fit into memory.
         def of_head(head):
@@ -134,7 +137,7 @@ def _weights(queries, keys, position):
     )
     scores = scores * queries.shape[-1] ** -0.5
     visible = jnp.arange(keys.shape[1]) <= position[..., None]
-    # Not -inf: a row of nothing else would be NaN.
+    # Not -inf: a row with nothing else would become NaN.
     scores = jnp.where(visible, scores, jnp.finfo(scores.dtype).min)
     return jnp.where(visible, jax.nn.softmax(scores, axis=-1), 0)
 
@@ -146,15 +149,15 @@ def _diagonal_sums(weights, last):
     """
     batch, rows, kv_len = weights.shape
 
-    # Row after row into sums that stay in the cache: a skewed copy of all takes longer. Key s of row r is
-    # added at s + rows - 1 - r, which is ``last`` less the distance.
+    # Adding row after row to sums that stay in the cache is faster than a skewed copy of everything. Key s of
+    # row r is added at s + rows - 1 - r, which is ``last`` minus the distance.
     def add_row(row, sums):
         terms = lax.dynamic_index_in_dim(weights, row, axis=1, keepdims=False)
         terms = terms + lax.dynamic_slice_in_dim(sums, rows - 1 - row, kv_len, axis=1)
         return lax.dynamic_update_slice_in_dim(sums, terms, rows - 1 - row, axis=1)
 
     sums = lax.fori_loop(0, rows, add_row, jnp.zeros((batch, kv_len + rows - 1), weights.dtype))
-    # Backwards from ``last``, and 0 for the distances that are no key's.
+    # Backwards from ``last``, and 0 for distances at which there is no key.
     sums = jnp.pad(sums[:, ::-1], [(0, 0), (0, kv_len)])
     cut = jax.vmap(lambda x, first: lax.dynamic_slice_in_dim(x, first, kv_len))
     return cut(sums, kv_len + rows - 2 - last)

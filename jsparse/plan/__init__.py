@@ -1,4 +1,4 @@
-"""Whether a program fits devices that this machine does not have: memory by compiling, FLOPs by counting."""
+"""Whether a program fits on devices this machine does not have: memory by compiling, FLOPs by counting."""
 
 from jsparse.plan.program import DEFAULT_MEMORY_FRACTION as DEFAULT_MEMORY_FRACTION
 from jsparse.plan.program import Plan as Plan

@@ -1,8 +1,8 @@
 """Compiling for GPUs that this machine does not have, and what the compiler reports on memory.
 
-A *compile-only* device is a description of a GPU that XLA's compiler takes in place of one. Programs are
-compiled for it down to machine code, with every buffer laid out, on a machine without any GPU; nothing can
-be run.
+A *compile-only* device is a description of a GPU that XLA's compiler accepts in place of one. Programs are
+compiled for it down to machine code, with every buffer laid out, on a machine without a GPU. They cannot be
+run.
 """
 
 import dataclasses
@@ -24,18 +24,22 @@ _OLDEST_JAX = (0, 11, 2)
 
 @dataclasses.dataclass(frozen=True)
 class Device:
-    """A GPU as the compiler sees it; ``kind`` is its name in JAX, ``memory_bytes`` what CUDA offers of its
-    memory.
+    """A GPU as the compiler sees it.
 
-    Sources, as for all fields: NVIDIA's data sheets and the table of compute capabilities in the CUDA
-    programming guide; XLA's own descriptions of these devices (xla/backends/gpu/target_config/specs) agree.
+    - name: what users call it.
+    - kind: its name in JAX.
+    - memory_bytes: the part of its memory that CUDA offers.
+
+    Source of these and all other fields: NVIDIA's data sheets and the table of compute capabilities in the
+    CUDA programming guide. XLA's own descriptions of these devices (xla/backends/gpu/target_config/specs)
+    agree.
     """
 
     name: str
     kind: str
     memory_bytes: int
     memory_bandwidth: int  # bytes per second
-    compute_capability: str  # of a TargetConfig's field
+    compute_capability: str  # as in a GpuTargetConfigProto
     multiprocessors: int
     fpus: int  # float32 units per multiprocessor
     clock_ghz: float
@@ -63,7 +67,7 @@ device_description_str: "{self.kind}"
 """
 
 
-# feature_extension 2 is the "a" of sm_90a: without it the compiler, which cannot select wgmma then, aborts.
+# feature_extension 2 is the "a" of sm_90a. Without it the compiler cannot select wgmma, and aborts.
 _HOPPER = {
     "compute_capability": "major: 9 minor: 0 feature_extension: 2",
     "multiprocessors": 132,
@@ -101,8 +105,8 @@ class Memory:
     """What one device holds while a compiled program runs, in bytes.
 
     - arguments: inputs.
-    - results: outputs, without those that are written over donated arguments.
-    - temporary: the largest sum of what is alive at once in between.
+    - results: outputs, except those that are written over donated arguments.
+    - temporary: the most that is alive at once in between.
     """
 
     arguments: int
@@ -117,17 +121,17 @@ class Memory:
 def prepare_process() -> None:
     """Settings for a process that only compiles; call it before JAX is used for anything.
 
-    Without them, the CUDA plugin would look for a GPU and for libraries that only running needs, and a
-    program from the compilation cache would not be compiled.
+    Without them, the CUDA plugin would look for a GPU and for libraries that are needed only to run programs,
+    and a program in the compilation cache would not be compiled.
     """
     jax.config.update("jax_platforms", "cpu")
     jax.config.update("jax_enable_compilation_cache", False)
 
 
 def require_compiler() -> None:
-    """Raises, saying what to install, where programs cannot be compiled for GPUs.
+    """Raise an error that says what to install, unless programs can be compiled for GPUs.
 
-    Raises NotImplementedError for a jax that is too old, MissingExtra without a compiler for CUDA GPUs.
+    Raises NotImplementedError for a jax that is too old, and MissingExtra without a compiler for CUDA GPUs.
     """
     if jax.__version_info__ < _OLDEST_JAX:
         oldest = ".".join(map(str, _OLDEST_JAX))
@@ -143,7 +147,7 @@ def require_compiler() -> None:
 
 
 def find_device(name: str) -> Device:
-    """The device of that name. ValueError where there is none.
+    """The device with this name; ValueError if there is none.
 
     >>> find_device("h100-80gb").kind
     'NVIDIA H100 80GB HBM3'
@@ -159,9 +163,9 @@ def compile_only_devices(device: Device, count: int, *, hosts: int = 1) -> tuple
 
     - device: what each of them is.
     - count: how many there are.
-    - hosts: machines that they are in, equally many in each, in order.
+    - hosts: how many machines they are in: the same number in each, in order.
 
-    Raises ValueError for numbers that do not fit, and as :func:`require_compiler`.
+    Raises ValueError for numbers that do not fit, and the errors of :func:`require_compiler`.
     """
     require_integer("count", count)
     require_integer("hosts", hosts)
@@ -184,9 +188,9 @@ def lower_for(mesh: Mesh, fn: Any, *shapes: Any, **static: Any) -> jax.stages.Lo
 
 
 def compile_for(mesh: Mesh, fn: Any, *shapes: Any, **static: Any) -> tuple[jax.stages.Compiled, float]:
-    """``fn`` compiled for the mesh's devices, down to machine code, and the seconds that it took.
+    """``fn`` compiled for the mesh's devices, down to machine code, and how many seconds that took.
 
-    Raises RuntimeError with the compiler's message where it refuses.
+    Raises RuntimeError with the compiler's message if it refuses.
     """
     began = time.perf_counter()
     try:
@@ -203,7 +207,7 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def memory_of(compiled: jax.stages.Compiled) -> Memory:
-    """What the compiler says of a device's memory."""
+    """What the compiler says about a device's memory."""
     stats = compiled.memory_analysis()
     if stats is None:
         raise RuntimeError("the compiler reports nothing on memory")
@@ -220,6 +224,6 @@ def kernel_calls(compiled: jax.stages.Compiled) -> int:
 
 
 def bytes_a_device(tree: Any) -> int:
-    """The bytes of one device's part of all arrays, or shapes with a sharding, of a tree."""
+    """The bytes of one device's part of all arrays, or shapes with a sharding, in a tree."""
     leaves = jax.tree.leaves(tree)
     return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in leaves)

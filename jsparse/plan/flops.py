@@ -1,6 +1,6 @@
 """FLOPs by arithmetic: those of block-sparse attention, and how those of a training step add up.
 
-XLA's own analysis counts neither kernels nor the turns of a loop. Here a product of [m, c] and [c, n] is
+XLA's own analysis counts neither kernels nor the iterations of a loop. Here a product of [m, c] and [c, n] is
 2 m c n FLOPs, and only products are counted: no norms, rotations, softmax, activations or optimizer.
 """
 
@@ -12,15 +12,17 @@ from jsparse.masks.block_mask import BlockMask
 
 # Products of a block of queries with a block of keys, each 2 * block_q * block_kv * head_dim FLOPs. Forward:
 # scores, and weights times values. Backward: one pass makes dQ from scores, dweights and their product with
-# the keys; another makes the first two again, and from them dK and dV by two products. (FlashAttention-2 has
-# five products, in one pass with atomics.)
+# the keys; another computes the first two again, and dK and dV from them by two products. (FlashAttention-2
+# has five products, in one pass with atomics.)
 _FORWARD_PRODUCTS, _BACKWARD_PRODUCTS = 2, 3 + 4
 
 
 @dataclasses.dataclass(frozen=True)
 class Passes:
-    """FLOPs of one part of a step: forward, backward, and forward ``again`` where the backward pass needs
-    what was not kept.
+    """FLOPs of one part of a step.
+
+    - forward, backward: in each pass.
+    - again: in computing the forward pass again, if the backward pass needs what was not kept.
     """
 
     forward: int = 0
@@ -42,8 +44,11 @@ class Passes:
 class StepFlops:
     """FLOPs of a training step.
 
-    - attention: over the blocks that are visited; causal_attention: the same with plain causal attention.
-    - projections: of queries, keys, values and outputs; mlp; head: the output layer.
+    - attention: over the blocks that are visited.
+    - causal_attention: the same under plain causal attention.
+    - projections: of queries, keys, values and outputs.
+    - mlp: the MLPs.
+    - head: the output layer.
 
     >>> flops = StepFlops(Passes(1, 2), Passes(10, 20), Passes(3, 6), Passes(4, 8), Passes(1, 2))
     >>> flops.total, flops.total_with_causal, round(flops.saved, 3)
@@ -80,14 +85,14 @@ class StepFlops:
 def attention_flops(mask: BlockMask, num_q_heads: int, head_dim: int) -> Passes:
     """FLOPs of attention over the lists of ``mask``, for one sequence.
 
-    Forward: ``4 * head_dim`` per pair of a query and a key in a block that is visited, hidden pairs included.
-    Backward: 7/2 of it, as both implementations compute it, in one pass for dQ and one for dK and dV, each of
-    which makes the scores again. ``again`` is the forward pass once more.
+    Forward: ``4 * head_dim`` per pair of a query and a key in a visited block, hidden pairs included.
+    Backward: 7/2 of that, since both implementations take one pass for dQ and one for dK and dV, and each
+    computes the scores again. ``again`` is the forward pass once more.
 
-    - mask: where lists differ between sequences, the one of most blocks counts.
+    - mask: the lists. If they differ between sequences, the sequence with the most blocks counts.
     - num_q_heads, head_dim: of the attention.
 
-    Raises ValueError where the mask is for another number of query heads.
+    Raises ValueError if the mask is for another number of query heads.
 
     >>> from jsparse import causal
     >>> mask = BlockMask.from_token_masks(causal(), 256, 256, block_q=128, block_kv=128)

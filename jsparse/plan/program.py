@@ -17,8 +17,8 @@ from jsparse.plan.flops import StepFlops
 
 # The part of a device's memory that JAX takes for arrays, unless XLA_CLIENT_MEM_FRACTION says otherwise.
 DEFAULT_MEMORY_FRACTION = 0.75
-# The most that may sensibly be asked for: the CUDA context, machine code, and what NCCL and cuBLAS allocate
-# for themselves live beside the arrays, and no pool is free of gaps.
+# The most that it makes sense to ask for: the CUDA context, machine code, and what NCCL and cuBLAS allocate
+# for themselves need room beside the arrays, and every pool has gaps.
 LARGEST_MEMORY_FRACTION = 0.95
 
 
@@ -26,11 +26,14 @@ LARGEST_MEMORY_FRACTION = 0.95
 class ProgramPlan:
     """One compiled program: bytes per device.
 
-    - arguments: by what they are; results: those not written over arguments.
-    - temporary: as the compiler lays it out.
-    - beside: what the run keeps on the device that this program does not touch.
-    - kernel_calls: how many calls of Hopper kernels there are; 0 is the XLA implementation.
-    - refusal: the compiler's message where it found no room; the sizes that it did not say are then 0.
+    - name: of the program.
+    - arguments: bytes by what they are.
+    - results: bytes that are not written over arguments.
+    - temporary: bytes as the compiler lays them out.
+    - beside: bytes that the run keeps on the device and this program does not touch.
+    - kernel_calls: how many calls of Hopper kernels there are; with the XLA implementation 0.
+    - compile_seconds: how long it took to compile.
+    - refusal: the compiler's message if it found no room. The sizes that it did not report are then 0.
     """
 
     name: str
@@ -52,12 +55,16 @@ class ProgramPlan:
 class Plan:
     """What a run takes, and whether it fits.
 
-    It fits where every program's peak is within ``memory_fraction`` of ``memory_bytes``: what JAX takes for
-    arrays when a run starts with XLA_CLIENT_MEM_FRACTION of that value, by default 0.75.
+    It fits if every program's peak is within ``memory_fraction`` of ``memory_bytes``. JAX takes that much for
+    arrays if a run starts with XLA_CLIENT_MEM_FRACTION set to this value; the default is 0.75.
 
-    - run, settings: what was asked for; mesh: the size of each axis.
-    - device: its name; memory_bytes: of one device.
-    - programs: what was compiled; flops: of a step, on all devices together.
+    - run, settings: what was asked for.
+    - device: its name.
+    - mesh: the size of each axis.
+    - memory_bytes: of one device.
+    - memory_fraction: the part of it that is for arrays.
+    - programs: what was compiled.
+    - flops: of a step, on all devices together.
     """
 
     run: str
@@ -92,11 +99,11 @@ class Plan:
 
     @property
     def needed_fraction(self) -> float:
-        """The least XLA_CLIENT_MEM_FRACTION that would do, rounded up to hundredths; above 1, none does."""
+        """The smallest XLA_CLIENT_MEM_FRACTION that suffices, rounded up to hundredths; above 1 none does."""
         return math.ceil(100 * self.peak / self.memory_bytes) / 100
 
     def to_json(self) -> dict[str, Any]:
-        """Fields and what follows from them, as ``json.dumps`` takes it. Sizes are in bytes."""
+        """The fields and what follows from them, for ``json.dumps``. Sizes are in bytes."""
         programs = [dataclasses.asdict(program) | {"peak": program.peak} for program in self.programs]
         derived = {
             "programs": programs,
@@ -111,6 +118,7 @@ class Plan:
 
 
 def check_memory_fraction(value: float | int) -> None:
+    """ValueError unless a run can sensibly ask for this part of a device's memory."""
     number = isinstance(value, int | float) and not isinstance(value, bool)
     if not number or not 0 < value <= LARGEST_MEMORY_FRACTION:
         raise ValueError(
@@ -122,8 +130,11 @@ def check_memory_fraction(value: float | int) -> None:
 class Program(NamedTuple):
     """A jitted ``call`` and abstract arguments for it: ``call(*shapes, **static)``.
 
-    - shapes: with shardings.
+    - name: of the program.
+    - call: the jitted function.
+    - shapes: its arguments, with shardings.
     - parts: the same arguments by what they are, as trees that together hold each array once.
+    - static: its static arguments.
     - beside: a tree of what stays on the devices meanwhile.
     """
 
@@ -138,8 +149,8 @@ class Program(NamedTuple):
 def plan_program(program: Program, mesh: Mesh) -> ProgramPlan:
     """Compile a program for a mesh of compile-only devices and say what it takes on each.
 
-    Raises RuntimeError where it does not compile, unless for lack of memory (which the plan says), and where
-    the compiler counts more arguments than ``parts`` hold.
+    Raises RuntimeError if it does not compile (but lack of memory is not an error: the plan reports it), and
+    if the compiler counts more arguments than ``parts`` hold.
     """
     sizes = {part: bytes_a_device(tree) for part, tree in program.parts.items()}
     beside = bytes_a_device(program.beside)
@@ -150,8 +161,8 @@ def plan_program(program: Program, mesh: Mesh) -> ProgramPlan:
             raise
         return ProgramPlan(program.name, sizes, 0, 0, beside, 0, 0.0, refusal=str(error))
     memory = memory_of(compiled)
-    # What a program does not read it does not take, but it stays where it is; every array is rounded up a
-    # little.
+    # A program does not count arguments that it does not read, though they stay where they are. Each array is
+    # rounded up a little.
     if memory.arguments > sum(sizes.values()) + 256 * len(jax.tree.leaves(program.shapes)):
         raise RuntimeError(
             f"{program.name}: the compiler counts {memory.arguments} bytes of arguments, "
@@ -167,7 +178,7 @@ def plan_program(program: Program, mesh: Mesh) -> ProgramPlan:
 
 @contextlib.contextmanager
 def compiler_errors_explained() -> Iterator[None]:
-    """Within, a RuntimeError of the compiler becomes NotImplementedError, which the command line reports."""
+    """Turns a RuntimeError of the compiler into a NotImplementedError, which the command line reports."""
     try:
         yield
     except RuntimeError as error:

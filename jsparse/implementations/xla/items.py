@@ -54,10 +54,10 @@ class Items(NamedTuple):
 
 
 def in_own_blocks(visible: Visible) -> Visible:
-    """Token masks on a CPU, where each part has block sizes of its own; lists to follow elsewhere.
+    """Token masks on a CPU, where each part has its own block sizes; lists to follow elsewhere.
 
-    Whatever the blocks, a token mask shows the same keys. So a CPU takes the token masks of a BlockMask too,
-    where the lists are exactly theirs.
+    A token mask shows the same keys whatever the blocks. So if the lists of a BlockMask are exactly those of
+    its token masks, a CPU takes the token masks instead.
     """
     if device_kind() != "cpu":
         return follow(visible, *default_block_sizes(visible.q_len, visible.kv_len))
@@ -65,9 +65,9 @@ def in_own_blocks(visible: Visible) -> Visible:
 
 
 def parts(visible: Visible, num_q_heads: int, num_kv_heads: int, *, by_key: bool = False) -> list[Part]:
-    """Heads that share static rows run as one part; heads with lists of their own all run as one part.
+    """Heads that share a static row run as one part; heads with their own lists all run as one part.
 
-    ``by_key``: for a pass whose items are blocks of keys.
+    - by_key: whether the items of the pass are blocks of keys.
     """
     visible = in_own_blocks(visible)
     if isinstance(visible, BlockMask):
@@ -91,7 +91,7 @@ def _parts_of_lists(mask: BlockMask, num_q_heads: int, num_kv_heads: int) -> lis
 
 
 def _sharing(row_of_head: Sequence, num_kv_heads: int) -> Iterator[tuple[Any, list[int], list[int]]]:
-    """(row, the query heads that follow it, the KV heads that they read) for each row that heads follow."""
+    """For each row that heads follow: (row, the query heads that follow it, the KV heads that they read)."""
     group = len(row_of_head) // num_kv_heads
     for row in dict.fromkeys(row_of_head):
         q_heads = [head for head, its_row in enumerate(row_of_head) if its_row == row]
@@ -100,7 +100,7 @@ def _sharing(row_of_head: Sequence, num_kv_heads: int) -> Iterator[tuple[Any, li
             for head in range(num_kv_heads)
             if set(range(head * group, (head + 1) * group)) <= set(q_heads)
         ]
-        # Heads that take only a part of their KV head's group bring their own copy of it.
+        # Query heads that are only a part of their KV head's group get their own copy of the KV head.
         yield (
             row,
             q_heads,
@@ -141,8 +141,8 @@ def block_sizes(
 ) -> tuple[int, int]:
     """(block_q, block_kv) that suit a CPU, where ``group`` query heads share a KV head.
 
-    Small against what a query sees, so that little is visited that nobody sees; but products of fewer rows
-    than 128 (of an item's own tokens) are slow, and of more than 512 no faster.
+    Blocks are small compared to what a query sees, so few keys are visited in vain. But products of fewer
+    than 128 rows (of an item's own tokens) are slow, and those of more than 512 are no faster.
     """
     span = min(n for n in (kv_len, token_mask.window, token_mask.group_size) if n is not None)
     visited = min(max(power_of_two_up_to(span // 8), 64), 512)
@@ -153,7 +153,7 @@ def block_sizes(
 
 
 def _holding(length: int) -> int:
-    """The power of two that holds a sequence, 16 at least."""
+    """The smallest power of two, at least 16, that holds a sequence."""
     return max(16, power_of_two_from(length))
 
 
@@ -166,7 +166,7 @@ def query_items(arrays, part: Part, segment_ids) -> Items:
 
 
 def _split_queries(x, part: Part, rows: int):
-    """[B, T, Hq, ...] to [items, B, block_q, H, G, ...]; items: sequences (if batched) x rows x blocks."""
+    """[B, T, Hq, ...] to [items, B, block_q, H, G, ...]; items are sequences (if batched) x rows x blocks."""
     block = part.mask.block_q
     x = _pad(take_heads(x, part.q_heads), block)
     batch, heads, tail = x.shape[0], len(part.kv_heads) // part.classes, x.shape[3:]
@@ -196,7 +196,7 @@ def key_items(arrays, part: Part, segment_ids) -> Items:
 
 
 def _split_keys(x, part: Part):
-    """[B, S, Hk, D] to [items, B, block_kv, H, D]: items are sequences (where batched) x classes x blocks."""
+    """[B, S, Hk, D] to [items, B, block_kv, H, D]; items are sequences (if batched) x classes x blocks."""
     block = part.mask.block_kv
     x = _pad(take_heads(x, part.kv_heads), block)
     batch, dim = x.shape[0], x.shape[3]
@@ -236,8 +236,8 @@ def _pad(x, block: int):
     return jnp.pad(x, [(0, 0), (0, -x.shape[1] % block)] + [(0, 0)] * (x.ndim - 2))
 
 
-# Taking single heads copies, and adding to single heads takes XLA on a CPU longer still; mostly heads come in
-# one piece.
+# Taking single heads makes a copy, and adding to single heads is slower still for XLA on a CPU. Mostly, heads
+# come in one piece.
 
 
 def take_heads(x, heads: tuple[int, ...]):

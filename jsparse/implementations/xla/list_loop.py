@@ -13,9 +13,9 @@ from jsparse.integers import cdiv, power_of_two_up_to
 
 # Scores of one chunk: large enough to keep the cores busy, small enough to stay in the cache.
 _CHUNK_SCORES = 1 << 20
-# Tokens that an item visits at a time: where nothing speaks for another number, and at most.
+# Tokens that an item visits at a time: by default, and at most.
 _STEP_TOKENS, _MOST_STEP_TOKENS = 512, 1024
-# Going on to another step takes about as long as so many tokens more in one.
+# Another step costs about as much as this many more tokens in one step.
 _NEXT_STEP_TOKENS = 64
 
 
@@ -23,7 +23,7 @@ def over_lists(
     lists: Lists,
     computation: tuple[Callable, Callable, Callable, Callable],
     *,
-    scores_an_entry: int,
+    scores_per_entry: int,
     entry_tokens: int,
     alike: Callable | None,
     backward: bool = False,
@@ -34,10 +34,14 @@ def over_lists(
         carry = step(own, carry, items, entries, listed, masked)     # entries [n, W] of the items' lists
         result = finish(carry)
 
-    First the steps in which no entry needs the element mask, then the others (``masked``), where ``listed``
-    tells which entries are there at all. Where there are segments, blocks that are not ``alike(items,
-    entries)`` are masked in any case. Where all lists are known to fit one step, its carry is None.
-    ``backward``: a step holds several arrays as large as the scores.
+    First come the steps in which no entry needs the element mask, then the others (``masked``), where
+    ``listed`` says which entries exist. With segments, blocks that are not ``alike(items, entries)`` are
+    masked in any case. If all lists are known to fit one step, its carry is None.
+
+    - scores_per_entry: scores of one item with one entry of its list.
+    - entry_tokens: tokens of an entry.
+    - alike: whether all tokens of some items and entries are of one segment; None without segments.
+    - backward: whether a step holds several arrays as large as the scores.
     """
     start, init, step, finish = computation
     num_items = lists.start.shape[0]
@@ -47,8 +51,9 @@ def over_lists(
     once = lists.known and longest <= width
     # A single step forward holds little besides its scores.
     most_scores = _CHUNK_SCORES * (2 if once and not backward else 1)
-    chunk = _chunk(num_items, most_scores, scores_an_entry * width)
-    # All take one step: as they come. Otherwise by length, so that a chunk's longest list is not much longer.
+    chunk = _chunk(num_items, most_scores, scores_per_entry * width)
+    # If all lists take one step, items keep their order. Otherwise they are sorted by length: then few wait
+    # for the longest list of their chunk.
     order = xp.arange(num_items) if once else xp.argsort(lists.count, stable=True)
     padding = xp.broadcast_to(order[:1], -num_items % chunk)
     chunks = xp.concatenate([padding, order]).astype(np.int32).reshape(-1, chunk)
@@ -62,7 +67,7 @@ def over_lists(
 
         def visit(t, carry, masked):
             nth = t * width + jnp.arange(width, dtype=jnp.int32)
-            # Items whose list has ended look at a block of their own again, and not at another's.
+            # An item whose list has ended looks at one of its own blocks again, not at another item's.
             entry = first[:, None] + jnp.minimum(nth, jnp.maximum(total - 1, 0)[:, None])
             blocks, listed = index[entry], nth < total[:, None]
             if masked or alike is None:
@@ -87,8 +92,9 @@ def over_lists(
 
 
 def _chunk(num_items: int, most_scores: int, item_scores: int) -> int:
-    """How many items are taken at a time: a power of two, which products are fastest at, or fewer where the
-    last chunk would be mostly empty.
+    """How many items are taken at a time.
+
+    A power of two, for which products are fastest, or fewer if the last chunk would be mostly empty.
 
     >>> _chunk(64, 1 << 21, 7 << 15), _chunk(9, 1 << 21, 7 << 15), _chunk(9, 1 << 21, 1 << 22)
     (8, 5, 1)
@@ -100,8 +106,8 @@ def _chunk(num_items: int, most_scores: int, item_scores: int) -> int:
 def _width(counts, longest: int, entry_tokens: int) -> int:
     """How many entries of a list are visited at a time.
 
-    Of lists that are known, the number that takes the fewest tokens: those of the entries, those that fill up
-    the last step of a list, and what it takes to go on from one step to the next.
+    For lists that are known, it is the number that costs the fewest tokens: those of the entries, those that
+    fill up the last step of a list, and the cost of going on from one step to the next.
     """
     if longest * entry_tokens <= _STEP_TOKENS:
         return max(longest, 1)
@@ -119,7 +125,7 @@ def _width(counts, longest: int, entry_tokens: int) -> int:
 def cut_in_pieces(lists: Lists):
     """(owner [P], the same lists cut into P pieces of bounded length).
 
-    A sink's key block is listed by every query block: left whole, it would keep a chunk of short lists
+    A sink's key block is listed by every query block. Left whole, its list would keep a chunk of short lists
     waiting.
     """
     xp = np if lists.known else jnp
@@ -141,9 +147,9 @@ def cut_in_pieces(lists: Lists):
 def sum_by_owner(parts, owner, num_owners: int):
     """The sum of each owner's pieces, in their order; owners ascend.
 
-    A loop, and not ``segment_sum``: that adds by atomics on a GPU, in any order, and, told that the owners
-    are sorted, becomes more machine code than ptxas compiles in minutes. Most owners have one piece, and
-    where they are known the loop is over the others.
+    This is a loop and not ``segment_sum``, which on a GPU adds by atomics, in any order. Told that the owners
+    are sorted, it becomes more machine code than ptxas can compile in minutes. Most owners have one piece; if
+    owners are known, the loop is over the other pieces only.
     """
     if isinstance(owner, np.ndarray):
         first = np.minimum(np.searchsorted(owner, np.arange(num_owners)), len(owner) - 1)

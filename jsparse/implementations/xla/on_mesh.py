@@ -1,7 +1,7 @@
-"""The portable implementation on each device's own sequences and heads, where a mesh is in context.
+"""The portable implementation on each device's own sequences and heads, if a mesh is in context.
 
-XLA would split what ``passes.py`` computes by itself, but it cannot see that the items of a list stay with
-their sequence and head, and gathers them. So the mesh's shares are cut as for the GPU kernels.
+XLA would by itself split what ``passes.py`` computes. But it cannot see that the items of a list stay with
+their sequence and head, and would gather them. So each device's share is cut as for the GPU kernels.
 """
 
 import dataclasses
@@ -41,10 +41,10 @@ def backward(q, k, v, visible: Visible, scale, q_segment_ids, kv_segment_ids, ou
 
 
 def _split(run: Callable, visible: Visible, operands, outputs: tuple[str, ...]) -> tuple:
-    """run(what a device's own heads and sequences see, *its share of the operands)."""
+    """``run(what a device's own heads and sequences see, *its share of the operands)`` on each device."""
     visible = items.in_own_blocks(visible)
     kv_heads = shares = operands[1].shape[2]
-    lists, list_axes = {}, {}  # those that are known while tracing and the same for all are compiled in
+    lists, list_axes = {}, {}  # lists known while tracing and the same for all are compiled in
     if isinstance(visible, BlockMask):
         own_rows = visible.head_rows is None and len(visible.token_masks) > 1  # shared evenly and in order
         lists = {name: getattr(visible, name) for name in _LISTS}
@@ -52,7 +52,7 @@ def _split(run: Callable, visible: Visible, operands, outputs: tuple[str, ...]) 
             lists = {}
         row_axes = ("b" if visible.kv_start.ndim == 3 else "") + ("h" if own_rows else ".") + "."
         list_axes = {name: "." if name == "kv_index" else row_axes for name in lists}
-        if own_rows:  # every device must get whole ones
+        if own_rows:  # every device must get whole rows
             shares = min(kv_heads, len(visible.token_masks))
     leaves, structure = jax.tree.flatten((operands, lists, jnp.arange(kv_heads)))
 
@@ -81,7 +81,7 @@ def _with_lists(mask: BlockMask, lists: dict) -> BlockMask:
 
 
 def _of_heads(visible: Visible, rows: tuple) -> Visible:
-    """What some heads see, without the rows of others. ``rows`` are their token masks, or rows of lists."""
+    """What some heads see, without the rows of others. ``rows`` are their token masks or rows of lists."""
     if isinstance(visible, HeadMasks):
         return dataclasses.replace(visible, masks=rows)
     followed = sorted(set(rows))
@@ -96,7 +96,7 @@ def _of_heads(visible: Visible, rows: tuple) -> Visible:
 
 
 def switch(index, cases: list, branch: Callable[..., Callable], *operands):
-    """``branch(cases[index])(*operands)``: a ``lax.switch`` that has a branch only for each distinct case.
+    """``branch(cases[index])(*operands)``: a ``lax.switch`` with one branch for each distinct case.
 
     >>> bool(switch(jnp.int32(1), ["sin", "cos", "sin"], lambda name: getattr(jnp, name), 0.0) == 1)
     True

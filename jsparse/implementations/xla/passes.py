@@ -1,14 +1,15 @@
 """Block-sparse attention for every device: only listed blocks are visited, forward and backward.
 
 Queries are cut into *items*: one block of queries, of all the query heads that share a list and a KV head
-(``items.py``). An item visits its list some blocks at a time with an online softmax, so that nothing of
-size T x T is ever stored; a short list is visited in one step, with a plain softmax. Items are sorted by the
-length of their lists and taken a chunk at a time: a chunk is one batched product, and ends with its longest
+(``items.py``). An item visits its list some blocks at a time with an online softmax, so nothing of size T x T
+is ever stored; a short list is visited in one step, with a plain softmax. Items are sorted by the length of
+their lists and taken a chunk at a time: a chunk is one batched product, and lasts as long as its longest
 list.
 
-The backward pass recomputes the weights from lse. dQ goes over the same lists; dK and dV go over the
-transposed lists and sum over the query heads of a KV head on the way, so that the result does not depend on
-any order of additions. Algorithm: FlashAttention-2 (arXiv 2307.08691, algorithms 1 and 2), on lists.
+The backward pass recomputes the weights from lse. dQ follows the same lists. dK and dV follow the transposed
+lists and sum over the query heads of a KV head on the way, so the order of additions is fixed.
+
+Source: FlashAttention-2 (arXiv 2307.08691, algorithms 1 and 2), on lists.
 """
 
 import math
@@ -79,8 +80,8 @@ def backward(q, k, v, visible: Visible, scale, q_segment_ids, kv_segment_ids, ou
 
 # --- the three passes over lists ---
 #
-# Every product is rows times columns, or rows times rows: XLA on a CPU takes two to three times as long where
-# the left side would have to be turned. So the last pass computes its scores by key.
+# Every product is rows times columns, or rows times rows: XLA on a CPU takes two to three times as long if it
+# must transpose the left side. So the last pass computes its scores by key.
 
 
 def _forward(queries: Items, keys: Items, part: Part, scale):
@@ -91,7 +92,7 @@ def _forward(queries: Items, keys: Items, part: Part, scale):
     def start(items):
         return _rows(q, items) * q_scale
 
-    # A finite start, so that exp(-inf - lowest) = 0 where nothing is seen. Without a test for that case XLA
+    # The start is finite, so exp(-inf - lowest) = 0 where nothing is seen. Without a test for that case, XLA
     # can fuse the largest score with the exponents.
     lowest = float(jnp.finfo(dtype).min)
 
@@ -124,7 +125,7 @@ def _forward(queries: Items, keys: Items, part: Part, scale):
     return over_lists(
         part.lists,
         (start, init, step, finish),
-        scores_an_entry=_scores_an_entry(q, k),
+        scores_per_entry=_scores_per_entry(q, k),
         entry_tokens=k.shape[2],
         alike=_alike(queries, keys),
     )
@@ -157,7 +158,7 @@ def _backward_queries(queries: Items, keys: Items, part: Part, scale):
     return over_lists(
         part.lists,
         (start, init, step, lambda dq: _from_rows(dq * q_scale, q)),
-        scores_an_entry=_scores_an_entry(q, k),
+        scores_per_entry=_scores_per_entry(q, k),
         entry_tokens=k.shape[2],
         alike=_alike(queries, keys),
         backward=True,
@@ -182,7 +183,7 @@ def _backward_keys(queries: Items, keys: Items, part: Part, scale):
         k_rows, v_rows = own
         q_rows, d_out_rows, lse_columns, delta_columns = (_many_rows(x, blocks) for x in queries.values)
         q_rows = q_rows * q_scale
-        # Turned once, and not again for each key.
+        # Transposed once, not for each key.
         lse_columns, delta_columns = lax.optimization_barrier((lse_columns, delta_columns))
 
         def split(x):
@@ -205,7 +206,7 @@ def _backward_keys(queries: Items, keys: Items, part: Part, scale):
     sums = over_lists(
         pieces,
         (start, init, step, finish),
-        scores_an_entry=_scores_an_entry(q, k),
+        scores_per_entry=_scores_per_entry(q, k),
         entry_tokens=q.shape[2] * group,
         alike=alike and (lambda some, blocks: alike(blocks, owners[some][:, None])),
         backward=True,
@@ -213,8 +214,8 @@ def _backward_keys(queries: Items, keys: Items, part: Part, scale):
     return sum_by_owner(sums, owner, k.shape[0])
 
 
-def _scores_an_entry(q, k) -> int:
-    """Scores of a query item and a KV item."""
+def _scores_per_entry(q, k) -> int:
+    """How many scores a query item and a KV item have."""
     return math.prod(q.shape[1:5]) * k.shape[2]
 
 
@@ -251,7 +252,7 @@ def _taken(x, items):
 
 
 def _split_scale(q, scale, dtype) -> tuple[float, float]:
-    """(what queries are multiplied by, what scores are): queries, which are fewer, where nothing is lost."""
+    """The factors of (queries, scores): of queries, which are fewer, if their dtype loses nothing by it."""
     return (scale, 1.0) if product_dtype(q.dtype) == dtype else (1.0, scale)
 
 
@@ -269,10 +270,10 @@ def _product(weights, rows, dtype):
 
 
 def _visible(queries: Items, q_items, keys: Items, kv_items, part: Part, listed, *, by_key: bool = False):
-    """Which keys of kv_items [n, V] the queries of q_items [n, W] see, where ``listed`` [n, V], or [n, W] by
-    key: bool [n, B or 1, W * block_q, V * block_kv], or turned, by key.
+    """Which keys of kv_items [n, V] the queries of q_items [n, W] see: bool [n, B or 1, queries, keys].
 
-    One of V and W is 1.
+    There are W * block_q queries and V * block_kv keys, and one of V and W is 1. ``listed`` [n, V] says which
+    items exist. With ``by_key``, it is [n, W], and the result is transposed.
     """
     mask = part.mask
     q_position = (queries.position[q_items][..., None] + np.arange(mask.block_q)).reshape(len(q_items), 1, -1)
@@ -284,7 +285,7 @@ def _visible(queries: Items, q_items, keys: Items, kv_items, part: Part, listed,
             return of_queries[..., None, :], of_keys[..., :, None]
         return of_queries[..., :, None], of_keys[..., None, :]
 
-    # No mask shows a later key, and so none of the tail that fills up the last block.
+    # No mask shows a later key, so none shows the tail that fills up the last block.
     visible = part.token_mask(*pairs(q_position, kv_position))
     if queries.segment is not None:
         of_queries, of_keys = (
@@ -294,13 +295,14 @@ def _visible(queries: Items, q_items, keys: Items, kv_items, part: Part, listed,
         of_queries, of_keys = pairs(of_queries, of_keys)
         visible = visible & (of_queries == of_keys)
     listed_tokens = jnp.repeat(listed, mask.block_q if by_key else mask.block_kv, axis=1)
-    # The heads share it: made once, and not again at each use of the scores.
+    # The heads share it: computed once, not at each use of the scores.
     return lax.optimization_barrier(visible & listed_tokens[:, None, None])
 
 
 def _alike(queries: Items, keys: Items) -> Callable | None:
-    """Of query items [n] or [n, W] and KV items [n, V], one of V and W 1: whether all their tokens are of one
-    segment, in each sequence; None where there are no segments.
+    """A function that says whether all tokens of some items are of one segment, in each sequence.
+
+    It takes query items [n] or [n, W] and KV items [n, V]; one of V and W is 1. None without segments.
     """
     if queries.segment is None:
         return None

@@ -447,7 +447,7 @@ def test_arguments_that_do_not_go_together_are_refused():
     paged = PagedKVCache.zeros(2, 2, DIM, page_size=PAGE, logical_page_size=None, dtype=jnp.float32)
     ring = StreamingKVCache.zeros(1, 2, DIM, sink=1, window=2, dtype=jnp.float32)
     table, one = jnp.array([[0, 1]]), jnp.array([1])
-    with pytest.raises(ValueError, match="3 heads, which is no multiple of the 2 KV heads"):
+    with pytest.raises(ValueError, match="3 heads, which is not a multiple of the 2 KV heads"):
         decode_attention(jnp.ones((1, 3, DIM)), paged, one, table)
     with pytest.raises(ValueError, match="needs page_table"):
         decode_attention(jnp.ones((1, 2, DIM)), paged, one)

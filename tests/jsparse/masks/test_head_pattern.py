@@ -49,7 +49,7 @@ def test_duo_attentions_number_format_loads(tmp_path):
         ("1\t0\n1\tmuch\n", "line 2: 'much' is not a finite number"),
         ("1\tnan\n", "line 1: 'nan' is not a finite number"),
         ("1\tinf\n", "line 1: 'inf' is not a finite number"),
-        ("0.5\t1\n37\t0\n", "line 2: '37' is no gate; they lie in"),
+        ("0.5\t1\n37\t0\n", "line 2: '37' is not a gate; gates lie in"),
         ("1 2\n", "line 1: '1 2' is not a finite number"),
         ("", "empty"),
     ],
