@@ -75,12 +75,12 @@ class MergeConfig:
     output: str | Path
     """A new folder."""
     step: int | None = None
-    """The checkpoint to take; by default the last."""
+    """The step whose checkpoint to take; by default the last."""
     adapter: bool = False
     """Write the LoRA matrices, and the embeddings and norms trained beside them, as an adapter that PEFT
     loads onto the base, instead of a whole model."""
     model: str | Path | None = None
-    """Where the base model is, if not where the run found it."""
+    """Where the base model is, if it is no longer where the run found it."""
 
 
 def merge(merging: MergeConfig) -> int:

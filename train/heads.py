@@ -31,25 +31,25 @@ _ADAM = optax.scale_by_adam()  # which is AdamW where nothing decays; the learni
 class HeadsConfig:
     """The settings of learning a head pattern; the defaults are DuoAttention's recipe.
 
-    Everything is checked when it is made: ValueError names the field, the value and what is allowed. That the
-    files are there and fit one another is checked by ``learn_heads``, before it starts.
+    Raises ValueError, naming the field, the value and what is allowed. ``learn_heads`` checks, before it
+    starts, that the files exist and fit one another.
 
     >>> HeadsConfig(model="base", data="book.txt", output="pattern", context=32000).sample_lengths[:3]
     (8000, 8489, 8979)
     """
 
     model: str | Path
-    """The checkpoint, which stays as it is: a Hugging Face folder with safetensors and a tokenizer.json."""
+    """The checkpoint, which does not change: a Hugging Face folder with safetensors and a tokenizer.json."""
     data: Sequence[str | Path]
     """Text files (one, or several), or .jsonl files with one "text" per line, to hide passkeys in."""
     output: str | Path
-    """A new folder, for the pattern (full_attention_heads.tsv), its config.json and losses.tsv."""
+    """A new folder for the pattern (full_attention_heads.tsv), its config.json and losses.tsv."""
     context: int
-    """Tokens of the longest sample: as many as the pattern is for, within the model's own context."""
+    """Tokens of the longest sample: the context that the pattern is for, within the model's own."""
     min_context: int | None = None
     """Tokens of the shortest sample. Default: context // 4."""
     lengths: int = 50
-    """How many lengths samples have, evenly spaced from the longest to the shortest; 1: all the longest."""
+    """How many lengths samples have, evenly spaced from the longest to the shortest; 1: all longest."""
 
     sink: int = 128
     """First tokens that a streaming head sees."""
@@ -60,20 +60,20 @@ class HeadsConfig:
     words: int = 32
     """Random words per passkey."""
     dtype: str | None = None
-    """To compute in: "float32", "bfloat16", or None for the checkpoint's. Gates are in float32."""
+    """Dtype for computing: "float32", "bfloat16", or None for the checkpoint's. Gates are in float32."""
     remat: bool = True
-    """Compute each layer again in the backward pass: less memory, more time."""
+    """Recompute each layer in the backward pass: less memory, more time."""
 
     steps: int = 2000
     """Optimizer steps."""
     batch_size: int = 1
     """Samples per step."""
     learning_rate: float = 0.02
-    """AdamW's. It rises to this from a tenth in the first fifth of the steps, and falls back in the last."""
+    """AdamW's. It rises from a tenth to this in the first fifth of the steps, and falls back in the last."""
     l1: float = 0.05
-    """What a gate that is open costs: this times the mean of all gates is added to the loss."""
+    """The price of open gates: this times the mean of all gates is added to the loss."""
     seed: int = 0
-    """Of the samples."""
+    """Seed of the samples."""
 
     def __post_init__(self):
         if not self.data_files:

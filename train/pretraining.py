@@ -45,14 +45,14 @@ _FAR_RATE = 0.25  # of the learning rates: they start again there for the last s
 class PretrainConfig:
     """The settings of a pretraining run; the defaults are those of the model that jsparse ships.
 
-    Everything is checked when it is made: ValueError names the field, the value and what is allowed.
+    Raises ValueError, naming the field, the value and what is allowed.
 
     >>> [stage.length for stage in PretrainConfig(output="small").stages]
     [64, 128, 256, 512, 512, 1024, 2048, 2048, 2048]
     """
 
     output: str | Path
-    """A new folder, to become a Hugging Face folder."""
+    """A new folder, which becomes a Hugging Face folder."""
     data: Sequence[str | Path] = ()
     """UTF-8 text files to learn from. Default: the sources of the Python standard library, without the
     modules that ``jsparse evaluate`` and ``jsparse demo`` measure with."""
@@ -62,9 +62,9 @@ class PretrainConfig:
     vocab_size: int = 1536
     """Tokens of the vocabulary, the words of the tasks among them."""
     hidden_size: int = 192
-    """Of the model."""
+    """Width of the model."""
     intermediate_size: int = 512
-    """Of the MLP."""
+    """Width of the MLP."""
     layers: int = 4
     """Transformer layers."""
     q_heads: int = 4
@@ -72,7 +72,7 @@ class PretrainConfig:
     kv_heads: int = 2
     """KV heads per layer."""
     head_dim: int = 64
-    """Of each."""
+    """Dimensions of each head."""
 
     stage_steps: int = 300
     """Steps at each length from 64 tokens to the context, doubling."""
@@ -81,20 +81,20 @@ class PretrainConfig:
     final_steps: int = 900
     """Steps at the full context after them."""
     far_steps: int = 1200
-    """Steps at the full context at the very end, most rows of which ask for what was said once, far back."""
+    """Steps at the full context at the very end. Most of their rows ask for what was said once, far back."""
     batch_tokens: int = 4096
-    """Tokens per step (half of it at 64 tokens), and never less than two rows."""
+    """Tokens per step (half as many in rows of 64 tokens), and never less than two rows."""
     learning_rate: float = 0.02
-    """Muon's, for the matrices of the layers. It falls to zero from the rows of 512 tokens on; for
+    """Muon's, for the matrices of the layers. From the rows of 512 tokens on it falls to zero; for
     ``far_steps`` it starts again at a quarter, and falls to zero once more."""
     embedding_learning_rate: float = 0.003
     """Adam's, for embeddings, output and norms."""
     text_weight: float = 1.0
-    """Of the mean loss of real text and lists, beside that of answers, which has 1."""
+    """Weight of the mean loss of real text and lists; that of answers has weight 1."""
     seed: int = 0
-    """Of the weights and of all rows."""
+    """Seed of the weights and of all rows."""
     checkpoint_every: int = 200
-    """Steps between checkpoints; the last step always has one, and so has one that SIGTERM ends."""
+    """Steps between checkpoints; the last step always has one, and so has a run that SIGTERM ends."""
 
     def __post_init__(self):
         sizes = "context", "vocab_size", "hidden_size", "intermediate_size", "layers", "head_dim"
