@@ -43,7 +43,7 @@ class EvaluateCommand:
     """"full" causal attention, LongLoRA's "shifted" groups of a quarter of each context, or as the model was
     "trained": by the attention_pattern.json in its folder, whose groups must divide each context."""
     scoring: Literal["new", "all", "last"] = "new"
-    """What a window scores: tokens "new" since the last, "all" of its tokens (LongLoRA), or its "last" ones."""
+    """What a window scores: tokens "new" since the last, "all" of its tokens (LongLoRA), or the "last"."""
     stride: int | None = None
     """Tokens from window to window (default: half of each context; 256 for "all"; --last for "last")."""
     last: int | None = None

@@ -31,8 +31,9 @@ TOKENIZER_FILES = (
 def export_model(
     config: FinetuneConfig, model: Llama, pattern: AttentionPattern, output: Path | None = None
 ) -> None:
-    """Merge the adapters and write the Hugging Face folder: the tokenizer first, for the folder becomes a
-    model with its config.json.
+    """Merge the adapters and write the Hugging Face folder.
+
+    The tokenizer comes first, because the config.json, written last, makes the folder a model.
     """
     output = config.output_folder if output is None else output
     if has_lora(model):
@@ -84,11 +85,13 @@ class MergeConfig:
 
 
 def merge(merging: MergeConfig) -> int:
-    """Write a Hugging Face folder with the adapters merged, or an adapter; returns the step it is of.
+    """Write a Hugging Face folder with the adapters merged, or an adapter.
 
-    Raises FileNotFoundError for a run without checkpoints or without that step, ValueError for a base model
-    that is not the run's and for an adapter of a run that trained all weights, FileExistsError for an output
-    folder that holds something.
+    Returns the step of the checkpoint that was taken.
+
+    Raises FileNotFoundError for a run without checkpoints or without that step; ValueError for a base model
+    that is not the run's, and for an adapter of a run that trained all weights; FileExistsError for an output
+    folder that is not empty.
     """
     output = Path(merging.output)
     require_new_folder(output)

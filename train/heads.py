@@ -24,7 +24,7 @@ from jsparse.texts.passkeys import Passkeys, check_passkeys_fit, passkey_batch
 from jsparse.train.head_gates import gate_loss
 from jsparse.train.run.paths import as_paths
 
-_ADAM = optax.scale_by_adam()  # which is AdamW where nothing decays; the learning rate is applied by _step
+_ADAM = optax.scale_by_adam()  # AdamW without decay; _step applies the learning rate
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -115,21 +115,24 @@ class HeadsConfig:
     @property
     def sample_lengths(self) -> tuple[int, ...]:
         """The lengths of the samples, from the shortest to the longest."""
-        # Counted from the longest, which is the one that stays where there is one only.
+        # Counted from the longest, so a single length is the longest.
         spaced = np.linspace(self.context, self.shortest, self.lengths).astype(int)
         return tuple(sorted({int(length) for length in spaced}))
 
     def learning_rate_at(self, step: int) -> float:
         """The learning rate of a step, counted from 0."""
         rising = optax.linear_schedule(0.1 * self.learning_rate, self.learning_rate, max(self.steps // 5, 1))
-        # It falls at the end as it rises from the start.
+        # It falls at the end as it rises at the start.
         return float(jnp.asarray(rising(min(step, self.steps - 1 - step))))
 
 
 @dataclasses.dataclass(frozen=True)
 class HeadsResult:
-    """``pattern``: the gates, each in [0, 1]. ``losses``: one per step, before its update. ``output``: the
-    folder.
+    """What learning leaves.
+
+    - pattern: the gates, each in [0, 1].
+    - losses: one per step, before its update.
+    - output: the folder.
     """
 
     pattern: jsparse.HeadPattern
@@ -141,25 +144,26 @@ def learn_heads(config: HeadsConfig, *, progress: bool = True) -> HeadsResult:
     """Learn a gate for each KV head of ``config.model``, and write them to ``config.output`` as a pattern.
 
     DuoAttention (arXiv 2410.10819): while the model itself is frozen, each KV head's attention is mixed from
-    full and streaming attention by its gate (``gates.mixed_attend``), and the gates are trained so that the
-    model still answers questions about passkeys as it does with full attention, with as little full attention
-    as possible (``gates.gate_loss``). Gates begin at 1, and AdamW moves them, back into [0, 1] after each
-    step (the original does so before each step, so that what it saves lies slightly outside). A head whose
-    gate stays high is a retrieval head.
+    full and streaming attention by its gate (``head_gates.mixed_attend``). The gates are trained to let the
+    model answer questions about passkeys as it does with full attention, with as little full attention as
+    possible (``head_gates.gate_loss``). Gates begin at 1, and AdamW moves them. They are clipped to [0, 1]
+    after each step (the original clips before it, so what it saves lies slightly outside). A head whose gate
+    stays high is a retrieval head.
 
-    data: text to hide the passkeys in (``jsparse.texts.passkeys``), at least ``context`` tokens of it.
+    ``config.data`` is the text that the passkeys are hidden in (``jsparse.texts.passkeys``), at least
+    ``context`` tokens of it.
 
-    ``output`` becomes full_attention_heads.tsv (``HeadPattern.load`` reads it), config.json with the settings
-    (sink_size and recent_size by DuoAttention's names) and losses.tsv, with the two parts of each loss. They
-    are written at the end. The same settings give the same pattern.
+    ``output`` gets full_attention_heads.tsv (``HeadPattern.load`` reads it), config.json with the settings
+    (sink_size and recent_size, as DuoAttention calls them) and losses.tsv, with the two parts of each loss.
+    They are written at the end. The same settings give the same pattern.
 
     In a layer whose own sliding window is shorter than a sample, full attention is that window. All its heads
     stream already, and ``serve`` takes no streaming heads there.
 
-    progress: a progress bar, if stderr is a terminal.
+    - progress: show a progress bar, if stderr is a terminal.
 
     Raises, before anything is computed: ValueError or FileNotFoundError for a checkpoint or data file that is
-    not there, cannot be used or does not fit the other settings; FileExistsError for an output folder that is
+    missing, cannot be used or does not fit the other settings; FileExistsError for an output folder that is
     not empty. While learning: FloatingPointError naming the step where the loss or its gradient is not
     finite; then nothing is written.
     """
@@ -232,7 +236,7 @@ def _learn(
 def _step(
     graphdef, frozen, gates, opt_state, tokens, is_answer, l1, learning_rate, *, sink, window, remat
 ) -> tuple[Array, optax.OptState, Array, Array, Array]:
-    """One update: gates, opt_state, then the loss before it, its distance and the gradient's norm."""
+    """One update: gates and opt_state, then the loss before it, its distance and the gradient's norm."""
 
     def loss_fn(gates):
         model = nnx.merge(graphdef, frozen)
@@ -245,7 +249,7 @@ def _step(
 
 
 def _passkeys(config: HeadsConfig, model_config: LlamaConfig) -> Passkeys:
-    """The haystack and the settings of the samples, after the check that they fit the sample lengths."""
+    """The haystack and the settings of the samples, once they are known to fit the sample lengths."""
     tokenizer = load_tokenizer(config.model)
     encode = text_encoder(tokenizer, model_config.vocab_size)
     documents = read_documents(
@@ -269,7 +273,7 @@ def _passkeys(config: HeadsConfig, model_config: LlamaConfig) -> Passkeys:
 def _write(
     config: HeadsConfig, pattern: jsparse.HeadPattern, losses: list[tuple[float, float, float]]
 ) -> None:
-    """The pattern last: where it is, the rest is too."""
+    """Write the pattern last: where it exists, the rest does too."""
     settings = {"sink_size": config.sink, "recent_size": config.window} | dataclasses.asdict(config)
     settings |= {"model": str(config.model), "data": [str(file) for file in config.data_files]}
     settings["min_context"] = config.shortest
