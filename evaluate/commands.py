@@ -17,7 +17,7 @@ from jsparse.evaluate.speed import bench_decode as run_decode_bench
 from jsparse.evaluate.speed import bench_prefill as run_prefill_bench
 from jsparse.models import Llama, load_config, load_tokenizer, shipped_model
 from jsparse.models.patterns import load_pattern, shifted_pattern
-from jsparse.reports.console import check_can_write, parse, print_table, write_json
+from jsparse.reports.console import DefaultsToShipped, check_can_write, parse, print_table, write_json
 from jsparse.texts.corpus import standard_library_files
 from jsparse.texts.documents import read_documents
 
@@ -28,34 +28,34 @@ _LIBRARY_WINDOWS = 64  # of each context: seconds for a small model
 class EvaluateCommand:
     """Perplexity of text files at several context lengths, and whether passkeys are found in long texts.
 
-    Perplexity is of the same tokens, with more or less before them. With no options at all it is that of the
-    small model that ships with jsparse, on held-out modules of the standard library.
+    All contexts score the same tokens, with more or less text before them. Without any options, the small
+    model that ships with jsparse is measured on held-out modules of the standard library.
     """
 
-    model: Path = shipped_model()
-    """A Hugging Face folder with config.json, safetensors and tokenizer.json (default: the one shipped)."""
+    model: DefaultsToShipped = shipped_model()
+    """A Hugging Face folder with config.json, safetensors and tokenizer.json."""
     data: tuple[Path, ...] = ()
-    """UTF-8 text files, each one document; they are scored one after another in one row. With neither --data
+    """UTF-8 text files, each one document; they are joined and scored as one sequence. With neither --data
     nor --passkeys: held-out modules of this Python's standard library."""
     contexts: tuple[int, ...] = (1024,)
-    """Tokens per window, and of a text with passkeys unless --lengths says otherwise."""
+    """Tokens per window, and per text with passkeys unless --lengths says otherwise."""
     attention: Literal["full", "shifted", "trained"] = "full"
     """"full" causal attention, LongLoRA's "shifted" groups of a quarter of each context, or as the model was
     "trained": by the attention_pattern.json in its folder, whose groups must divide each context."""
     scoring: Literal["new", "all", "last"] = "new"
-    """What a window scores: what is "new" since the last one, "all" its tokens (LongLoRA), or the "last"."""
+    """What a window scores: tokens "new" since the last, "all" of its tokens (LongLoRA), or the "last"."""
     stride: int | None = None
     """Tokens from window to window (default: half of each context; 256 for "all"; --last for "last")."""
     last: int | None = None
     """For --scoring last: tokens that each window scores."""
     max_windows: int | None = None
-    """Score the first so many windows of each context only (default: all; 64 of the standard library)."""
+    """Score only this many windows of each context, the first (default: all; 64 for the standard library)."""
     batch_size: int = 1
-    """Windows, or texts with passkeys, at a time."""
+    """Windows, or texts with passkeys, per batch."""
     passkeys: bool = False
-    """Ask for passkeys in texts of filler too; without --data, for nothing else."""
+    """Ask for passkeys in texts of filler too; without --data, nothing else is measured."""
     lengths: tuple[int, ...] | None = None
-    """With --passkeys: tokens of a text (default: --contexts)."""
+    """With --passkeys: tokens per text (default: --contexts)."""
     depths: tuple[float, ...] | None = None
     """With --passkeys: where they are hidden, from 0 to 1 (default: 0 0.25 0.5 0.75 1)."""
     samples: int | None = None

@@ -22,7 +22,7 @@ from jsparse.models import (
     shipped_model,
     text_encoder,
 )
-from jsparse.reports.console import check_can_write, write_json
+from jsparse.reports.console import DefaultsToShipped, check_can_write, write_json
 from jsparse.serve.config import CacheConfig, layout_of
 from jsparse.texts.corpus import standard_library_files
 from jsparse.texts.tasks import TASKS, Example, Material, needle, score
@@ -30,49 +30,49 @@ from jsparse.texts.tasks import TASKS, Example, Material, needle, score
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ScoreboardConfig:
-    """What sparse KV caches lose of tasks that need the whole context, method by method and budget by budget.
+    """What sparse KV caches lose on tasks that need the whole context, by method and by budget.
 
     Every method answers the same texts. Their questions are fed to the decode step token by token, where a
-    sparse cache chooses what it reads; answers are greedy. A score is the fraction of the expected words that
-    an answer has, of as many tokens as the right one, with Wilson's interval at 95 %.
+    sparse cache chooses what it reads; answers are greedy. A score is the fraction of the expected words in
+    an answer as long as the right one, with Wilson's interval at 95 %.
 
-    Of the methods, quest reads everything in its first two layers: half of a model that has four.
+    Quest reads everything in its first two layers, half of a four-layer model.
     """
 
-    model: Path = shipped_model()
-    """A Hugging Face folder with config.json, safetensors and tokenizer.json (default: the one shipped)."""
+    model: DefaultsToShipped = shipped_model()
+    """A Hugging Face folder with config.json, safetensors and tokenizer.json."""
     pattern: Path | None = None
-    """A head pattern (default: full_attention_heads.tsv of the model's folder, if it is there); without one
-    the methods that need one are left out."""
+    """A head pattern (default: full_attention_heads.tsv in the model's folder, if there is one). Without it,
+    methods that need a pattern are left out."""
     tasks: tuple[str, ...] = tuple(TASKS)
-    """What is asked for."""
+    """The tasks to ask."""
     methods: tuple[str, ...] = tuple(METHODS)
-    """The rows."""
+    """The methods to compare, each a row of the table."""
     budgets: tuple[float, ...] = (1 / 16, 1 / 8, 1 / 4, 1 / 2)
     """Tokens that a head reads per step, as fractions of --length; rounded to pages of 64, at least two."""
     length: int | None = None
-    """Tokens of a text with its answer (default: the most positions that the model has)."""
+    """Tokens per text, its answer included (default: all positions that the model has)."""
     samples: int = 12
     """Texts for each task and seed."""
     seeds: int = 3
-    """Seeds; their texts count together, and the score of each is in the JSON file."""
+    """How many seeds; their texts count together, and the JSON file has the score of each."""
     depths: tuple[float, ...] = (0.0, 0.25, 0.5, 0.75, 1.0)
-    """Of the needle grid: where the needle is, from 0 to 1."""
+    """Needle grid: where the needle is, from 0 to 1."""
     grid_lengths: tuple[int, ...] | None = None
-    """Of the needle grid: tokens of a text (default: a quarter of --length, half, and all of it)."""
+    """Needle grid: tokens per text (default: a quarter of --length, half, and all of it)."""
     grid_methods: tuple[str, ...] = ("dense", "streaming", "random", "lserve")
-    """Of the needle grid: the methods; each answers every text of the grid. None leaves the grid out."""
+    """Needle grid: the methods; each answers every text of the grid. Give none to leave the grid out."""
     grid_budget: float = 1 / 8
-    """Of the needle grid: the budget at all its lengths, as a fraction of --length."""
+    """Needle grid: the budget at all its lengths, as a fraction of --length."""
     grid_samples: int = 12
-    """Of the needle grid: texts for each length and depth."""
+    """Needle grid: texts for each length and depth."""
     haystack: tuple[Path, ...] = ()
     """UTF-8 text files that the tasks are hidden in (default: the modules of Python's standard library that
     jsparse holds out of training)."""
     batch_size: int = 12
-    """Texts at a time; best a divisor of --samples times --seeds."""
+    """Texts per batch; best a divisor of --samples times --seeds."""
     seed: int = 0
-    """The first of the seeds."""
+    """The first seed."""
     json: Path | None = None
     """Write the scores to this file: a list of objects; "-" is stdout, without the tables."""
     output: Path | None = None

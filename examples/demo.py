@@ -38,13 +38,13 @@ class DemoConfig:
     """The sizes of the demo. The defaults take about five minutes on two CPU cores."""
 
     output: Path = Path("demo")
-    """Where everything goes. What an earlier demo left there is replaced; another folder is refused."""
+    """Where everything goes. An earlier demo's files there are replaced; any other folder is refused."""
     hidden_size: int = 128
-    """Of the model, with 4 heads on 2 KV heads."""
+    """Width of the model, which has 4 heads on 2 KV heads."""
     layers: int = 4
     """Transformer layers."""
     context: int = 256
-    """Tokens the base model is trained at."""
+    """Tokens per window for the base model."""
     growth: int = 4
     """How many times longer the context becomes."""
     base_steps: int = 1500
@@ -66,7 +66,7 @@ class DemoConfig:
     window: int = 128
     """Recent tokens that a streaming head keeps."""
     seed: int = 0
-    """Of the weights and of the order of the text."""
+    """Seed of the weights and of the order of the text."""
 
     def __post_init__(self):
         object.__setattr__(self, "output", Path(self.output))

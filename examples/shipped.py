@@ -25,7 +25,7 @@ from jsparse.examples.demo import (
 from jsparse.examples.report import check_can_draw, draw_plot, print_shipped
 from jsparse.integers import cdiv
 from jsparse.models import Llama, load_config, load_tokenizer, shipped_model
-from jsparse.reports.console import write_json
+from jsparse.reports.console import DefaultsToShipped, write_json
 from jsparse.texts.corpus import standard_library_files
 from jsparse.train import perplexity_by_context, read_documents, shifted_head_masks
 
@@ -37,15 +37,15 @@ TASKS = ("needle", "recall")
 class ShippedDemoConfig:
     """What attention patterns and sparse caches do to the small model that ships with jsparse.
 
-    Nothing is trained: a minute or two on two CPU cores. `jsparse demo --train` is the whole path instead,
-    from a random model to a longer context; `jsparse demo --train --help` lists its options.
+    Nothing is trained; it takes a minute or two on two CPU cores. `jsparse demo --train` takes the whole path
+    instead, from a random model to a longer context; `jsparse demo --train --help` lists its options.
     """
 
-    model: Path = shipped_model()
-    """A Hugging Face folder, with a full_attention_heads.tsv if heads are to stream by it."""
+    model: DefaultsToShipped = shipped_model()
+    """A Hugging Face folder; its full_attention_heads.tsv, if there is one, says which heads stream."""
     output: Path | None = None
-    """Write every number and a plot into this folder (needs the extra plot). What an earlier demo left there
-    is replaced; another folder is refused."""
+    """Write every number and a plot into this folder (needs the extra plot). An earlier demo's files
+    there are replaced; any other folder is refused."""
     evaluation_tokens: int = 8192
     """Held-out tokens that perplexity is measured on."""
     prompt_tokens: int = 1500
@@ -53,9 +53,9 @@ class ShippedDemoConfig:
     new_tokens: int = 96
     """Tokens to generate."""
     budget: int = 256
-    """Tokens that a head reads per step: of pages that it chooses, or sink and window together."""
+    """Tokens that a head reads per step: the pages that it chooses, or sink and window together."""
     samples: int = 8
-    """Texts of each task of recall."""
+    """Texts for each recall task."""
 
     def __post_init__(self):
         if self.budget % PAGE or self.budget < 2 * PAGE:

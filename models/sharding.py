@@ -35,10 +35,10 @@ RULES = {
 
 @dataclasses.dataclass(frozen=True)
 class MeshConfig:
-    """How many devices split what; together they must be all devices of all processes."""
+    """How many devices split each part of the work. Their product must be all devices of all processes."""
 
     data: int = 1
-    """Devices that split the batch, each with all of the model."""
+    """Devices that split the batch, each holding the whole model."""
     fsdp: int = 1
     """Devices that split the batch and every matrix."""
     tensor: int = 1

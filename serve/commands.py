@@ -14,7 +14,7 @@ from jsparse.models import Llama, load_config, load_tokenizer, reorder_heads, sh
 from jsparse.models.sharding import MeshConfig
 from jsparse.plan.compile_only import prepare_process
 from jsparse.plan.program import DEFAULT_MEMORY_FRACTION, compiler_errors_explained, print_plan
-from jsparse.reports.console import check_can_write, parse, write_json
+from jsparse.reports.console import DefaultsToShipped, check_can_write, parse, write_json
 from jsparse.serve.config import CacheConfig
 from jsparse.serve.generation import stream
 from jsparse.serve.plan import plan_generate as make_plan
@@ -26,23 +26,23 @@ class CacheOptions:
     """What the cache keeps and reads. It is dense unless --budget, --pattern or --policy makes it sparse."""
 
     budget: int | None = None
-    """Tokens of the cache that a retrieval head reads a step, in whole pages; all of them by default."""
+    """Tokens of the cache that a retrieval head reads per step, in whole pages; all of them by default."""
     policy: Literal["lserve", "dense", "streaming", "quest", "mean", "oracle", "random"] = "lserve"
-    """What decides which tokens those are; "streaming" lets every head stream, "quest" none."""
+    """What chooses those tokens; with "streaming" every head streams, with "quest" none."""
     page_size: int | None = None
-    """Tokens a page of the cache: 64 by default, and 16 for Quest."""
+    """Tokens per page of the cache: 64 by default, and 16 for Quest."""
     kv_bits: Literal[8, 4] | None = None
-    """Keep pages as codes of so many bits; by default as the model computes."""
+    """Keep pages as codes of this many bits; by default in the model's dtype."""
     pattern: Path | None = None
-    """A head pattern (DuoAttention's full_attention_heads.tsv): its lowest scores become streaming heads."""
+    """A head pattern (DuoAttention's full_attention_heads.tsv): the heads with its lowest scores stream."""
     sparsity: float | None = None
-    """With --pattern: the fraction of the KV heads that stream (default 0.5)."""
+    """With --pattern: the fraction of the KV heads that stream (default: 0.5)."""
     sink: int | None = None
     """First tokens that a streaming head keeps (default 128)."""
     window: int | None = None
     """Recent tokens that a streaming head keeps (default 256)."""
     prefill_window: int | None = None
-    """Recent tokens that a streaming head sees within the prompt (default: as --window)."""
+    """Recent tokens that a streaming head sees within the prompt (default: --window)."""
 
     def __post_init__(self):
         if self.pattern is None and self.sparsity is not None:
@@ -61,7 +61,7 @@ class CacheOptions:
             )
 
     def cache(self) -> CacheConfig:
-        """ValueError, before any model is loaded, for what is wrong with it."""
+        """The cache that the options describe. Raises ValueError, before any model is loaded."""
         names = ("policy", "budget", "page_size", "kv_bits", "prefill_window")
         given = {name: getattr(self, name) for name in names}
         given |= {name: getattr(self, name) for name in ("sink", "window") if getattr(self, name) is not None}
@@ -73,27 +73,27 @@ class CacheOptions:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class GenerateCommand(CacheOptions):
-    """Print the continuation of a prompt as it is generated; tokens a second go to stderr.
+    """Print the continuation of a prompt as it is generated; tokens per second go to stderr.
 
     The cache is dense unless --budget, --pattern or --policy makes it sparse.
     """
 
-    model: Path = shipped_model()
-    """A Hugging Face folder with config.json, safetensors and tokenizer.json (default: the one shipped)."""
+    model: DefaultsToShipped = shipped_model()
+    """A Hugging Face folder with config.json, safetensors and tokenizer.json."""
     prompt: str | None = None
     """The text to continue."""
     prompt_file: Path | None = None
     """A UTF-8 file with the text to continue."""
     max_new_tokens: int = 64
-    """Stop after so many tokens, or at the model's end-of-sequence token."""
+    """Stop after this many tokens, or at the model's end-of-sequence token."""
     temperature: float = 0.0
     """0 takes the most likely token."""
     top_k: int = 0
-    """Only the k most likely tokens; 0 for all."""
+    """Sample among the k most likely tokens only; 0 for all."""
     top_p: float = 1.0
-    """Only the most likely tokens that together have this probability."""
+    """Sample among the most likely tokens only, those that together have this probability."""
     seed: int = 0
-    """Of the sampling."""
+    """Seed of the sampling."""
 
     def __post_init__(self):
         if (self.prompt is None) == (self.prompt_file is None):
@@ -103,31 +103,31 @@ class GenerateCommand(CacheOptions):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PlanGenerateCommand(CacheOptions):
-    """What generation takes of a device, for prompts of one length. No weights are read."""
+    """What generation takes of each device, for prompts of one length. No weights are read."""
 
     model: Path
     """A folder with the model's config.json."""
     prompt_tokens: int
-    """Tokens a prompt."""
+    """Tokens per prompt."""
     max_new_tokens: int = 64
-    """Tokens to generate after each."""
+    """Tokens to generate after each prompt."""
     batch: int = 1
-    """Prompts at a time."""
+    """Prompts per batch."""
     dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
-    """Of the weights."""
+    """Dtype of the weights."""
     mesh: MeshConfig = MeshConfig()  # noqa: B008, it is frozen
-    """How many devices split what."""
+    """How many devices split each part of the work."""
     device: str = "h200"
     """"h200", "h100-80gb" or "a100-80gb"."""
     memory_fraction: float = DEFAULT_MEMORY_FRACTION
-    """Part of the memory that JAX takes for arrays (XLA_CLIENT_MEM_FRACTION)."""
+    """Fraction of the memory that JAX takes for arrays (XLA_CLIENT_MEM_FRACTION)."""
     json: Path | None = None
     """Write the plan to this file instead of printing tables; "-" is stdout."""
 
 
 def generate(options: list[str]) -> None:
     command = parse(GenerateCommand, "generate", options)
-    cache = command.cache()  # everything wrong with it is said before the model is loaded
+    cache = command.cache()  # so that errors in it come before the model is loaded
     sampling = SamplingParams(temperature=command.temperature, top_k=command.top_k, top_p=command.top_p)
     prompt = _read_text(command.prompt_file) if command.prompt_file else command.prompt or ""
     tokenizer = load_tokenizer(command.model)

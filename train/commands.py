@@ -28,16 +28,16 @@ class FinetuneCommand(FinetuneConfig):
     """The settings of a run, and which of several processes this one is."""
 
     coordinator: str | None = None
-    """Of several processes: "host:port" of the first. Each is started with this command."""
+    """For several processes: "host:port" of the first. Start each of them with this command."""
     processes: int | None = None
-    """How many there are."""
+    """How many processes there are."""
     process: int | None = None
     """Which of them this is, from 0."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PlanFinetuneCommand(FinetuneConfig):
-    """The settings of a run, and the devices that it is planned for. Neither data nor weights are read."""
+    """Plan a run on devices that this machine need not have. Neither data nor weights are read."""
 
     data: tuple[Path, ...] = (Path("-"),)
     """Not read."""
@@ -46,9 +46,9 @@ class PlanFinetuneCommand(FinetuneConfig):
     device: str = "h200"
     """"h200", "h100-80gb" or "a100-80gb"; --mesh.* says how many."""
     hosts: int = 1
-    """Machines that the devices stand in."""
+    """Machines that hold the devices."""
     memory_fraction: float = DEFAULT_MEMORY_FRACTION
-    """Part of the memory that JAX takes for arrays (XLA_CLIENT_MEM_FRACTION)."""
+    """Fraction of the memory that JAX takes for arrays (XLA_CLIENT_MEM_FRACTION)."""
     json: Path | None = None
     """Write the plan to this file instead of printing tables; "-" is stdout."""
 

@@ -53,8 +53,8 @@ class FinetuneConfig:
     With ``lora_rank=None`` and ``attention="full"`` the same program trains every parameter with causal
     attention: pretraining, from a checkpoint of random weights.
 
-    Everything is checked when it is made: ValueError names the field, the value and what is allowed. That the
-    files are there and fit one another is checked by ``finetune``, before it starts.
+    Raises ValueError, naming the field, the value and what is allowed. ``finetune`` checks, before it starts,
+    that the files exist and fit one another.
 
     >>> config = FinetuneConfig(model="base", data="book.txt", output="longer", context=1024)
     >>> config.groups
@@ -64,14 +64,14 @@ class FinetuneConfig:
     model: str | Path
     """The checkpoint to start from: a Hugging Face folder with safetensors and a tokenizer.json."""
     data: Sequence[str | Path]
-    """Text files (one, or several), each one document, and .jsonl files: a line is an object with "text",
+    """Text files (one, or several), each one document, and .jsonl files: each line is an object with "text",
     with "prompt" and "completion", or with "instruction" and "output". Prompts are read, not learned."""
     output: str | Path
-    """A new folder, to become a Hugging Face folder with checkpoints and metrics.jsonl beside the model."""
+    """A new folder. It becomes a Hugging Face folder, with checkpoints and metrics.jsonl beside the model."""
     context: int
-    """Tokens per window. Beyond what the model was made for, its positions are extended by ``rope``."""
+    """Tokens per window. Where this exceeds the model's own context, ``rope`` extends its positions."""
     rope: str | None = None
-    """How positions are extended; None goes on as the checkpoint does, or linearly."""
+    """How positions are extended; None keeps the checkpoint's own method, or is linear where it has none."""
 
     attention: str = "shifted"
     """"shifted" groups (LongLoRA's S²-Attn, causal form), the same "grouped" without the shift, "full" causal
@@ -80,63 +80,63 @@ class FinetuneConfig:
     group_size: int | None = None
     """Tokens per group: even, and a divisor of the context. Default: group_ratio of the context."""
     group_ratio: float = 0.25
-    """Part of the context that a group takes, where no group_size is given."""
+    """Fraction of the context that a group takes, where no group_size is given."""
     sink: int = 128
-    """First tokens that "longgen" and "streaming" show."""
+    """First tokens that heads see with "longgen" and "streaming"."""
     window: int = 256
-    """Recent tokens that "longgen" and "streaming" show, the query's own included."""
+    """Recent tokens that heads see with "longgen" and "streaming", the query's own included."""
     stride: int | None = None
-    """For "longgen": blocks of 128 tokens, of which a query sees those of the window and every stride-th,
-    counted from the first. None: sink and window."""
+    """For "longgen": attend in blocks of 128 tokens. A query sees the blocks of the window, and every
+    stride-th block counted from the first. None: sink and window."""
     full_layers: tuple[int, ...] | None = None
     """For "longgen": the layers with full attention. Default: the middle third."""
     head_pattern: str | Path | None = None
     """For "streaming": a head pattern (DuoAttention's full_attention_heads.tsv)."""
     sparsity: float = 0.5
-    """For "streaming": the fraction of the KV heads, those of the lowest scores, that stream."""
+    """For "streaming": the fraction of the KV heads that stream, those with the lowest scores."""
 
     lora_rank: int | None = 8
     """Rank of the LoRA matrices. None trains every parameter instead, without LoRA."""
     lora_alpha: float = 16.0
     """The LoRA product is scaled by alpha / rank."""
     lora_dropout: float = 0.0
-    """Part of the adapters' inputs that is dropped while training."""
+    """Fraction of the adapters' inputs that is dropped while training."""
     lora_targets: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj")
     """The linear layers that get adapters: last names, or dotted paths with * ("layers.*.mlp.*")."""
     train_embeddings_and_norms: bool = True
-    """Train these beside LoRA, as LongLoRA must to reach long contexts."""
+    """Train these beside LoRA, as LongLoRA must in order to reach long contexts."""
     base_bits: int | None = None
-    """Keep the frozen matrices in 4 or 8 bits (QLoRA; needs the extra qlora). None: as the model computes."""
+    """Keep the frozen matrices in 4 or 8 bits (QLoRA; needs the extra qlora). None: in ``dtype``."""
     dtype: str | None = None
     """Dtype for computing and for the saved model; None for the checkpoint's. Updates are in float32."""
     remat: str = "none"
-    """What the backward pass keeps: "none" computes nothing again; "layers" keeps the input of each layer,
-    for a third more time; "attention" also what attention gave; "dots" the products with weights."""
+    """What the backward pass keeps: "none" recomputes nothing; "layers" keeps the input of each layer, for
+    a third more time; "attention" also attention's output; "dots" the products with weights."""
     mesh: MeshConfig = MeshConfig()
-    """How many devices split what."""
+    """How many devices split each part of the work."""
 
     steps: int = 1000
-    """Optimizer steps in all. Unless the schedule depends on them, a run can be started again with more."""
+    """Optimizer steps in all. Unless the schedule depends on their number, a run can be resumed with more."""
     batch_size: int = 8
     """Windows per step."""
     micro_batches: int = 1
-    """The windows of a step are computed in so many parts, one after another: less memory, the same step."""
+    """Compute the windows of a step in this many parts, one after another: less memory, the same step."""
     learning_rate: float = 2e-5
     """AdamW's (betas 0.9 and 0.95), after the warm-up."""
     warmup_steps: int = 20
     """Steps over which the learning rate rises to its value."""
     schedule: str = "constant"
-    """After the warm-up: "constant", or a fall to a tenth at the last step, along a "cosine" or "linear"."""
+    """After the warm-up: "constant", or a fall to a tenth at the last step, "cosine" or "linear"."""
     weight_decay: float = 0.0
     """AdamW's, on matrices only."""
     max_grad_norm: float = 1.0
     """Gradients of a larger norm are scaled down to this."""
     max_skipped: int = 3
-    """A step whose loss or gradient is not finite is skipped; so many in a row end the run."""
+    """A step whose loss or gradient is not finite is skipped; this many in a row end the run."""
     seed: int = 0
-    """Of the order of the windows, the initial LoRA matrices and dropout."""
+    """Seed of the order of the windows, of the initial LoRA matrices and of dropout."""
     checkpoint_every: int = 100
-    """Steps between checkpoints; the last step always has one, and so has one that SIGTERM ends."""
+    """Steps between checkpoints; the last step always has one, and so has a run that SIGTERM ends."""
 
     def __post_init__(self):
         if not self.data_files:

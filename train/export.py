@@ -31,8 +31,9 @@ TOKENIZER_FILES = (
 def export_model(
     config: FinetuneConfig, model: Llama, pattern: AttentionPattern, output: Path | None = None
 ) -> None:
-    """Merge the adapters and write the Hugging Face folder: the tokenizer first, for the folder becomes a
-    model with its config.json.
+    """Merge the adapters and write the Hugging Face folder.
+
+    The tokenizer comes first, because the config.json, written last, makes the folder a model.
     """
     output = config.output_folder if output is None else output
     if has_lora(model):
@@ -75,20 +76,22 @@ class MergeConfig:
     output: str | Path
     """A new folder."""
     step: int | None = None
-    """The checkpoint to take; by default the last."""
+    """The step whose checkpoint to take; by default the last."""
     adapter: bool = False
     """Write the LoRA matrices, and the embeddings and norms trained beside them, as an adapter that PEFT
     loads onto the base, instead of a whole model."""
     model: str | Path | None = None
-    """Where the base model is, if not where the run found it."""
+    """Where the base model is, if it is no longer where the run found it."""
 
 
 def merge(merging: MergeConfig) -> int:
-    """Write a Hugging Face folder with the adapters merged, or an adapter; returns the step it is of.
+    """Write a Hugging Face folder with the adapters merged, or an adapter.
 
-    Raises FileNotFoundError for a run without checkpoints or without that step, ValueError for a base model
-    that is not the run's and for an adapter of a run that trained all weights, FileExistsError for an output
-    folder that holds something.
+    Returns the step of the checkpoint that was taken.
+
+    Raises FileNotFoundError for a run without checkpoints or without that step; ValueError for a base model
+    that is not the run's, and for an adapter of a run that trained all weights; FileExistsError for an output
+    folder that is not empty.
     """
     output = Path(merging.output)
     require_new_folder(output)

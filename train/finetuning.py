@@ -36,9 +36,12 @@ from jsparse.train.step import Metrics, SplitModel, TrainState
 
 @dataclasses.dataclass(frozen=True)
 class FinetuneResult:
-    """``output``: the Hugging Face folder. ``losses``: one per step, from the first; nan where a step was
-    skipped. ``metrics``: the last step's line. ``finished``: whether all steps were taken; SIGTERM ends a run
-    before, and there is no model then.
+    """What a run leaves.
+
+    - output: the Hugging Face folder.
+    - losses: one per step, from the first; nan where a step was skipped.
+    - metrics: the last step's line of metrics.jsonl.
+    - finished: whether all steps were taken. A run that SIGTERM ended has written no model.
     """
 
     output: Path
@@ -50,28 +53,28 @@ class FinetuneResult:
 def finetune(config: FinetuneConfig, *, progress: bool = True) -> FinetuneResult:
     """Train ``config.model`` on ``config.data`` and write a Hugging Face folder to ``config.output``.
 
-    LongLoRA (arXiv 2309.12307) by default: a context beyond the model's own is reached by linear position
-    interpolation, which multiplies with what the checkpoint has and is saved in the new config.json;
-    attention in shifted groups, which never see a later token; LoRA on q, k, v and o with embeddings and
-    norms trained beside it, merged into the weights at the end. The result is an ordinary Llama: serve it
-    with full or any sparse attention.
+    The default is LongLoRA (arXiv 2309.12307). Linear position interpolation reaches a context beyond the
+    model's own; its factor multiplies the checkpoint's and is saved in the new config.json. Attention is in
+    shifted groups, which never see a later token. LoRA on q, k, v and o, with embeddings and norms trained
+    beside it, is merged into the weights at the end. The result is an ordinary Llama: serve it with full or
+    any sparse attention.
 
     While it runs, ``output`` holds ``metrics.jsonl`` (one line per step: step, loss, tokens that had a
     target, tokens per second, learning rate, gradient norm before clipping, steps skipped so far),
     ``checkpoints/`` and ``data/``, the text as tokens. config.json, the weights and attention_pattern.json,
-    which says what each head saw, appear at the end. The same call after an interruption goes on from the
-    last checkpoint, bit for bit as if nothing had happened. SIGTERM ends a run after the step that it is at,
-    with a checkpoint.
+    which says what each head saw, appear at the end. After an interruption, the same call resumes from the
+    last checkpoint, bit for bit as if nothing had happened. SIGTERM ends a run after the current step, with a
+    checkpoint.
 
     A step whose loss or gradient is not finite is skipped and counted; its line has null for them.
 
     With a ``config.mesh`` the run takes all devices of all processes (``jax.distributed.initialize`` first).
     Every process makes this call, and sees the same files.
 
-    progress: a progress bar, if stderr is a terminal.
+    - progress: show a progress bar, if stderr is a terminal.
 
     Raises, before training and before anything is written: ValueError or FileNotFoundError for a checkpoint,
-    data file or output folder that is not there, cannot be used or does not fit the others; FileExistsError
+    data file or output folder that is missing, cannot be used or does not fit the others; FileExistsError
     for an output folder with other files; ValueError naming the difference where its checkpoints belong to
     another run. While training: FloatingPointError naming the step where ``config.max_skipped`` steps in a
     row were not finite; OSError where a checkpoint cannot be written.
@@ -130,7 +133,7 @@ def _windows(
     eos_token_id: int | None,
     progress: bool,
 ) -> Windows:
-    """The data as windows of tokens on disk: those of an earlier call, or made by the first process."""
+    """The data as windows of tokens on disk: from an earlier call, or made now by the first process."""
     folder = config.output_folder / DATA / digest[:16]
     if is_first_process() and not (folder / HEADER).is_file():
         write_windows(
@@ -165,14 +168,14 @@ def _step_taker(
 
 
 def _batch(config: FinetuneConfig, windows: Windows, step: int, mesh: Mesh | None) -> tuple:
-    """Tokens, segment ids and which are scored, [micro-batches, B, T] each."""
+    """Tokens, segment ids and which tokens are scored, [micro-batches, B, T] each."""
     batch = batch_at(windows, step, batch_size=config.batch_size, seed=config.seed)
     parts = tuple(x.reshape(config.micro_batches, -1, config.context) for x in batch)
     return parts if mesh is None else tuple(put(x, batch_sharding(mesh)) for x in parts)
 
 
 def _metrics_line(config: FinetuneConfig, step: int, result: Metrics, began: float) -> dict[str, Any]:
-    """One line of metrics.jsonl; waits for the step, which ``began`` then."""
+    """One line of metrics.jsonl. Waits for the end of the step, which started at ``began``."""
     loss, grad_norm, tokens = float(result.loss), float(result.grad_norm), int(result.tokens)
     skipped, in_row = int(result.skipped), int(result.skipped_in_row)
     if in_row >= config.max_skipped:

@@ -14,15 +14,18 @@ from jsparse.models.masking import layer_masks
 def mixed_attend(
     config: LlamaConfig, gates: Float[Array, "layers kv_heads"], *, sink: int, window: int
 ) -> Attend:
-    """The ``attend`` argument of ``Llama.hidden`` that mixes full and streaming attention by a gate a KV
+    """The ``attend`` argument of ``Llama.hidden`` that mixes full and streaming attention, one gate per KV
     head::
 
         out = gate * full + (1 - gate) * streaming
 
     for the query heads of each KV head. ``full`` is causal attention, within the layer's own sliding window
-    if it has one; ``streaming`` sees the first ``sink`` and the last ``window`` keys. Mixed in float32, and
-    differentiable in the gates. From DuoAttention (arXiv 2410.10819), whose code streams by blocks of 128
-    tokens; here the mask is exact. ValueError for gates of another shape than the model's KV heads.
+    if it has one; ``streaming`` sees the first ``sink`` and the last ``window`` keys. They are mixed in
+    float32, differentiably in the gates.
+
+    Raises ValueError unless the gates have the shape of the model's KV heads.
+
+    Source: DuoAttention (arXiv 2410.10819). Its code streams by blocks of 128 tokens; here the mask is exact.
 
     >>> from flax import nnx
     >>> config = LlamaConfig.tiny()
@@ -34,7 +37,7 @@ def mixed_attend(
     """
     expected = (config.num_hidden_layers, config.num_key_value_heads)
     if gates.shape != expected:
-        raise ValueError(f"gates is {gates.shape}, but must be {expected}: one a layer and KV head")
+        raise ValueError(f"gates is {gates.shape}, but must be {expected}: one per layer and KV head")
     full_masks = layer_masks(config, None)
     streaming_mask = jsparse.streaming(sink, window)
 
@@ -63,12 +66,12 @@ def gate_loss(
         distance = mean over answer tokens and features of (hidden_full - hidden_mixed)²
         loss = distance + l1 * mean |gate|
 
-    The hidden states are the model's last ones, after the final norm, at the places that an answer token is
-    predicted from, which is the token before it. Those of the full model have no gradient. DuoAttention's
-    paper (arXiv 2410.10819) writes a sum over all gates, its code takes the mean, and so do we: ``l1=0.05``
-    is meant for the mean. Its code counts the questions as well as the answers.
+    The hidden states are the model's last ones, after the final norm, at the places from which answer tokens
+    are predicted: the token before each. Those of the full model have no gradient. DuoAttention's paper
+    (arXiv 2410.10819) writes a sum over all gates; its code takes the mean, as we do, and ``l1=0.05`` is
+    meant for the mean. Its code also counts the questions, not the answers alone.
 
-    Open gates cost their price and nothing else:
+    With open gates the loss is their price alone:
 
     >>> from flax import nnx
     >>> config = LlamaConfig.tiny()

@@ -24,32 +24,32 @@ from jsparse.texts.passkeys import Passkeys, check_passkeys_fit, passkey_batch
 from jsparse.train.head_gates import gate_loss
 from jsparse.train.run.paths import as_paths
 
-_ADAM = optax.scale_by_adam()  # which is AdamW where nothing decays; the learning rate is applied by _step
+_ADAM = optax.scale_by_adam()  # AdamW without decay; _step applies the learning rate
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class HeadsConfig:
     """The settings of learning a head pattern; the defaults are DuoAttention's recipe.
 
-    Everything is checked when it is made: ValueError names the field, the value and what is allowed. That the
-    files are there and fit one another is checked by ``learn_heads``, before it starts.
+    Raises ValueError, naming the field, the value and what is allowed. ``learn_heads`` checks, before it
+    starts, that the files exist and fit one another.
 
     >>> HeadsConfig(model="base", data="book.txt", output="pattern", context=32000).sample_lengths[:3]
     (8000, 8489, 8979)
     """
 
     model: str | Path
-    """The checkpoint, which stays as it is: a Hugging Face folder with safetensors and a tokenizer.json."""
+    """The checkpoint, which does not change: a Hugging Face folder with safetensors and a tokenizer.json."""
     data: Sequence[str | Path]
     """Text files (one, or several), or .jsonl files with one "text" per line, to hide passkeys in."""
     output: str | Path
-    """A new folder, for the pattern (full_attention_heads.tsv), its config.json and losses.tsv."""
+    """A new folder for the pattern (full_attention_heads.tsv), its config.json and losses.tsv."""
     context: int
-    """Tokens of the longest sample: as many as the pattern is for, within the model's own context."""
+    """Tokens of the longest sample: the context that the pattern is for, within the model's own."""
     min_context: int | None = None
     """Tokens of the shortest sample. Default: context // 4."""
     lengths: int = 50
-    """How many lengths samples have, evenly spaced from the longest to the shortest; 1: all the longest."""
+    """How many lengths samples have, evenly spaced from the longest to the shortest; 1: all longest."""
 
     sink: int = 128
     """First tokens that a streaming head sees."""
@@ -60,20 +60,20 @@ class HeadsConfig:
     words: int = 32
     """Random words per passkey."""
     dtype: str | None = None
-    """To compute in: "float32", "bfloat16", or None for the checkpoint's. Gates are in float32."""
+    """Dtype for computing: "float32", "bfloat16", or None for the checkpoint's. Gates are in float32."""
     remat: bool = True
-    """Compute each layer again in the backward pass: less memory, more time."""
+    """Recompute each layer in the backward pass: less memory, more time."""
 
     steps: int = 2000
     """Optimizer steps."""
     batch_size: int = 1
     """Samples per step."""
     learning_rate: float = 0.02
-    """AdamW's. It rises to this from a tenth in the first fifth of the steps, and falls back in the last."""
+    """AdamW's. It rises from a tenth to this in the first fifth of the steps, and falls back in the last."""
     l1: float = 0.05
-    """What a gate that is open costs: this times the mean of all gates is added to the loss."""
+    """The price of open gates: this times the mean of all gates is added to the loss."""
     seed: int = 0
-    """Of the samples."""
+    """Seed of the samples."""
 
     def __post_init__(self):
         if not self.data_files:
@@ -115,21 +115,24 @@ class HeadsConfig:
     @property
     def sample_lengths(self) -> tuple[int, ...]:
         """The lengths of the samples, from the shortest to the longest."""
-        # Counted from the longest, which is the one that stays where there is one only.
+        # Counted from the longest, so a single length is the longest.
         spaced = np.linspace(self.context, self.shortest, self.lengths).astype(int)
         return tuple(sorted({int(length) for length in spaced}))
 
     def learning_rate_at(self, step: int) -> float:
         """The learning rate of a step, counted from 0."""
         rising = optax.linear_schedule(0.1 * self.learning_rate, self.learning_rate, max(self.steps // 5, 1))
-        # It falls at the end as it rises from the start.
+        # It falls at the end as it rises at the start.
         return float(jnp.asarray(rising(min(step, self.steps - 1 - step))))
 
 
 @dataclasses.dataclass(frozen=True)
 class HeadsResult:
-    """``pattern``: the gates, each in [0, 1]. ``losses``: one per step, before its update. ``output``: the
-    folder.
+    """What learning leaves.
+
+    - pattern: the gates, each in [0, 1].
+    - losses: one per step, before its update.
+    - output: the folder.
     """
 
     pattern: jsparse.HeadPattern
@@ -141,25 +144,26 @@ def learn_heads(config: HeadsConfig, *, progress: bool = True) -> HeadsResult:
     """Learn a gate for each KV head of ``config.model``, and write them to ``config.output`` as a pattern.
 
     DuoAttention (arXiv 2410.10819): while the model itself is frozen, each KV head's attention is mixed from
-    full and streaming attention by its gate (``gates.mixed_attend``), and the gates are trained so that the
-    model still answers questions about passkeys as it does with full attention, with as little full attention
-    as possible (``gates.gate_loss``). Gates begin at 1, and AdamW moves them, back into [0, 1] after each
-    step (the original does so before each step, so that what it saves lies slightly outside). A head whose
-    gate stays high is a retrieval head.
+    full and streaming attention by its gate (``head_gates.mixed_attend``). The gates are trained to let the
+    model answer questions about passkeys as it does with full attention, with as little full attention as
+    possible (``head_gates.gate_loss``). Gates begin at 1, and AdamW moves them. They are clipped to [0, 1]
+    after each step (the original clips before it, so what it saves lies slightly outside). A head whose gate
+    stays high is a retrieval head.
 
-    data: text to hide the passkeys in (``jsparse.texts.passkeys``), at least ``context`` tokens of it.
+    ``config.data`` is the text that the passkeys are hidden in (``jsparse.texts.passkeys``), at least
+    ``context`` tokens of it.
 
-    ``output`` becomes full_attention_heads.tsv (``HeadPattern.load`` reads it), config.json with the settings
-    (sink_size and recent_size by DuoAttention's names) and losses.tsv, with the two parts of each loss. They
-    are written at the end. The same settings give the same pattern.
+    ``output`` gets full_attention_heads.tsv (``HeadPattern.load`` reads it), config.json with the settings
+    (sink_size and recent_size, as DuoAttention calls them) and losses.tsv, with the two parts of each loss.
+    They are written at the end. The same settings give the same pattern.
 
     In a layer whose own sliding window is shorter than a sample, full attention is that window. All its heads
     stream already, and ``serve`` takes no streaming heads there.
 
-    progress: a progress bar, if stderr is a terminal.
+    - progress: show a progress bar, if stderr is a terminal.
 
     Raises, before anything is computed: ValueError or FileNotFoundError for a checkpoint or data file that is
-    not there, cannot be used or does not fit the other settings; FileExistsError for an output folder that is
+    missing, cannot be used or does not fit the other settings; FileExistsError for an output folder that is
     not empty. While learning: FloatingPointError naming the step where the loss or its gradient is not
     finite; then nothing is written.
     """
@@ -232,7 +236,7 @@ def _learn(
 def _step(
     graphdef, frozen, gates, opt_state, tokens, is_answer, l1, learning_rate, *, sink, window, remat
 ) -> tuple[Array, optax.OptState, Array, Array, Array]:
-    """One update: gates, opt_state, then the loss before it, its distance and the gradient's norm."""
+    """One update: gates and opt_state, then the loss before it, its distance and the gradient's norm."""
 
     def loss_fn(gates):
         model = nnx.merge(graphdef, frozen)
@@ -245,7 +249,7 @@ def _step(
 
 
 def _passkeys(config: HeadsConfig, model_config: LlamaConfig) -> Passkeys:
-    """The haystack and the settings of the samples, after the check that they fit the sample lengths."""
+    """The haystack and the settings of the samples, once they are known to fit the sample lengths."""
     tokenizer = load_tokenizer(config.model)
     encode = text_encoder(tokenizer, model_config.vocab_size)
     documents = read_documents(
@@ -269,7 +273,7 @@ def _passkeys(config: HeadsConfig, model_config: LlamaConfig) -> Passkeys:
 def _write(
     config: HeadsConfig, pattern: jsparse.HeadPattern, losses: list[tuple[float, float, float]]
 ) -> None:
-    """The pattern last: where it is, the rest is too."""
+    """Write the pattern last: where it exists, the rest does too."""
     settings = {"sink_size": config.sink, "recent_size": config.window} | dataclasses.asdict(config)
     settings |= {"model": str(config.model), "data": [str(file) for file in config.data_files]}
     settings["min_context"] = config.shortest

@@ -11,7 +11,7 @@ from jsparse.models.layers import Linear, linear_layers
 from jsparse.models.masking import ModelMask, layer_masks
 from jsparse.plan.flops import Passes, StepFlops, attention_flops
 
-# What the backward pass computes again of a layer.
+# The parts of a layer that the backward pass recomputes.
 _AGAIN = {
     "none": (),
     "layers": ("attention", "products"),
@@ -31,13 +31,16 @@ def step_flops(
 ) -> StepFlops:
     """FLOPs of a step over ``windows`` windows of ``context`` tokens, on all devices together.
 
-    model: as it is trained, with its adapters; its arrays may be abstract. With adapters the base is
-    frozen. mask: as the model takes it.
+    - model: as it is trained, with its adapters; its arrays may be abstract. With adapters the base is
+      frozen.
+    - mask: as the model takes it.
+    - train_embeddings: whether the embeddings are trained.
+    - remat: as in ``Llama.hidden``. "layers" recomputes all of a layer except its last product, "attention"
+      the same except attention, "dots" attention alone.
 
-    A product with a weight matrix is as much again backward for the gradient of its input, and once more
-    for that of the matrix, where it is trained. The head's product is computed again in any case, a stretch
-    of tokens at a time. ``remat``, as in ``Llama.hidden``: "layers" computes all of a layer again but its
-    last product, "attention" all that but attention, "dots" attention alone.
+    In the backward pass, a product with a weight matrix costs as much again for the gradient of its input,
+    and once more for that of the matrix, where it is trained. The head's product is always recomputed, a
+    stretch of tokens at a time.
 
     The embedding takes no products. Segment ids skip no blocks, so documents do not count. Layer 0 counts
     like the others, though a run that trains nothing before it needs no gradient of its input.
@@ -84,7 +87,7 @@ def step_flops(
 
 
 def _linear(linear: Linear, *, base_trained: bool, last: bool) -> Passes:
-    """FLOPs of ``x W + (x A) B`` for a token. Of a layer's ``last`` product only ``x A`` is needed again."""
+    """FLOPs of ``x W + (x A) B`` per token. Of a layer's ``last`` product only ``x A`` is recomputed."""
     rank = 0 if linear.lora_b is None else linear.lora_b.shape[0]
     base, down, up = (
         2 * n for n in (linear.in_size * linear.out_size, linear.in_size * rank, rank * linear.out_size)

@@ -1,4 +1,4 @@
-"""Whether a fine-tuning run fits: its real step, compiled for GPUs that need not be there, and its FLOPs."""
+"""Whether a fine-tuning run fits: its real step, compiled for GPUs that are not here, and its FLOPs."""
 
 import dataclasses
 from typing import Any
@@ -18,9 +18,7 @@ from jsparse.train.model_flops import step_flops
 from jsparse.train.start import extended_config, is_trained, make_step, prepare
 from jsparse.train.step import new_state, split_model
 
-STORED_DTYPE = (
-    "bfloat16"  # of the weights, where a run takes them as they are: so are nearly all that are published
-)
+STORED_DTYPE = "bfloat16"  # of weights whose dtype a run keeps: nearly all published ones are bfloat16
 
 
 def plan_finetune(
@@ -33,15 +31,17 @@ def plan_finetune(
 ) -> Plan:
     """What ``finetune(config)`` takes of each device, and the FLOPs of a step.
 
-    Compiles the step that it runs, for ``config.mesh``. Nothing that ``config`` names is read but a head
-    pattern: no weights, data or tokenizer. ``model`` is the checkpoint's config, before its context is
-    extended, and its weights are bfloat16 where ``config.dtype`` is None.
+    Compiles the step that ``finetune`` runs, for ``config.mesh``. Nothing is estimated. Of the files that
+    ``config`` names, only a head pattern is read: no weights, data or tokenizer.
 
-    device: "h200", "h100-80gb" or "a100-80gb". hosts: the machines in which the devices of the mesh stand.
-    memory_fraction: see :class:`jsparse.plan.Plan`.
+    - model: the checkpoint's config, before its context is extended. Weights are taken to be bfloat16 where
+      ``config.dtype`` is None.
+    - device: "h200", "h100-80gb" or "a100-80gb".
+    - hosts: how many machines hold the devices of the mesh.
+    - memory_fraction: see :class:`jsparse.plan.Plan`.
 
-    Raises ValueError for arguments out of range or that do not fit one another, NotImplementedError where
-    nothing can be compiled, RuntimeError where the step does not compile. Nothing is estimated.
+    Raises ValueError for arguments that are out of range or do not fit one another, NotImplementedError where
+    nothing can be compiled, RuntimeError where the step does not compile.
     """
     chosen = find_device(device)
     check_memory_fraction(memory_fraction)
@@ -71,7 +71,7 @@ def plan_finetune(
 
 
 def step_program(config: FinetuneConfig, model_config: LlamaConfig, mask: ModelMask, mesh: Mesh) -> Program:
-    """The step of ``finetune`` with abstract arguments where it puts them on a mesh."""
+    """The step of ``finetune`` with abstract arguments, placed on a mesh as ``finetune`` places them."""
     splits = []
 
     def make():
@@ -109,7 +109,7 @@ def _abstract_model(config: FinetuneConfig, model_config: LlamaConfig) -> Llama:
 
 
 def _settings(config: FinetuneConfig) -> dict[str, Any]:
-    """What of a run decides its memory and its FLOPs."""
+    """The settings of a run that decide its memory and its FLOPs."""
     names = ("context", "attention", "lora_rank", "lora_targets", "train_embeddings_and_norms", "base_bits")
     settings = {name: getattr(config, name) for name in (*names, "remat", "batch_size", "micro_batches")}
     if config.groups is not None:

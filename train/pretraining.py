@@ -1,4 +1,4 @@
-"""Pretraining a small model from nothing, which writes some Python and needs the whole of its context."""
+"""Pretraining a small model from nothing: it writes some Python, and needs its whole context."""
 
 import dataclasses
 import functools
@@ -33,26 +33,26 @@ from jsparse.train.step import SplitModel, TrainState, is_table, new_state, spli
 RECORD = "pretrain.json"
 _SHORTEST = 64  # tokens of the first stage's rows
 _SHORT = 256  # tokens of rows up to which the learning rate stays as it is
-_TEXT_LENGTH = 512  # tokens of the rows that most text is in: longer ones take more time for as much
+_TEXT_LENGTH = 512  # tokens per row for most of the text: longer rows take more time for the same text
 _MIX = {"recall": 0.6, "list": 0.08, "copy": 0.08, "passkeys": 0.08, "text": 0.16}
 _TEXT_MIX = {"text": 0.5, "recall": 0.25, "list": 0.15, "copy": 0.05, "passkeys": 0.05}
 _LONG_MIX = {"recall": 0.5, "list": 0.15, "copy": 0.05, "passkeys": 0.1, "text": 0.2}
 _FAR_MIX = {"far": 0.6, "recall": 0.1, "passkeys": 0.1, "text": 0.2}
-_FAR_RATE = 0.25  # of the learning rates: they start again there for the last stage
+_FAR_RATE = 0.25  # of the learning rates: where they start again for the last stage
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PretrainConfig:
     """The settings of a pretraining run; the defaults are those of the model that jsparse ships.
 
-    Everything is checked when it is made: ValueError names the field, the value and what is allowed.
+    Raises ValueError, naming the field, the value and what is allowed.
 
     >>> [stage.length for stage in PretrainConfig(output="small").stages]
     [64, 128, 256, 512, 512, 1024, 2048, 2048, 2048]
     """
 
     output: str | Path
-    """A new folder, to become a Hugging Face folder."""
+    """A new folder, which becomes a Hugging Face folder."""
     data: Sequence[str | Path] = ()
     """UTF-8 text files to learn from. Default: the sources of the Python standard library, without the
     modules that ``jsparse evaluate`` and ``jsparse demo`` measure with."""
@@ -62,9 +62,9 @@ class PretrainConfig:
     vocab_size: int = 1536
     """Tokens of the vocabulary, the words of the tasks among them."""
     hidden_size: int = 192
-    """Of the model."""
+    """Width of the model."""
     intermediate_size: int = 512
-    """Of the MLP."""
+    """Width of the MLP."""
     layers: int = 4
     """Transformer layers."""
     q_heads: int = 4
@@ -72,7 +72,7 @@ class PretrainConfig:
     kv_heads: int = 2
     """KV heads per layer."""
     head_dim: int = 64
-    """Of each."""
+    """Dimensions of each head."""
 
     stage_steps: int = 300
     """Steps at each length from 64 tokens to the context, doubling."""
@@ -81,20 +81,20 @@ class PretrainConfig:
     final_steps: int = 900
     """Steps at the full context after them."""
     far_steps: int = 1200
-    """Steps at the full context at the very end, most rows of which ask for what was said once, far back."""
+    """Steps at the full context at the very end. Most of their rows ask for what was said once, far back."""
     batch_tokens: int = 4096
-    """Tokens per step (half of it at 64 tokens), and never less than two rows."""
+    """Tokens per step (half as many in rows of 64 tokens), and never less than two rows."""
     learning_rate: float = 0.02
-    """Muon's, for the matrices of the layers. It falls to zero from the rows of 512 tokens on; for
+    """Muon's, for the matrices of the layers. From the rows of 512 tokens on it falls to zero; for
     ``far_steps`` it starts again at a quarter, and falls to zero once more."""
     embedding_learning_rate: float = 0.003
     """Adam's, for embeddings, output and norms."""
     text_weight: float = 1.0
-    """Of the mean loss of real text and lists, beside that of answers, which has 1."""
+    """Weight of the mean loss of real text and lists; that of answers has weight 1."""
     seed: int = 0
-    """Of the weights and of all rows."""
+    """Seed of the weights and of all rows."""
     checkpoint_every: int = 200
-    """Steps between checkpoints; the last step always has one, and so has one that SIGTERM ends."""
+    """Steps between checkpoints; the last step always has one, and so has a run that SIGTERM ends."""
 
     def __post_init__(self):
         sizes = "context", "vocab_size", "hidden_size", "intermediate_size", "layers", "head_dim"
@@ -110,9 +110,7 @@ class PretrainConfig:
 
     @property
     def stages(self) -> tuple[Stage, ...]:
-        """Copies first: a model that has learned to look for what came before learns the rest at each length
-        from the one before it.
-        """
+        """Copies come first: a model that has learned to look back learns the rest from length to length."""
         rows = max(2, self.batch_tokens // (2 * _SHORTEST))
         stages = [Stage(self.stage_steps, _SHORTEST, rows, {"copy": 0.6, "recall": 0.4})]
         length = _SHORTEST
@@ -132,7 +130,7 @@ class PretrainConfig:
 
     @property
     def steps(self) -> int:
-        """Of all stages."""
+        """The steps of all stages together."""
         return sum(stage.steps for stage in self.stages)
 
     @property
@@ -183,8 +181,11 @@ class PretrainConfig:
 
 @dataclasses.dataclass(frozen=True)
 class PretrainResult:
-    """``output``: the Hugging Face folder. ``metrics``: one line per step. ``finished``: whether all steps
-    were taken; SIGTERM ends a run before, and there is no model then.
+    """What a run leaves.
+
+    - output: the Hugging Face folder.
+    - metrics: one line per step.
+    - finished: whether all steps were taken. A run that SIGTERM ended has written no model.
     """
 
     output: Path
@@ -197,19 +198,20 @@ def pretrain(config: PretrainConfig, *, command: str | None = None, progress: bo
 
     The rows are those of :class:`jsparse.train.data.curriculum.Lessons`, longer from stage to stage. The loss
     is ``text_weight`` times the mean over the tokens of real text, plus the mean over the kinds of answers,
-    each of which weighs as the root of how many a step has.
+    each weighted by the square root of its number in the step.
 
-    While it runs, ``output`` holds ``metrics.jsonl`` (one line per step: step, length, loss, and of each kind
-    of token that the step had its loss and how many were predicted right) and ``checkpoints/``. The
-    tokenizer, the model and ``pretrain.json``, which says how it was made, come at the end. The same call
-    after an interruption goes on from the last checkpoint, bit for bit as if nothing had happened.
+    While it runs, ``output`` holds ``metrics.jsonl`` (one line per step: step, length, loss, and for each
+    kind of token in the step its loss and how many were predicted right) and ``checkpoints/``. The tokenizer,
+    the model and ``pretrain.json``, which says how it was made, come at the end. After an interruption, the
+    same call resumes from the last checkpoint, bit for bit as if nothing had happened.
 
-    command: what to name in pretrain.json as the command that made it. progress: a progress bar, if stderr is
-    a terminal.
+    - command: the command to name in pretrain.json.
+    - progress: show a progress bar, if stderr is a terminal.
 
-    Raises, before anything is computed, ValueError or FileNotFoundError for data that is not there or too
-    short, a vocabulary that has no room, or an output folder that holds another run, FileExistsError for one
-    with other files. While training, FloatingPointError where a loss is not finite.
+    Raises, before anything is computed: ValueError or FileNotFoundError for data that is missing or too
+    short, a vocabulary without room for the tasks, or an output folder that holds another run;
+    FileExistsError for an output folder with other files. While training: FloatingPointError where a loss is
+    not finite.
     """
     files = config.data_files
     check_files(files)
@@ -269,8 +271,8 @@ def _describe_run(config: PretrainConfig, digest: str) -> dict[str, Any]:
 def _start(config: PretrainConfig, eos_token_id: int) -> tuple[TrainState, SplitModel]:
     """The model before its first step.
 
-    Embeddings are as large as what the layers add to them, and share a direction of their own: without
-    biases, that is all by which a head can look at a position whatever its token. With small and centred
+    Embeddings are as large as what the layers add to them, and share a common direction: without biases, only
+    this lets a head look at a position whatever its token is. With small and centred
     ones, a model of two layers copied 13 % of the words after 300 steps of the first stage; with large ones
     40 %, and with the shared direction 94 %.
     """
@@ -283,7 +285,7 @@ def _start(config: PretrainConfig, eos_token_id: int) -> tuple[TrainState, Split
 
 
 def _muon_matrices(params: PyTree) -> PyTree:
-    """Which axes Muon multiplies over, None for what is Adam's."""
+    """The axes that Muon multiplies over; None for Adam's parameters."""
 
     def axes(path, param):
         return None if is_table(path) or param.ndim != 2 else optax.contrib.MuonDimensionNumbers(0, 1)
@@ -292,7 +294,7 @@ def _muon_matrices(params: PyTree) -> PyTree:
 
 
 class _Counts(NamedTuple):
-    """Of each kind of token."""
+    """Counts for each kind of token."""
 
     tokens: Int[Array, " K"]
     nll: Float[Array, " K"]
@@ -318,7 +320,7 @@ def _pretrain_step(
         )
         is_text = jnp.isin(jnp.arange(len(KINDS)), jnp.array([TEXT, LISTED]))
         text = (counts.nll * is_text).sum() / jnp.maximum((counts.tokens * is_text).sum(), 1)
-        # By the root of their number, else copies, which are most, would leave little for the others.
+        # By the root of their number: copies are the most, and would otherwise leave little for the others.
         weights = jnp.sqrt(counts.tokens * ~is_text)
         means = counts.nll / jnp.maximum(counts.tokens, 1)
         answers = (weights * means).sum() / jnp.maximum(weights.sum(), 1)
@@ -384,9 +386,9 @@ def _mean_of_last(metrics: list[dict[str, Any]], steps: int = 100) -> dict[str, 
 def _export(
     config: PretrainConfig, split: SplitModel, state: TrainState, tokenizer: Any, record: dict[str, Any]
 ) -> None:
-    """The tokenizer and the record first: the folder becomes a model with its config.json."""
+    """Write the tokenizer and the record first: config.json, written last, makes the folder a model."""
     tokenizer.save(str(config.output_folder / "tokenizer.json"))
-    # For transformers, which would take another tokenizer for a Llama's.
+    # For transformers, which would otherwise choose another tokenizer for a Llama.
     settings = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "eos_token": END_OF_TEXT,

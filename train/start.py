@@ -25,9 +25,9 @@ def extended_config(config: FinetuneConfig, model: LlamaConfig) -> LlamaConfig:
 def load_start(
     config: FinetuneConfig, model_config: LlamaConfig, mesh: Mesh | None
 ) -> tuple[TrainState, SplitModel]:
-    """The model of ``config`` from its folder, with ``model_config`` for its own, before the first step.
+    """The model in ``config``'s folder before the first step, with ``model_config`` in place of its own.
 
-    Raises ValueError for weights that are stored as float16 where no dtype is given: it overflows.
+    Raises ValueError for weights that are stored as float16, which overflows, where no dtype is given.
     """
     model = Llama.from_pretrained(config.model, dtype=config.dtype and jnp.dtype(config.dtype), mesh=mesh)
     if model.norm.scale[...].dtype == jnp.float16:
@@ -80,14 +80,14 @@ def make_step(
 
 
 def is_trained(config: FinetuneConfig) -> Any:
-    """Which parameters to train: a filter for ``nnx.split``."""
+    """A filter for ``nnx.split``: which parameters to train."""
     if config.lora_rank is None:
         return nnx.Param
     return is_trained_with_lora if config.train_embeddings_and_norms else LoRAParam
 
 
 def _placed(tree: PyTree, mesh: Mesh) -> PyTree:
-    """The arrays where they belong: new ones are on one device still."""
+    """The arrays where they belong on the mesh; new ones are still on one device."""
 
     def place(x, sharding):
         return x if x.sharding.is_equivalent_to(sharding, x.ndim) else put(x, sharding)

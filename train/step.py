@@ -23,7 +23,7 @@ class TrainState(NamedTuple):
     opt_state: optax.OptState
     step: Int32[Array, ""]  # steps taken, skipped ones too
     skipped: Int32[Array, ""]  # steps whose loss or gradient was not finite, and which changed nothing
-    skipped_in_row: Int32[Array, ""]  # of them, the last without a good one between
+    skipped_in_row: Int32[Array, ""]  # of these, how many came last, one after another
 
 
 class Metrics(NamedTuple):
@@ -69,8 +69,9 @@ def is_table(path: tuple[Any, ...]) -> bool:
 def split_model(model: Llama, is_trained: Any) -> tuple[PyTree, SplitModel]:
     """The parameters to train, in float32 whatever the model computes in, and the model without them.
 
-    is_trained: a filter for ``nnx.split``. The parameters may share memory with ``model``, which is not to be
-    used any more once a step has donated them.
+    - is_trained: a filter for ``nnx.split``.
+
+    The parameters may share memory with ``model``, so do not use it once a step has donated them.
     """
     graphdef, params, frozen = nnx.split(model, is_trained, ...)
     abstract = jax.tree.map(lambda p: jax.ShapeDtypeStruct(p.shape, p.dtype), params)
@@ -94,14 +95,17 @@ def train_step(
 ) -> Callable[..., tuple[TrainState, Metrics]]:
     """The jitted ``step(state, frozen, tokens, segment_ids, scored) -> state, metrics``, donating ``state``.
 
-    The batch is [micro-batches, B, T]: the gradient of one micro-batch after another is summed in float32.
-    The loss is the next-token cross-entropy over all tokens of all of them that have a target in their own
-    document and are ``scored``, each weighing the same, wherever it stands.
+    The batch is [micro-batches, B, T]; gradients are computed for one micro-batch after another and summed in
+    float32. The loss is the mean next-token cross-entropy over all tokens of the batch that have a target in
+    their own document and are ``scored``; every such token weighs the same.
 
-    A step whose loss or gradient is not finite changes nothing but the counts of skipped steps. mask: as the
-    model takes it. remat: what the backward pass keeps (``Llama.hidden``). dropout_seed: of the adapters'
-    dropout, keyed by step and micro-batch; None where there is none. mesh: what the arguments lie on, and is
-    in context (``jax.set_mesh``), or None for one device.
+    A step whose loss or gradient is not finite changes nothing but the counts of steps.
+
+    - mask: as the model takes it.
+    - remat: what the backward pass keeps (``Llama.hidden``).
+    - dropout_seed: seed of the adapters' dropout, keyed by step and micro-batch; None without dropout.
+    - mesh: the mesh that the arguments lie on, which must be in context (``jax.set_mesh``); None for one
+      device.
     """
     parts = 1 if mesh is None else mesh.shape["sequence"]
     some_frozen = any(isinstance(leaf, nnx.Param) for _, leaf in nnx.to_flat_state(split.frozen))
@@ -151,7 +155,7 @@ def train_step(
         norm = optax.tree.norm(grads)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
-        # Not optax.apply_if_finite: it looks at the gradients alone, and not at the loss.
+        # Not optax.apply_if_finite: it checks only the gradients, not the loss.
         good = jnp.isfinite(loss) & jnp.isfinite(norm)
         params, opt_state = jax.tree.map(
             lambda new, old: jnp.where(good, new, old), (params, opt_state), (state.params, state.opt_state)
@@ -159,7 +163,7 @@ def train_step(
         skipped = state.skipped + ~good
         skipped_in_row = jnp.where(good, 0, state.skipped_in_row + 1)
         state = TrainState(params, opt_state, state.step + 1, skipped, skipped_in_row)
-        if mesh is not None:  # as it came in, whatever the compiler would like
+        if mesh is not None:  # placed as it came in, whatever the compiler prefers
             state = jax.lax.with_sharding_constraint(state, parameter_shardings(state, mesh))
         return state, Metrics(loss, norm, counted, skipped, skipped_in_row)
 

@@ -21,11 +21,11 @@ from jsparse.serve.loop import ModelShape
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DecodeBench:
-    """Measure decoding: milliseconds a token at each context length, with each way to read the cache.
+    """Measure decoding: milliseconds per token at each context length, for each way to read the cache.
 
-    Prompts are not computed. The cache holds random keys and values instead, as many as the context is long:
-    no step takes longer or shorter for their values, but text and logits mean nothing. Which pages are listed
-    is as random, so that quality is not measured here.
+    Prompts are not computed. The cache holds random keys and values instead, as many as the context is long.
+    A step takes equally long whatever their values, but text and logits mean nothing. The choice of pages is
+    random too, so this says nothing about quality.
     """
 
     output: Path
@@ -49,9 +49,9 @@ class DecodeBench:
     batch: int = 1
     """Sequences, all of the same length."""
     steps: int = 16
-    """Tokens a timed call, at most 32. It begins by choosing pages; a choice serves 4 tokens, Quest's one."""
+    """Tokens per timed call, at most 32. It begins by choosing pages, for 4 tokens each, or 1 for Quest."""
     repeats: int = 7
-    """Rounds, in which everything is measured in turn; the median counts."""
+    """Rounds, each measuring everything in turn; the median counts."""
 
     def __post_init__(self):
         object.__setattr__(self, "output", Path(self.output))
@@ -104,7 +104,7 @@ def bench_decode(config: DecodeBench) -> list[DecodeRow]:
         rows += _measure(config, model, shape, context, of_policy)
         common.write_results(config, "decode", about, rows=rows, bytes=table)
         times = ", ".join(f"{row.policy} {row.decode.median:.2f}" for row in rows if row.context == context)
-        print(f"context {context}, ms a token: {times}", file=sys.stderr)
+        print(f"context {context}, ms per token: {times}", file=sys.stderr)
     print_bytes(table, about)
     pages = "" if config.kv_bits is None else f", int{config.kv_bits} pages"
     what, machine = f"{model_name(about)}, batch {config.batch}{pages}", describe_machine()

@@ -30,8 +30,8 @@ _PAGE = 64
 class PrefillBench:
     """Measure prompts: seconds from random tokens to the first new one, for each way to compute them.
 
-    "dense" reads everything; with "streaming" a part of the KV heads see their sink and window only; "pooled"
-    and "vertical-slash" estimate which blocks each head reads.
+    "dense" reads everything; with "streaming" some KV heads see only their sink and window; "pooled" and
+    "vertical-slash" estimate which blocks each head reads.
     """
 
     output: Path
@@ -49,15 +49,15 @@ class PrefillBench:
     window: int = 256
     """Recent tokens that a streaming head sees."""
     estimate_budget: int = 4096
-    """Tokens that a block of queries reads at most where blocks are estimated; a multiple of 512."""
+    """Most tokens that a block of queries reads where blocks are estimated; a multiple of 512."""
     chunk: int = 512
     """Tokens of the prompt that are computed at once."""
     kv_bits: Literal[8, 4] | None = None
     """Keep the pages as codes of 8 or 4 bits."""
     repeats: int = 1
-    """Rounds, in which everything is measured in turn, after one token that compiles; the median counts."""
+    """Rounds, each measuring everything in turn, after one token that compiles; the median counts."""
     seed: int = 0
-    """Of the tokens."""
+    """Seed of the tokens."""
 
     def __post_init__(self):
         object.__setattr__(self, "output", Path(self.output))

@@ -2,9 +2,10 @@
 
 import json
 import os
+import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeVar
 
 import tyro
 from rich.console import Console
@@ -12,14 +13,17 @@ from rich.table import Table
 
 Config = TypeVar("Config")
 
+# A --model whose default is the model in the package: --help then shows that, and no path of this machine.
+DefaultsToShipped = Annotated[Path, tyro.conf.arg(help_behavior_hint="(default: the shipped model)")]
+
 
 def parse(config: type[Config], name: str, options: list[str], description: str | None = None) -> Config:
     """The dataclass that the options of ``jsparse name`` fill in; ``description`` heads its --help.
 
     Raises SystemExit with code 2, as tyro does, for options that do not parse.
     """
-    # An example in Python is no help on the command line.
-    description = (description or config.__doc__ or "").split(">>>")[0]
+    # What a constructor raises and examples in Python are no help on the command line.
+    description = re.split(r"\n\s*(?:Raises |>>>)", description or config.__doc__ or "")[0]
     return tyro.cli(config, prog=f"jsparse {name}", description=description, args=options)
 
 

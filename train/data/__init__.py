@@ -1,4 +1,4 @@
-"""Training data: samples packed into windows, and the order in which their batches come."""
+"""Training data: samples packed into windows, and the order of their batches."""
 
 from jsparse.train.data.batches import batch_at as batch_at
 from jsparse.train.data.batches import digest_data as digest_data

@@ -1,4 +1,4 @@
-"""Training data: the order in which its windows come, and what they depend on.
+"""The order in which windows of training data come, and a digest of what they depend on.
 
 Files become samples (``jsparse.texts.documents``), samples windows on disk (``windows.py``), and windows
 batches.
@@ -16,7 +16,7 @@ from jsparse.texts.documents import check_files, is_json_lines
 from jsparse.texts.tokenizer import plain_text_tokenizer
 from jsparse.train.data.windows import TrainBatch, Windows
 
-_PACKING = 1  # to be counted up when the same files come to lie otherwise in the windows
+_PACKING = 1  # to be increased when the same files are packed into windows differently
 
 
 def batch_at(windows: Windows, step: int, *, batch_size: int, seed: int) -> TrainBatch:
@@ -49,13 +49,13 @@ def position_at(windows_count: int, step: int, batch_size: int) -> dict[str, int
 def digest_data(
     files: Sequence[str | Path], tokenizer: Tokenizer, *, context: int, eos_token_id: int | None
 ) -> str:
-    """SHA-256 of all that windows are made of: of equal digests, ``write_windows`` stores equal windows.
+    """SHA-256 of all that windows are made of: for equal digests, ``write_windows`` stores equal windows.
 
-    That is the bytes of the files, in their order, and whether they are JSON lines; the tokenizer; and how
-    the samples are cut. Names of files do not count, nor do the truncation and padding of tokenizer.json,
+    It covers the bytes of the files, in their order, and whether they are JSON lines; the tokenizer; and how
+    the samples are cut. Names of files do not count, nor do the truncation and padding in tokenizer.json,
     which ``write_windows`` does not apply. Files are read in pieces, and nothing is tokenised.
 
-    Raises FileNotFoundError or ValueError for a file that is missing or a directory.
+    Raises FileNotFoundError or ValueError for a path that is missing or is a directory.
     """
     check_files(files)
     sha = hashlib.sha256(f"packing {_PACKING}, {context=}, {eos_token_id=}\n".encode())

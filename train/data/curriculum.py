@@ -11,19 +11,19 @@ from tokenizers import Tokenizer
 from jsparse.texts import tasks
 from jsparse.texts.passkeys import Passkeys, passkey_sample, random_stretch
 
-# What a token is to be predicted as. Kinds from COPY on are answers: what stands before them decides them.
+# What a token is to be predicted as. Kinds from COPY on are answers: the tokens before decide them.
 NOT_SCORED, TEXT, COPY, RECALL, CHAIN, PASSKEY, COMMON, LISTED = range(-1, 7)
 KINDS = ("text", "copy", "recall", "chain", "passkey", "common", "words")
 
 _PLAIN_BELOW = 192  # tokens of a text that is too short for a header
-_ALIASES = 0.25  # of new keys, how many are another key
-_QUESTIONS = 0.5  # of what is said again, how much is asked for
+_ALIASES = 0.25  # fraction of new keys whose value is another key
+_QUESTIONS = 0.5  # fraction of repetitions that are questions
 Sentence = tuple[list[int], list[int]]  # tokens and their kinds
 
 
 @dataclasses.dataclass(frozen=True)
 class Stage:
-    """Steps on rows of one length: ``rows`` of them a step, of kinds in the proportions of ``mix``."""
+    """Steps on rows of one length: ``rows`` per step, of kinds in the proportions of ``mix``."""
 
     steps: int
     length: int
@@ -44,10 +44,10 @@ class Lessons:
       other keys, and then the answer is the chain to a value; some texts have a passkey. Between key and
       value stands " is", "?" or nothing: so a model looks for the value at each of these tokens, and not at
       the last of a question alone. With up to four tokens there, keys were not told apart after 500 steps.
-    - "far": as "recall", but each key is said once, at a random place, and all are asked for at the end.
+    - "far": like "recall", but each key is said once, at a random place, and all are asked for at the end.
       Without these, a model missed 7 of 64 keys in texts of 2048 tokens, all in the first 36 % of the text.
-    - "list": lists of words, of which three come more often, and the question which. The words themselves
-      are scored too: what comes next is best told by what came often.
+    - "list": lists of words, three of which come more often, and the question which ones. The words
+      themselves are scored too: what came often best predicts what comes next.
     - "passkeys": what ``jsparse heads`` asks (``jsparse.texts.passkeys``).
     """
 
@@ -145,7 +145,7 @@ class Lessons:
         """A row of text with sentences at random places in it, in order, and others at its end."""
         sentences = sentences + at_end
         rest = length - len(start) - sum(len(tokens) for tokens, _ in sentences)
-        while rest < 0:  # the earliest go: what is asked of them later is then a guess, in short rows only
+        while rest < 0:  # the earliest go; questions about them are then guesses, in short rows only
             rest += len(sentences.pop(0)[0])
         ends = min(len(at_end), len(sentences))
         cuts = [*np.sort(rng.integers(0, rest + 1, len(sentences) - ends)), *[rest] * ends]

@@ -1,4 +1,4 @@
-"""Tokens to windows: samples packed into rows of ``context`` tokens, on disk, and mapped from there."""
+"""From tokens to windows: samples packed into rows of ``context`` tokens on disk, and mapped from there."""
 
 import contextlib
 import dataclasses
@@ -29,8 +29,8 @@ class TrainBatch(NamedTuple):
     """Rows of training data.
 
     Tokens of one document, or of one prompt and its completion, share a segment id (1, 2, ... within a
-    window); padding has segment id 0. ``scored[b, t]``: token t is a target that counts, predicted from token
-    t - 1 of its own segment; so the first of a segment, a prompt's tokens and padding are not.
+    window); padding has segment id 0. Where ``scored[b, t]``, token t is a target that counts, predicted from
+    token t - 1 of its own segment. The first token of a segment, a prompt's tokens and padding never count.
     """
 
     tokens: Int32[np.ndarray, "B T"]
@@ -60,7 +60,7 @@ class Windows:
         """Windows by their numbers, in the order asked for, as arrays in memory."""
         flags = np.array(self.flags[rows])
         starts = flags & _STARTS != 0
-        starts[:, :1] = True  # what goes on from the window before is a segment of its own
+        starts[:, :1] = True  # what continues from the window before is a segment of its own
         fills = flags & _FILLS != 0
         segment_ids = np.where(fills, np.int32(PADDING), starts.cumsum(axis=1, dtype=np.int32))
         scored = (flags & _SCORED != 0) & ~starts
@@ -81,20 +81,22 @@ def write_windows(
     tokens, and store these in ``folder``, from which they are mapped.
 
     Samples lie one after another, in the order of the files. A document that is longer than what is left of a
-    window goes on in the next one, as a segment of its own. A prompt with its completion is never cut: where
+    window continues in the next one, as a segment of its own. A prompt with its completion is never cut: if
     it does not fit what is left of a window, it begins the next one, and the rest is padding. The last window
     is padded. Nothing is dropped.
 
     Neither the text nor the tokens need to fit in memory: tokens go to disk as they come, 3 bytes each (5
-    where the vocabulary has more than 65,536 entries). windows.json is written last, so that what a crash
-    leaves does not open; windows that were in the folder before are replaced. On any error nothing is left.
+    where the vocabulary has more than 65,536 entries). windows.json is written last, so what a crash leaves
+    does not open. Earlier windows in the folder are replaced. On any error nothing is left.
 
-    progress: a progress bar over the bytes of the files, if stderr is a terminal.
+    - files: what to read, each file whole.
+    - folder: where the windows go.
+    - progress: show a progress bar over the bytes of the files, if stderr is a terminal.
 
     Raises FileNotFoundError or ValueError as ``read_samples`` does, naming file and line; ValueError for a
     prompt with a completion that is longer than ``context``, and for data that does not fill one window;
-    FileExistsError if ``folder`` is a file; OSError naming the folder where it cannot be written, because the
-    disk is full for one.
+    FileExistsError if ``folder`` is a file; OSError, naming the folder, where it cannot be written, for
+    instance because the disk is full.
 
     >>> import tempfile
     >>> from jsparse.models import byte_tokenizer
@@ -139,8 +141,8 @@ def write_windows(
 def open_windows(folder: str | Path) -> Windows:
     """Map the windows that ``write_windows`` stored in ``folder``.
 
-    Raises FileNotFoundError where there are none, or writing them did not come to its end; ValueError where
-    the files do not belong together.
+    Raises FileNotFoundError where there are none, or where writing them was interrupted; ValueError where the
+    files do not belong together.
     """
     folder = Path(folder)
     if not (folder / HEADER).is_file():
@@ -224,14 +226,14 @@ def _watch(samples: Iterable[Sample], bar: Progress, *, total: int) -> Iterator[
 
 
 def _store(pieces: Iterable[_Piece], folder: Path, token_type: np.dtype) -> tuple[int, int]:
-    """Write pieces to files, and these to the disk; how many tokens there are, and how many are padding."""
+    """Write pieces to files and sync them. Returns how many tokens there are, and how many are padding."""
     written, padding = 0, 0
     with contextlib.ExitStack() as stack:
         with _explained(folder):
-            # Unbuffered: a buffer that cannot be written would fail again, unexplained, when it is closed.
+            # Unbuffered: a buffer that cannot be written would fail again, without explanation, on close.
             tokens_file = stack.enter_context(open(folder / TOKENS, "xb", buffering=0))
             flags_file = stack.enter_context(open(folder / FLAGS, "xb", buffering=0))
-        for piece in pieces:  # whose own errors, from reading, are no errors of the folder
+        for piece in pieces:  # errors of reading are no errors of the folder
             with _explained(folder):
                 _write_all(tokens_file, piece.tokens.astype(token_type).tobytes())
                 _write_all(flags_file, piece.flags.tobytes())
@@ -255,13 +257,13 @@ def _store_header(folder: Path, **fields) -> None:
 
 def _write_all(file: io.FileIO, content: bytes) -> None:
     left = memoryview(content)
-    while left:  # an unbuffered write may take a part only
+    while left:  # an unbuffered write may take only a part
         left = left[file.write(left) :]
 
 
 @contextlib.contextmanager
 def _undone_on_failure(folder: Path) -> Iterator[None]:
-    """Make ``folder``, without windows in it; on any error remove what came into it, and what was made."""
+    """Make ``folder``, without windows in it. On any error, remove all that was made and written."""
     made = [path for path in (folder, *folder.parents) if not path.exists()]
     with _explained(folder):
         folder.mkdir(parents=True, exist_ok=True)
@@ -271,7 +273,7 @@ def _undone_on_failure(folder: Path) -> Iterator[None]:
     except BaseException:
         _remove(folder)
         for path in made:
-            with contextlib.suppress(OSError):  # something else has come into it
+            with contextlib.suppress(OSError):  # it holds something else by now
                 path.rmdir()
         raise
 
@@ -293,7 +295,7 @@ def _explained(folder: Path) -> Iterator[None]:
         raise OSError(
             error.errno,
             f"the training windows cannot be written to {folder}: {error.strerror}; "
-            "make room there (3 to 5 bytes a token), or choose another folder",
+            "make room there (3 to 5 bytes per token), or choose another folder",
         ) from error
 
 

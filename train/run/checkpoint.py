@@ -15,8 +15,8 @@ class Checkpoints:
     """The checkpoints of one run, in ``directory/<step>``, written whole or not at all.
 
     A step is written into a temporary directory that is renamed when complete, so a crash leaves the earlier
-    steps as they were; what it left half-written is removed before the next save. Made by
-    ``open_checkpoints``.
+    steps as they were; what it left half-written is removed before the next save.
+    ``open_checkpoints`` makes one.
     """
 
     def __init__(self, manager: ocp.CheckpointManager):
@@ -33,14 +33,14 @@ class Checkpoints:
     def save(self, step: int, state: Any, run: dict) -> None:
         """Write a pytree of arrays and the JSON description of the run. Returns when both are on disk.
 
-        Raises OSError where they cannot be written, a full disk for instance; earlier steps are then as they
-        were.
+        Raises OSError where they cannot be written, for instance on a full disk; earlier steps are then
+        unchanged.
         """
         items = {"state": ocp.args.StandardSave(state), "run": ocp.args.JsonSave(run)}
         earlier = self.latest_step()
         try:
             self._manager.save(step, args=ocp.args.Composite(**items), force=True)
-        except Exception as error:  # the storage library has errors of its own kinds
+        except Exception as error:  # the storage library raises errors of its own
             kept = "there is no earlier one" if earlier is None else f"that of step {earlier} is intact"
             raise OSError(
                 f"the checkpoint of step {step} could not be written to {self._manager.directory}; {kept}. "
@@ -60,7 +60,7 @@ class Checkpoints:
 
 @contextlib.contextmanager
 def open_checkpoints(directory: Path, *, writable: bool) -> Iterator[Checkpoints]:
-    """Open ``directory``; unless it is opened ``writable``, nothing on disk is made, removed or changed."""
+    """Open ``directory``. Unless ``writable``, nothing on disk is made, removed or changed."""
     # Saving blocks: a run that says it reached a step has that step on disk, and no thread outlives the call.
     options = ocp.CheckpointManagerOptions(
         max_to_keep=KEPT, enable_async_checkpointing=False, create=writable, cleanup_tmp_directories=writable

@@ -14,7 +14,7 @@ from jsparse.train.run.checkpoint import open_checkpoints
 
 METRICS = "metrics.jsonl"
 DATA = "data"
-# What defines a run beside its model, its data and its schedule: other values give other weights.
+# What defines a run besides its model, its data and its schedule: other values give other weights.
 _FIELDS = (
     "context",
     "lora_rank",
@@ -43,10 +43,10 @@ def describe_run(
 ) -> dict[str, Any]:
     """What two runs must share to be the same, as JSON, and under "config" all that was asked for.
 
-    Shared must be the settings, the RoPE and the attention pattern in full, and SHA-256 of the base model
-    and of the data. Names of files do not count, only what is in them. Nor does the number of steps, as long
-    as no schedule depends on it: a run can be made longer. Nor the mesh: a run can go on on other devices,
-    where sums are rounded otherwise.
+    They must share the settings, the RoPE and the attention pattern in full, and the SHA-256 of the base
+    model and of the data. Names of files do not count, only their content. Nor does the number of steps, as
+    long as no schedule depends on it: a run can be made longer. Nor does the mesh: a run can resume on other
+    devices, where sums are rounded differently.
     """
     described = {field: getattr(config, field) for field in _FIELDS}
     described["schedule"] = (
@@ -74,11 +74,11 @@ def steps_taken(config: FinetuneConfig, run: dict) -> int:
 
 
 def steps_in(output: Path, steps: int, run: dict) -> int:
-    """``steps_taken`` of a run of so many steps, wherever it started from."""
+    """``steps_taken`` of a run of ``steps`` steps, wherever it started from."""
     folder = checkpoint_folder(output)
     step = _read_step(folder, run)
     if step == 0:
-        # A run that stopped before its first checkpoint leaves its metrics and data only, and starts again.
+        # A run that stopped before its first checkpoint leaves only metrics and data, and starts over.
         require_new_folder(output, allowed=(METRICS, DATA, folder.name))
     if step > steps:
         raise ValueError(f"steps={steps}, but {folder} has come to step {step} already")

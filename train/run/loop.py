@@ -31,8 +31,8 @@ def run_steps(
 
     - take_step: ``(step, state) -> (state, line)``, with steps counted from 0. It waits for the step to
       end and returns its line of metrics.jsonl.
-    - output: the folder that metrics.jsonl is in; lines after the state's step are written again.
-    - steps: those of the whole run.
+    - output: the folder of metrics.jsonl; lines after the state's step are written again.
+    - steps: the steps of the whole run.
     - save: ``save(n, state)`` writes a checkpoint after n steps. It is called every ``checkpoint_every``
       steps, after the last one, and when SIGTERM ends the run.
     - name, note: what the progress bar says of the run, and of a line.
@@ -41,7 +41,7 @@ def run_steps(
     """
     start = int(state.step)
     metrics = metrics_until(output, start)
-    wait_for_all("metrics")  # read by all before the first of them writes
+    wait_for_all("metrics")  # all read it before the first process writes
     with (
         open(output / METRICS if is_first_process() else os.devnull, "w", encoding="utf-8") as file,
         progress_bar(progress and is_first_process()) as bar,
@@ -59,7 +59,7 @@ def run_steps(
             stopping = asked_to_stop()
             if (step + 1) % checkpoint_every == 0 or step + 1 == steps or stopping:
                 if is_first_process():
-                    os.fsync(file.fileno())  # whoever finds the checkpoint finds the metrics up to it
+                    os.fsync(file.fileno())  # a checkpoint on disk has its metrics on disk too
                 save(step + 1, state)
             if stopping:
                 break

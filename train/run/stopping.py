@@ -11,10 +11,10 @@ import numpy as np
 
 @contextlib.contextmanager
 def sigterm_noted() -> Iterator[Callable[[], bool]]:
-    """Within, SIGTERM ends nothing but is noted: ``asked()`` says whether it came, to any of the processes.
+    """Within this context SIGTERM ends nothing: ``asked()`` says whether it came, to any of the processes.
 
-    Where there are several processes they must all call ``asked`` at the same steps, and all get the same
-    answer. Outside the main thread, where no signal arrives, it is never noted.
+    Several processes must all call ``asked`` at the same steps, and all get the same answer. Outside the main
+    thread, where no signal arrives, it is always False.
     """
     noted = threading.Event()
 
