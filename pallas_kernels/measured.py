@@ -4,9 +4,9 @@
   "block_kv": 128}, "tiles": {"stages": 3}, "jax": ..., "date": ..., "command": ...}``: fields of the kernel's
   tiles that replace what its chooser computes from that shape.
 - ``cudnn_faster``: ``{"device": ..., "head_dim": 128, "min_tokens": 4096, "jax": ..., "date": ..., "command":
-  ...}``: from so many tokens on cuDNN's dense causal attention takes less time than ours.
+  ...}``: from this many tokens on, cuDNN's dense causal attention is faster than ours.
 
-A device that has no rows was not measured, and gets the computed choices.
+A device without rows was not measured, and gets the computed choices.
 """
 
 import dataclasses

@@ -38,7 +38,7 @@ def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]
 
 
 def check_can_write(path: Path | None, option: str) -> None:
-    """FileNotFoundError where a file could not be written when all is computed."""
+    """FileNotFoundError if the file could not be written once everything is computed."""
     if path is not None and not path.absolute().parent.is_dir():
         raise FileNotFoundError(f"{option}: the folder of {path} does not exist")
 
@@ -53,7 +53,7 @@ def write_json(path: Path, content: Any) -> None:
 
 
 def write_json_whole(path: Path, content: Any) -> None:
-    """Write a file whole or not at all, in a folder that is made if need be.
+    """Write a file whole or not at all, in a folder that is created if necessary.
 
     For results that are written again and again while a benchmark runs: if it is interrupted, the last ones
     remain.

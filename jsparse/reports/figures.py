@@ -66,7 +66,7 @@ def new_figure(
 
 
 def save(figure: "Figure", path: str | Path, *, dpi: int = 120) -> None:
-    """Writes a figure; the ending of ``path`` says in which format."""
+    """Write a figure; the ending of ``path`` says in which format."""
     figure.savefig(path, dpi=dpi)
 
 

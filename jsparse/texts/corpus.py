@@ -20,7 +20,7 @@ def standard_library_files(
 ) -> tuple[tuple[Path, ...], tuple[Path, ...]]:
     """The modules at the top of the standard library: those to train on, and those held out, disjoint.
 
-    With ``packages``, those to train on are also the modules inside its packages, but for their tests.
+    With ``packages``, those to train on are also the modules inside its packages, except their tests.
     Sorted by path, whole and as they are; only files under ``smallest`` bytes, files that are not UTF-8 and
     those that describe the machine are left out. The same interpreter always gives the same two lists, and
     every one the same names held out.

@@ -79,7 +79,7 @@ def read_samples(
 ) -> Iterator[Sample]:
     """Tokens of every document, and of every prompt with its completion, in the order of the files.
 
-    A ``.jsonl`` file has a JSON object a line, which is one of
+    A ``.jsonl`` file has one JSON object per line, which is one of
 
     - ``{"text": str}``: a document;
     - ``{"prompt": str, "completion": str}``: the completion's tokens are scored, the prompt's are not;
@@ -91,7 +91,7 @@ def read_samples(
 
     The end-of-sequence token is the last of each sample, and scored; with ``eos_token_id=None`` there is
     none. A sample begins with what the tokenizer puts there by itself (Llama's begin-of-sequence token).
-    Prompt and completion are tokenised apart, so that the prompt has the tokens that it has when the model is
+    Prompt and completion are tokenised apart, so the prompt has the same tokens as when the model is
     served. Text is read as text: a literal ``<|endoftext|>`` does not become the special token, and a
     truncation length saved in tokenizer.json is not applied.
 

@@ -118,7 +118,7 @@ def passkey_batch(
     batch_size: int,
     seed: int,
 ) -> tuple[Int32[np.ndarray, "B context"], Bool[np.ndarray, "B context"]]:
-    """Samples number ``step`` (from 0), each of one of ``lengths``, and which of their tokens are answers.
+    """The samples of step ``step`` (from 0), each of one of ``lengths``, and which tokens are answers.
 
     They are filled up to ``context`` with token 0 on the right, where causal attention does not look. A pure
     function of its arguments: each sample is drawn from ``(seed, step, row)``.

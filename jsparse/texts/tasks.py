@@ -1,6 +1,6 @@
 """Tasks that only a model which still sees its whole context can do, made from a seed, at any length.
 
-Each is a text of which the end is asked for: sentences hidden in some other text (the haystack), and a
+Each is a text whose end is asked for: sentences hidden in some other text (the haystack), and a
 question about them. They are written for any tokenizer and any model that reads English.
 """
 
@@ -114,7 +114,7 @@ def needle(material: Material, length: int, rng: np.random.Generator, depth: flo
 
 
 def recall(material: Material, length: int, rng: np.random.Generator, depth: float | None = None) -> Example:
-    """Needles of many keys (RULER's multi-key retrieval), one for 64 tokens, of which one is asked for."""
+    """Needles of many keys (RULER's multi-key retrieval), one per 64 tokens; one of them is asked for."""
     pairs, needles, depths = _pairs(length, rng, depth)
     if depth is not None:
         depths[0] = depth
@@ -171,10 +171,10 @@ def tracking(
 def common_words(
     material: Material, length: int, rng: np.random.Generator, depth: float | None = None
 ) -> Example:
-    """Common words after RULER: of a list as long as the context, the three that come far more often.
+    """Common words after RULER: of a list as long as the context, the three that appear far more often.
 
     Up to 128 words come equally often, three of them six times as often. There is no haystack, and
-    ``depth``, which is nowhere, must be None.
+    ``depth`` must be None, since nothing is hidden.
     """
     if depth is not None:
         raise ValueError(f"depth={depth} must be None: common_words asks about the whole list")
@@ -213,14 +213,14 @@ def _check_depth(depth: float | None) -> None:
 
 def _depth(rng: np.random.Generator, depth: float | None) -> float:
     _check_depth(depth)
-    drawn = float(rng.random())  # also where it is given: texts of two depths differ in the depth alone
+    drawn = float(rng.random())  # even if a depth is given: two texts then differ only in depth
     return drawn if depth is None else depth
 
 
 def _pairs(
     length: int, rng: np.random.Generator, depth: float | None
 ) -> tuple[list[tuple[str, str]], list[str], list[float]]:
-    """Keys with their values, their sentences, and where these stand by chance: one for 64 tokens."""
+    """Keys with their values, their sentences, and where these stand by chance: one per 64 tokens."""
     _check_depth(depth)
     count = int(np.clip(length // 64, 3, len(KEYS)))
     pairs = [(str(key), str(rng.choice(VALUES))) for key in rng.permutation(KEYS)[:count]]

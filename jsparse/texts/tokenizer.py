@@ -1,4 +1,4 @@
-"""Tokenizers: the one of a checkpoint, and one of plain bytes that needs no training."""
+"""Tokenizers: a checkpoint's, one of plain bytes that needs no training, and one trained on texts."""
 
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path

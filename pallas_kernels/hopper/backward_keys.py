@@ -36,7 +36,7 @@ ROWS = 64  # of keys a warpgroup holds: the height of one wgmma
 
 @dataclasses.dataclass(frozen=True)
 class KeysTiles:
-    """warpgroups: of ROWS keys each, or two that split the work on the same ROWS; tile_q: queries a step.
+    """warpgroups: of ROWS keys each, or two that split the work on the same ROWS; tile_q: queries per step.
 
     stages: tiles of q and d_out held.
     """

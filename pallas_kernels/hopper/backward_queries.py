@@ -34,7 +34,7 @@ ROWS = 64  # of queries a warpgroup holds: the height of one wgmma
 
 @dataclasses.dataclass(frozen=True)
 class QueriesTiles:
-    """warpgroups: of ROWS queries each, on one list; tile_kv: keys a step; stages: K and V tiles held."""
+    """warpgroups: of ROWS queries each, on one list; tile_kv: keys per step; stages: K and V tiles held."""
 
     warpgroups: int
     tile_kv: int
@@ -43,10 +43,10 @@ class QueriesTiles:
 
 
 def queries_tiles(head_dim: int, block_q: int, block_kv: int) -> QueriesTiles:
-    """The tiles for one shape: as many keys a step as divide the block and leave room for two stages.
+    """The tiles for one shape: as many keys per step as divide the block and leave room for two stages.
 
     At head_dim 256 two warpgroups' queries and their gradients leave room for three tiles of 64 keys: V,
-    which a step reads only once and early, has the single stage.
+    which a step reads only once and early, has a single stage.
     """
     widest = 64 if head_dim == 256 else 128
     warpgroups = 2 if block_q % (2 * ROWS) == 0 else 1

@@ -35,7 +35,7 @@ LOWEST = -1e30  # the first running maximum: finite, since -inf - -inf is not a 
 
 @dataclasses.dataclass(frozen=True)
 class ForwardTiles:
-    """warpgroups: of ROWS queries each, on one list; tile_kv: keys a step; stages: K and V tiles held."""
+    """warpgroups: of ROWS queries each, on one list; tile_kv: keys per step; stages: K and V tiles held."""
 
     warpgroups: int
     tile_kv: int
@@ -43,7 +43,7 @@ class ForwardTiles:
 
 
 def forward_tiles(head_dim: int, block_q: int, block_kv: int) -> ForwardTiles:
-    """The tiles for one shape: as many keys a step as divide the block and leave room for two stages."""
+    """The tiles for one shape: as many keys per step as divide the block and leave room for two stages."""
     widest = 64 if head_dim == 256 else 128
     return ForwardTiles(
         warpgroups=2 if block_q % (2 * ROWS) == 0 else 1,

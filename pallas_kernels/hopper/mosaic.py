@@ -1,6 +1,6 @@
 """What the kernels share of Mosaic, and all that differs when its interpreter runs them on a CPU.
 
-The functions that take ``interpret`` differ, and nothing else does. The interpreter cannot run, or needs:
+Only the functions that take ``interpret`` differ. The interpreter cannot run, or needs:
 
 - a matrix product whose left operand is in registers, and ``pl.run_state``, which hands an accumulator on:
   ``multiply_add`` and ``multiply_registers`` compute them with ``jnp.dot``;
@@ -66,11 +66,11 @@ def multiply_registers(pairs: Iterable[tuple[Array, Any]], shape: tuple[int, int
 
 
 def anew(index):
-    """``index`` of a tile that a whole loop reads, made anew at each step of the loop.
+    """``index`` of a tile that a whole loop reads, computed again at each step of the loop.
 
     The compiler moves what stays the same ahead of a loop, and the descriptors by which a tile's products
     find their operands would fill up to 64 registers there. The number of a warpgroup comes from a shuffle,
-    and that it moves nowhere.
+    which the compiler does not move.
     """
     return index + lax.div(lax.axis_index("warpgroup"), 4)  # plus 0: a kernel has fewer than four
 
@@ -104,14 +104,14 @@ def share_registers(compute_warpgroups: int, *, compute: bool) -> None:
 def tile_transforms(dtype, swizzle: int = 128) -> tuple:
     """The layout of a tile in shared memory that TMA writes and wgmma reads without bank conflicts.
 
-    ``swizzle``: the bytes of a row that stay together, 128, or 64 or 32 in a tile or a slice of so few.
+    ``swizzle``: the bytes of a row that stay together, 128, or 64 or 32 if the tile or slice is as narrow.
     """
     bits = 4 if dtype == jnp.int4 else 8 * jnp.dtype(dtype).itemsize
     return plgpu.TilingTransform((8, 8 * swizzle // bits)), plgpu.SwizzleTransform(swizzle)
 
 
 def launch(kernel: Callable, name: str, *, warpgroups: int, interpret, **options: Any) -> Callable:
-    """``plgpu.kernel`` with thread blocks of so many warpgroups, compiled or interpreted."""
+    """``plgpu.kernel`` with thread blocks of ``warpgroups`` warpgroups, compiled or interpreted."""
     return plgpu.kernel(
         kernel,
         num_threads=warpgroups,

@@ -1,4 +1,4 @@
-"""Attention of one query token a sequence to listed pages of keys and values, split over the list.
+"""Attention of one query token per sequence to listed pages of keys and values, split over the list.
 
 Decoding reads much and computes little: a key meets only the few query heads of its group. So keys are the
 rows of the first matrix product (64 of them fill a wgmma), and the group's query heads, padded to 8, the
@@ -11,7 +11,7 @@ Each sequence and KV head has a list of pages, and ``splits`` thread blocks shar
 fills the chip (FlashDecoding). A thread block is one warpgroup that lets TMA bring the next pages while it
 works; several fit an SM, and one works while another waits. What they find is float32, and combined outside.
 
-Pages hold bfloat16 or float16; or int8 or int4 codes with a scale and a zero a token and KV head, ``value =
+Pages hold bfloat16 or float16; or int8 or int4 codes with a scale and a zero per token and KV head, ``value =
 scale * (code - zero)`` (QServe, arXiv 2405.04532; LServe, arXiv 2502.14866). Codes enter the products as they
 are, which is exact; scales and zeros are applied to scores and weights, which are small::
 
@@ -45,7 +45,7 @@ Pages = Array | tuple[Array, Array, Array]
 
 @dataclasses.dataclass(frozen=True)
 class DecodeTiles:
-    """keys: visited a step, 64 or 128. stages: steps in flight. resident: thread blocks that an SM holds."""
+    """keys: visited per step, 64 or 128. stages: steps in flight. resident: blocks that an SM holds."""
 
     keys: int
     stages: int
@@ -53,7 +53,7 @@ class DecodeTiles:
 
 
 def decode_tiles(head_dim: int, bits: int, group: int = 8) -> DecodeTiles:
-    """The tiles for pages of ``bits`` an element and ``group`` query heads a KV head.
+    """The tiles for pages of ``bits`` per element and ``group`` query heads per KV head.
 
     Codes take longer to work on than to bring, so more thread blocks share an SM, as many as its registers
     allow. Each has as many stages as its part of the shared memory holds, six at most.
@@ -117,7 +117,7 @@ def shape_limit(q: Array, k: Pages, *, interpret: bool = False) -> str | None:
             f"the decode kernel takes pages of 8, 16, 32 or a multiple of 8 from 64 tokens, not {page_size}"
         )
     if group > GROUPS[-1]:
-        return f"the decode kernel takes up to {GROUPS[-1]} query heads a KV head, not {group}"
+        return f"the decode kernel takes up to {GROUPS[-1]} query heads per KV head, not {group}"
     return None
 
 
@@ -133,17 +133,17 @@ def paged_decode(
     tiles: DecodeTiles | None = None,
     interpret=None,
 ) -> tuple[Array, Array]:
-    """Attention of one query a sequence to the pages listed for it: out [B, Hq, D] and lse [B, Hq], float32.
+    """Attention of one query per sequence to its listed pages: out [B, Hq, D] and lse [B, Hq], float32.
 
     ``out = softmax(scale * q k') v`` over the listed keys and ``lse = log2 sum exp(scale * q k')``; 0 and
     -inf where none is listed.
 
     - q ``[B, Hq, D]``
     - k, v ``[num_pages, Hk, page_size, D]`` of q's dtype; or (codes, scale, zero) with codes int8 of that
-      shape, or ``[..., D / 2]`` of two int4 codes a byte, dimension d low and d + D / 2 high; scale and zero
-      float32 ``[num_pages, Hk, page_size]``
+      shape, or ``[..., D / 2]`` of two int4 codes per byte, dimension d low and d + D / 2 high; scale and
+      zero float32 ``[num_pages, Hk, page_size]``
     - pages ``[B, 1 or Hk, n]`` int32: places in the pool, -1 for none
-    - used, of that shape: how many keys at the start of each page are meant; where 0, the page is ignored
+    - used, of that shape: how many keys at the start of each page count; where 0, the page is ignored
 
     What a page holds beyond them has no effect, NaN included. ``shape_limit`` says which shapes it takes.
     """

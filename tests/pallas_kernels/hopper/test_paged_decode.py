@@ -293,7 +293,7 @@ def test_tiles_fit_the_shared_memory_they_are_made_for():
         (((1, 8, 96), jnp.bfloat16), ((4, 8, 64, 96), jnp.bfloat16), r"head_dim \(64, 128, 256\), not 96"),
         (((1, 8, 128), jnp.bfloat16), ((4, 8, 48, 128), jnp.bfloat16), "tokens, not 48"),
         (((1, 8, 128), jnp.bfloat16), ((4, 8, 100, 128), jnp.bfloat16), "tokens, not 100"),
-        (((1, 34, 128), jnp.bfloat16), ((4, 2, 64, 128), jnp.bfloat16), "16 query heads a KV head, not 17"),
+        (((1, 34, 128), jnp.bfloat16), ((4, 2, 64, 128), jnp.bfloat16), "16 query heads per KV head, not 17"),
     ],
 )
 def test_shapes_that_do_not_fit_are_named(q, pool, limit: str | None):
