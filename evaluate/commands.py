@@ -116,7 +116,7 @@ def evaluate(options: list[str]) -> None:
 
 
 def _of_standard_library(command: EvaluateCommand) -> EvaluateCommand:
-    """The command with the text that every machine has, and with no more of it than takes seconds."""
+    """The command with text that every machine has, and with only as much of it as takes seconds."""
     _, held_out = standard_library_files()
     windows = _LIBRARY_WINDOWS if command.max_windows is None else command.max_windows
     return dataclasses.replace(command, data=held_out, max_windows=windows)

@@ -21,12 +21,12 @@ from jsparse.serve.logits import decode_logits
 from jsparse.serve.sampling import SamplingParams
 
 _INSTALLED = importlib.util.find_spec("lm_eval") is not None
-# Without the harness there is nothing to derive from. Only the class needs it, not what it computes.
+# Without the harness there is nothing to derive from. Only the class needs it, not its computations.
 _Base: Any = importlib.import_module("lm_eval.api.model").LM if _INSTALLED else object
 
 _MAX_NEW_TOKENS = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")
 _GENERATION_KEYWORDS = ("until", "do_sample", "temperature", "top_k", "top_p", *_MAX_NEW_TOKENS)
-_SHORTEST = 16  # tokens that are scored at a time, at least; more in powers of two, for few compilations
+_SHORTEST = 16  # least number of tokens scored at a time; more come in powers of two, for few compilations
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,29 +41,29 @@ class Wish:
 class JsparseLM(_Base):
     """A checkpoint read through a KV cache, for ``lm_eval.simple_evaluate``.
 
-    Answers come from the decode step, so that what a sparse cache leaves out counts:
+    Answers come from the decode step, so what a sparse cache leaves out counts:
 
-    - ``loglikelihood``: of a context all but the last token is a prompt; then the continuation is fed token
+    - ``loglikelihood``: all but the last token of a context is a prompt; then the continuation is fed token
       by token. ``loglikelihood_rolling``: windows of ``max_length`` tokens, token by token.
     - ``generate_until``: prompts in batches; a text ends before the first of its stop strings.
 
-    A context is read whole as a prompt, and a prompt densely by the heads that do not stream: only tokens
-    after it choose pages. Where a task puts its question at the end of the context, a sparse cache so looks
-    better than where the question too is decoded (``jsparse.texts.tasks`` does that).
+    A context is a prompt, which heads that do not stream read densely: only tokens after it choose pages. So
+    a task with its question at the end of the context makes a sparse cache look better than one whose
+    question is decoded too (as ``jsparse.texts.tasks`` does).
 
     - model: a Hugging Face folder with config.json, safetensors and tokenizer.json.
     - cache: ``streaming_heads`` are the model's own, in the order of its checkpoint. ``batch`` must be None.
-    - batch_size: prompts at a time.
-    - max_new_tokens: where a task does not say.
+    - batch_size: prompts per batch.
+    - max_new_tokens: the limit where a task names none.
     - max_length: tokens of a context and its continuation together; None takes the model's positions, or the
-      cache's capacity. Of longer contexts the end is taken, as the harness does, with a warning.
-    - prefix_token_id: what stands before a text without a context; None takes the model's bos or eos token.
-    - dtype: of the weights; None as stored.
+      cache's capacity. Longer contexts are cut to their end, as the harness does, with a warning.
+    - prefix_token_id: the token before a text without a context; None takes the model's bos or eos token.
+    - dtype: dtype of the weights; None for the stored one.
 
     Chat templates are not applied. Logits of a whole continuation are kept at once, in float32.
 
-    Raises MissingExtra where lm_eval is not installed, ValueError for arguments out of range, and as
-    the cache, the model and the tokenizer do when they are loaded.
+    Raises MissingExtra where lm_eval is not installed, ValueError for arguments out of range, and what the
+    cache, the model and the tokenizer raise when they are loaded.
 
     With ``pip install 'jsparse[lm-eval]'``, and the data of a task within reach::
 
@@ -121,7 +121,7 @@ class JsparseLM(_Base):
         ]
 
     def loglikelihood_rolling(self, requests: Sequence[Any]) -> list[float]:
-        """For each (text,): the log-probability of all its tokens, of one window after another."""
+        """For each (text,): the log-probability of all its tokens, one window after another."""
         return [sum(self._window_scores(*request.args)) for request in requests]
 
     def generate_until(self, requests: Sequence[Any]) -> list[str]:
@@ -189,10 +189,10 @@ def _warn_of_cut(before: list[int], after: list[int]) -> None:
 def encode_pair(
     encode: Callable[[str], list[int]], context: str, continuation: str
 ) -> tuple[list[int], list[int]]:
-    """The tokens of a context and of what follows it, as the harness cuts them.
+    """The tokens of a context and of its continuation, as the harness cuts them.
 
-    Spaces at the end of the context belong to the continuation, whose tokens are those of both together
-    beyond as many as the context alone has.
+    Spaces at the end of the context belong to the continuation. Its tokens are those of both together, after
+    as many as the context alone has.
 
     >>> encode_pair(lambda text: [len(word) for word in text.split()], "a bb ", "ccc")
     ([1, 2], [3])
@@ -203,7 +203,7 @@ def encode_pair(
 
 
 def keep_end(context: list[int], after: int, max_length: int) -> list[int]:
-    """As much of the context's end as fits with ``after`` tokens behind it; ValueError where nothing does.
+    """As much of the context's end as fits before ``after`` tokens; ValueError where nothing does.
 
     >>> keep_end([1, 2, 3], 1, max_length=3)
     [2, 3]
@@ -236,7 +236,7 @@ def score_continuation(
 ) -> tuple[float, bool]:
     """The log-probability of the continuation in nats, and whether each token of it is the most likely one.
 
-    All of the context but its last token is the prompt. From there on the decode step takes one token at a
+    All of the context except its last token is the prompt. From there on the decode step takes one token at a
     time, at most ``max_length`` together with the prompt. Raises ValueError for an empty continuation, and
     FloatingPointError for logits that are not finite.
 
@@ -251,7 +251,7 @@ def score_continuation(
     if not continuation:
         raise ValueError("continuation must be at least one token, not empty")
     tokens = np.array([*context, *continuation], np.int32)
-    # The one token of such a context is a prompt, whose logits no cache changes.
+    # Such a context is one token, a prompt whose logits no cache changes.
     alone = len(context) == 1
     border = max(1, len(context) - 1)
     prompt, fed = tokens[:border], tokens[border:-1]
@@ -311,9 +311,9 @@ def answer(
     batch: Sequence[tuple[list[int], Wish]],
     cache: CacheConfig,
 ) -> list[str]:
-    """The texts after prompts of one ``max_new_tokens``, up to their stop strings.
+    """The texts after prompts with the same ``max_new_tokens``, up to their stop strings.
 
-    Nothing more is generated when each text has its stop string or its end.
+    Generation ends when each text has its stop string or its end.
     """
     tokens: list[list[int]] = [[] for _ in batch]
     texts, running = [""] * len(batch), set(range(len(batch)))

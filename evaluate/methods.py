@@ -9,8 +9,8 @@ from jaxtyping import Bool
 
 from jsparse.serve.config import CacheConfig
 
-PAGE = 64  # tokens a page: budgets are multiples of it
-SINK, WINDOW = 64, 256  # of streaming heads, where no budget says otherwise
+PAGE = 64  # tokens per page: budgets are multiples of it
+SINK, WINDOW = 64, 256  # of streaming heads, unless a budget says otherwise
 
 Heads = Bool[np.ndarray, "layers kv_heads"]
 
@@ -19,11 +19,11 @@ Heads = Bool[np.ndarray, "layers kv_heads"]
 class Method:
     """One row of the scoreboard.
 
-    - ``cache``: of a budget in tokens and the KV heads that stream by the model's head pattern. Either is
-      None unless the method asks for it.
-    - ``about``: what is read, in a few words.
-    - ``budgeted``: whether it is measured at every budget, or once, with None.
-    - ``needs_pattern``: whether it is left out where the model comes without a head pattern.
+    - cache: makes the cache from a budget in tokens and the KV heads that stream by the model's head pattern.
+      Either is None unless the method asks for it.
+    - about: what is read, in a few words.
+    - budgeted: whether it is measured at every budget, or once, with None.
+    - needs_pattern: whether it is left out for a model without a head pattern.
     """
 
     cache: Callable[[int | None, Heads | None], CacheConfig]
@@ -55,15 +55,15 @@ def _heads(about: str, *, wrong: bool = False, budgeted: bool = False) -> Method
     return Method(cache, about, budgeted=budgeted, needs_pattern=True)
 
 
-# What is fair. random, mean and oracle show how good a choice of pages can be, so they choose anew for each
+# What is fair. random, mean and oracle show how good a choice of pages can be, so they choose again for each
 # token ("reuse 1"), and Quest is defined so. LServe reuses a choice for 4 tokens: flat and hierarchical pages
 # and codes are compared at that, and lserve-reuse-1 is the row to hold against oracle, mean, random, quest.
 # Random pages drawn for each token are a kind control: over an answer of several tokens they see more of the
 # context than any fixed choice.
 #
-# In every row the last page counts in the budget, and what a reused choice lacks of the newest tokens is read
-# beside it. Quest's first two layers read everything whatever the budget: half of a model of four layers,
-# little of one of 32. Its pages have 16 tokens, so that it chooses four times as many of them.
+# In every row the last page counts in the budget, and the newest tokens that a reused choice lacks are read
+# beside it. Quest's first two layers read everything whatever the budget: half of a model with four layers,
+# little of one with 32. Its pages have 16 tokens, so it chooses four times as many of them.
 #
 # Streaming heads stream in the prompt too, as in StreamingLLM, DuoAttention and LServe.
 METHODS: dict[str, Method] = {

@@ -1,4 +1,4 @@
-"""Passkey retrieval: does a model find five digits in a long text, by the text's length and their place?"""
+"""Passkey retrieval: does a model find five digits in a long text, by length and depth?"""
 
 import dataclasses
 import functools
@@ -50,29 +50,32 @@ def evaluate_passkeys(
 ) -> list[PasskeyAccuracy]:
     """How often a model retrieves a passkey, for each of ``lengths`` and ``depths``, in that order.
 
-    A sample is a text of ``length`` tokens, the answer included: what the task is, filler text with "The pass
-    key is 12345. Remember it. 12345 is the pass key." somewhere in it, and "What is the pass key? The pass
-    key is 12345". A sample counts as correct where greedy decoding would answer with exactly these digits.
-    One forward pass says so: each token of the answer must be the most likely one after the *true* tokens
-    before it. As long as that holds, greedy decoding has these same tokens before it and chooses the next of
-    the answer; where it first fails, greedy decoding departs from the answer.
+    A sample is a text of ``length`` tokens, the answer included: a description of the task, filler text with
+    "The pass key is 12345. Remember it. 12345 is the pass key." somewhere in it, and "What is the pass key?
+    The pass key is 12345". It counts as correct where greedy decoding would answer with exactly these digits.
+    One forward pass decides this: each token of the answer must be the most likely one after the *true*
+    tokens before it. As long as that holds, greedy decoding has these same tokens before it and chooses the
+    next of the answer; where it first fails, greedy decoding departs from the answer.
 
     - tokenizer: the model's own. The digits are tokenized as they are in the sentence, together with what is
       before them.
-    - lengths: tokens of a text, in all.
+    - lengths: tokens per text, in all.
     - depths: where in the filler the passkey is, from 0 (its start) to 1 (its end, before the question).
-    - samples: texts for each length and depth, each with another key. The keys, and where in the haystack a
-      text is from, follow from ``seed``, length and sample: depths differ in the depth alone.
-    - digits: of a passkey.
+    - samples: texts for each length and depth, each with its own key. The keys, and the places in the
+      haystack that texts come from, follow from ``seed``, length and sample: samples at two depths differ in
+      the depth alone.
+    - digits: digits per passkey.
     - haystack: tokens to take the filler from, a random stretch for each text; None: a few short sentences,
       again and again, as in LongLoRA.
     - mask_for: the mask for a length, as in ``perplexity_by_context``; None is full causal attention.
-    - batch_size: texts at a time.
-    - progress: a progress bar, if stderr is a terminal.
+    - batch_size: texts per batch.
+    - progress: show a progress bar, if stderr is a terminal.
 
-    Logits are computed for the answer alone; compiled once a length. Raises ValueError for arguments out of
-    range, a tokenizer that is not the model's, a length that is too short for the task or a haystack that is
-    too short for the length, all before anything is computed; FloatingPointError where logits are not finite.
+    Logits are computed for the answer alone; it compiles once per length.
+
+    Raises ValueError for arguments out of range, a tokenizer that is not the model's, a length that is too
+    short for the task or a haystack that is too short for the length, all before anything is computed;
+    FloatingPointError where logits are not finite.
 
     >>> from jsparse.models import LlamaConfig, byte_tokenizer
     >>> config = LlamaConfig.tiny()
@@ -118,7 +121,7 @@ def _is_retrieved(
     """
     model = nnx.merge(graphdef, state)
     asked = answers.shape[1]
-    hidden = model.hidden(tokens, None, model.attend(mask))[:, -asked - 1 : -1]  # what predicts them
+    hidden = model.hidden(tokens, None, model.attend(mask))[:, -asked - 1 : -1]  # what predicts answers
     logits = model.logits(hidden)
     right = (jnp.argmax(logits, axis=-1) == tokens[:, -asked:]) | ~answers
     return right.all(axis=1), jnp.isfinite(logits).all(axis=(1, 2))
@@ -157,7 +160,7 @@ def _material(
 def _text(
     material: _Material, length: int, sample: int, depth: float | int
 ) -> tuple[Int32[np.ndarray, " T"], Bool[np.ndarray, " T"]]:
-    """The tokens of a text, ``length`` in all, and which of them are the answer: its last ones."""
+    """The tokens of a text, ``length`` in all, and which of them, the last ones, are the answer."""
     rng = np.random.default_rng([material.seed, length, sample])
     key = str(rng.integers(10 ** (material.digits - 1), 10**material.digits))
     before = [*material.start, *material.encode(PASSKEY_HEADER)]
@@ -189,9 +192,9 @@ def _filler(material: _Material, count: int, rng: np.random.Generator) -> Intege
 def _batches(
     texts: list[tuple[np.ndarray, np.ndarray]], batch_size: int
 ) -> Iterator[tuple[Int32[np.ndarray, "B T"], Bool[np.ndarray, "B A"]]]:
-    """Tokens and, for as many last tokens as the longest answer has, which are the answer.
+    """Tokens, and which are the answer, for as many last tokens as the longest answer has.
 
-    All of one shape: the last batch is filled up with its last text.
+    All batches have one shape: the last is filled up with its last text.
     """
     answer = max(int(is_answer.sum()) for _, is_answer in texts)
     for first in range(0, len(texts), batch_size):

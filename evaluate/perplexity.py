@@ -21,7 +21,7 @@ Scoring = Literal["new", "all", "last"]
 
 @dataclasses.dataclass(frozen=True)
 class Perplexity:
-    """``nll`` is the mean negative log-likelihood of a token in nats, ``perplexity`` its exponential."""
+    """``nll`` is the mean negative log-likelihood per token in nats, ``perplexity`` its exponential."""
 
     perplexity: float
     nll: float
@@ -47,35 +47,37 @@ def evaluate_perplexity(
 ) -> Perplexity:
     """Perplexity of ``tokens`` under windows of ``context`` tokens, one starting every ``stride``.
 
-    Which tokens a window scores is ``scoring``:
+    ``scoring`` says which tokens a window scores:
 
-    - "new": those that no window before it has scored, the usual protocol of Hugging Face's "Perplexity of
-      fixed-length models". The first window scores all its tokens but the first, each later one ``stride``
-      tokens (the last one what is left), with at least ``context - stride`` to their left. So every token but
-      the very first is scored exactly once.
-    - "all": every token but its first. With a stride of 256 it is LongLoRA's protocol (its eval.py), whose
-      mean of the windows' means this is, for each window scores as many. A token counts once for each window
-      that it is in, with anything from one token to the whole context to its left.
+    - "new": those that no earlier window has scored, the usual protocol of Hugging Face's "Perplexity of
+      fixed-length models". The first window scores all its tokens except the first, each later one ``stride``
+      tokens (the last one what is left), with at least ``context - stride`` to their left. So every token
+      except the very first is scored exactly once.
+    - "all": every token except its first. With a stride of 256 it is LongLoRA's protocol (its eval.py), and
+      equals its mean of the windows' means, since all windows score equally many. A token counts once for
+      each window that it is in, with anything from one token to the whole context to its left.
     - "last": its last ``last`` tokens, each with at least ``context - last`` to its left.
 
     With "new" the last window is filled up on the right, where causal attention does not look. With "all" and
-    "last" every window is full: tokens behind the last full one are not scored.
+    "last" every window is full: tokens after the last full one are not scored.
 
     - tokens: one row of ids, all in the vocabulary; at least ``context`` of them. It may be a ``np.memmap``
-      of any integers: it is read in place, a window at a time.
+      of any integers: it is read in place, one window at a time.
     - stride: with "new" 1 to context - 1 (a window's first token has nothing to its left), default
       context // 2. Else at least 1; default 256 with "all", and ``last`` with "last", where it scores
       each token once.
-    - last: for "last" alone, 1 to context - 1.
+    - last: only with "last", 1 to context - 1.
     - mask: None for full causal attention (with the model's own sliding windows, where it has them), or what
-      a model takes: the same for all layers, or one entry a layer (``AttentionPattern.masks``). BlockMasks
-      are of ``context`` queries and keys.
-    - batch_size: windows at a time.
-    - max_windows: score the first so many windows only; the result's ``tokens`` says how many that were.
-    - progress: a progress bar, if stderr is a terminal.
+      a model takes: the same for all layers, or one entry per layer (``AttentionPattern.masks``). BlockMasks
+      have ``context`` queries and keys.
+    - batch_size: windows per batch.
+    - max_windows: score only this many windows, the first; the result's ``tokens`` says how many tokens.
+    - progress: show a progress bar, if stderr is a terminal.
 
-    Computed window by window in float32 and summed in float64, the logits of a stretch of tokens at a time;
-    compiled once for a model, context, batch size and mask. Raises ValueError for arguments out of range,
+    Likelihoods are computed in float32, a stretch of tokens at a time, and summed in float64. It compiles
+    once for a model, context, batch size and mask.
+
+    Raises ValueError for arguments out of range,
     FloatingPointError where a likelihood is not finite.
 
     >>> from jsparse.models import LlamaConfig
@@ -117,10 +119,10 @@ def perplexity_by_context(
 ) -> list[Perplexity]:
     """``evaluate_perplexity`` at each of ``contexts``: the same tokens, with more or less to their left.
 
-    mask_for: the mask for a context length, for patterns that depend on it, like
-        ``lambda context: shifted_head_masks(heads, context // 4)`` or
-        ``lambda context: pattern.masks(model.config, context)``. options: as ``evaluate_perplexity`` takes
-        them.
+    - mask_for: the mask for a context length, for patterns that depend on it, like
+      ``lambda context: shifted_head_masks(heads, context // 4)`` or
+      ``lambda context: pattern.masks(model.config, context)``.
+    - options: the other arguments of ``evaluate_perplexity``.
     """
     return [evaluate_perplexity(model, tokens, context=c, mask=mask_for(c), **options) for c in contexts]
 
@@ -134,8 +136,10 @@ def _nll(graphdef, state, tokens: Int32[Array, "B T"], mask: ModelMask | None) -
 
 @dataclasses.dataclass(frozen=True)
 class _Plan:
-    """``windows`` windows of ``context`` tokens, one every ``stride``. The first ``unscored`` tokens of each
-    are not scored, but of the very first window all that can be where ``first_scores_all``.
+    """``windows`` windows of ``context`` tokens, one every ``stride``.
+
+    The first ``unscored`` tokens of each are not scored; with ``first_scores_all``, the very first window
+    scores all tokens that can be scored.
     """
 
     windows: int
@@ -201,9 +205,7 @@ def _check(tokens: np.ndarray, vocab_size: int, batch_size: int) -> None:
         )
     if batch_size < 1:
         raise ValueError(f"batch_size must be at least 1, not {batch_size}")
-    if (
-        tokens.size and not 0 <= tokens.min() <= tokens.max() < vocab_size
-    ):  # JAX would clamp them without a word
+    if tokens.size and not 0 <= tokens.min() <= tokens.max() < vocab_size:  # JAX would clamp them silently
         raise ValueError(
             f"tokens must be 0 to {vocab_size - 1}, the model's vocabulary, "
             f"not {tokens.min()} to {tokens.max()}"

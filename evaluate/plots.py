@@ -15,9 +15,9 @@ if TYPE_CHECKING:
 
 
 def check_can_plot(path: str | Path) -> None:
-    """Raise, before hours of evaluation, where ``plot_evaluation`` could not write ``path``.
+    """Raise, before hours of evaluation, if ``plot_evaluation`` could not write ``path``.
 
-    MissingExtra where matplotlib is not installed, FileNotFoundError where the folder does not exist,
+    Raises MissingExtra where matplotlib is not installed, FileNotFoundError where the folder does not exist,
     ValueError for a file format that matplotlib does not write.
     """
     require_matplotlib("plot")
@@ -39,13 +39,13 @@ def plot_evaluation(
 ) -> None:
     """Draw one figure of what is given: perplexity by context, one line per name, and a heat map of passkeys.
 
-    - path: the file; its ending says in which format.
-    - perplexity: results of ``perplexity_by_context`` by a name for the legend.
+    - path: the file; its ending gives the format.
+    - perplexity: results of ``perplexity_by_context``, by their names in the legend.
     - passkeys: results of ``evaluate_passkeys``, each length with every depth. Lengths and depths are equally
       far apart in the figure.
 
-    Raises as :func:`check_can_plot`, and ValueError where there is nothing to draw, or where a length lacks a
-    depth or has it twice.
+    Raises what :func:`check_can_plot` does, and ValueError where there is nothing to draw, or where a length
+    lacks a depth or has it twice.
 
     >>> results = [Perplexity(9.5, 2.25, 100, 1024, 512), Perplexity(9.0, 2.2, 100, 2048, 1024)]
     >>> plot_evaluation("perplexity.png", perplexity={"full": results})

@@ -108,13 +108,14 @@ Entries = dict[tuple[str, int | None], CacheConfig]  # by method and budget
 
 
 def run_scoreboard(config: ScoreboardConfig) -> list[Row]:
-    """The scores, of each task by each method at each of its budgets; then those of the needle grid.
+    """The scores of each task by each method at each of its budgets, then those of the needle grid.
 
-    Each is a dictionary with ``task``, ``method``, ``budget`` (tokens, None where the method has none),
+    Each row is a dictionary with ``task``, ``method``, ``budget`` (tokens, None where the method has none),
     ``length``, ``score``, ``low``, ``high``, ``samples`` and ``seed_scores`` (of each seed alone); ``task``
-    is "needle_grid" in those of the grid, which also have a ``depth``. What ``config`` names is written.
+    is "needle_grid" in the rows of the grid, which also have a ``depth``. The files that ``config`` names are
+    written.
 
-    Raises ValueError or OSError before weights are read where settings do not fit one another or the model,
+    Raises, before weights are read, ValueError or OSError where settings do not fit one another or the model;
     FloatingPointError where logits are not finite.
     """
     check_can_write(config.json, "json")
@@ -131,7 +132,7 @@ def run_scoreboard(config: ScoreboardConfig) -> list[Row]:
     on_grid = {}
     if config.grid_methods:
         on_grid = make_entries(config.grid_methods, token_budgets([config.grid_budget], length), streams)
-    # One capacity for every length: the grid then compiles nothing again.
+    # One capacity for every length, so the grid compiles nothing again.
     capacity = -(-length // PAGE) * PAGE
     for of in (entries, on_grid):
         for key, cache in of.items():
@@ -193,9 +194,10 @@ def _row(task: str, method: str, budget: int | None, length: int, scores: Sequen
 def wilson_interval(mean: float, samples: int) -> tuple[float, float]:
     """Wilson's score interval at 95 % of a mean of ``samples`` scores that are 0 or 1.
 
-    It stays within [0, 1], and has a width at 0 and 1 too. Where scores may lie between, as with several
-    expected words, their variance is smaller than assumed, and the interval is wider than necessary. (Wilson
-    1927.)
+    It stays within [0, 1], and has a width at 0 and 1 too. Scores between the two, as with several expected
+    words, have a smaller variance than assumed, and the interval is then wider than necessary.
+
+    Source: Wilson 1927.
 
     >>> [round(end, 3) for end in wilson_interval(1.0, 48)]
     [0.926, 1.0]
@@ -208,7 +210,7 @@ def wilson_interval(mean: float, samples: int) -> tuple[float, float]:
 
 
 def _done(config: ScoreboardConfig, rows: list[Row], what: str, started: float) -> None:
-    """Say it, and keep what there is so far."""
+    """Report it on stderr, and write the rows so far."""
     print(f"{what}: {time.perf_counter() - started:.0f} s", file=sys.stderr)
     if config.json is not None and str(config.json) != "-":
         write_json(config.json, rows)
@@ -220,7 +222,7 @@ def _done(config: ScoreboardConfig, rows: list[Row], what: str, started: float) 
 def token_budgets(fractions: Sequence[float], length: int) -> list[int]:
     """The fractions of a length in tokens, in whole pages of 64.
 
-    ValueError where one is less than two pages or two are the same number.
+    Raises ValueError where one is less than two pages, or two are the same number.
 
     >>> token_budgets([1 / 16, 1 / 8], 2048)
     [128, 256]
@@ -243,7 +245,7 @@ def token_budgets(fractions: Sequence[float], length: int) -> list[int]:
 
 
 def make_entries(methods: Sequence[str], budgets: Sequence[int], streams: Heads | None) -> Entries:
-    """The cache of each method at each of its budgets; without ``streams``, less those that need it.
+    """The cache of each method at each of its budgets; without ``streams``, except those that need it.
 
     >>> list(make_entries(["dense", "right-heads", "lserve"], [128, 256], None))
     [('dense', None), ('lserve', 128), ('lserve', 256)]
@@ -257,7 +259,7 @@ def make_entries(methods: Sequence[str], budgets: Sequence[int], streams: Heads 
 
 
 def streaming_heads(config: ScoreboardConfig) -> Heads | None:
-    """The half of the KV heads that stream by the pattern; None, said on stderr, where there is none."""
+    """The half of the KV heads that stream by the pattern. Without one None, reported on stderr."""
     file = config.pattern or config.model / PATTERN_FILE
     if config.pattern is None and not file.is_file():
         asked = dict.fromkeys((*config.methods, *config.grid_methods))
@@ -272,7 +274,7 @@ def streaming_heads(config: ScoreboardConfig) -> Heads | None:
 
 
 def task_examples(config: ScoreboardConfig, material: Material, task: str, length: int) -> list[Example]:
-    """``samples`` of each seed, by task, seed and length alone: the same whatever else is measured."""
+    """``samples`` of each seed. They depend on task, seed and length alone, not on what else is measured."""
     number = list(TASKS).index(task)
     return [
         TASKS[task](material, length, np.random.default_rng([config.seed + seed, number, length, sample]))
@@ -284,12 +286,12 @@ def task_examples(config: ScoreboardConfig, material: Material, task: str, lengt
 def grid_examples(
     config: ScoreboardConfig, material: Material, length: int
 ) -> Mapping[int, Mapping[float, list[Example]]]:
-    """Needles by length and depth; two depths of a sample differ in the depth alone."""
+    """Needles by length and depth; a sample at two depths differs in the depth alone."""
     lengths = config.grid_lengths or tuple(dict.fromkeys((length // 4, length // 2, length)))
     for one in lengths:
         if not 0 < one <= length:
             raise ValueError(f"grid_lengths must be from 1 to length={length}, not {one}")
-    number = len(TASKS)  # no task's
+    number = len(TASKS)  # the number of no task
     return {
         one: {
             depth: [
@@ -303,7 +305,7 @@ def grid_examples(
 
 
 def read_material(tokenizer: Tokenizer, files: Sequence[Path], vocab_size: int) -> Material:
-    """What tasks are made of, in a model's tokens. ValueError where ids are beyond the model's vocabulary."""
+    """What tasks are made of, in a model's tokens. Raises ValueError for ids beyond its vocabulary."""
 
     encode = text_encoder(tokenizer, vocab_size)
 

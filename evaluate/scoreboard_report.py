@@ -39,7 +39,7 @@ def print_scoreboard(rows: Sequence[Row], title: str) -> None:
 
 
 def markdown_table(rows: Sequence[Row]) -> str:
-    """The scores in percent, one line per method: for each task those of all budgets, from the smallest on.
+    """The scores in percent, one line per method, and for each task at all budgets in ascending order.
 
     >>> row = {"task": "needle", "method": "lserve", "length": 2048, "low": 0.3, "high": 0.7, "samples": 12}
     >>> rows = [row | {"budget": 256, "score": 0.75}, row | {"budget": 128, "score": 0.5}]
@@ -64,10 +64,10 @@ def markdown_table(rows: Sequence[Row]) -> str:
 
 
 def check_can_draw(folder: Path) -> None:
-    """Raise, before hours of evaluation, where :func:`write_figures` could not write.
+    """Raise, before hours of evaluation, if :func:`write_figures` could not write.
 
-    MissingExtra where matplotlib is not installed, FileNotFoundError where the folder that ``folder``
-    is in does not exist, NotADirectoryError where it is a file.
+    Raises MissingExtra where matplotlib is not installed, FileNotFoundError where the parent of ``folder``
+    does not exist, NotADirectoryError where ``folder`` is a file.
     """
     require_matplotlib("output")
     if not folder.absolute().parent.is_dir():
@@ -77,7 +77,7 @@ def check_can_draw(folder: Path) -> None:
 
 
 def write_figures(rows: Sequence[Row], folder: Path) -> None:
-    """scoreboard.md and scoreboard.png, and needle_grid.png where there is a grid, in place of older ones."""
+    """Write scoreboard.md, scoreboard.png and, where there is a grid, needle_grid.png over older ones."""
     check_can_draw(folder)
     folder.mkdir(exist_ok=True)
     if any(row["task"] != GRID for row in rows):
@@ -88,7 +88,7 @@ def write_figures(rows: Sequence[Row], folder: Path) -> None:
 
 
 class _Board:
-    """The rows but those of the grid, with the tasks, methods and budgets in them."""
+    """The rows except those of the grid, and the tasks, methods and budgets in them."""
 
     def __init__(self, rows: Sequence[Row]):
         self.rows = [row for row in rows if row["task"] != GRID]
@@ -98,7 +98,7 @@ class _Board:
         self._scores = {(row["task"], row["method"], row["budget"]): row["score"] for row in self.rows}
 
     def scores(self, task: str, method: str) -> list[float]:
-        """At every budget; a single one where the method has no budget."""
+        """The scores at every budget; a single one where the method has no budget."""
         if (task, method, None) in self._scores:
             return [self._scores[task, method, None]]
         return [self._scores[task, method, budget] for budget in self.budgets]

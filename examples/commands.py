@@ -8,7 +8,7 @@ TRAIN = "--train"
 
 
 def demo(options: list[str]) -> None:
-    """What the shipped model shows of the library; with ``--train`` the whole path from a random model on."""
+    """Run the demo of the shipped model or, with ``--train``, the whole path from a random model on."""
     if TRAIN not in options:
         run_shipped_demo(parse(ShippedDemoConfig, "demo", options))
         print("try\n  jsparse generate --prompt 'import os' --temperature 0.7\n  jsparse demo --train")

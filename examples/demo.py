@@ -1,7 +1,7 @@
 """The whole path in minutes on a CPU: train, extend with LongLoRA, measure, generate from a sparse cache.
 
-The text is the Python standard library's own sources, a byte a token. Every number is measured in the run.
-The model is far too small to write Python: what the demo shows is that each step works, and what it changes.
+The text is the Python standard library's own sources, one byte per token. Every number is measured in the
+run. The model is far too small to write Python: the demo shows that each step works, and what it changes.
 """
 
 import dataclasses
@@ -30,7 +30,7 @@ from jsparse.train import FinetuneConfig, finetune, perplexity_by_context, read_
 END_OF_TEXT = 256  # the byte tokenizer's one id that is no byte
 RESULTS = "demo.json"
 PROMPTS = 4  # held-out modules that the logits are compared on
-TIMED_RUNS = 5  # of which the median speed counts, after one that compiles
+TIMED_RUNS = 5  # after one that compiles; the median speed counts
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -117,7 +117,7 @@ def run_demo(config: DemoConfig) -> dict:
     )
     console.rule(f"5/5 generate after {config.prompt_tokens} tokens, from a dense and from sparse caches")
     extended = Llama.from_pretrained(long)
-    # Which heads stream without harm, learned gates would say (DuoAttention). Here half of each layer's must.
+    # Learned gates say which heads stream without harm (DuoAttention). Here half of each layer's must.
     kv_heads = extended.config.num_key_value_heads
     streaming_heads = np.tile(np.arange(kv_heads) < kv_heads // 2, (extended.config.num_hidden_layers, 1))
     generation = measure_generation(
@@ -141,20 +141,20 @@ def run_demo(config: DemoConfig) -> dict:
         "seconds": round(time.perf_counter() - started, 1),
     }
     write_json(config.output / RESULTS, results)
-    draw_plot(results, config.output / "demo.png", "perplexity of a byte, held-out modules")
+    draw_plot(results, config.output / "demo.png", "perplexity per byte, held-out modules")
     print_trained(results)
     return results
 
 
 def prepare_output(output: Path) -> None:
-    """Empty the output folder, if nothing is in it or an earlier demo wrote it; ValueError for any other."""
+    """Empty the output folder of an earlier demo. Raises ValueError for other folders that are not empty."""
     if output.exists() and (
         not output.is_dir() or (any(output.iterdir()) and not (output / RESULTS).is_file())
     ):
         raise ValueError(f"output: {output} is there and no earlier demo wrote it; name a new folder")
     shutil.rmtree(output, ignore_errors=True)
     output.mkdir(parents=True)
-    write_json(output / RESULTS, {})  # so that a demo that was interrupted can be run again
+    write_json(output / RESULTS, {})  # marks the folder, so an interrupted demo can be run again
 
 
 def train_base(config: DemoConfig, files: tuple[Path, ...]) -> Path:
@@ -230,9 +230,9 @@ def pieces(documents: list[np.ndarray], length: int, tokens: int) -> np.ndarray:
 def measure_perplexity(
     config: DemoConfig, base: Path, long: Path, tokens: np.ndarray
 ) -> dict[str, list[float]]:
-    """Perplexity at every context length.
+    """Perplexity at every context length, by model and attention.
 
-    Of the base model, of the same with positions interpolated but not trained, and of the extended model
+    The models are the base, the base with positions interpolated but without training, and the extended model
     with full attention and with the pattern that it was trained with.
     """
     model, interpolated, extended = (Llama.from_pretrained(folder) for folder in (base, base, long))
@@ -271,8 +271,8 @@ def measure_generation(
 ) -> dict[str, dict]:
     """Speed, text and distance from the logits of the first cache, the dense one, for each cache.
 
-    The prompts are from the middle of held-out modules. Speed (after the prefill) and text are of the first
-    prompt; logits are compared over the true continuations of all of them.
+    The prompts are from the middle of held-out modules. Speed (after the prefill) and text are those of the
+    first prompt; logits are compared over the true continuations of all prompts.
     """
     needed = prompt_tokens + new_tokens
     middles = [document[len(document) // 2 :] for document in documents]

@@ -1,4 +1,4 @@
-"""Patterns of other papers as lists of blocks, a short function each.
+"""Patterns of other papers as lists of blocks, one short function each.
 
 All are causal: jsparse never shows a later token, so this is the half of a paper's bidirectional pattern at
 and below the diagonal. A grid of blocks is drawn first and turned into lists. Such a grid has (tokens /
@@ -14,11 +14,11 @@ from jsparse import BlockMask
 
 
 def lists_from_grid(grid: Bool[Array | np.ndarray, "*R n n"], block: int) -> BlockMask:
-    """Lists of the key blocks that a grid marks for each block of queries; what is above the diagonal is cut.
+    """Lists of the key blocks that a grid marks for each block of queries, at and below the diagonal.
 
     - grid: [R, n, n] or [B, R, n, n], True where query block i (the second axis from the right) visits KV
       block j. R rows: one for all heads, one per KV head or one per query head.
-    - block: tokens per block. All blocks but a query's own are wholly visible, so they skip the token mask.
+    - block: tokens per block. All blocks except a query's own are wholly visible and skip the mask.
 
     >>> mask = lists_from_grid(np.array([[[1, 0, 0], [0, 1, 0], [1, 0, 1]]], bool), block=2)
     >>> mask.kv_index.reshape(3, 3)[2, :2].tolist(), mask.kv_count.tolist(), mask.kv_full_count.tolist()

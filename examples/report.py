@@ -81,7 +81,7 @@ def _print_recall(console: Console, results: dict[str, Any]) -> None:
     rows = results["recall"]
     tasks = list(dict.fromkeys(row["task"] for row in rows))
     scores = {(row["method"], row["task"]): row for row in rows}
-    table = Table(title=f"Found in texts of {rows[0]['length']} tokens, of {rows[0]['samples']} each")
+    table = Table(title=f"Found in texts of {rows[0]['length']} tokens, {rows[0]['samples']} texts per task")
     table.add_column("cache")
     for task in tasks:
         table.add_column(task, justify="right")

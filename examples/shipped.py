@@ -125,7 +125,7 @@ def run_shipped_demo(config: ShippedDemoConfig) -> dict:
     print_shipped(results)
     if config.output is not None:
         write_json(config.output / RESULTS, results)
-        draw_plot(results, config.output / "demo.png", "perplexity of a token, held-out modules")
+        draw_plot(results, config.output / "demo.png", "perplexity per token, held-out modules")
     return results
 
 

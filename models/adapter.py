@@ -43,7 +43,7 @@ _PREFIX = "base_model.model."  # of every tensor in PEFT's file; then comes its 
 _EMBEDDING, _HEAD = "model.embed_tokens", "lm_head"  # the modules' names in transformers
 _DTYPES = ("F32", "F16", "BF16")
 
-# What the config.json of an adapter may have of its own, and what else may differ: no logit depends on it.
+# Fields in which an adapter's config.json may differ: those it sets itself, and those no logit depends on.
 _OWN = ("rope", "max_position_embeddings")
 _FREE = ("eos_token_ids", "bos_token_id", "pad_token_id", "initializer_range")
 
@@ -51,26 +51,27 @@ _FREE = ("eos_token_ids", "bos_token_id", "pad_token_id", "initializer_range")
 def save_adapter(model: Llama, directory: str | Path, *, base: str | Path, trained: Any) -> None:
     """Write the adapters of ``model``, and what was trained beside them, as PEFT reads them.
 
-    ``adapter_model.safetensors`` has every adapter, ``lora_A`` [rank, in] and ``lora_B`` [out, rank], and,
-    whole, the embedding, norms and ``lm_head`` that ``trained`` selects; ``adapter_config.json`` names those
-    as ``modules_to_save``. A tied embedding is written as ``lm_head`` too, for PEFT would leave the base's
-    there. ``config.json`` is the model's own, whose RoPE may be extended: PEFT has no place for that. Load it
-    in transformers with ::
+    ``adapter_model.safetensors`` has every adapter, ``lora_A`` [rank, in] and ``lora_B`` [out, rank]. It also
+    has, whole, the embedding, norms and ``lm_head`` that ``trained`` selects; ``adapter_config.json`` names
+    those as ``modules_to_save``. A tied embedding is written as ``lm_head`` too, because PEFT would otherwise
+    keep the base's. ``config.json`` is the model's own, with its RoPE, which may be extended: PEFT has no
+    place for that. Load it in transformers with ::
 
         longer = AutoModelForCausalLM.from_pretrained(base, config=AutoConfig.from_pretrained(directory))
         model = PeftModel.from_pretrained(longer, directory)
 
-    ``AutoModelForCausalLM.from_pretrained(directory)`` fails, for transformers expects a whole model beside a
+    ``AutoModelForCausalLM.from_pretrained(directory)`` fails: transformers expects a whole model beside a
     config.json. (Without one it would take the RoPE of the base and say nothing, as PEFT's own
     ``AutoPeftModelForCausalLM`` does.)
 
-    base: the folder of the model that was fine-tuned, or its name on the Hugging Face Hub. trained: a filter
-    for ``nnx.split``, the one used in training; LoRAParam writes adapters alone.
+    Weights keep their dtype. Files appear whole, ``adapter_config.json`` last.
 
-    Weights keep their dtype. Files appear whole, ``adapter_config.json`` last. Raises ValueError for a model
-    without adapters or with several ranks, scales or dropouts, for a ``trained`` that selects what an adapter
-    cannot hold, an empty ``base``, and a folder with other weights in it; NotADirectoryError where
-    ``directory`` is a file. Then nothing is written.
+    - base: the folder of the model that was fine-tuned, or its name on the Hugging Face Hub.
+    - trained: a filter for ``nnx.split``, the one used in training; LoRAParam writes adapters alone.
+
+    Raises, before anything is written: ValueError for a model without adapters or with several ranks, scales
+    or dropouts, for a ``trained`` that selects what an adapter cannot hold, an empty ``base``, and a folder
+    with other weights in it; NotADirectoryError where ``directory`` is a file.
 
     >>> config = LlamaConfig.tiny()
     >>> model = Llama(config, rngs=nnx.Rngs(0))
@@ -107,12 +108,12 @@ def load_adapter(model: Llama, directory: str | Path) -> None:
     model's dtype. The model takes RoPE and ``max_position_embeddings`` from the folder's ``config.json``, if
     there is one.
 
-    Read are the folders of ``save_adapter``, of PEFT, and of LongLoRA, whose embeddings and norms are in
-    ``trainable_params.safetensors``. LongLoRA does not write down how far it extended the context: set
+    It reads the folders of ``save_adapter``, of PEFT, and of LongLoRA, which keeps embeddings and norms in
+    ``trainable_params.safetensors``. LongLoRA does not record how far it extended the context: set
     ``model.config = model.config.extend_context(length)``. Pickles (``.bin``) are never opened.
 
-    Everything is checked before anything changes. Raises FileNotFoundError for files that are not there or
-    are pickles. Raises ValueError for a model that has adapters already; for an ``adapter_config.json`` that
+    Everything is checked before anything changes. Raises FileNotFoundError for files that are missing or are
+    pickles. Raises ValueError for a model that has adapters already; for an ``adapter_config.json`` that
     asks for other mathematics (DoRA, rsLoRA, biases, ranks by layer) or names no module of the model; for a
     ``config.json`` of another model; and, in one message, for all tensors that are missing, unexpected,
     misshapen or of a dtype other than float32, float16 and bfloat16.
@@ -153,7 +154,7 @@ def load_adapter(model: Llama, directory: str | Path) -> None:
     model.config = model_config
 
 
-# What of a model an adapter can hold, by the name of the module in transformers.
+# The parts of a model that an adapter can hold, by the names of the modules in transformers.
 
 
 class _Weight(NamedTuple):
@@ -172,7 +173,7 @@ class _Weight(NamedTuple):
         return np.ascontiguousarray(array.T if self.transposed else array)
 
     def set(self, array: np.ndarray) -> None:
-        """Replace the value. Its dtype stays and, on a mesh, its place."""
+        """Replace the value; it keeps its dtype and, on a mesh, its place."""
         old = self.parameter[...]
         new = (array.T if self.transposed else array).astype(old.dtype)
         on_mesh = isinstance(old.sharding, NamedSharding)
@@ -184,7 +185,7 @@ def _linears(model: Llama) -> dict[str, Linear]:
 
 
 def _whole_weights(model: Llama) -> dict[str, _Weight]:
-    """The weight of every module that can be saved whole; that of a tied ``lm_head`` is the embedding's."""
+    """The weight of every module that can be saved whole; a tied ``lm_head`` has the embedding's."""
     embedding = _Weight(model.embed_tokens.embedding)
     norms = {
         f"model.{'.'.join(map(str, path))}": _Weight(module.scale)
@@ -205,7 +206,7 @@ def _lora_weights(adapted: Mapping[str, Linear]) -> dict[str, _Weight]:
 
 
 def _lora_shapes(linears: Mapping[str, Linear], rank: int) -> dict[str, tuple[int, ...]]:
-    """What ``_Weight.shape`` will be of adapters that are not attached yet."""
+    """The ``_Weight.shape`` that adapters will have once they are attached."""
     shapes = {}
     for name, linear in linears.items():
         shapes[f"{name}.lora_A.weight"] = (rank, linear.in_size)
@@ -244,7 +245,7 @@ def _settings(adapted: Iterable[Linear]) -> tuple[int, int | float, float]:
 
 
 def _selected(model: Llama, trained: Any, whole: Mapping[str, _Weight]) -> list[str]:
-    """The modules to save whole: those of all parameters that ``trained`` selects, but adapters."""
+    """The modules to save whole: those of all parameters that ``trained`` selects, except adapters."""
     selected = nnx.to_flat_state(nnx.state(model, trained))
     paths = [".".join(map(str, path)) for path, variable in selected if not isinstance(variable, LoRAParam)]
     modules = {path: path.rsplit(".", 1)[0] for path in paths}
@@ -337,7 +338,7 @@ def _check_tensors(
     saved: Iterable[str],
 ) -> None:
     shapes = dict(lora) | {f"{name}.weight": weight.shape() for name, weight in whole.items()}
-    # Of a tied lm_head, which is the embedding, _check_tied says when it must be there.
+    # _check_tied says when a tied lm_head, which is the embedding, must be there.
     own = [name for name in saved if name == _EMBEDDING or whole[name] is not whole[_EMBEDDING]]
     required = [*lora, *(f"{name}.weight" for name in own)]
     problems = [f"missing {name}" for name in required if name not in stored]

@@ -27,7 +27,7 @@ _INERT_VALUES: dict[str, tuple[Any, ...]] = {
 }
 _REQUIRED = ("peft_type", "r", "lora_alpha", "target_modules")
 _OPTIONAL = ("lora_dropout", "modules_to_save", "ensure_weight_tying")
-# Where an adapter comes from, and options of what is refused above.
+# Where an adapter comes from, and options of the features refused above.
 _IGNORED = frozenset(
     """
     base_model_name_or_path revision auto_mapping peft_version inference_mode layers_pattern megatron_core
@@ -38,7 +38,7 @@ _IGNORED = frozenset(
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class AdapterConfig:
-    """What an ``adapter_config.json`` says of LoRA; the comments are the names there.
+    """What an ``adapter_config.json`` says about LoRA; the comments give the names there.
 
     ``targets_among`` and ``whole_among`` find the modules that ``targets`` and ``whole`` name.
     """
@@ -124,8 +124,8 @@ def _names(name: str, value: Any) -> tuple[str, ...]:
     return tuple(value)
 
 
-# How PEFT finds modules by name. For those to adapt, a name is the end of a path, from a dot on; for those to
-# save whole, it is the end of the string, so that "norm" is input_layernorm too.
+# How PEFT finds modules by name. For modules to adapt, a name is the end of a path, from a dot on. For
+# modules to save whole it is the end of the string, so "norm" means input_layernorm too.
 
 
 def targets_among(names: Iterable[str] | str, modules: Iterable[str]) -> list[str]:

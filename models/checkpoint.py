@@ -40,7 +40,7 @@ _SHARD_NAME = re.compile(r"model-\d{5}-of-\d{5}\.safetensors")
 
 
 def load_config(directory: str | Path) -> LlamaConfig:
-    """The config of a Hugging Face folder; stop tokens in ``generation_config.json`` win over its own."""
+    """The config of a Hugging Face folder; stop tokens in ``generation_config.json`` override its own."""
     directory = Path(directory)
     if not (directory / "config.json").is_file():
         raise FileNotFoundError(f"{directory} is not a checkpoint folder: it has no config.json")
@@ -65,13 +65,14 @@ def load_parameters(
 ) -> Parameters:
     """The values of abstract ``parameters``, read from the safetensors in a Hugging Face folder.
 
-    ``dtype`` None keeps the stored dtype, which must then be one for all tensors. ``place`` puts the array of
-    one parameter on its devices. Passed over is only ``rotary_emb.inv_freq``, which old checkpoints have and
-    the config implies.
+    Only ``rotary_emb.inv_freq`` is ignored, which old checkpoints have and the config implies.
 
-    Raises FileNotFoundError for weights that are not there (pickled ones do not count), and ValueError with,
-    in one message, every tensor that is missing, unexpected, misshapen or of a dtype other than float32,
-    float16 and bfloat16. Nothing is allocated before that.
+    - dtype: None keeps the stored dtype, which must then be the same for all tensors.
+    - place: puts the array of one parameter on its devices.
+
+    Raises, before anything is allocated: FileNotFoundError for missing weights (pickled ones do not count),
+    and ValueError that names, in one message, every tensor that is missing, unexpected, misshapen or of a
+    dtype other than float32, float16 and bfloat16.
     """
     directory = Path(directory)
     if dtype is not None and jnp.dtype(dtype) not in _DTYPES.values():
@@ -141,12 +142,12 @@ def save(config: LlamaConfig, parameters: Parameters, directory: str | Path, *, 
 
     Weights keep their dtype and go into one ``model.safetensors``, or into shards of at most
     ``max_shard_bytes`` (one tensor may be larger) with an index. Everything is first written and flushed
-    under a temporary name in the folder and then moved into place, so that a crash while writing leaves what
-    was there. Files of other kinds, like ``tokenizer.json``, stay; weights of an earlier save that the new
+    under a temporary name in the folder and then moved into place, so a crash while writing leaves what was
+    there. Files of other kinds, like ``tokenizer.json``, stay; weights of an earlier save that the new
     ones do not replace are removed.
 
     Raises ValueError for a ``max_shard_bytes`` below 1 and for parameters of a dtype that we would not read
-    again, NotADirectoryError where ``directory`` is a file.
+    back, NotADirectoryError where ``directory`` is a file.
     """
     directory = Path(directory)
     if max_shard_bytes < 1:

@@ -23,12 +23,13 @@ class LlamaConfig:
     """The sizes and the variant of one model of the Llama family.
 
     Field names are Hugging Face's. ``model_type`` decides what has no field of its own there: Qwen2 always
-    has biases on q, k and v, Qwen3 always normalises queries and keys. ``sliding_windows`` has one entry a
+    has biases on q, k and v, Qwen3 always normalises queries and keys. ``sliding_windows`` has one entry per
     layer: None, or how many keys a query sees, its own included.
 
-    Left out, ``num_key_value_heads`` is one for each head, ``head_dim`` is ``hidden_size /
-    num_attention_heads``, and no layer has a window. Everything is checked when it is made: ValueError names
-    the field, the value and what is allowed.
+    By default ``num_key_value_heads`` is one for each head, ``head_dim`` is ``hidden_size /
+    num_attention_heads``, and no layer has a window.
+
+    Raises ValueError, naming the field, the value and what is allowed.
 
     >>> config = LlamaConfig(
     ...     vocab_size=257, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4
@@ -186,12 +187,13 @@ class LlamaConfig:
     def extend_context(self, length: int, method: str | None = None) -> "LlamaConfig":
         """A config for ``length`` positions, whose RoPE is extended by ``jsparse.models.extend.extend_rope``.
 
-        The growth is ``ceil(length / max_position_embeddings)``, by which ``max_position_embeddings`` grows
-        and so may end above ``length``; a length that fits already changes nothing. ``method`` is "linear"
-        (position interpolation, as LongLoRA, arXiv 2309.12307), "ntk", "yarn" or "llama3". None is the
-        checkpoint's own kind, and linear for one that was never extended. Extended twice by 2 is extended by
-        4. A checkpoint whose ``max_position_embeddings`` leaves its own RoPE factor out of account (published
-        recipes for YaRN set the factor alone) needs the length that it has with it set there first.
+        ``max_position_embeddings`` grows by the factor ``ceil(length / max_position_embeddings)``, so it may
+        end above ``length``; a length that already fits changes nothing. Extending twice by 2 extends by 4.
+        Published recipes for YaRN set the RoPE factor alone. A checkpoint like that, whose
+        ``max_position_embeddings`` does not include its factor, first needs the extended length set there.
+
+        - method: "linear" (position interpolation, as in LongLoRA, arXiv 2309.12307), "ntk", "yarn" or
+          "llama3". None is the checkpoint's own kind, and linear for one that was never extended.
 
         Raises ValueError for a length below 1 and for an unknown method, NotImplementedError for a method
         that does not compose with the RoPE kind of the checkpoint.

@@ -4,14 +4,15 @@ import dataclasses
 
 from jsparse.models.rope import RopeConfig
 
-# The RoPE kinds that each method extends to what is again one RoPE in Hugging Face's spelling.
+# The RoPE kinds on which each method gives a RoPE that Hugging Face's config can spell.
 EXTENSIONS: dict[str, tuple[str, ...]] = {
     "linear": ("default", "linear"),
     "ntk": ("default", "linear"),
     "yarn": ("default", "yarn"),
     "llama3": ("default", "llama3"),
 }
-# A kind goes on in its own way. NTK-aware RoPE is a default one with a larger theta: nothing tells it apart.
+# By default a kind is extended by its own method. NTK-aware RoPE is a default one with a larger theta, so
+# nothing tells it apart.
 _OWN_METHOD: dict[str, str] = {
     "default": "linear",
     "linear": "linear",
@@ -33,21 +34,21 @@ def extend_rope(
     With s = ``growth``, d = ``head_dim`` and L = ``max_position_embeddings``, the length before:
 
     - ``linear``, position interpolation (arXiv 2306.15595; LongLoRA, arXiv 2309.12307): every frequency is
-      divided by s, so that the model sees only angles that it was trained on. On default, linear.
+      divided by s, so the model sees only angles that it was trained on. On default, linear.
     - ``ntk``, NTK-aware scaling (bloc97, 2023; arXiv 2309.00071, §3.1): ``theta * s ** (d / (d - 2))``, so
-      that the highest frequency stays, the lowest is divided by s, and those between by powers of s. The kind
+      the highest frequency stays, the lowest is divided by s, and those between by powers of s. The kind
       stays. On default (one that was extended so before, too), linear.
     - ``yarn`` (arXiv 2309.00071): factor s over the original length L. On default, yarn.
     - ``llama3`` (Llama 3.1): factor s over the original length L, ``low_freq_factor`` 1 and
       ``high_freq_factor`` 4. On default, llama3.
     - None: the way of ``rope.kind``; linear for a default one.
 
-    On its own kind a method multiplies the factor that is there, and the original length stays: twice by 2 is
+    On its own kind a method multiplies the existing factor, and the original length stays: twice by 2 equals
     once by 4. YaRN's factor on cosines follows from the new factor.
 
     Raises ValueError for an unknown method, a growth below 1 and a ``head_dim`` that NTK cannot divide;
-    NotImplementedError for a method on a kind with which it is no single RoPE, and for YaRN with an explicit
-    ``attention_factor``, which holds for the old factor only.
+    NotImplementedError for a method and a kind that together are no single RoPE, and for YaRN with an
+    explicit ``attention_factor``, which holds for the old factor only.
 
     >>> extend_rope(RopeConfig(), 4, head_dim=128, max_position_embeddings=4096, method="yarn").factor
     4.0

@@ -17,17 +17,17 @@ V = TypeVar("V", bound=nnx.Variable)
 def quantize_base(model: nnx.Module, bits: int) -> None:
     """Keep the kernel of every linear layer as codes of ``bits`` bits: 4 (NormalFloat) or 8 (int8).
 
-    The codes and their scales are FrozenCodes, which no filter for ``nnx.Param`` selects; a layer decodes
+    The codes and their scales are FrozenCodes, which no filter for ``nnx.Param`` selects. A layer decodes
     them where it uses them, to the dtype of its input, and again in the backward pass. Embeddings, norms,
     biases and ``lm_head`` stay as they are, and so do adapters. A bfloat16 kernel takes 3.6 times less memory
     in 4 bits, with scales, and half in 8. On a mesh the codes lie as the kernel did.
 
-    ``merge_lora`` and ``dequantize_base`` make ordinary kernels again. What the codes lost stays lost: those
-    hold what the codes stand for.
+    ``merge_lora`` and ``dequantize_base`` make ordinary kernels again. These hold the values that the codes
+    stand for: what quantizing lost stays lost.
 
     Raises, before anything changes, MissingExtra without qwix (the extra ``qlora``); ValueError for other
-    bits, for a model whose base has codes already, for one without linear layers and, in 4 bits, naming the
-    layers whose inputs 64 does not divide.
+    bits, for a model whose base has codes already, for one without linear layers and, in 4 bits, for layers
+    whose inputs are not a multiple of 64, naming them.
 
     >>> from jsparse.models import Llama, LlamaConfig
     >>> model = Llama(LlamaConfig.tiny(hidden_size=64), rngs=nnx.Rngs(0))
@@ -55,7 +55,7 @@ def quantize_base(model: nnx.Module, bits: int) -> None:
         tiles = linear.axes[0] if len(scales) > 1 else None
         linear.scales = _placed(FrozenCodes(scales, **logical_axes(tiles, linear.axes[1])), kernel)
         linear.coded_dtype = kernel.dtype
-        linear.kernel = nnx.data(None)  # type: ignore  # typed for those who never see codes, like lm_head
+        linear.kernel = nnx.data(None)  # type: ignore  # typed for kernels without codes, like lm_head
 
 
 def dequantize_base(model: nnx.Module) -> None:
@@ -78,7 +78,7 @@ def is_quantized(model: nnx.Module) -> bool:
     return any(linear.codes is not None for _, linear in linear_layers(model))
 
 
-# Compiled, for else the distance of every weight to all values of its code would be in memory at once.
+# Compiled, or the distances of every weight to all values of its code would be in memory at once.
 _encode = jax.jit(encode_kernel, static_argnums=1)
 _decode = jax.jit(decode_kernel, static_argnums=2)
 

@@ -21,16 +21,20 @@ def reorder_heads(
         out = sum over KV heads h of  attend(x Wq[h], x Wk[h], x Wv[h]) Wo[h]
 
     In each layer the columns of q_proj (a whole group for each KV head), k_proj and v_proj, their biases, and
-    the rows of o_proj are permuted alike, retrieval heads first; within each kind the order stays. Then the
-    heads of either kind are one slice. Logits are the same up to rounding: o_proj adds its heads in another
-    order. DuoAttention (arXiv 2410.10819) reorders the weights of the models that it deploys so.
+    the rows of o_proj are permuted alike, retrieval heads first; within each kind the order stays. The heads
+    of either kind are then one slice. Logits are the same up to rounding, as o_proj adds its heads in another
+    order. ``model`` does not change.
 
-    streaming_heads: True where a KV head streams, as from ``HeadPattern.threshold``. A layer may have none or
-    only streaming heads. The second result is this pattern, permuted in the same way. ``model`` does not
-    change; the parameters that are not permuted are shared with it.
+    - streaming_heads: True where a KV head streams, as from ``HeadPattern.threshold``. A layer may have no
+      streaming heads, or no others.
 
-    Raises ValueError for a pattern that is not boolean or of another shape than the model's heads, and for a
-    model with LoRA adapters.
+    Returns the model, which shares with ``model`` the parameters that are not permuted, and the pattern,
+    permuted in the same way.
+
+    Raises ValueError for a pattern that is not boolean or does not have the shape of the model's heads, and
+    for a model with LoRA adapters or a quantized base.
+
+    Source: DuoAttention (arXiv 2410.10819), which reorders the weights of the models it deploys in this way.
 
     >>> from jsparse.models import LlamaConfig
     >>> config = LlamaConfig.tiny(num_hidden_layers=1)

@@ -212,7 +212,7 @@ def _rope_from_hf(fields, max_position_embeddings):
 def _read_rope(name, entry, fields, max_position_embeddings):
     if not isinstance(entry, Mapping):
         raise ValueError(f"{name} must be an object or null, not {entry!r}")
-    if entry and all(isinstance(value, Mapping) for value in entry.values()):  # one entry a layer type
+    if entry and all(isinstance(value, Mapping) for value in entry.values()):  # one entry per layer type
         readings = [
             _read_rope(f"{name}.{kind}", value, fields, max_position_embeddings)
             for kind, value in entry.items()

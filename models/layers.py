@@ -1,4 +1,4 @@
-"""The layers of a Llama as Flax NNX modules: linear maps, RMS norm, attention without the attention, MLP.
+"""The layers of a Llama as Flax NNX modules: linear maps, RMS norm, attention except the attending, MLP.
 
 Kernels are stored [in, out]. Every parameter carries the logical names of its axes (embed, heads, kv_heads,
 mlp, vocab) as ``out_sharding`` metadata, which ``nnx.get_partition_spec`` reads; nothing is sharded here, and
@@ -28,7 +28,7 @@ class LoRAParam(nnx.Param):
 
 
 class FrozenCodes(nnx.Variable):
-    """A kernel's codes, or their scales: no nnx.Param, for they are neither trained nor a checkpoint's."""
+    """A kernel's codes, or their scales: no nnx.Param, as they are neither trained nor saved."""
 
 
 class DropoutKey(nnx.Variable):
@@ -93,8 +93,8 @@ class Linear(nnx.Module):
 def times(x: Float[Array, "*batch in"], kernel: Float[Array, "in out"]) -> Float[Array, "*batch out"]:
     """``x @ kernel``.
 
-    On a CPU a single row is cut into pieces of the inputs, a batch of products: jax 0.12 does that up to 1.7
-    times as fast as one product with a large kernel, jax 0.10 as fast or a little faster.
+    On a CPU the inputs of a single row are cut into pieces, a batch of products. With a large kernel jax 0.12
+    computes that up to 1.7 times as fast as one product; jax 0.10 equally fast or a little faster.
 
     >>> times(jnp.ones((1, 8)), jnp.ones((8, 2))).tolist()
     [[8.0, 8.0]]
@@ -104,12 +104,12 @@ def times(x: Float[Array, "*batch in"], kernel: Float[Array, "in out"]) -> Float
     if not single or device_kind() != "cpu":
         return x @ kernel
     parts = x.reshape(_PIECES, 1, -1) @ kernel.reshape(_PIECES, inputs // _PIECES, -1)
-    # Added one by one, and not reduced: so XLA does it where the sum is used.
+    # Added one by one, not reduced: XLA then adds where the sum is used.
     return functools.reduce(jnp.add, parts).reshape(*x.shape[:-1], -1)
 
 
 def linear_layers(model: nnx.Module) -> Iterator[tuple[str, Linear]]:
-    """(dotted path, module) of every Linear but lm_head, whose kernel the loss reads directly."""
+    """(dotted path, module) of every Linear except lm_head: the loss reads its kernel directly."""
     for path, module in nnx.iter_modules(model):
         name = ".".join(map(str, path))
         if isinstance(module, Linear) and name != "lm_head":
@@ -117,7 +117,7 @@ def linear_layers(model: nnx.Module) -> Iterator[tuple[str, Linear]]:
 
 
 class RMSNorm(nnx.Module):
-    """``scale * x / sqrt(mean(x²) + eps)`` over the last axis, in float32; the dtype of x comes back."""
+    """``scale * x / sqrt(mean(x²) + eps)`` over the last axis, computed in float32, in the dtype of x."""
 
     def __init__(self, size: int, axis: str | None, *, eps: float, dtype):
         self.eps = eps
@@ -130,7 +130,7 @@ class RMSNorm(nnx.Module):
 
 
 class Embedding(nnx.Module):
-    """One row a token id."""
+    """One row per token id."""
 
     def __init__(self, vocab_size: int, hidden_size: int, *, std: float, rngs: nnx.Rngs, dtype):
         table = std * jax.random.normal(rngs.params(), (vocab_size, hidden_size), dtype)
@@ -141,7 +141,7 @@ class Embedding(nnx.Module):
 
 
 class SelfAttention(nnx.Module):
-    """Projections, per-head norms and RoPE around an attention that the caller brings."""
+    """Projections, per-head norms and RoPE around the caller's attention."""
 
     def __init__(self, config: LlamaConfig, *, rngs: nnx.Rngs, dtype):
         embed, heads, kv_heads = config.hidden_size, config.num_attention_heads, config.num_key_value_heads

@@ -63,10 +63,10 @@ class Llama(nnx.Module):
         """Next-token logits, float32, of whole sequences: no cache.
 
         ``mask`` None is causal attention with each layer's own sliding window. A TokenMask, one TokenMask for
-        each query head, or a BlockMask narrows it further, the same way in every layer; so does a sequence of
-        one entry a layer, each a sequence of TokenMasks or a BlockMask. ``segment_ids`` cut
-        packed documents apart. ``positions`` (0, 1, 2, ... by default) turn RoPE only; masks count places in
-        the sequence.
+        each query head, or a BlockMask narrows it further, the same way in every layer. So does a sequence of
+        one entry per layer, each a sequence of TokenMasks or a BlockMask. ``segment_ids`` separate packed
+        documents. ``positions`` (0, 1, 2, ... by default) affect RoPE only; masks count places
+        in the sequence.
 
         Raises ValueError for ids outside the vocabulary (where tokens are concrete: JAX would clamp them
         silently), for shapes that differ, and for a mask that the model's heads or windows cannot take.
@@ -100,12 +100,12 @@ class Llama(nnx.Module):
         """The hidden states after the final norm, with attention left to the caller.
 
         ``attend(layer, q, k, v)`` gets the layer's number, queries [B, T, Hq, D] and keys [B, T, Hk, D], both
-        normed and rotated, and values, and returns [B, T, Hq, D]. Masks, caches and windows are its business.
+        normed and rotated, and values, and returns [B, T, Hq, D]. It applies masks, caches and windows.
 
         ``remat`` says what is kept for the backward pass: "none" recomputes nothing; "layers" keeps the input
-        of each layer and computes the rest again, which costs a third more time; "attention" keeps also what
-        attention gave, the dearest part of a long context; "dots" keeps all products with weights. Other than
-        with "none", ``attend`` is traced more than once and must be pure. ``trained`` is the filter
+        of each layer and recomputes the rest, for a third more time; "attention" also keeps attention's
+        output, the most expensive part of a long context; "dots" keeps all products with weights. Except with
+        "none", ``attend`` is traced more than once and must be pure. ``trained`` is the filter
         (``nnx.split``) of the layers' parameters whose gradients are taken, so their gradients are finished,
         and their inputs freed, before the backward pass reaches the previous layer.
         """
@@ -138,12 +138,12 @@ class Llama(nnx.Module):
     def from_pretrained(cls, directory: str | Path, *, dtype=None, mesh: Mesh | None = None) -> "Llama":
         """The model in a Hugging Face folder: ``config.json`` and safetensors, in one file or in shards.
 
-        ``dtype`` None keeps the dtype of the file. Stop tokens in ``generation_config.json`` win over those
+        ``dtype`` None keeps the dtype of the file. Stop tokens in ``generation_config.json`` override those
         of the config. On a ``mesh`` each parameter lies where ``jsparse.models.sharding`` says, and no device
         ever holds more than its part.
 
-        Raises FileNotFoundError for a folder, config, weights or a shard that are not there (pickled weights
-        do not count), ValueError for a config that cannot be represented and for tensors that do not fit it.
+        Raises FileNotFoundError for a folder, config, weights or shard that is missing (pickled weights do
+        not count), ValueError for a config that cannot be represented and for tensors that do not fit it.
         """
         config = checkpoint.load_config(directory)
         graph, state = nnx.split(nnx.eval_shape(lambda: cls(config, rngs=nnx.Rngs(0))))
@@ -214,10 +214,10 @@ def _rematerialized(layer, remat: str, trained):
 
 @jax.custom_vjp
 def _made_together(values):
-    """The same values, whose gradients are made together.
+    """The same values, with their gradients computed together.
 
-    XLA would put off the products that give a layer's parameters their gradients to the end of the step, and
-    keep what they take, of every layer, until then.
+    Otherwise XLA would postpone the products that give the gradients of a layer's parameters to the end of
+    the step, and keep their operands, for every layer, until then.
     """
     return values
 

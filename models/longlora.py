@@ -10,10 +10,10 @@ def shifted_head_masks(num_heads: int, group_size: int) -> tuple[TokenMask, ...]
     """LongLoRA's S²-Attn, one mask per query head: what a model or ``jsparse.attention`` takes as ``mask``.
 
     The first half of the heads (rounded down) attends within groups of ``group_size`` tokens, the second
-    within groups shifted by half a group, so that neighbouring groups overlap (§3.2, figure 3). Both are
-    causal by absolute position: the original's roll puts the last tokens of the sequence into the first group
-    of the shifted heads, which thereby see the future; here the two halves of the group that would wrap
-    around are groups of their own.
+    within groups shifted by half a group, so neighbouring groups overlap (§3.2, figure 3). Both are causal
+    by absolute position. The original rolls the last tokens of the sequence into the first group of the
+    shifted heads, which thereby see the future; here the two halves of the group that would wrap around are
+    groups of their own.
 
     >>> plain, shifted = shifted_head_masks(num_heads=2, group_size=4)
     >>> plain

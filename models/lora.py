@@ -30,8 +30,8 @@ def add_lora(
     A target is the last name of layers ("q_proj"), or a pattern (``fnmatch``) of their whole dotted paths:
     "layers.*.mlp.up_proj", "layers.0.self_attn.*", or "*" for all. ``lm_head`` is not among them.
 
-    ``dropout``, as in PEFT: A sees each element of x with probability ``1 - dropout``, divided by that, and
-    else zero; W sees all of x. Only while ``set_dropout_keys`` has set a key: else nothing is dropped.
+    ``dropout`` is as in PEFT: A sees each element of x with probability ``1 - dropout``, divided by that, and
+    otherwise zero; W sees all of x. Without a key from ``set_dropout_keys`` nothing is dropped.
 
     Raises ValueError for a rank or alpha that is not positive, a dropout outside [0, 1), for targets that
     match no linear layer, and for a model that has adapters already; then nothing is attached.
@@ -64,8 +64,8 @@ def add_lora(
 def merge_lora(model: nnx.Module) -> None:
     """Fold every adapter into its kernel, ``W + (alpha / rank) A B`` in float32, and remove it.
 
-    W of a frozen base in 4 or 8 bits is what its codes stand for, with which the adapters were trained, and
-    the whole model then has ordinary kernels again, in the dtype they had.
+    In a frozen base of 4 or 8 bits, W is what its codes stand for, as when the adapters were trained. The
+    whole model then has ordinary kernels again, in the dtype they had.
 
     Raises ValueError if there is no adapter.
     """
@@ -84,7 +84,7 @@ def merge_lora(model: nnx.Module) -> None:
 
 
 def set_dropout_keys(model: nnx.Module, key: jax.Array | None) -> None:
-    """Let the adapters drop their inputs, each by a key of its own made from ``key``; None: no more.
+    """Let the adapters drop their inputs, each by a key of its own made from ``key``; None ends it.
 
     For the training step, on the model that it has just merged, inside ``jit``: the keys are part of the
     model's state, and go with its layers into ``jax.checkpoint``. Adapters without dropout get none.

@@ -18,9 +18,9 @@ def next_targets(
 ) -> tuple[Int32[Array, "B T"], Bool[Array, "B T"]]:
     """The token that follows each position, and whether it counts.
 
-    It counts where token t + 1 is of the same document and ``scored`` (None: all are): the last token of a
-    document, of the window, what comes before a prompt's token, and all padding do not. (There the target is
-    defined, but means nothing.)
+    A position t counts where token t + 1 belongs to the same document and is ``scored`` (None: all are). The
+    last token of a document or window, a token before a prompt's token, and padding do not count; there the
+    target is defined, but means nothing.
     """
     targets = jnp.roll(tokens, -1, axis=1)
     counts = (segment_ids == jnp.roll(segment_ids, -1, axis=1)) & (segment_ids != PADDING)
@@ -39,10 +39,12 @@ def token_nll(
 ) -> Float32[Array, "B T"]:
     """``-log softmax(logits_of(hidden[t]))[targets[t]]`` for every t, in float32.
 
-    The logits of all tokens are never there at once: 100,000 tokens of a vocabulary of 128,256 would take 51
-    GB. They are computed for a stretch of each sequence at a time, of at most ``logits_at_once`` numbers,
-    and again in the backward pass. ``parts``: how many devices share each sequence; a stretch then takes as
-    many tokens of each device's part.
+    The logits of all tokens are never in memory at once: with 100,000 tokens and a vocabulary of 128,256 they
+    would take 51 GB. They are computed for one stretch of each sequence at a time, and again in the backward
+    pass.
+
+    - parts: how many devices share each sequence; a stretch takes equally many tokens from each device.
+    - logits_at_once: at most this many numbers of a sequence at a time.
 
     >>> hidden = jnp.eye(4)[None]
     >>> nll = token_nll(hidden, lambda h: 100 * h, jnp.array([[0, 1, 2, 0]]), logits_at_once=8)

@@ -10,9 +10,9 @@ from jsparse.masks.block_mask import BlockMask
 from jsparse.models.config import LlamaConfig
 
 LayerMask = Sequence[jsparse.TokenMask] | BlockMask
-"""One layer's entry in a mask of one entry a layer."""
+"""One layer's entry in a mask of one entry per layer."""
 ModelMask = Mask | Sequence[LayerMask]
-"""What a model takes as ``mask``: one for all layers, or one entry a layer."""
+"""What a model takes as ``mask``: one for all layers, or one entry per layer."""
 
 
 def layer_masks(config: LlamaConfig, mask: ModelMask | None) -> list[Mask]:
@@ -22,16 +22,16 @@ def layer_masks(config: LlamaConfig, mask: ModelMask | None) -> list[Mask]:
     ``mask`` is the same in every layer where it is None, a TokenMask, a sequence of one TokenMask for each
     query head, or a BlockMask. Or it has one entry for each layer: a sequence of sequences of TokenMasks (one
     for each query head, or a single one for all) and BlockMasks. A sequence of bare TokenMasks always means
-    one a head, so the entries of layers must be nested.
+    one per head, so the entries of layers must be nested.
 
-    ValueError for another number of masks, naming the layer; TypeError for what is no mask;
-    NotImplementedError where mask and window together are no mask that we can write down.
+    Raises ValueError for another number of masks, naming the layer; TypeError for what is no mask;
+    NotImplementedError where mask and window together cannot be written as one mask.
 
     >>> config = LlamaConfig.tiny(num_attention_heads=2)
     >>> everything, recent = jsparse.causal(), jsparse.sliding_window(4)
-    >>> layer_masks(config, [everything, recent]) == [(everything, recent)] * 2  # one a head
+    >>> layer_masks(config, [everything, recent]) == [(everything, recent)] * 2  # one per head
     True
-    >>> layer_masks(config, [[everything], [recent]]) == [everything, recent]  # one a layer
+    >>> layer_masks(config, [[everything], [recent]]) == [everything, recent]  # one per layer
     True
     """
     mask = jsparse.causal() if mask is None else mask
@@ -59,7 +59,7 @@ def _unwrapped(entry: Any, layer: int) -> Any:
     if isinstance(entry, jsparse.TokenMask):
         raise TypeError(
             f"mask[{layer}] is a TokenMask among entries of layers, where a sequence of TokenMasks means one "
-            f"a query head; write [{entry}] for all heads of the layer"
+            f"per query head; write [{entry}] for all heads of the layer"
         )
     is_single = _is_sequence(entry) and len(entry) == 1 and isinstance(entry[0], jsparse.TokenMask)
     return entry[0] if is_single else entry
@@ -79,7 +79,7 @@ def _within_model(config: LlamaConfig, mask: Any, name: str, window: int | None)
     if not _is_sequence(mask) or not all(isinstance(one, jsparse.TokenMask) for one in mask):
         raise TypeError(
             f"{name} must be None, a TokenMask, a sequence of them, a BlockMask, or a sequence of one "
-            f"entry a layer, not {mask!r}"
+            f"entry per layer, not {mask!r}"
         )
     if len(mask) != config.num_attention_heads:
         raise ValueError(
@@ -110,7 +110,7 @@ def within_window(mask: jsparse.TokenMask, window: int | None) -> jsparse.TokenM
 
 
 def hashable(mask: ModelMask | None) -> Any:
-    """``mask`` with tuples for sequences, so that it can be a static argument of ``jax.jit``.
+    """``mask`` with tuples for sequences, to serve as a static argument of ``jax.jit``.
 
     A BlockMask is hashed by identity: the same object compiles nothing again.
 

@@ -1,4 +1,4 @@
-"""Attention patterns: what each layer and query head of a model sees, as data that is saved beside it."""
+"""Attention patterns: what each layer and query head sees, as data that is saved beside the model."""
 
 import dataclasses
 import functools
@@ -31,8 +31,8 @@ class StridedBlocks:
         i // block - j // block < window  or  (j // block) % stride == 0
 
     so ``window`` counts blocks, the query's own included, and the first block is always seen. Blocks are
-    counted from the start: the ones that outlive the window are the same for every later query, so that a
-    cache need not keep the others. On a GPU the kernels take blocks of a multiple of 64 tokens.
+    counted from the start: those that outlive the window are the same for every later query, so a cache can
+    drop the others. On a GPU the kernels take blocks of a multiple of 64 tokens.
     """
 
     block: int
@@ -88,9 +88,8 @@ class AttentionPattern:
     def masks(self, config: LlamaConfig, length: int) -> tuple[LayerMask, ...]:
         """The mask of each layer for sequences of ``length`` tokens: what a model takes as ``mask``.
 
-        A layer's entry is a tuple of TokenMasks, one a query head, or a BlockMask, which is the same object
-        for the same rule and length, so that nothing compiles twice. A sliding window of the model's own is
-        not in it: the model adds it.
+        A layer's entry is a tuple of TokenMasks, one per query head, or a BlockMask. That is the same object
+        for the same rule and length, so nothing compiles twice. A model adds its own sliding windows.
 
         Groups keep their size at every length. Raises ValueError where it does not divide the length, and
         for a model of other layers or heads.
@@ -212,9 +211,9 @@ def longgen_pattern(
 ) -> AttentionPattern:
     """LongGen's hybrid (arXiv 2410.01485, figure 1): full attention in some layers, sparse in the others.
 
-    sparse: what every head of the other layers sees: ``streaming(sink, window)`` (the paper's attention sink)
-        or ``StridedBlocks`` (its block-sparse attention).
-    full_layers: their numbers; None: the middle third, as in the paper.
+    - sparse: what every head of the other layers sees: ``streaming(sink, window)`` (the paper's attention
+      sink) or ``StridedBlocks`` (its block-sparse attention).
+    - full_layers: the numbers of the layers with full attention; None: the middle third, as in the paper.
 
     >>> config = LlamaConfig.tiny(num_hidden_layers=6)
     >>> pattern = longgen_pattern(config, StridedBlocks(block=64, window=2, stride=8))
@@ -247,8 +246,8 @@ def streaming_pattern(
 ) -> AttentionPattern:
     """DuoAttention (arXiv 2410.10819): sink and window where ``streaming_heads`` is True, else causal.
 
-    streaming_heads: one truth value for each layer and KV head, such as ``HeadPattern.threshold`` gives; the
-        query heads follow their KV head.
+    - streaming_heads: one truth value for each layer and KV head, as from ``HeadPattern.threshold``; the
+      query heads follow their KV head.
 
     >>> config = LlamaConfig.tiny(num_hidden_layers=1)
     >>> pattern = streaming_pattern(config, np.array([[False, True]]), sink=4, window=8)
@@ -282,12 +281,12 @@ def _mask_of_rules(layer: tuple[HeadRule, ...], length: int) -> LayerMask:
     return tuple(rule for rule in layer if isinstance(rule, TokenMask))  # all are, as __post_init__ checked
 
 
-@functools.lru_cache(maxsize=16)  # the same object for the same rule, so that nothing compiles twice
+@functools.lru_cache(maxsize=16)  # the same object for the same rule, so nothing compiles twice
 def strided_block_mask(rule: StridedBlocks, length: int) -> BlockMask:
     """The lists of blocks of ``rule`` for ``length`` tokens, the same for all heads.
 
-    Like the lists of token masks they are NumPy arrays, compiled in. All blocks but the query's own are seen
-    whole.
+    Like the lists of token masks they are NumPy arrays, compiled in. All blocks except the query's own are
+    wholly visible.
 
     >>> mask = strided_block_mask(StridedBlocks(block=4, window=1, stride=2), 16)
     >>> [mask.kv_index[start : start + n].tolist() for start, n in zip(mask.kv_start[0], mask.kv_count[0])]

@@ -14,8 +14,8 @@ ROPE_KINDS = ("default", "linear", "llama3", "yarn")
 class RopeConfig:
     """How positions turn into rotation angles.
 
-    ``kind`` is Hugging Face's ``rope_type``; the other fields have the names they have there, and a kind
-    reads only its own:
+    ``kind`` is Hugging Face's ``rope_type``; the other fields have their names there too, and a kind reads
+    only its own:
 
     - ``default``: frequency ``i`` is ``theta ** (-2i / head_dim)``.
     - ``linear``: those, divided by ``factor`` (position interpolation, arXiv 2306.15595).
@@ -171,7 +171,7 @@ def rope_tables(
 def apply_rope(
     x: Float[Array, "B T H D"], cos: Float[Array, "B T half"], sin: Float[Array, "B T half"]
 ) -> Float[Array, "B T H D"]:
-    """Rotate each head's pairs ``(x[i], x[i + D/2])`` by their angle, in float32; the dtype of x comes back.
+    """Rotate each head's pairs ``(x[i], x[i + D/2])`` by their angle, in float32, and return the dtype of x.
 
     This is Hugging Face's "rotate half" order. Meta's own checkpoints pair neighbours instead, and must be
     permuted before they come here.

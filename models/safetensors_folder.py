@@ -24,8 +24,8 @@ _MAX_HEADER_BYTES = 100_000_000  # the format's own limit
 def written_whole(directory: Path, *, last: str) -> Iterator[Path]:
     """A folder to write files into, which are flushed and moved into ``directory`` when the block ends.
 
-    Weights go first, and the file called ``last``, with which the folder becomes what it is to be, goes last.
-    A crash, or an error in the block, leaves what was there.
+    Weights go first. The file called ``last``, which makes the folder complete, goes last. A crash, or an
+    error in the block, leaves what was there.
     """
     directory.mkdir(parents=True, exist_ok=True)
     staging = directory / ".saving"

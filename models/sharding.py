@@ -63,7 +63,7 @@ class MeshConfig:
         return self.data * self.fsdp
 
     def make(self, devices: Sequence[Any] | None = None) -> Mesh:
-        """The mesh of these devices, by default of all there are. ValueError unless their number fits."""
+        """The mesh of these devices, by default of all. Raises ValueError unless their number fits."""
         devices = jax.devices() if devices is None else devices
         if self.devices != len(devices):
             raise ValueError(
@@ -84,7 +84,7 @@ def parameter_shardings(tree: PyTree, mesh: Mesh) -> PyTree:
 
     def place(x, names):
         free = {name: size for name, size in mesh.shape.items() if size > 1}
-        # A table of the vocabulary is split by rows only: along embed, it would hand that on to activations.
+        # A table of the vocabulary is split only by rows: activations would inherit a split along embed.
         whole = {"embed"} if "vocab" in names else set()
         axes = []
         for name, length in zip(names, x.shape, strict=False) if x.ndim > 1 else ():
@@ -107,12 +107,12 @@ def abstract_parameters(tree: PyTree, mesh: Mesh) -> PyTree:
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
-    """Of tokens [micro-batches, B, T]."""
+    """The sharding of tokens [micro-batches, B, T]."""
     return NamedSharding(mesh, PartitionSpec(None, BATCH_AXES, SEQUENCE_AXIS))
 
 
 def keep_tokens_split(x: Array) -> Array:
-    """Activations [B, T, ...], kept split by batch and sequence on the mesh in context; as they are without.
+    """Activations [B, T, ...], kept split by batch and sequence on the mesh in context, if there is one.
 
     Said at the border of every layer: otherwise the compiler may propagate a matrix's sharding to them.
     """

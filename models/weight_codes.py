@@ -1,7 +1,7 @@
 """A kernel in 4 or 8 bits: codes and scales, and the product with what they stand for.
 
 qwix (the extra ``qlora``) encodes. Decoding is here and does not need it: qwix flattens a kernel to look its
-codes up, and on a mesh that gathers one that is split along both axes. Here the codes stay where they lie.
+codes up, which on a mesh gathers a kernel that is split along both axes. Here the codes stay where they lie.
 """
 
 import jax
@@ -45,8 +45,8 @@ def encode_kernel(kernel: Float[Array, "in out"], bits: int) -> tuple[Codes, Sca
     """The codes of a kernel and their scales, float32.
 
     8 bits: int8, one scale for each output. 4 bits: NormalFloat (arXiv 2305.14314, §3), one scale for 64
-    inputs of an output, so 4.5 bits a weight; the paper's quantised scales are not used. Scales are chosen so
-    that the largest value has the largest code.
+    inputs of an output, so 4.5 bits per weight; the paper's quantised scales are not used. By its scale, the
+    largest value gets the largest code.
 
     Raises MissingExtra without qwix, ValueError for other bits and, in 4 bits, for a number of inputs that is
     not a multiple of 64.
@@ -93,7 +93,7 @@ def coded_matmul(x: Float[Array, "... in"], codes: Codes, scales: Scales) -> Flo
 
 
 def check_bits(bits: int) -> None:
-    """Raise ValueError unless a kernel can have so many bits."""
+    """Raise ValueError unless a kernel can have this many bits."""
     if isinstance(bits, bool) or bits not in BITS:
         raise ValueError(f"bits must be 4 or 8, not {bits!r}")
 

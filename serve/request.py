@@ -1,4 +1,4 @@
-"""What is asked for: prompts with their parameters, checked on the host before anything is launched."""
+"""Requests: prompts with their parameters, checked on the host before anything is launched."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -21,7 +21,7 @@ class Request(NamedTuple):
 
 
 def check_requests(model: LlamaConfig, prompts, max_new_tokens, sampling, seed) -> list[Request]:
-    """The requests that the arguments of ``generate`` make; ValueError or TypeError names what is wrong."""
+    """The requests that the arguments of ``generate`` make. Raises ValueError or TypeError."""
     prompts = _check_prompts(prompts, model.vocab_size)
     if not is_integer(max_new_tokens) or max_new_tokens < 1:
         raise ValueError(f"max_new_tokens must be an integer >= 1, not {max_new_tokens!r}")
@@ -43,7 +43,7 @@ def check_requests(model: LlamaConfig, prompts, max_new_tokens, sampling, seed) 
 
 
 def check_ids(name: str, tokens: np.ndarray, vocab_size: int) -> None:
-    """ValueError for an array without tokens, or with one outside the vocabulary."""
+    """Raise ValueError for an array without tokens, or with one outside the vocabulary."""
     if tokens.size == 0 or tokens.min() < 0 or tokens.max() >= vocab_size:
         raise ValueError(f"{name} must be one id or more in [0, vocab_size={vocab_size}), not {tokens}")
 
@@ -69,7 +69,7 @@ def _check_prompts(prompts, vocab_size: int) -> list[np.ndarray]:
 
 
 def _one_each(name: str, value, kind, count: int) -> list:
-    """``value`` for every prompt, or the list that it is."""
+    """One value per prompt: ``value`` repeated, or its entries if it is a list."""
     if isinstance(value, kind):
         return [value] * count
     values = list(value) if isinstance(value, Sequence | np.ndarray) and not isinstance(value, str) else None

@@ -1,4 +1,4 @@
-"""From logits to tokens: greedy, temperature, top-k and top-p, each row by its own parameters."""
+"""From logits to tokens: greedy, temperature, top-k and top-p, with parameters per row."""
 
 import dataclasses
 import math
@@ -12,20 +12,23 @@ from jaxtyping import Array, Bool, Float, Int
 
 from jsparse.integers import is_integer
 
-_MIN_TEMPERATURE = 1e-4  # below it float32 logits divided by it are all infinite or zero: that is greedy
+_MIN_TEMPERATURE = 1e-4  # logits divided by less are all infinite or zero in float32, which is greedy
 
 
 @dataclasses.dataclass(frozen=True)
 class SamplingParams:
     """How one sequence's tokens are chosen and when it stops; fields as in vLLM and Hugging Face.
 
-    - ``temperature``: 0 takes the most likely token; otherwise logits are divided by it (at least 1e-4).
-    - ``top_k``: only the k most likely tokens; 0 for all.
-    - ``top_p``: then only the most likely tokens that together reach this probability, in (0, 1].
-    - ``stop_token_ids``: end the sequence, beside the model's own ``eos_token_ids``. They are returned.
-    - ``ignore_eos``: the model's own end tokens do not end it.
+    - temperature: 0 takes the most likely token; otherwise logits are divided by it (at least 1e-4).
+    - top_k: sample among the k most likely tokens only; 0 for all.
+    - top_p: of these, only the most likely tokens that together reach this probability, in (0, 1].
+    - stop_token_ids: tokens that end the sequence, besides the model's own ``eos_token_ids``. They are
+      returned.
+    - ignore_eos: whether the sequence continues after the model's own end tokens.
 
-    Tokens exactly as likely as the last one kept are kept too. ValueError names the field and its range.
+    Tokens exactly as likely as the last one kept are kept too.
+
+    Raises ValueError, naming the field and its range.
 
     >>> SamplingParams(top_p=0.0)
     Traceback (most recent call last):
@@ -67,7 +70,7 @@ class SamplingParams:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class RowParams:
-    """The sampling parameters of a batch as arrays, one entry a row: new values compile nothing."""
+    """The sampling parameters of a batch as arrays, one entry per row: new values compile nothing."""
 
     temperature: Any  # float32 [B]
     top_k: Any  # int32 [B]
@@ -107,10 +110,10 @@ class RowParams:
 def sample(
     logits: Float[Array, "B vocab"], rows: RowParams, positions: Int[Array, " B"]
 ) -> tuple[Int[Array, " B"], Bool[Array, " B"]]:
-    """One token a row, and whether the row's logits were all finite (where not, the token means nothing).
+    """One token per row, and whether the row's logits were all finite (if not, the token means nothing).
 
-    The random numbers of a row depend on its seed and on the absolute position of the new token alone:
-    neither on the other rows nor on how the decoding is cut into calls.
+    The random numbers of a row depend only on its seed and on the absolute position of the new token,
+    not on the other rows or on how the decoding is cut into calls.
     """
     finite = jnp.isfinite(logits).all(axis=-1)
     greedy = jnp.argmax(logits, axis=-1).astype(jnp.int32)
@@ -132,7 +135,7 @@ def sample(
 
 
 def scale_logits(logits: Float[Array, "B vocab"], temperature: Float[Array, " B"]) -> Float[Array, "B vocab"]:
-    """Logits divided by the temperature, the largest moved to 0 so that nothing overflows."""
+    """Logits divided by the temperature, with the largest moved to 0 so nothing overflows."""
     largest = logits.max(axis=-1, keepdims=True)
     return (logits - largest) / jnp.where(temperature > 0, temperature, 1)[:, None]
 
@@ -140,11 +143,12 @@ def scale_logits(logits: Float[Array, "B vocab"], temperature: Float[Array, " B"
 def restrict(
     logits: Float[Array, "B vocab"], top_k: Int[Array, " B"], top_p: Float[Array, " B"]
 ) -> Float[Array, "B vocab"]:
-    """Sets all but the top-k, then all but the top-p tokens of each row to -inf.
+    """The logits with all but the top-k, then all but the top-p tokens of each row set to -inf.
 
-    ``top_k`` 0 and ``top_p`` 1 keep all. Top-p keeps the shortest list of most likely tokens, of those that
-    top-k left, whose probabilities reach ``top_p``: a token stays where the tokens before it sum to less
-    (Holtzman et al., arXiv 1904.09751).
+    ``top_k`` 0 and ``top_p`` 1 keep all. Of the tokens that top-k left, top-p keeps the shortest list of most
+    likely ones whose probabilities reach ``top_p``: a token stays where the tokens before it sum to less.
+
+    Source: Holtzman et al., arXiv 1904.09751.
     """
     vocab = logits.shape[-1]
     descending = jnp.sort(logits, axis=-1, descending=True)

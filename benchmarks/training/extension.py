@@ -35,7 +35,8 @@ from typing import Any, Literal
 import numpy as np
 import tyro
 
-from jsparse.evaluate.speed.common import RESULTS, check_integers, check_list, check_output
+from jsparse.checks import require_new_folder
+from jsparse.evaluate.speed.common import RESULTS, check_integers, check_list
 from jsparse.examples.demo import END_OF_TEXT, DemoConfig, train_base
 from jsparse.models import Llama, load_tokenizer
 from jsparse.models.patterns import AttentionPattern, load_pattern
@@ -189,12 +190,12 @@ def bench_extension(config: ExtensionBench) -> list[Row]:
 
     Raises FileExistsError for a folder with something in it, before anything is trained.
     """
-    check_output(config.output)
+    require_new_folder(config.output)
     with contextlib.ExitStack() as stack:
         if config.models is None:
             models = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         else:
-            check_output(config.models)
+            require_new_folder(config.models)
             models = config.models
         for folder in (config.output, models):
             folder.mkdir(parents=True, exist_ok=True)

@@ -27,7 +27,8 @@ import tyro
 from flax import nnx
 
 import jsparse
-from jsparse.evaluate.speed.common import RESULTS, check_integers, check_list, check_output
+from jsparse.checks import require_new_folder
+from jsparse.evaluate.speed.common import RESULTS, check_integers, check_list
 from jsparse.evaluate.speed.turns import Timing, in_turns, milliseconds
 from jsparse.models import Llama, LlamaConfig
 from jsparse.models.masking import layer_masks
@@ -121,7 +122,7 @@ def bench_train_step(config: TrainStepBench) -> list[Row]:
 
     Raises FileExistsError for an output folder with something in it, before anything is compiled.
     """
-    check_output(config.output)
+    require_new_folder(config.output)
     config.output.mkdir(parents=True, exist_ok=True)
     rows: list[Row] = []
     for context in config.contexts:

@@ -21,8 +21,8 @@ PAGE, LOGICAL_PAGE = CacheConfig().page_sizes()
 class CacheBytes:
     """What one layer keeps, over all its KV heads, in one kind of cache.
 
-    Pages take ``per_token`` for each token of their capacity: ``keys_and_values``, of codes the
-    ``scales_and_zeros``, and the ``bounds`` of the keys where pages are selected by them. A ring takes
+    Pages take ``per_token`` for each token of their capacity: ``keys_and_values``, for codes also
+    ``scales_and_zeros``, and where pages are selected by them the ``bounds`` of the keys. A ring takes
     ``per_sequence``, however long the sequence is.
     """
 
@@ -45,9 +45,9 @@ def bytes_table(
     sink: int = 128,
     window: int = 256,
 ) -> list[CacheBytes]:
-    """The bytes of each kind of cache for a model with these heads: counted in its arrays, none of them made.
+    """The bytes of each kind of cache for a model with these heads: counted from arrays that are never made.
 
-    Codes keep their bounds in ``shape.dtype``, and so does a ring its keys and values.
+    Bounds beside codes are in ``shape.dtype``, and so are the keys and values of a ring.
 
     >>> shape = ModelShape(q_heads=8, kv_heads=2, head_dim=64, hidden_size=512, dtype=jnp.float32)
     >>> for row in bytes_table(shape):
@@ -90,16 +90,16 @@ def bytes_table(
 
 
 def nbytes(tree: Any) -> int:
-    """The bytes of all arrays of a tree; shapes with a dtype do in their place."""
+    """The bytes of all arrays of a tree, which may be abstract."""
     return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
 
 
 def step_bytes(layout: CacheLayout, layers: tuple[LayerKVCache, ...], length: int) -> int:
-    """The bytes of the cache that a decode step has to read, ``length`` tokens held a row, weights apart.
+    """The bytes of the cache, without weights, that a decode step reads with ``length`` tokens held per row.
 
-    By arithmetic, in whole pages: the pages that are held or, beyond the budget, listed (a list a KV head,
-    ``select_heads`` "max"); of the selector, which runs every so many steps, the part of one step; rings
-    whole. The pages that begin between two selections are left out, as is what a step writes.
+    By arithmetic, in whole pages: the pages that are held or, beyond the budget, listed (one list per KV
+    head, ``select_heads`` "max"); one step's part of the selector, which does not run in every step; and
+    whole rings. Pages that begin between two selections are left out, as is what a step writes.
     """
     held = layout.pages_of(length)
     total = 0.0
@@ -117,7 +117,7 @@ def step_bytes(layout: CacheLayout, layers: tuple[LayerKVCache, ...], length: in
 
 
 def _scored(pages: PagedKVCache, selection: Selection) -> int:
-    """The bytes of a whole pool that scores look at."""
+    """The bytes of a whole pool that scoring reads."""
     looked_at = {"bounds": pages.bounds, "exact": pages.k, "mean": pages.k, "random": ()}
     return nbytes(looked_at[selection.score])
 

@@ -20,7 +20,7 @@ from jsparse.serve.loop import ModelShape
 
 RESULTS = "results.json"
 
-# What is measured where no checkpoint is given: 32.5 million parameters, small enough that the cache counts.
+# What is measured where no checkpoint is given: 32.5 million parameters, small enough for the cache to count.
 RANDOM_LLAMA = LlamaConfig(
     vocab_size=8192,
     hidden_size=512,
@@ -36,15 +36,15 @@ RANDOM_LLAMA = LlamaConfig(
 class DecodeRow:
     """One policy at one context. Times are milliseconds per token of every row of the batch.
 
-    - ``decode``: whole decode steps, as ``generate`` runs them; ``ratio_to_dense`` is their ratio to those of
-      "dense", round by round, None where that was not measured.
-    - ``attention``: appending to the cache, choosing pages and attending, in all layers, without the model.
-    - ``selector``: choosing pages in the layers that do; one choice counts as a part of the tokens that use
+    - decode: whole decode steps, as ``generate`` runs them. ``ratio_to_dense`` is their ratio to those of
+      "dense", round by round; None where that was not measured.
+    - attention: appending to the cache, choosing pages and attending, in all layers, without the model.
+    - selector: choosing pages, in the layers that do. The time of a choice is divided by the tokens that use
       it. None where nothing is chosen.
-    - ``reading``: retrieval heads attending to the pages chosen, in the same layers; where nothing is chosen,
-      to all pages in all layers, and None without retrieval heads.
-    - ``cache_bytes``: of the whole cache, and ``cache_bytes_per_token`` of its capacity; ``step_bytes``: what
-      a step reads of it, by arithmetic.
+    - reading: retrieval heads attending to the chosen pages, in the same layers; where nothing is chosen, to
+      all pages in all layers. None without retrieval heads.
+    - cache_bytes, cache_bytes_per_token: of the whole cache, and per token of its capacity.
+    - step_bytes: what a step reads of it, by arithmetic.
     """
 
     context: int
@@ -72,7 +72,7 @@ class PrefillRow:
 
 
 def check_list(name: str, values: tuple, minimum: int | None = None) -> None:
-    """ValueError for no entry, for one that comes twice, and for integers below ``minimum``."""
+    """Raise ValueError for no entry, for a repeated one, and for integers below ``minimum``."""
     if not values:
         raise ValueError(f"{name} must have at least one entry, not {values!r}")
     for value in values:
@@ -83,7 +83,7 @@ def check_list(name: str, values: tuple, minimum: int | None = None) -> None:
 
 
 def check_integers(config: Any, **most: int | None) -> None:
-    """ValueError where a field is no integer from 1 to the most given for it."""
+    """Raise ValueError where a field is not an integer from 1 to the maximum given for it."""
     for name, limit in most.items():
         value = getattr(config, name)
         if not is_integer(value) or value < 1 or (limit is not None and value > limit):
@@ -96,19 +96,10 @@ def check_sparsity(sparsity: float) -> None:
         raise ValueError(f"sparsity must be a number from 0 to 1, not {sparsity!r}")
 
 
-def check_output(output: Path) -> None:
-    """FileExistsError unless the folder is empty or does not exist: no result is overwritten."""
-    if output.exists() and not output.is_dir():
-        raise FileExistsError(f"output={output} is a file; it must be a folder, or not exist")
-    others = sorted(file.name for file in output.iterdir()) if output.exists() else []
-    if others:
-        raise FileExistsError(f"output={output} has files ({', '.join(others[:3])}); choose a new folder")
-
-
 def model_config(folder: Path | None, contexts: tuple[int, ...], new_tokens: int) -> LlamaConfig:
     """The configuration of a checkpoint, or of the random model; no weights.
 
-    ValueError where a context and ``new_tokens`` after it are more than the model has positions.
+    Raises ValueError where a context and ``new_tokens`` after it exceed the model's positions.
     """
     config = RANDOM_LLAMA if folder is None else load_config(folder)
     longest = max(contexts)
@@ -131,9 +122,9 @@ def shape_of(model: Llama) -> ModelShape:
 
 
 def last_heads_stream(config: LlamaConfig, sparsity: float) -> Bool[np.ndarray, "layers kv_heads"]:
-    """True for the last heads of each layer, that fraction of them; False where the layer has a window.
+    """True for that fraction of the heads of each layer, its last ones; False where the layer has a window.
 
-    A layer with a sliding window of its own streams in any case, by that window.
+    A layer with its own sliding window streams anyway, by that window.
     """
     kv_heads = config.num_key_value_heads
     streams = np.arange(kv_heads) >= kv_heads - round(sparsity * kv_heads)
@@ -155,7 +146,7 @@ def describe_model(folder: Path | None, model: Llama) -> dict[str, Any]:
 
 
 def write_results(config: Any, kind: str, model: dict[str, Any], **tables: Sequence[Any]) -> None:
-    """Writes settings, model, machine and the rows of each table, which are dataclasses, as JSON."""
+    """Write settings, model, machine and the rows of each table, which are dataclasses, as JSON."""
     settings = {
         name: str(value) if isinstance(value, Path) else value
         for name, value in dataclasses.asdict(config).items()

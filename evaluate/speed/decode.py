@@ -1,4 +1,4 @@
-"""``jsparse bench decode``: the time of a token against the length of the context, for each policy."""
+"""``jsparse bench decode``: the time per token by the length of the context, for each policy."""
 
 import dataclasses
 import functools
@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 from typing import Any, Literal
 
+from jsparse.checks import require_new_folder
 from jsparse.evaluate.speed import common
 from jsparse.evaluate.speed.cache_bytes import bytes_table, nbytes, step_bytes
 from jsparse.evaluate.speed.common import DecodeRow
@@ -63,7 +64,7 @@ class DecodeBench:
             self.cache(policy)
 
     def cache(self, policy: Policy, **sizes: Any) -> CacheConfig:
-        """The cache of one policy, all sizes but those of the benchmark left open."""
+        """The cache of one policy, with only the benchmark's sizes set."""
         return CacheConfig(
             policy=policy,
             budget=self.budget,
@@ -83,13 +84,13 @@ class DecodeBench:
 
 
 def bench_decode(config: DecodeBench) -> list[DecodeRow]:
-    """Measures, prints tables, and writes results.json (after each context) and decode.png.
+    """Measure, print tables, and write results.json (after each context) and decode.png.
 
-    Raises ``ValueError`` or ``OSError`` for settings that do not fit one another or the model, and for an
-    output folder with something in it, before weights are read; ``FloatingPointError`` where logits are not
-    finite, so that steps would be missing.
+    Raises, before weights are read, ValueError or OSError for settings that do not fit one another or the
+    model, and for an output folder that is not empty; FloatingPointError where logits are not finite, because
+    steps would be missing.
     """
-    common.check_output(config.output)
+    require_new_folder(config.output)
     llama = common.model_config(config.model, config.contexts, config.steps)
     layouts: dict[int, dict[Policy, CacheLayout]] = {
         context: {policy: config.layout(llama, policy, context) for policy in config.policies}

@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 import numpy as np
 
+from jsparse.checks import require_new_folder
 from jsparse.evaluate.speed import common
 from jsparse.evaluate.speed.common import PrefillRow
 from jsparse.evaluate.speed.report import print_prefill
@@ -74,7 +75,7 @@ class PrefillBench:
             self.cache(variant)
 
     def cache(self, variant: Variant, **sizes: Any) -> CacheConfig:
-        """The cache of one variant, all sizes but those of the benchmark left open."""
+        """The cache of one variant, with only the benchmark's sizes set."""
         estimates = {
             "pooled": PooledBlocks(self.estimate_budget),
             # A list has at most vertical + 2 * slash tokens.
@@ -93,20 +94,19 @@ class PrefillBench:
         )
 
     def layout(self, model: LlamaConfig, variant: Variant, context: int) -> CacheLayout:
-        """A cache of as many whole pages as the prompt and one token more take."""
+        """A cache of as many whole pages as the prompt and one more token take."""
         heads = common.last_heads_stream(model, self.sparsity) if variant == "streaming" else None
         capacity = -(-(context + 1) // _PAGE) * _PAGE
         return layout_of(self.cache(variant, capacity=capacity, streaming_heads=heads), model)
 
 
 def bench_prefill(config: PrefillBench) -> list[PrefillRow]:
-    """Measures, prints a table, and writes results.json, after each context.
+    """Measure, print a table, and write results.json, after each context.
 
-    Raises ``ValueError`` or ``OSError`` for settings that do not fit one another or the model, and for an
-    output folder with something in it, before weights are read; ``FloatingPointError`` for logits that are
-    not finite.
+    Raises, before weights are read, ValueError or OSError for settings that do not fit one another or the
+    model, and for an output folder that is not empty; FloatingPointError for logits that are not finite.
     """
-    common.check_output(config.output)
+    require_new_folder(config.output)
     llama = common.model_config(config.model, config.contexts, 1)
     layouts: dict[int, dict[Variant, CacheLayout]] = {
         context: {variant: config.layout(llama, variant, context) for variant in config.variants}
@@ -147,7 +147,7 @@ def _measure(
 
 
 def seconds_to_first_token(batch: Batch, tokens: np.ndarray) -> float:
-    """How long a prompt takes that ends with its first token, so that its row and pages are free again."""
+    """How long a prompt takes. It ends with its first token, which frees its row and pages."""
     greedy = SamplingParams(ignore_eos=True)
     requests = check_requests(batch.config, [tokens], 1, greedy, seed=0)
     time, (event,) = milliseconds(lambda: batch.add(requests))

@@ -1,7 +1,7 @@
-"""Timing in turns: rounds A B C A B C, and what is made of the times.
+"""Timing in turns: rounds A B C A B C, and statistics of the times.
 
-In a round everything runs right after one another, and a ratio is taken within a round: what slows the
-machine down for a while slows both sides of it. So ratios hold on a busy machine, where times do not.
+In a round everything runs in immediate succession, and a ratio is taken within a round: what slows the
+machine down for a while slows both sides. So ratios hold on a busy machine, where times do not.
 """
 
 import dataclasses
@@ -18,7 +18,7 @@ Value = TypeVar("Value")
 
 @dataclasses.dataclass(frozen=True)
 class Timing:
-    """The times of all rounds, in the order in which they came, with their median and the least of them."""
+    """The times of all rounds, in the order in which they came, with their median and their minimum."""
 
     median: float
     least: float
@@ -29,7 +29,7 @@ class Timing:
         return cls(statistics.median(rounds), min(rounds), tuple(rounds))
 
     def ratio_to(self, other: "Timing") -> float:
-        """The median over the rounds of the ratio of both times of a round.
+        """The median, over the rounds, of the ratio of the two times of a round.
 
         >>> Timing.from_rounds([1.0, 10.0, 1.0]).ratio_to(Timing.from_rounds([2.0, 20.0, 4.0]))
         0.5
@@ -39,7 +39,7 @@ class Timing:
 
 @dataclasses.dataclass(frozen=True)
 class Turns(Generic[Key, Value]):
-    """What was measured, by name and number of the round, and the errors of those that failed, by name."""
+    """What was measured, by name and round number, and the errors of the calls that failed, by name."""
 
     measured: dict[Key, dict[int, Value]]
     errors: dict[Key, Exception]
@@ -52,12 +52,12 @@ def take_turns(
     goes_on: Callable[[int], bool] = lambda number: True,
     failures: type[Exception] | tuple[type[Exception], ...] = (),
 ) -> Turns[Key, Value]:
-    """What each call measures of itself, one after another in every round.
+    """What each call measures, one after another in every round.
 
     - calls: by name; each is called with the number of the round, and returns None to sit it out.
     - rounds: how many there are; the first is round 0, which usually compiles and warms up.
-    - goes_on: asked before each round, with its number; no ends the turns.
-    - failures: exceptions that end the turns of one call alone. Others are raised.
+    - goes_on: asked before each round, with its number; False ends the turns.
+    - failures: exceptions that end the turns of their own call only. Others are raised.
 
     >>> take_turns({"a": lambda number: 2.0 * number, "b": lambda number: None}, rounds=2).measured
     {'a': {0: 0.0, 1: 2.0}, 'b': {}}
@@ -82,7 +82,7 @@ def take_turns(
 def in_turns(
     calls: Mapping[Key, Callable[[], float]], rounds: int, *, uncounted: int = 1
 ) -> dict[Key, Timing]:
-    """What each call measures of itself, all of them once per round, after ``uncounted`` rounds that compile.
+    """What each call measures once per round, after ``uncounted`` rounds that compile.
 
     >>> in_turns({"a": lambda: 2.0}, rounds=2)
     {'a': Timing(median=2.0, least=2.0, rounds=(2.0, 2.0))}

@@ -14,7 +14,7 @@ def sigterm_noted() -> Iterator[Callable[[], bool]]:
     """Within this context SIGTERM ends nothing: ``asked()`` says whether it came, to any of the processes.
 
     Several processes must all call ``asked`` at the same steps, and all get the same answer. Outside the main
-    thread, where no signal arrives, it is always False.
+    thread, where no signal arrives, this process notes none.
     """
     noted = threading.Event()
 
