@@ -1,5 +1,6 @@
 """Which pages of the pool are taken, and by how many: an allocator that counts references, on the host."""
 
+from collections import Counter
 from collections.abc import Sequence
 
 
@@ -63,9 +64,9 @@ class PageAllocator:
 
         Raises ``ValueError`` where a page is listed more often than it has owners; nothing is counted then.
         """
-        for page in pages:
+        for page, times in Counter(pages).items():
             owners = self._references[page]
-            if pages.count(page) > owners:
+            if times > owners:
                 raise ValueError(f"page {page} has {owners} owners, and cannot be released more often")
         for page in pages:
             self._references[page] -= 1
