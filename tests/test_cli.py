@@ -234,7 +234,7 @@ def test_bench_measures_decoding_and_prompts(folder, capfd):
     decode = f"bench decode {settings} --output {{}}/decode --policies dense lserve --budget 64 --steps 2"
     code, out, err = run(folder, capfd, *decode.split())
     assert code == 0, err
-    assert "int4 pages" in out and "of dense" in out and "a step reads" in out and "/decode" in out
+    assert "int4 pages" in out and "of dense" in out and "read per step" in out and "/decode" in out
     rows = json.loads((folder / "decode" / "results.json").read_text())["rows"]
     assert [(row["context"], row["policy"]) for row in rows] == [(70, "dense"), (70, "lserve")]
     assert (folder / "decode" / "decode.png").is_file()
