@@ -11,7 +11,6 @@ from jaxtyping import Array, Float, Int
 from jsparse.cache.decode import decode_attention
 from jsparse.cache.layer import LayerKVCache
 from jsparse.cache.pages import PagedKVCache
-from jsparse.cache.ring import StreamingKVCache
 from jsparse.cache.select.choose import choose_pages, pages_to_read
 from jsparse.cache.select.selection import Selection
 from jsparse.cache.tokens import Tokens
@@ -50,7 +49,7 @@ def _random_layer(empty: LayerKVCache, shape: ModelShape, key) -> LayerKVCache:
         paged = PagedKVCache(paged.stored(k), paged.stored(v), bounds, paged.bits)
     if ring is not None:
         k, v = (jax.random.normal(one, ring.k.shape, ring.k.dtype) for one in (of_ring_k, of_ring_v))
-        ring = StreamingKVCache(k, v, ring.sink)
+        ring = dataclasses.replace(ring, k=k, v=v)
     if selected is not None:
         selected = jnp.zeros(selected.shape, selected.dtype)
     return LayerKVCache(paged, ring, empty.streaming_heads, selected)
