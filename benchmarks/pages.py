@@ -16,7 +16,7 @@ from training import extension, plan_claims, train_step
 
 from jsparse.evaluate.scoreboard_report import markdown_table
 from jsparse.evaluate.speed.cache_bytes import CacheBytes
-from jsparse.evaluate.speed.common import DecodeRow, PrefillRow
+from jsparse.evaluate.speed.results import DecodeRow, PrefillRow
 from jsparse.evaluate.speed.turns import Timing
 from jsparse.reports.console import short_count
 

@@ -13,16 +13,17 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Int, Int32
 
-from jsparse.cache.select.selection import Selection
-from jsparse.integers import power_of_two_from
+from jsparse.integers import cdiv, power_of_two_from
 from jsparse.models import Llama
 from jsparse.serve import loop
 from jsparse.serve.batch import Batch
-from jsparse.serve.config import CacheConfig, CacheLayout, Reading, check_fit, layout_of
+from jsparse.serve.config import CacheConfig
+from jsparse.serve.layout import CacheLayout, Selections, check_fit, layout_of
 from jsparse.serve.request import Request, check_ids
 from jsparse.serve.sampling import SamplingParams
+from jsparse.serve.state import DecodeState, ModelShape, ModelStructure, new_state
 
-# Arrays are as long as a power of two, these at least: tasks seldom compile anew for another length.
+# Arrays are as long as a power of two, these at least: tasks seldom compile again for another length.
 _SHORTEST_TAIL, _SHORTEST_ANSWER = 64, 16
 
 
@@ -66,7 +67,6 @@ def greedy_answers(
         pages = sum(map(layout.pages_of, needed))
         check_fit(layout, model.config, lengths, fed, free_rows=len(questions), free_pages=pages)
     shared = prefill_layouts(layouts)
-    shape = loop.ModelShape.of(model.config, model.embed_tokens.embedding[...].dtype)
     groups = {layout: [i for i, of in enumerate(shared) if of == layout] for layout in shared}
     answers: list[list[list[int]]] = [[] for _ in caches]
     for start in range(0, len(questions), batch_size):
@@ -75,9 +75,9 @@ def greedy_answers(
         for layout, members in groups.items():
             batch = prefilled(model, rows, layout)
             for i in members:
-                state = _state_of(batch.state, layouts[i], shape)
+                state = _state_of(batch.state, layouts[i], batch.structure.shape)
                 tokens, finite = _decode(
-                    batch.structure, batch.params, state, *arrays, reading=layouts[i].reading
+                    batch.structure, batch.params, state, *arrays, selections=layouts[i].selections
                 )
                 if not np.asarray(finite).all():
                     raise FloatingPointError(f"logits are not finite with the cache {caches[i]}")
@@ -87,23 +87,30 @@ def greedy_answers(
 
 
 def prefill_layouts(layouts: Sequence[CacheLayout]) -> list[CacheLayout]:
-    """For each layout that of the prefill that it can start from, equal where one prefill serves several.
+    """The layout of the prefill that each layout can start from, equal where one prefill serves several.
 
     Prompts are read whole, whatever is selected later. What is kept of them differs in the bounds of the
     keys; a cache that needs none takes the pages from one with any.
     """
 
-    def bare(layout: CacheLayout, logical: int | None) -> CacheLayout:
-        # Of a selection, a prefill needs to know only whether bounds are kept.
-        selection = None if logical is None else Selection(layout.page_size, every=1)
-        reading = Reading(selection, 0, layout.reading.estimate)
-        return dataclasses.replace(layout, logical_page_size=logical, reading=reading)
+    def start(layout: CacheLayout, bounds: Sequence[int | None]) -> CacheLayout:
+        # Of a selection, a prefill needs to know only what bounds are kept.
+        layers = (
+            dataclasses.replace(layer, logical_page_size=size, selection=None)
+            for layer, size in zip(layout.layers, bounds, strict=True)
+        )
+        return dataclasses.replace(layout, layers=tuple(layers))
 
-    kept: dict[CacheLayout, int] = {}
-    for layout in layouts:
-        if layout.logical_page_size is not None:
-            kept.setdefault(bare(layout, None), layout.logical_page_size)
-    return [bare(layout, layout.logical_page_size or kept.get(bare(layout, None))) for layout in layouts]
+    bounds = [[layer.logical_page_size for layer in layout.layers] for layout in layouts]
+    bare = [start(layout, [None] * len(layout.layers)) for layout in layouts]
+    kept: dict[CacheLayout, Sequence[int | None]] = {}
+    for layout, sizes in zip(bare, bounds, strict=True):
+        if any(sizes):
+            kept.setdefault(layout, sizes)
+    return [
+        start(layout, sizes if any(sizes) else kept.get(layout, sizes))
+        for layout, sizes in zip(bare, bounds, strict=True)
+    ]
 
 
 def prefilled(model: Llama, questions: Sequence[Question], layout: CacheLayout) -> Batch:
@@ -116,9 +123,9 @@ def prefilled(model: Llama, questions: Sequence[Question], layout: CacheLayout) 
     return batch
 
 
-def _state_of(state: loop.DecodeState, layout: CacheLayout, shape: loop.ModelShape) -> loop.DecodeState:
+def _state_of(state: DecodeState, layout: CacheLayout, shape: ModelShape) -> DecodeState:
     """A prefilled state as ``layout`` decodes from it: without bounds that it does not read, with lists."""
-    wanted = jax.eval_shape(lambda: loop.new_state(layout, shape)).layers
+    wanted = jax.eval_shape(lambda: new_state(layout, shape)).layers
     layers = []
     for layer, like in zip(state.layers, wanted, strict=True):
         paged, selected = layer.paged, like.selected
@@ -131,17 +138,17 @@ def _state_of(state: loop.DecodeState, layout: CacheLayout, shape: loop.ModelSha
 
 
 # The state is not donated: other caches start from it too.
-@functools.partial(jax.jit, static_argnames=("structure", "reading"))
+@functools.partial(jax.jit, static_argnames=("structure", "selections"))
 def _decode(
-    structure: loop.ModelStructure,
+    structure: ModelStructure,
     params: list[Array],
-    state: loop.DecodeState,
+    state: DecodeState,
     tails: Int[Array, "B T"],
     tail_lengths: Int[Array, " B"],
     new_tokens: Int[Array, " B"],
     answers: Int[Array, "B A"],
     *,
-    reading: Reading,
+    selections: Selections,
 ) -> tuple[Int[Array, "B A"], Bool[Array, " B"]]:
     """``answers`` with the greedy tokens after each tail, and whether all logits of a row were finite.
 
@@ -169,7 +176,7 @@ def _decode(
     _, (_, answers, finite) = loop.feed(
         model,
         state,
-        reading,
+        selections,
         (jnp.zeros_like(row, jnp.int32), answers, jnp.ones_like(row, bool)),
         unfinished=lambda turn, *_: turn < steps.max(),
         tokens=tail_or_newest,
@@ -180,7 +187,7 @@ def _decode(
 
 def _layout(cache: CacheConfig, model: Llama, longest: int, batch_size: int) -> CacheLayout:
     page, _ = cache.page_sizes()
-    capacity = cache.capacity or -(-longest // page) * page
+    capacity = cache.capacity or cdiv(longest, page) * page
     return layout_of(dataclasses.replace(cache, capacity=capacity, batch=batch_size), model.config)
 
 

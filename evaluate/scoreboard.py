@@ -23,7 +23,8 @@ from jsparse.models import (
     text_encoder,
 )
 from jsparse.reports.console import DefaultsToShipped, check_can_write, write_json
-from jsparse.serve.config import CacheConfig, layout_of
+from jsparse.serve.config import CacheConfig
+from jsparse.serve.layout import layout_of
 from jsparse.texts.corpus import standard_library_files
 from jsparse.texts.tasks import TASKS, Example, Material, needle, score
 

@@ -9,10 +9,22 @@ import numpy as np
 from jsparse.integers import power_of_two_from
 from jsparse.models import Llama
 from jsparse.serve import loop
-from jsparse.serve.config import CacheConfig, CacheLayout, check_fit, layout_of
+from jsparse.serve.config import CacheConfig
+from jsparse.serve.layout import CacheLayout, check_fit, layout_of
 from jsparse.serve.pages import PageAllocator
 from jsparse.serve.request import Request, check_requests
 from jsparse.serve.sampling import GREEDY, RowParams
+from jsparse.serve.state import (
+    FINISH_REASONS,
+    RUNNING,
+    join,
+    new_prefill_state,
+    new_state,
+    pool_of,
+    split_model,
+    stop,
+    with_pool,
+)
 
 
 class TokenEvent(NamedTuple):
@@ -49,9 +61,8 @@ class Batch:
         config = model.config
         self.config = config
         self.layout = layout_of(cache, config) if isinstance(cache, CacheConfig) else cache
-        self.structure, self.params = loop.split_model(model)
-        self._shape = loop.ModelShape.of(config, model.embed_tokens.embedding[...].dtype)
-        self.state = loop.new_state(self.layout, self._shape)
+        self.structure, self.params = split_model(model)
+        self.state = new_state(self.layout, self.structure.shape)
         self._rows = RowParams.of([], [], [], batch=self.layout.batch, vocab_size=config.vocab_size)
         self._device_rows = None
         self._allocator = PageAllocator(self.layout.num_pages)
@@ -113,14 +124,14 @@ class Batch:
             old[rows] = new[: len(rows)]
         self._device_rows = jax.device_put(self._rows)
 
-        joining = loop.new_prefill_state(layout, self._shape, width)
-        joining = loop.with_pool(dataclasses.replace(joining, page_table=table), loop.pool_of(self.state))
+        joining = new_prefill_state(layout, self.structure.shape, width)
+        joining = with_pool(dataclasses.replace(joining, page_table=table), pool_of(self.state))
         prompts = [r.prompt for r in requests]
-        joining, hidden = loop.prefill(self.structure, self.params, joining, prompts, layout, self._shape)
+        joining, hidden = loop.prefill(self.structure, self.params, joining, prompts, layout)
         joining, tokens = loop.first_token(self.structure, self.params, joining, hidden, params)
         finish = np.asarray(joining.finish)[: len(rows)]
         places = np.array([*rows, *[layout.batch] * (width - len(rows))], np.int32)
-        self.state = loop.join(self.state, joining, places)
+        self.state = join(self.state, joining, places)
         return self._events(rows, np.asarray(tokens), finish)
 
     def step(self, steps: int = 1) -> list[TokenEvent]:
@@ -138,7 +149,7 @@ class Batch:
             self.state,
             self._device_rows,
             np.int32(steps),
-            reading=self.layout.reading,
+            selections=self.layout.selections,
         )
         rows = sorted(self._prompts, key=self._prompts.__getitem__)
         finish = np.asarray(self.state.finish)[rows]
@@ -149,7 +160,7 @@ class Batch:
         rows = [row for row, number in self._prompts.items() if number == prompt]
         if not rows:
             raise KeyError(f"prompt {prompt} is not running; running are {sorted(self._prompts.values())}")
-        self.state = loop.stop(self.state, np.int32(rows[0]))
+        self.state = stop(self.state, np.int32(rows[0]))
         self._release(rows[0])
 
     def _events(self, rows: list[int], tokens: np.ndarray, finish: np.ndarray) -> list[TokenEvent]:
@@ -158,7 +169,7 @@ class Batch:
         given = (tokens[: len(rows)] >= 0).sum(axis=1)
         for step in range(tokens.shape[1]):
             for i, row in enumerate(rows):
-                reason = loop.FINISH_REASONS.get(int(finish[i]))
+                reason = FINISH_REASONS.get(int(finish[i]))
                 if step < given[i]:
                     last = step == given[i] - 1 and reason not in (None, "error")
                     events.append(
@@ -167,7 +178,7 @@ class Batch:
                 elif step == given[i] and reason == "error":
                     events.append(TokenEvent(self._prompts[row], None, reason))
         for i, row in enumerate(rows):
-            if finish[i] != loop.RUNNING:
+            if finish[i] != RUNNING:
                 self._release(row)
         return events
 

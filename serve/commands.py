@@ -15,7 +15,7 @@ from jsparse.models.sharding import MeshConfig
 from jsparse.plan.compile_only import prepare_process
 from jsparse.plan.program import DEFAULT_MEMORY_FRACTION, compiler_errors_explained, print_plan
 from jsparse.reports.console import DefaultsToShipped, check_can_write, parse, write_json
-from jsparse.serve.config import CacheConfig
+from jsparse.serve.config import CacheConfig, Policy
 from jsparse.serve.generation import stream
 from jsparse.serve.plan import plan_generate as make_plan
 from jsparse.serve.sampling import SamplingParams
@@ -27,7 +27,7 @@ class CacheOptions:
 
     budget: int | None = None
     """Tokens of the cache that a retrieval head reads per step, in whole pages; all of them by default."""
-    policy: Literal["lserve", "dense", "streaming", "quest", "mean", "oracle", "random"] = "lserve"
+    policy: Policy = "lserve"
     """What chooses those tokens; with "streaming" every head streams, with "quest" none."""
     page_size: int | None = None
     """Tokens per page of the cache: 64 by default, and 16 for Quest."""

@@ -8,7 +8,8 @@ from typing import Any
 from jsparse.models import Llama
 from jsparse.serve import loop
 from jsparse.serve.batch import Batch, TokenEvent
-from jsparse.serve.config import CacheConfig, plan_cache
+from jsparse.serve.config import CacheConfig
+from jsparse.serve.layout import plan_cache
 from jsparse.serve.request import Request, check_requests
 from jsparse.serve.sampling import GREEDY, SamplingParams
 

@@ -10,10 +10,12 @@ from jaxtyping import Array, Float, Float32, Int
 from jsparse.models import Llama
 from jsparse.serve import loop
 from jsparse.serve.batch import Batch
-from jsparse.serve.config import CacheConfig, Reading, plan_cache
+from jsparse.serve.config import CacheConfig
 from jsparse.serve.generation import DENSE
+from jsparse.serve.layout import Selections, plan_cache
 from jsparse.serve.request import Request, check_ids
 from jsparse.serve.sampling import SamplingParams
+from jsparse.serve.state import DecodeState, ModelStructure
 
 
 def decode_logits(
@@ -45,17 +47,19 @@ def decode_logits(
     batch = Batch(model, layout)
     batch.add([Request(prompt.astype(np.int32), len(continuation), SamplingParams(ignore_eos=True), 0)])
     tokens = continuation.astype(np.int32)
-    return np.asarray(_forced(batch.structure, batch.params, batch.state, tokens, reading=layout.reading))
+    return np.asarray(
+        _forced(batch.structure, batch.params, batch.state, tokens, selections=layout.selections)
+    )
 
 
-@functools.partial(jax.jit, static_argnames=("structure", "reading"))
+@functools.partial(jax.jit, static_argnames=("structure", "selections"))
 def _forced(
-    structure: loop.ModelStructure,
+    structure: ModelStructure,
     params: list[Array],
-    state: loop.DecodeState,
+    state: DecodeState,
     continuation: Int[Array, " T"],
     *,
-    reading: Reading,
+    selections: Selections,
 ) -> Float[Array, "T vocab"]:
     model = structure.model(params)
     batch, count = state.lengths.shape[0], continuation.shape[0]
@@ -70,7 +74,7 @@ def _forced(
     _, logits = loop.feed(
         model,
         state,
-        reading,
+        selections,
         jnp.zeros((count, model.config.vocab_size), jnp.float32),
         unfinished=lambda turn, *_: turn < count,
         tokens=given,

@@ -16,8 +16,18 @@ from jsparse.models.sharding import MeshConfig, abstract_parameters
 from jsparse.plan.compile_only import compile_only_devices, find_device
 from jsparse.plan.program import DEFAULT_MEMORY_FRACTION, Plan, Program, check_memory_fraction, plan_program
 from jsparse.serve import loop
-from jsparse.serve.config import CacheConfig, CacheLayout, plan_cache
+from jsparse.serve.config import CacheConfig
+from jsparse.serve.layout import CacheLayout, plan_cache
 from jsparse.serve.sampling import RowParams
+from jsparse.serve.state import (
+    DecodeState,
+    ModelShape,
+    ModelStructure,
+    new_prefill_state,
+    new_state,
+    pool_of,
+    with_pool,
+)
 
 
 def plan_generate(
@@ -86,31 +96,30 @@ def generation_programs(mesh: Mesh, model: LlamaConfig, layout: CacheLayout, dty
     Parameters lie as ``jsparse.models.sharding`` says. Rows are split by "data" and "fsdp", KV heads of pages
     and rings by "tensor"; a page may belong to any sequence.
     """
-    shape = loop.ModelShape.of(model, dtype)
     structure, params = _abstract_model(mesh, model, dtype)
-    running = _placed(jax.eval_shape(lambda: loop.new_state(layout, shape)), mesh)
-    joining = _placed(jax.eval_shape(lambda: loop.new_prefill_state(layout, shape, layout.batch)), mesh)
-    pool = loop.pool_of(running)
-    joining = loop.with_pool(joining, pool)
+    shape = structure.shape
+    running = _placed(jax.eval_shape(lambda: new_state(layout, shape)), mesh)
+    joining = _placed(jax.eval_shape(lambda: new_prefill_state(layout, shape, layout.batch)), mesh)
+    pool = pool_of(running)
+    joining = with_pool(joining, pool)
     sampling = RowParams.of([], [], [], batch=layout.batch, vocab_size=model.vocab_size)
     rows = functools.partial(_put, mesh=mesh, axes=(BATCH_AXES,))
     sampling, hidden = rows(sampling), rows(jax.ShapeDtypeStruct((layout.batch, model.hidden_size), dtype))
     tokens = rows(jax.ShapeDtypeStruct((layout.batch, layout.prefill_chunk), jnp.int32))
     counts = rows(jax.ShapeDtypeStruct((layout.batch,), jnp.int32))
     steps = _put(jax.ShapeDtypeStruct((), jnp.int32), mesh=mesh, axes=())
-    waiting = loop.with_pool(running, (None,) * len(running.layers)), sampling
+    waiting = with_pool(running, (None,) * len(running.layers)), sampling
 
     def parts(state, others):
         return {"parameters": params, "cache": state.layers, "rows": (_without_layers(state), others)}
 
-    reading = {"reading": layout.reading}
     return [
         Program(
             "prompt chunk",
             loop.prefill_chunk,
             (structure, params, joining, hidden, tokens, counts),
             parts(joining, (hidden, tokens, counts)),
-            reading,
+            {"estimates": layout.estimates},
             beside=waiting,
         ),
         Program(
@@ -125,7 +134,7 @@ def generation_programs(mesh: Mesh, model: LlamaConfig, layout: CacheLayout, dty
             loop.decode_steps,
             (structure, params, running, sampling, steps),
             parts(running, (sampling, steps)),
-            reading,
+            {"selections": layout.selections},
         ),
     ]
 
@@ -145,13 +154,13 @@ def _check_split(mesh: MeshConfig, model: LlamaConfig, layout: CacheLayout) -> N
                 )
 
 
-def _abstract_model(mesh: Mesh, model: LlamaConfig, dtype: Any) -> tuple[loop.ModelStructure, list]:
+def _abstract_model(mesh: Mesh, model: LlamaConfig, dtype: Any) -> tuple[ModelStructure, list]:
     graphdef, state = nnx.split(nnx.eval_shape(lambda: Llama(model, rngs=nnx.Rngs(0), dtype=dtype)))
     params, treedef = jax.tree.flatten(abstract_parameters(state, mesh))
-    return loop.ModelStructure(graphdef, treedef), params
+    return ModelStructure(graphdef, treedef, ModelShape.from_config(model, dtype)), params
 
 
-def _placed(state: loop.DecodeState, mesh: Mesh) -> loop.DecodeState:
+def _placed(state: DecodeState, mesh: Mesh) -> DecodeState:
     layers = tuple(
         dataclasses.replace(
             layer,
@@ -164,7 +173,7 @@ def _placed(state: loop.DecodeState, mesh: Mesh) -> loop.DecodeState:
     return dataclasses.replace(_put(state, mesh=mesh, axes=(BATCH_AXES,)), layers=layers)
 
 
-def _without_layers(state: loop.DecodeState) -> loop.DecodeState:
+def _without_layers(state: DecodeState) -> DecodeState:
     return dataclasses.replace(state, layers=())
 
 

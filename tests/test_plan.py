@@ -22,9 +22,10 @@ from jsparse.models.sharding import MeshConfig
 from jsparse.plan.compile_only import DEVICES, Memory, bytes_a_device, compile_only_devices, memory_of
 from jsparse.plan.flops import Passes, StepFlops
 from jsparse.plan.program import Plan, Program, ProgramPlan, plan_program, print_plan
-from jsparse.serve import Batch, CacheConfig, loop
-from jsparse.serve.config import plan_cache
+from jsparse.serve import Batch, CacheConfig
+from jsparse.serve.layout import plan_cache
 from jsparse.serve.plan import generation_programs, plan_generate
+from jsparse.serve.state import with_pool
 from jsparse.train import FinetuneConfig
 from jsparse.train.plan import plan_finetune, step_program
 from jsparse.train.start import extended_config, load_start
@@ -301,5 +302,5 @@ def test_the_programs_of_a_plan_take_what_a_batch_holds(folder):
         )
         assert bytes_a_device(dict(one.parts)) == bytes_a_device(one.shapes[1:])
     # Beside a prompt stand the rows that wait, without the pool that the prompt writes into.
-    rings = loop.with_pool(running, (None,) * len(running.layers))
+    rings = with_pool(running, (None,) * len(running.layers))
     assert bytes_a_device(chunk.beside) == bytes_a_device((rings, decode.shapes[3]))

@@ -14,7 +14,7 @@ from cpu import inputs
 from cpu.rows import Sizes, sizes
 from cpu.workers import Ready, repeated
 from jsparse import PooledBlocks
-from jsparse.evaluate.speed.common import last_heads_stream
+from jsparse.evaluate.speed.settings import last_heads_stream
 from jsparse.models import Llama, LlamaConfig
 from jsparse.serve import CacheConfig, SamplingParams, generate
 from jsparse.train import FinetuneConfig

@@ -36,7 +36,8 @@ import numpy as np
 import tyro
 
 from jsparse.checks import require_new_folder
-from jsparse.evaluate.speed.common import RESULTS, check_integers, check_list
+from jsparse.evaluate.speed.results import RESULTS
+from jsparse.evaluate.speed.settings import check_integers, check_list
 from jsparse.examples.demo import END_OF_TEXT, DemoConfig, train_base
 from jsparse.models import Llama, load_tokenizer
 from jsparse.models.patterns import AttentionPattern, load_pattern

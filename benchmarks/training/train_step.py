@@ -28,7 +28,8 @@ from flax import nnx
 
 import jsparse
 from jsparse.checks import require_new_folder
-from jsparse.evaluate.speed.common import RESULTS, check_integers, check_list
+from jsparse.evaluate.speed.results import RESULTS
+from jsparse.evaluate.speed.settings import check_integers, check_list
 from jsparse.evaluate.speed.turns import Timing, in_turns, milliseconds
 from jsparse.models import Llama, LlamaConfig
 from jsparse.models.masking import layer_masks

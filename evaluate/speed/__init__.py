@@ -1,8 +1,8 @@
 """``jsparse bench``: how long a token and a prompt take, by context length and by what is read."""
 
-from jsparse.evaluate.speed.common import DecodeRow as DecodeRow
-from jsparse.evaluate.speed.common import PrefillRow as PrefillRow
 from jsparse.evaluate.speed.decode import DecodeBench as DecodeBench
 from jsparse.evaluate.speed.decode import bench_decode as bench_decode
 from jsparse.evaluate.speed.prefill import PrefillBench as PrefillBench
 from jsparse.evaluate.speed.prefill import bench_prefill as bench_prefill
+from jsparse.evaluate.speed.results import DecodeRow as DecodeRow
+from jsparse.evaluate.speed.results import PrefillRow as PrefillRow

@@ -11,8 +11,9 @@ from jsparse.cache.layer import LayerKVCache
 from jsparse.cache.pages import PagedKVCache
 from jsparse.cache.ring import StreamingKVCache
 from jsparse.cache.select.selection import Selection
-from jsparse.serve.config import CacheConfig, CacheLayout
-from jsparse.serve.loop import ModelShape
+from jsparse.serve.config import CacheConfig
+from jsparse.serve.layout import CacheLayout
+from jsparse.serve.state import ModelShape
 
 PAGE, LOGICAL_PAGE = CacheConfig().page_sizes()
 
@@ -103,11 +104,11 @@ def step_bytes(layout: CacheLayout, layers: tuple[LayerKVCache, ...], length: in
     """
     held = layout.pages_of(length)
     total = 0.0
-    for number, layer in enumerate(layers):
+    for layer, of_layer in zip(layers, layout.layers, strict=True):
         total += nbytes(layer.streaming)
         if layer.paged is None:
             continue
-        pages, selection = layer.paged, layout.reading.selection_of(number)
+        pages, selection = layer.paged, of_layer.selection
         listed = held
         if selection is not None and length > selection.budget:
             listed = selection.budget // layout.page_size

@@ -3,25 +3,33 @@
 import dataclasses
 import functools
 import sys
-from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from jsparse.checks import require_new_folder
-from jsparse.evaluate.speed import common
 from jsparse.evaluate.speed.cache_bytes import bytes_table, nbytes, step_bytes
-from jsparse.evaluate.speed.common import DecodeRow
 from jsparse.evaluate.speed.filled_cache import FilledCache, endless_rows
 from jsparse.evaluate.speed.report import draw_decode, model_name, print_bytes, print_decode
+from jsparse.evaluate.speed.results import DecodeRow, describe_model, write_results
+from jsparse.evaluate.speed.settings import (
+    ServingBench,
+    check_integers,
+    check_list,
+    last_heads_stream,
+    load_model,
+    model_config,
+)
 from jsparse.evaluate.speed.turns import in_turns
+from jsparse.integers import cdiv
 from jsparse.models import Llama, LlamaConfig
 from jsparse.reports.machine import describe_machine
 from jsparse.serve import loop
-from jsparse.serve.config import CacheConfig, CacheLayout, Policy, layout_of
-from jsparse.serve.loop import ModelShape
+from jsparse.serve.config import CacheConfig, Policy
+from jsparse.serve.layout import CacheLayout, layout_of
+from jsparse.serve.state import split_model
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class DecodeBench:
+class DecodeBench(ServingBench):
     """Measure decoding: milliseconds per token at each context length, for each way to read the cache.
 
     Prompts are not computed. The cache holds random keys and values instead, as many as the context is long.
@@ -29,24 +37,12 @@ class DecodeBench:
     random too, so this says nothing about quality.
     """
 
-    output: Path
-    """A new folder for results.json and decode.png."""
-    model: Path | None = None
-    """A Hugging Face folder; by default a Llama of 32.5 million random weights in 8 layers of 2 KV heads."""
     contexts: tuple[int, ...] = (1024, 2048, 4096, 8192, 16384, 32768, 65536, 131072)
     """Tokens that the cache holds."""
     policies: tuple[Policy, ...] = ("dense", "streaming", "quest", "lserve")
     """What decides which tokens are read."""
     budget: int = 2048
     """Tokens that a retrieval head reads, in whole pages; a cache that is no larger is read whole."""
-    sparsity: float = 0.5
-    """The fraction of the KV heads of each layer that stream (its last ones), where the policy lets them."""
-    sink: int = 128
-    """First tokens that a streaming head keeps."""
-    window: int = 256
-    """Recent tokens that a streaming head keeps."""
-    kv_bits: Literal[8, 4] | None = None
-    """Keep the pages as codes of 8 or 4 bits."""
     batch: int = 1
     """Sequences, all of the same length."""
     steps: int = 16
@@ -55,11 +51,10 @@ class DecodeBench:
     """Rounds, each measuring everything in turn; the median counts."""
 
     def __post_init__(self):
-        object.__setattr__(self, "output", Path(self.output))
-        common.check_list("contexts", self.contexts, minimum=1)
-        common.check_list("policies", self.policies)
-        common.check_integers(self, budget=None, batch=None, steps=loop.MAX_STEPS, repeats=None)
-        common.check_sparsity(self.sparsity)
+        super().__post_init__()
+        check_list("contexts", self.contexts, minimum=1)
+        check_list("policies", self.policies)
+        check_integers(self, budget=None, batch=None, steps=loop.MAX_STEPS, repeats=None)
         for policy in self.policies:
             self.cache(policy)
 
@@ -77,9 +72,9 @@ class DecodeBench:
 
     def layout(self, model: LlamaConfig, policy: Policy, context: int) -> CacheLayout:
         """A cache of as many whole pages as the context and the timed steps take."""
-        cache = self.cache(policy, streaming_heads=common.last_heads_stream(model, self.sparsity))
+        cache = self.cache(policy, streaming_heads=last_heads_stream(model, self.sparsity))
         page, _ = cache.page_sizes()
-        capacity = -(-(context + self.steps) // page) * page
+        capacity = cdiv(context + self.steps, page) * page
         return layout_of(dataclasses.replace(cache, capacity=capacity), model)
 
 
@@ -91,19 +86,19 @@ def bench_decode(config: DecodeBench) -> list[DecodeRow]:
     steps would be missing.
     """
     require_new_folder(config.output)
-    llama = common.model_config(config.model, config.contexts, config.steps)
+    llama = model_config(config.model, config.contexts, config.steps)
     layouts: dict[int, dict[Policy, CacheLayout]] = {
         context: {policy: config.layout(llama, policy, context) for policy in config.policies}
         for context in config.contexts
     }
     config.output.mkdir(parents=True, exist_ok=True)
-    model = common.load_model(config.model)
-    about, shape = common.describe_model(config.model, model), common.shape_of(model)
+    model = load_model(config.model)
+    about, shape = describe_model(config.model, model), split_model(model)[0].shape
     table = bytes_table(shape, sink=config.sink, window=config.window)
     rows: list[DecodeRow] = []
     for context, of_policy in layouts.items():
-        rows += _measure(config, model, shape, context, of_policy)
-        common.write_results(config, "decode", about, rows=rows, bytes=table)
+        rows += _measure(config, model, context, of_policy)
+        write_results(config, "decode", about, rows=rows, bytes=table)
         times = ", ".join(f"{row.policy} {row.decode.median:.2f}" for row in rows if row.context == context)
         print(f"context {context}, ms per token: {times}", file=sys.stderr)
     print_bytes(table, about)
@@ -115,13 +110,13 @@ def bench_decode(config: DecodeBench) -> list[DecodeRow]:
 
 
 def _measure(
-    config: DecodeBench, model: Llama, shape: ModelShape, context: int, layouts: dict[Policy, CacheLayout]
+    config: DecodeBench, model: Llama, context: int, layouts: dict[Policy, CacheLayout]
 ) -> list[DecodeRow]:
     """Everything at one context; the caches are freed at the end."""
+    structure, params = split_model(model)
     caches: dict[Policy, FilledCache] = {
-        policy: FilledCache(layout, shape, context) for policy, layout in layouts.items()
+        policy: FilledCache(layout, structure.shape, context) for policy, layout in layouts.items()
     }
-    structure, params = loop.split_model(model)
     endless = endless_rows(config.batch, model.config.vocab_size)
     steps, rounds = config.steps, config.repeats
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -16,11 +17,10 @@ from jsparse.cache.select.selection import Selection
 from jsparse.cache.tokens import Tokens
 from jsparse.evaluate.speed.turns import milliseconds
 from jsparse.masks.bounds import page_bounds
-from jsparse.models import Llama
 from jsparse.serve import loop
-from jsparse.serve.config import CacheLayout, Reading
-from jsparse.serve.loop import DecodeState, ModelShape, ModelStructure
+from jsparse.serve.layout import CacheLayout, Selections
 from jsparse.serve.sampling import RowParams, SamplingParams
+from jsparse.serve.state import RUNNING, DecodeState, ModelShape, ModelStructure, new_state
 
 Lists = tuple[Int[Array, "B H n"] | None, ...]  # the pages listed of each pool; None: all of them
 
@@ -30,7 +30,7 @@ def random_state(layout: CacheLayout, shape: ModelShape, context: int, seed: int
 
     Bounds are those of the keys, as appending would have made them.
     """
-    empty = jax.eval_shape(functools.partial(loop.new_state, layout, shape))
+    empty = jax.eval_shape(functools.partial(new_state, layout, shape))
     keys = jax.random.split(jax.random.key(seed), len(empty.layers))
     layers = (_random_layer(layer, shape, key) for layer, key in zip(empty.layers, keys, strict=True))
     pages = layout.pages_of(layout.capacity)
@@ -67,7 +67,7 @@ def at_context(state: DecodeState, context: int) -> DecodeState:
         lengths=each(context),
         token=each(0),
         generated=each(1),
-        finish=each(loop.RUNNING),
+        finish=each(RUNNING),
         selected_at=each(0),
     )
 
@@ -94,7 +94,7 @@ class FilledCache:
         self._query = jax.block_until_ready(self._qkv[0][:, 0])
 
         paged = [(n, layer.paged) for n, layer in enumerate(self.state.layers) if layer.paged is not None]
-        chosen = [(n, layout.reading.selection_of(n)) for n, _ in paged]
+        chosen = [(n, layout.layers[n].selection) for n, _ in paged]
         choosing = {n: one for n, one in chosen if one is not None and context >= one.budget}
         self.selections: tuple[Selection, ...] = tuple(choosing.values())
         # Of the layers that choose pages at this context, or where none does of all that have pages.
@@ -104,7 +104,7 @@ class FilledCache:
         """Milliseconds a token of so many decode steps. FloatingPointError where they end before."""
         time = self._advance(
             lambda state: loop.decode_steps(
-                structure, params, state, rows, np.int32(steps), reading=self.layout.reading
+                structure, params, state, rows, np.int32(steps), selections=self.layout.selections
             )
         )
         taken = np.asarray(self.state.lengths) - self.context
@@ -117,8 +117,8 @@ class FilledCache:
 
     def attend(self, steps: int) -> float:
         """Milliseconds a token of what all layers do with the cache: append, choose pages, attend."""
-        reading = self.layout.reading
-        return self._advance(lambda state: attention_steps(state, *self._qkv, reading, steps)) / steps
+        selections = self.layout.selections
+        return self._advance(lambda state: attention_steps(state, *self._qkv, selections, steps)) / steps
 
     def choose(self, steps: int) -> float:
         """Milliseconds a token of choosing pages: of one choice, divided by the tokens that it serves."""
@@ -152,27 +152,29 @@ class FilledCache:
         return self._query, pools, Tokens(self.state.page_table, held, one), group
 
 
-class _AttentionAlone(Llama):
-    """A model of attention layers without anything between them, each with the same keys and values."""
+class _AttentionAlone(NamedTuple):
+    """Attention layers without anything between them, each with the same queries, keys and values."""
 
-    def __init__(self, q, k, v, layers: int):
-        self.q, self.k, self.v, self.count = q, k, v, layers
+    q: Float[Array, "B 1 Hq D"]
+    k: Float[Array, "B 1 Hk D"]
+    v: Float[Array, "B 1 Hk D"]
+    layers: int
 
-    def hidden(self, tokens, positions, attend, *, remat="none"):
+    def hidden(self, tokens, positions, attend):
         out = self.q
-        for layer in range(self.count):
+        for layer in range(self.layers):
             # The queries of a layer wait for the layer before, as in a model.
             out = self.q + attend(layer, out, self.k, self.v)
         return out
 
 
-@functools.partial(jax.jit, static_argnames=("reading", "steps"), donate_argnames="state")
+@functools.partial(jax.jit, static_argnames=("selections", "steps"), donate_argnames="state")
 def attention_steps(
     state: DecodeState,
     q: Float[Array, "B 1 Hq D"],
     k: Float[Array, "B 1 Hk D"],
     v: Float[Array, "B 1 Hk D"],
-    reading: Reading,
+    selections: Selections,
     steps: int,
 ) -> tuple[DecodeState, Float[Array, "B 1 Hq D"]]:
     """The attention of ``steps`` decode steps with these queries, keys and values, and the sum of it."""
@@ -181,7 +183,7 @@ def attention_steps(
     return loop.feed(
         model,
         state,
-        reading,
+        selections,
         jnp.zeros_like(q),
         unfinished=lambda turn, *_: turn < steps,
         tokens=lambda turn, state, total: (state.token[:, None], counts),

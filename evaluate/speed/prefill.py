@@ -3,74 +3,69 @@
 import dataclasses
 import functools
 import sys
-from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 
 from jsparse.checks import require_new_folder
-from jsparse.evaluate.speed import common
-from jsparse.evaluate.speed.common import PrefillRow
 from jsparse.evaluate.speed.report import print_prefill
+from jsparse.evaluate.speed.results import PrefillRow, describe_model, write_results
+from jsparse.evaluate.speed.settings import (
+    ServingBench,
+    check_integers,
+    check_list,
+    last_heads_stream,
+    load_model,
+    model_config,
+)
 from jsparse.evaluate.speed.turns import in_turns, milliseconds
+from jsparse.integers import cdiv
 from jsparse.masks.pooled import PooledBlocks
 from jsparse.masks.vertical_slash import VerticalSlash
 from jsparse.models import Llama, LlamaConfig
 from jsparse.reports.machine import describe_machine
 from jsparse.serve.batch import Batch
-from jsparse.serve.config import CacheConfig, CacheLayout, layout_of
+from jsparse.serve.config import CacheConfig
+from jsparse.serve.layout import CacheLayout, layout_of
 from jsparse.serve.request import check_requests
 from jsparse.serve.sampling import SamplingParams
 
 Variant = Literal["dense", "streaming", "pooled", "vertical-slash"]
-VARIANTS: tuple[Variant, ...] = ("dense", "streaming", "pooled", "vertical-slash")
+VARIANTS: tuple[Variant, ...] = get_args(Variant)
 _PAGE = 64
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class PrefillBench:
+class PrefillBench(ServingBench):
     """Measure prompts: seconds from random tokens to the first new one, for each way to compute them.
 
     "dense" reads everything; with "streaming" some KV heads see only their sink and window; "pooled" and
     "vertical-slash" estimate which blocks each head reads.
     """
 
-    output: Path
-    """A new folder for results.json."""
-    model: Path | None = None
-    """A Hugging Face folder; by default a Llama of 32.5 million random weights in 8 layers of 2 KV heads."""
     contexts: tuple[int, ...] = (8192, 32768)
     """Tokens of the prompt."""
     variants: tuple[Variant, ...] = ("dense", "streaming")
     """Ways to compute it."""
-    sparsity: float = 0.5
-    """With "streaming": the fraction of the KV heads of each layer that stream (its last ones)."""
-    sink: int = 128
-    """First tokens that a streaming head keeps."""
-    window: int = 256
-    """Recent tokens that a streaming head sees."""
     estimate_budget: int = 4096
     """Most tokens that a block of queries reads where blocks are estimated; a multiple of 512."""
     chunk: int = 512
     """Tokens of the prompt that are computed at once."""
-    kv_bits: Literal[8, 4] | None = None
-    """Keep the pages as codes of 8 or 4 bits."""
     repeats: int = 1
     """Rounds, each measuring everything in turn, after one token that compiles; the median counts."""
     seed: int = 0
     """Seed of the tokens."""
 
     def __post_init__(self):
-        object.__setattr__(self, "output", Path(self.output))
-        common.check_list("contexts", self.contexts, minimum=1)
-        common.check_list("variants", self.variants)
+        super().__post_init__()
+        check_list("contexts", self.contexts, minimum=1)
+        check_list("variants", self.variants)
         for variant in self.variants:
             if variant not in VARIANTS:
                 raise ValueError(f"variants must be of {', '.join(VARIANTS)}, not {variant!r}")
-        common.check_integers(self, chunk=None, repeats=None, estimate_budget=None)
+        check_integers(self, chunk=None, repeats=None, estimate_budget=None)
         if self.estimate_budget % 512:
             raise ValueError(f"estimate_budget={self.estimate_budget} must be a multiple of 512")
-        common.check_sparsity(self.sparsity)
         for variant in self.variants:
             self.cache(variant)
 
@@ -95,8 +90,8 @@ class PrefillBench:
 
     def layout(self, model: LlamaConfig, variant: Variant, context: int) -> CacheLayout:
         """A cache of as many whole pages as the prompt and one more token take."""
-        heads = common.last_heads_stream(model, self.sparsity) if variant == "streaming" else None
-        capacity = -(-(context + 1) // _PAGE) * _PAGE
+        heads = last_heads_stream(model, self.sparsity) if variant == "streaming" else None
+        capacity = cdiv(context + 1, _PAGE) * _PAGE
         return layout_of(self.cache(variant, capacity=capacity, streaming_heads=heads), model)
 
 
@@ -107,18 +102,18 @@ def bench_prefill(config: PrefillBench) -> list[PrefillRow]:
     model, and for an output folder that is not empty; FloatingPointError for logits that are not finite.
     """
     require_new_folder(config.output)
-    llama = common.model_config(config.model, config.contexts, 1)
+    llama = model_config(config.model, config.contexts, 1)
     layouts: dict[int, dict[Variant, CacheLayout]] = {
         context: {variant: config.layout(llama, variant, context) for variant in config.variants}
         for context in config.contexts
     }
     config.output.mkdir(parents=True, exist_ok=True)
-    model = common.load_model(config.model)
-    about = common.describe_model(config.model, model)
+    model = load_model(config.model)
+    about = describe_model(config.model, model)
     rows: list[PrefillRow] = []
     for context, of_variant in layouts.items():
         rows += _measure(config, model, context, of_variant)
-        common.write_results(config, "prefill", about, rows=rows)
+        write_results(config, "prefill", about, rows=rows)
         times = ", ".join(f"{row.variant} {row.seconds.median:.2f}" for row in rows if row.context == context)
         print(f"context {context}, seconds: {times}", file=sys.stderr)
     print_prefill(rows, about, describe_machine())

@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from jsparse.evaluate.speed.cache_bytes import LOGICAL_PAGE, PAGE, CacheBytes
-from jsparse.evaluate.speed.common import DecodeRow, PrefillRow
+from jsparse.evaluate.speed.results import DecodeRow, PrefillRow
 from jsparse.evaluate.speed.turns import Timing
 from jsparse.reports.console import short_count
 from jsparse.reports.figures import COLORS, can_draw, new_figure, plain_numbers, save, tidy

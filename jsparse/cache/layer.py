@@ -14,8 +14,7 @@ from jsparse.cache.ring import StreamingKVCache, append_streaming
 from jsparse.cache.select.choose import pages_to_read
 from jsparse.cache.select.selection import Selection
 from jsparse.cache.tokens import Tokens
-from jsparse.masks.pooled import PooledBlocks
-from jsparse.masks.vertical_slash import VerticalSlash
+from jsparse.masks.estimate import Estimate
 
 
 @jax.tree_util.register_dataclass
@@ -42,7 +41,7 @@ def attend_and_append(
     *,
     selection: Selection | None = None,
     select: Bool[Array, " B"] | None = None,
-    estimate: PooledBlocks | VerticalSlash | None = None,
+    estimate: Estimate | None = None,
 ) -> tuple[Float[Array, "B C Hq D"], LayerKVCache]:
     """Appends tokens to a layer's cache, and attends with their queries.
 

@@ -15,10 +15,8 @@ from jsparse.cache.tokens import Tokens
 from jsparse.device import hopper
 from jsparse.implementations.merge import merge
 from jsparse.integers import cdiv
-from jsparse.masks.estimate import all_blocks
-from jsparse.masks.pooled import PooledBlocks
+from jsparse.masks.estimate import Estimate, all_blocks
 from jsparse.masks.token_mask import sliding_window
-from jsparse.masks.vertical_slash import VerticalSlash
 
 _BLOCK = 128  # tokens a block of lists, where nothing else says how many
 
@@ -30,7 +28,7 @@ def paged_prefill(
     cache: PagedKVCache,
     tokens: Tokens,
     *,
-    estimate: PooledBlocks | VerticalSlash | None = None,
+    estimate: Estimate | None = None,
 ) -> Float[Array, "B C Hq D"]:
     """Causal attention of a chunk to the tokens in the pages before it, and to itself.
 

@@ -13,7 +13,7 @@ hides inside a listed block by 0, so the values in the chunk's own slots must be
 The estimates count blocks by position, as if no room were left over; the finished lists count them by slot.
 """
 
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -28,10 +28,12 @@ from jsparse.masks.block_mask import BlockMask
 from jsparse.masks.token_mask import causal
 
 
+@runtime_checkable
 class Estimate(Protocol):
     """What makes the lists of a prompt from its queries and keys: a frozen dataclass with these two members.
 
-    ``PooledBlocks`` and ``VerticalSlash`` are estimates.
+    ``PooledBlocks`` and ``VerticalSlash`` are estimates. One that needs whole segments of a prompt at
+    a time has a field ``segment`` too, tokens per segment.
     """
 
     @property

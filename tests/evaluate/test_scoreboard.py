@@ -18,7 +18,7 @@ from jsparse.evaluate.scoreboard import token_budgets, wilson_interval
 from jsparse.evaluate.scoreboard_report import GRID, markdown_table, print_scoreboard
 from jsparse.models import Llama, load_tokenizer, shipped_model
 from jsparse.serve import CacheConfig, SamplingParams, decode_logits, generate, loop
-from jsparse.serve.config import layout_of
+from jsparse.serve.layout import layout_of
 from jsparse.texts.tasks import TASKS
 
 CACHE = CacheConfig(
@@ -92,10 +92,13 @@ def test_what_is_shared_is_the_prefill_of_each_alone(small):
     shared = dict(zip(names, prefill_layouts([layout(name) for name in names]), strict=True))
     assert len(set(shared.values())) == 4
     assert len({shared[name] for name in names[:6]}) == 1
-    assert shared["lserve"].logical_page_size == 16 and shared["lserve-flat"].logical_page_size == 64
+    logical = {name: max(layer.logical_page_size or 0 for layer in of.layers) for name, of in shared.items()}
+    assert logical["lserve"] == 16 and logical["lserve-flat"] == 64
     assert shared["quest"].page_size == 16 and shared["int8"].kv_bits == 8
     budgets = prefill_layouts([layout("lserve", budget) for budget in (128, 256)])
-    assert budgets[0] == budgets[1] and prefill_layouts([layout("dense")])[0].logical_page_size is None
+    assert budgets[0] == budgets[1]
+    (dense,) = prefill_layouts([layout("dense")])
+    assert {layer.logical_page_size for layer in dense.layers} == {None}
     assert len(set(prefill_layouts([layout("streaming", budget) for budget in (128, 256)]))) == 2
 
 

@@ -13,7 +13,7 @@ import pytest
 from flax import nnx
 
 import jsparse
-from jsparse.evaluate.speed import common
+from jsparse.evaluate.speed import decode, filled_cache
 from jsparse.evaluate.speed.cache_bytes import bytes_table, nbytes, step_bytes
 from jsparse.evaluate.speed.decode import DecodeBench, bench_decode
 from jsparse.evaluate.speed.filled_cache import (
@@ -25,10 +25,13 @@ from jsparse.evaluate.speed.filled_cache import (
 )
 from jsparse.evaluate.speed.prefill import PrefillBench, bench_prefill
 from jsparse.evaluate.speed.report import draw_decode, spread
+from jsparse.evaluate.speed.results import RESULTS
+from jsparse.evaluate.speed.settings import model_config
 from jsparse.models import Llama
 from jsparse.reports.machine import describe_machine
 from jsparse.serve import loop
 from jsparse.serve.config import Policy
+from jsparse.serve.state import ModelShape, new_state, split_model
 
 # Without pages, with all, with pages chosen in some layers and in all: each takes long to compile.
 MEASURED: tuple[Policy, ...] = ("dense", "streaming", "quest", "lserve")
@@ -51,7 +54,7 @@ def folder(llama, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def shape():
-    return loop.ModelShape(q_heads=4, kv_heads=HEADS, head_dim=DIM, hidden_size=32, dtype=np.dtype("float32"))
+    return ModelShape(q_heads=4, kv_heads=HEADS, head_dim=DIM, hidden_size=32, dtype=np.dtype("float32"))
 
 
 @pytest.fixture(scope="module")
@@ -66,10 +69,10 @@ def decoded(folder, tmp_path_factory):
     )
     calls, decode_steps = [], loop.decode_steps
 
-    def counted(structure, params, state, rows, steps, *, reading):
+    def counted(structure, params, state, rows, steps, *, selections):
         before = state.lengths.tolist()
-        state, tokens = decode_steps(structure, params, state, rows, steps, reading=reading)
-        calls.append((before, state.lengths.tolist(), (np.asarray(tokens) >= 0).sum(), reading))
+        state, tokens = decode_steps(structure, params, state, rows, steps, selections=selections)
+        calls.append((before, state.lengths.tolist(), (np.asarray(tokens) >= 0).sum(), selections))
         return state, tokens
 
     with pytest.MonkeyPatch.context() as patch:
@@ -101,9 +104,9 @@ def test_each_call_decodes_the_steps_that_are_divided_by(decoded):
         for _ in range(1 + REPEATS):
             expected += [([context], [context + STEPS], STEPS)] * len(MEASURED)
     assert [call[:3] for call in calls] == expected
-    llama = common.model_config(config.model, CONTEXTS, STEPS)
-    readings = [config.layout(llama, policy, CONTEXTS[0]).reading for policy in MEASURED]
-    assert [call[3] for call in calls[: len(MEASURED)]] == readings
+    llama = model_config(config.model, CONTEXTS, STEPS)
+    selections = [config.layout(llama, policy, CONTEXTS[0]).selections for policy in MEASURED]
+    assert [call[3] for call in calls[: len(MEASURED)]] == selections
 
 
 @pytest.mark.slow
@@ -125,7 +128,7 @@ def test_bytes_are_those_of_arithmetic(decoded, llama, shape):
 
     def reads(policy: Policy) -> int:
         layout = config.layout(llama, policy, 64)
-        return step_bytes(layout, jax.eval_shape(lambda: loop.new_state(layout, shape)).layers, 65)
+        return step_bytes(layout, jax.eval_shape(lambda: new_state(layout, shape)).layers, 65)
 
     assert reads("lserve") == of["lserve"].step_bytes
     assert reads("random") == pages // 2 + ring
@@ -139,7 +142,7 @@ def test_bytes_are_those_of_arithmetic(decoded, llama, shape):
 def test_codes_and_batches_count_too(llama, shape, tmp_path):
     config = DecodeBench(output=tmp_path, kv_bits=4, batch=3, contexts=(128,), **SMALL)
     layout = config.layout(llama, "dense", 128)
-    state = jax.eval_shape(lambda: loop.new_state(layout, shape))
+    state = jax.eval_shape(lambda: new_state(layout, shape))
     token = 2 * (DIM // 2 + 4 + 4)  # two codes a byte, scale and zero
     assert nbytes(state.layers) == 3 * LAYERS * HEADS * 192 * token
     assert step_bytes(layout, state.layers, 128) == 3 * LAYERS * HEADS * 128 * token
@@ -160,7 +163,7 @@ def test_bytes_a_token_of_each_kind_of_cache(shape):
 @pytest.mark.slow
 def test_results_read_back(decoded):
     config, rows, _ = decoded
-    results = json.loads((config.output / common.RESULTS).read_text())
+    results = json.loads((config.output / RESULTS).read_text())
     assert results["rows"] == json.loads(json.dumps([dataclasses.asdict(row) for row in rows]))
     assert results["settings"]["contexts"] == list(CONTEXTS) and results["settings"]["budget"] == 64
     assert results["model"]["kv_heads"] == HEADS and results["model"]["dtype"] == "float32"
@@ -177,7 +180,7 @@ def test_a_filled_cache_is_one_that_appending_could_have_made(llama, shape, bits
     layout = config.layout(llama, "lserve", 128)
     state = random_state(layout, shape, 128)
     assert jax.tree.map(lambda x: (x.shape, x.dtype), state) == jax.tree.map(
-        lambda x: (x.shape, x.dtype), jax.eval_shape(lambda: loop.new_state(layout, shape))
+        lambda x: (x.shape, x.dtype), jax.eval_shape(lambda: new_state(layout, shape))
     )
     assert state.lengths.tolist() == [128, 128] and state.page_table.tolist() == [[0, 1, 2], [3, 4, 5]]
     first, second = state.layers[0].paged, state.layers[1].paged
@@ -197,7 +200,7 @@ def test_attention_alone_does_what_decode_steps_do_with_the_cache(llama, shape, 
     pool = jax.tree.map(np.array, state.layers[0].paged)  # the state itself is donated
     rng = np.random.default_rng(0)
     q, k, v = (rng.standard_normal((1, 1, heads, DIM)).astype(np.float32) for heads in (4, HEADS, HEADS))
-    after, total = attention_steps(state, q, k, v, layout.reading, 1)
+    after, total = attention_steps(state, q, k, v, layout.selections, 1)
 
     keys, values = (np.moveaxis(x, 1, 0).reshape(HEADS, -1, DIM)[:, :128] for x in (pool.k, pool.v))
     keys, values = (np.concatenate([x, new[0].swapaxes(0, 1)], 1) for x, new in ((keys, k), (values, v)))
@@ -225,7 +228,7 @@ def test_logits_that_are_not_finite_are_no_timing(llama, shape, tmp_path):
     one = dataclasses.replace(llama, num_hidden_layers=1, sliding_windows=(None,))
     model = Llama(one, rngs=nnx.Rngs(0))
     model.norm.scale[...] = jnp.full_like(model.norm.scale[...], jnp.nan)
-    structure, params = loop.split_model(model)
+    structure, params = split_model(model)
     cache = FilledCache(config.layout(one, "dense", 64), shape, 64)
     rows = endless_rows(1, one.vocab_size)
     with pytest.raises(FloatingPointError, match="decoding ended after 1 of 2 steps at context 64"):
@@ -258,8 +261,8 @@ def test_bad_settings_are_refused_before_anything_is_allocated(
     def must_not(*_):
         raise AssertionError("something was allocated")
 
-    monkeypatch.setattr(common, "load_model", must_not)
-    monkeypatch.setattr(loop, "new_state", must_not)
+    monkeypatch.setattr(decode, "load_model", must_not)
+    monkeypatch.setattr(filled_cache, "random_state", must_not)
     monkeypatch.chdir(tmp_path)
     (tmp_path / "taken").mkdir()
     (tmp_path / "taken" / "file").write_text("")
@@ -285,18 +288,18 @@ def test_prefill_times_whole_prompts_after_one_token(folder, tmp_path, monkeypat
     assert [(row.context, row.variant) for row in rows] == [(70, "dense"), (70, "streaming")]
     assert all(row.seconds.least > 0 for row in rows) and rows[0].ratio_to_dense == 1
     assert rows[0].cache_bytes == LAYERS * HEADS * 128 * 2 * DIM * 4
-    results = json.loads((config.output / common.RESULTS).read_text())
+    results = json.loads((config.output / RESULTS).read_text())
     assert results["rows"] == json.loads(json.dumps([dataclasses.asdict(row) for row in rows]))
 
 
 def test_variants_of_prefill_are_what_they_say(llama, tmp_path):
     config = PrefillBench(output=tmp_path, variants=("dense", "streaming", "pooled", "vertical-slash"))
     layouts = {variant: config.layout(llama, variant, 8192) for variant in config.variants}
-    assert {v: one.reading.estimate for v, one in layouts.items()} == {
-        "dense": None,
-        "streaming": None,
-        "pooled": jsparse.PooledBlocks(4096),
-        "vertical-slash": jsparse.VerticalSlash(2048, 1024),
+    assert {v: set(one.estimates) for v, one in layouts.items()} == {
+        "dense": {None},
+        "streaming": {None},
+        "pooled": {jsparse.PooledBlocks(4096)},
+        "vertical-slash": {jsparse.VerticalSlash(2048, 1024)},
     }
     streaming = {v: {layer.streaming_heads for layer in one.layers} for v, one in layouts.items()}
     assert streaming == {"dense": {()}, "streaming": {(1,)}, "pooled": {()}, "vertical-slash": {()}}

@@ -18,7 +18,7 @@ from jsparse.models.sharding import MeshConfig
 from jsparse.plan.compile_only import DEVICES, bytes_a_device, kernel_calls, memory_of
 from jsparse.plan.program import Program
 from jsparse.serve import CacheConfig
-from jsparse.serve.config import plan_cache
+from jsparse.serve.layout import plan_cache
 from jsparse.serve.plan import generation_programs
 from jsparse.train import FinetuneConfig
 from jsparse.train.plan import step_program

@@ -12,8 +12,10 @@ import jsparse
 from jsparse.models import Llama
 from jsparse.serve import CacheConfig, SamplingParams, decode_logits, generate, loop, stream
 from jsparse.serve.commands import CacheOptions
-from jsparse.serve.config import plan_cache
 from jsparse.serve.generation import _start
+from jsparse.serve.layout import plan_cache
+from jsparse.serve.sampling import RowParams
+from jsparse.serve.state import ModelShape, new_state, split_model
 
 
 def assert_greedy(uncached, model, prompt, new, mask=None):
@@ -52,8 +54,8 @@ def test_generate_and_its_command_read_everything_unless_a_cache_is_given(one_la
     by_command, given = (
         plan_cache(cache, model.config, [8000], [8]) for cache in (CacheOptions().cache(), CacheConfig())
     )
-    assert batch.layout == by_command and batch.layout.reading.selection is None
-    assert given.reading.selection is not None  # LServe's, where a cache is given
+    assert batch.layout == by_command and not any(batch.layout.selections)
+    assert any(given.selections)  # LServe's, where a cache is given
 
 
 def test_decode_logits_are_the_uncached_models(model, cache, prompts, uncached):
@@ -104,8 +106,8 @@ def test_cached_logits_are_the_masked_models_from_dirty_caches(model, prompts, s
     expected = np.asarray(oracle(model, jnp.array(padded)))
 
     layout = plan_cache(cache, model.config, [len(prompt) for prompt in prompts], [14] * 4)
-    structure, params = loop.split_model(model)
-    state = loop.new_state(layout, loop.ModelShape(4, 2, 8, 32, jnp.float32))
+    structure, params = split_model(model)
+    state = new_state(layout, ModelShape(4, 2, 8, 32, jnp.float32))
     # As if every page and ring were recycled from a broken sequence; pages lie anywhere.
     layers = jax.tree.map(lambda x: jnp.full_like(x, jnp.nan), state.layers)
     shuffled = np.random.default_rng(2).permutation(64).reshape(4, 16).astype(np.int32)
@@ -120,7 +122,7 @@ def test_cached_logits_are_the_masked_models_from_dirty_caches(model, prompts, s
             hidden,
             padded[:, start : start + 16].copy(),
             counts,
-            reading=layout.reading,
+            estimates=layout.estimates,
         )
     lengths = np.array([len(prompt) for prompt in prompts])
     np.testing.assert_array_equal(state.lengths, lengths)
@@ -129,7 +131,7 @@ def test_cached_logits_are_the_masked_models_from_dirty_caches(model, prompts, s
 
     step = jax.jit(
         lambda params, state, token: loop.forward(
-            structure.model(params), state, token, jnp.ones(4, jnp.int32), layout.reading
+            structure.model(params), state, token, jnp.ones(4, jnp.int32), selections=layout.selections
         )
     )
     for i in range(steps):
@@ -264,20 +266,22 @@ def test_the_cache_is_donated_and_never_copied(model):
     streams = [[True, False], [False, False]]
     cache = CacheConfig(32768, 2, budget=256, streaming_heads=streams, sink=4, window=60, prefill_chunk=16)
     layout = plan_cache(cache, model.config, [8, 8], [4, 4])
-    structure, params = loop.split_model(model)
-    state = loop.new_state(layout, loop.ModelShape(4, 2, 8, 32, jnp.float32))
+    structure, params = split_model(model)
+    state = new_state(layout, ModelShape(4, 2, 8, 32, jnp.float32))
     cache_bytes = sum(leaf.nbytes for leaf in jax.tree.leaves(state.layers))
-    rows = loop.RowParams.of([SamplingParams()] * 2, [0, 0], [4, 4], batch=2, vocab_size=61)
-    reading = layout.reading
-    decode = loop.decode_steps.lower(structure, params, state, rows, np.int32(1), reading=reading).compile()
+    rows = RowParams.of([SamplingParams()] * 2, [0, 0], [4, 4], batch=2, vocab_size=61)
+    selections = layout.selections
+    decode = loop.decode_steps.lower(
+        structure, params, state, rows, np.int32(1), selections=selections
+    ).compile()
     tokens, counts, hidden = np.zeros((2, 16), np.int32), np.full(2, 8, np.int32), jnp.zeros((2, 32))
     prefill = loop.prefill_chunk.lower(
-        structure, params, state, hidden, tokens, counts, reading=reading
+        structure, params, state, hidden, tokens, counts, estimates=layout.estimates
     ).compile()
     for compiled in (decode, prefill):
         memory = compiled.memory_analysis()
         assert memory is not None and memory.alias_size_in_bytes >= cache_bytes
         assert memory.temp_size_in_bytes < cache_bytes / 8  # a copy of one layer's keys would be more
-    after, _ = loop.decode_steps(structure, params, state, rows, np.int32(1), reading=reading)
+    after, _ = loop.decode_steps(structure, params, state, rows, np.int32(1), selections=selections)
     assert all(leaf.is_deleted() for leaf in jax.tree.leaves(state.layers))
     assert not any(leaf.is_deleted() for leaf in jax.tree.leaves((params, after)))

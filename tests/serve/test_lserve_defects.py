@@ -27,8 +27,9 @@ import pytest
 from flax import nnx
 
 from jsparse.models import Llama, LlamaConfig
-from jsparse.serve import CacheConfig, decode_logits, loop
-from jsparse.serve.config import layout_of
+from jsparse.serve import CacheConfig, decode_logits
+from jsparse.serve.layout import layout_of
+from jsparse.serve.state import ModelShape, new_state
 
 # Two pages of 8 tokens and a ring that holds them too: up to there nothing is hidden, beyond it much is.
 CACHE = CacheConfig(
@@ -81,7 +82,7 @@ def test_no_cache_is_quantised_unless_that_is_asked_for(model, dtype):
     def types(**fields):
         cache = dataclasses.replace(CACHE, streaming_heads=[[True, False]] * 2, select_every=1, **fields)
         layout = layout_of(cache, model.config)
-        state = jax.eval_shape(lambda: loop.new_state(layout, loop.ModelShape(4, 2, 8, 32, dtype)))
+        state = jax.eval_shape(lambda: new_state(layout, ModelShape(4, 2, 8, 32, dtype)))
         return {str(leaf.dtype) for leaf in jax.tree.leaves(state.layers)}
 
     assert CacheConfig().kv_bits is None and types() == {jnp.dtype(dtype).name}

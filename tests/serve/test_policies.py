@@ -12,7 +12,10 @@ import jsparse
 from jsparse.cache.select.selection import Selection
 from jsparse.models import LlamaConfig
 from jsparse.serve import CacheConfig, SamplingParams, decode_logits, generate, loop
-from jsparse.serve.config import POLICIES, layout_of
+from jsparse.serve.config import POLICIES
+from jsparse.serve.layout import layout_of
+from jsparse.serve.sampling import RowParams
+from jsparse.serve.state import ModelShape, new_state, split_model
 
 SELECTING = ["lserve", "oracle", "mean", "random"]
 CACHE = CacheConfig(
@@ -92,17 +95,16 @@ def test_what_each_policy_selects_and_keeps(model):
     scores |= {name: name for name in ("mean", "random")}
     for policy in POLICIES:
         layout = layout_of(config(policy, streaming_heads=streams), model.config)
-        selection = None
-        if policy in scores:
-            selection = Selection(16, 1 if policy == "quest" else 4, "max", scores[policy])
-        assert layout.reading.selection == selection
+        selections = (None, None)
+        if policy in scores and policy != "quest":  # in these layers Quest reads everything
+            first = Selection(16, 4, "max", scores[policy], seed=0)
+            selections = (first, dataclasses.replace(first, seed=1))  # random pages differ by layer
+        assert layout.selections == selections
         heads = {"dense": ((), ()), "quest": ((), ()), "streaming": ((0, 1), (0, 1))}.get(policy, ((0,), ()))
         assert tuple(layer.streaming_heads for layer in layout.layers) == heads
         # Bounds are kept where they are read, and nowhere else.
-        assert layout.logical_page_size == {"lserve": 4, "quest": 8}.get(policy)
-        if policy != "quest":
-            seeds = [layout.reading.selection_of(layer) for layer in range(2)]
-            assert seeds[0] != seeds[1] or selection is None  # random pages differ by layer
+        logical = 4 if policy == "lserve" else None
+        assert [layer.logical_page_size for layer in layout.layers] == [logical] * 2
 
 
 def test_whether_a_layer_with_a_sliding_window_selects_does_not_follow_from_the_capacity(one_layer):
@@ -111,7 +113,7 @@ def test_whether_a_layer_with_a_sliding_window_selects_does_not_follow_from_the_
 
     def selects(capacity):
         layout = layout_of(config("lserve", budget=8, capacity=capacity), mistral)
-        return layout.reading.selection_of(0) is not None and len(layout.layers[0].streaming_heads) < 2
+        return layout.selections[0] is not None
 
     assert len({selects(capacity) for capacity in (16, 24, 32, 64)}) == 1
 
@@ -119,7 +121,8 @@ def test_whether_a_layer_with_a_sliding_window_selects_does_not_follow_from_the_
 @pytest.mark.parametrize("policy", SELECTING)
 def test_a_budget_over_the_capacity_keeps_no_bounds_and_chooses_nothing(model, policy):
     layout = layout_of(config(policy, budget=64), model.config)
-    assert layout.reading.selection is None and layout.logical_page_size is None
+    assert layout.selections == (None, None)
+    assert [layer.logical_page_size for layer in layout.layers] == [None, None]
 
 
 def test_quest_reads_pages_of_16_tokens_from_the_third_layer_on():
@@ -127,19 +130,21 @@ def test_quest_reads_pages_of_16_tokens_from_the_third_layer_on():
     assert CacheConfig(policy="quest", page_size=32).page_sizes() == (32, 32)
     assert CacheConfig().page_sizes() == (64, 16)
     deep = LlamaConfig.tiny(vocab_size=61, intermediate_size=48, num_hidden_layers=4, num_key_value_heads=4)
-    reading = layout_of(CacheConfig(policy="quest", capacity=64, batch=1, budget=32), deep).reading
-    assert [reading.selection_of(layer) is None for layer in range(4)] == [True, True, False, False]
+    layout = layout_of(CacheConfig(policy="quest", capacity=64, batch=1, budget=32), deep)
+    chosen = [Selection(32, 1, "max", "bounds", seed) for seed in (2, 3)]
+    assert layout.selections == (None, None, *chosen)
+    assert [layer.logical_page_size for layer in layout.layers] == [None, None, 16, 16]
 
 
 def traced(model, cache):
     """The state after generate's decode loop, which would not trace if it changed the shape of its state."""
     layout = layout_of(cache, model.config)
-    structure, params = loop.split_model(model)
-    state = jax.eval_shape(lambda: loop.new_state(layout, loop.ModelShape(4, 2, 8, 32, jnp.float32)))
-    rows = loop.RowParams.of([GREEDY] * 2, [0, 0], [4, 4], batch=2, vocab_size=61)
+    structure, params = split_model(model)
+    state = jax.eval_shape(lambda: new_state(layout, ModelShape(4, 2, 8, 32, jnp.float32)))
+    rows = RowParams.of([GREEDY] * 2, [0, 0], [4, 4], batch=2, vocab_size=61)
 
     def decode(params, state):
-        return loop.decode_steps(structure, params, state, rows, np.int32(1), reading=layout.reading)
+        return loop.decode_steps(structure, params, state, rows, np.int32(1), selections=layout.selections)
 
     return jax.eval_shape(decode, params, state)[0]
 

@@ -1,10 +1,10 @@
 """The pages of the KV cache that score best, and the lists that are read."""
 
-from typing import Literal
-
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
+
+from jsparse.cache.select.selection import SelectHeads
 
 
 def select_pages(
@@ -14,7 +14,7 @@ def select_pages(
     *,
     budget: int,
     page_size: int,
-    heads: Literal["max", "union", "query"] = "max",
+    heads: SelectHeads = "max",
 ) -> Int[Array, "B H n"]:
     """The pages to read for one query a sequence, lists of at most ``budget`` tokens, by bounds of the keys.
 
@@ -51,7 +51,7 @@ def best_pages(
     *,
     budget: int,
     page_size: int,
-    heads: Literal["max", "union", "query"] = "max",
+    heads: SelectHeads = "max",
 ) -> Int[Array, "B H n"]:
     """The pages of the largest scores, of each KV head and each of its ``G`` query heads.
 

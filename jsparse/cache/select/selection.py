@@ -3,6 +3,9 @@
 import dataclasses
 from typing import Literal
 
+SelectHeads = Literal["max", "union", "query"]
+Score = Literal["bounds", "exact", "mean", "random"]
+
 
 @dataclasses.dataclass(frozen=True)
 class Selection:
@@ -23,6 +26,6 @@ class Selection:
 
     budget: int
     every: int = 4
-    heads: Literal["max", "union", "query"] = "max"
-    score: Literal["bounds", "exact", "mean", "random"] = "bounds"
+    heads: SelectHeads = "max"
+    score: Score = "bounds"
     seed: int = 0
