@@ -5,8 +5,6 @@ run. The model is far too small to write Python: the demo shows that each step w
 """
 
 import dataclasses
-import os
-import platform
 import shutil
 import statistics
 import time
@@ -22,6 +20,7 @@ from jsparse.evaluate.compare import difference
 from jsparse.examples.report import check_can_draw, draw_plot, print_trained
 from jsparse.models import Llama, LlamaConfig, byte_tokenizer, load_tokenizer
 from jsparse.reports.console import write_json
+from jsparse.reports.machine import describe_machine
 from jsparse.reports.progress import progress_bar
 from jsparse.serve import CacheConfig, SamplingParams, decode_logits, generate
 from jsparse.texts.corpus import standard_library_files
@@ -131,7 +130,7 @@ def run_demo(config: DemoConfig) -> dict:
 
     results = {
         "settings": dataclasses.asdict(config) | {"output": str(config.output)},
-        "machine": machine(),
+        "machine": describe_machine(),
         "parameters": parameters,
         "training_files": [file.name for file in train_files],
         "held_out_files": [file.name for file in held_out_files],
@@ -301,14 +300,3 @@ def measure_generation(
                 **difference(dense, np.concatenate(logits)),
             }
     return measured
-
-
-def machine() -> dict[str, str | int | None]:
-    """What the numbers were measured on."""
-    return {
-        "device": jax.devices()[0].device_kind,
-        "processor": platform.processor() or platform.machine(),
-        "cores": os.cpu_count(),
-        "python": platform.python_version(),
-        "jax": jax.__version__,
-    }

@@ -8,6 +8,7 @@ from rich.table import Table
 
 from jsparse.evaluate import METHODS
 from jsparse.reports.figures import new_figure, require_matplotlib, save
+from jsparse.reports.machine import machine_line
 
 
 def print_trained(results: dict[str, Any]) -> None:
@@ -17,7 +18,8 @@ def print_trained(results: dict[str, Any]) -> None:
     _print_generation(console, results)
     settings = results["settings"]
     notes = [
-        f"{_measured(results)}: {results['parameters']:,} parameters, {results['seconds']:.0f} s in all.",
+        f"Measured in this run on {machine_line(results['machine'])}: {results['parameters']:,} parameters, "
+        f"{results['seconds']:.0f} s in all.",
         f"base was trained at {results['contexts'][0]} tokens only. LongLoRA trained within its groups only: "
         "full attention beyond them is new to the model.",
         f"pages: a head reads {settings['budget']} tokens of the cache per step. streaming: half of the KV "
@@ -35,7 +37,7 @@ def print_shipped(results: dict[str, Any]) -> None:
     _print_generation(console, results)
     _print_recall(console, results)
     notes = [
-        f"{_measured(results)}, {results['seconds']:.0f} s in all.",
+        f"Measured in this run on {machine_line(results['machine'])}, {results['seconds']:.0f} s in all.",
         *(f"{name}: {METHODS[name].about}." for name in results["generation"]),
         f"A head that does not read everything reads {settings['budget']} tokens per step.",
         "needle: a word is explained once, somewhere, and asked for at the end; recall: one of many such "
@@ -88,14 +90,6 @@ def _print_recall(console: Console, results: dict[str, Any]) -> None:
     for method in dict.fromkeys(row["method"] for row in rows):
         table.add_row(method, *(f"{scores[method, task]['score']:.0%}" for task in tasks))
     console.print(table)
-
-
-def _measured(results: dict[str, Any]) -> str:
-    machine = results["machine"]
-    return (
-        f"Measured in this run on {machine['cores']} cores ({machine['processor']}, {machine['device']}), "
-        f"jax {machine['jax']}, Python {machine['python']}"
-    )
 
 
 def _generation_notes(results: dict[str, Any]) -> list[str]:

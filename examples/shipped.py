@@ -17,7 +17,6 @@ from jsparse.evaluate.methods import PAGE, SINK
 from jsparse.evaluate.scoreboard import make_entries, streaming_heads
 from jsparse.examples.demo import (
     RESULTS,
-    machine,
     measure_generation,
     pieces,
     prepare_output,
@@ -26,6 +25,7 @@ from jsparse.examples.report import check_can_draw, draw_plot, print_shipped
 from jsparse.integers import cdiv
 from jsparse.models import Llama, load_config, load_tokenizer, shipped_model
 from jsparse.reports.console import DefaultsToShipped, write_json
+from jsparse.reports.machine import describe_machine
 from jsparse.texts.corpus import standard_library_files
 from jsparse.train import perplexity_by_context, read_documents, shifted_head_masks
 
@@ -114,7 +114,7 @@ def run_shipped_demo(config: ShippedDemoConfig) -> dict:
     results = {
         "settings": dataclasses.asdict(config)
         | {"model": str(config.model), "output": None if config.output is None else str(config.output)},
-        "machine": machine(),
+        "machine": describe_machine(),
         "held_out_files": [file.name for file in held_out_files],
         "contexts": contexts,
         "perplexity": perplexity,

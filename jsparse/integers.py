@@ -10,11 +10,16 @@ def is_integer(value: object) -> bool:
     return isinstance(value, int | np.integer) and not isinstance(value, bool)
 
 
-def require_integer(name: str, value: Any, least: int = 1, most: int | None = None) -> None:
-    """ValueError that names the argument and what is allowed, unless ``value`` is an integer in the range."""
+def require_integer(
+    name: str, value: Any, least: int = 1, most: int | None = None, otherwise: str = ""
+) -> None:
+    """ValueError that names the argument and what is allowed, unless ``value`` is an integer in the range.
+
+    ``otherwise`` is what the caller allows beside integers, for the message: " or None".
+    """
     if not is_integer(value) or value < least or (most is not None and value > most):
         allowed = f">= {least}" if most is None else f"from {least} to {most}"
-        raise ValueError(f"{name} must be an integer {allowed}, not {value!r}")
+        raise ValueError(f"{name} must be an integer {allowed}{otherwise}, not {value!r}")
 
 
 def cdiv(a: int, b: int) -> int:

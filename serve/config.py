@@ -6,7 +6,7 @@ from typing import Any, Literal, get_args
 import numpy as np
 
 from jsparse.cache.select.selection import SelectHeads
-from jsparse.integers import is_integer
+from jsparse.integers import is_integer, require_integer
 from jsparse.masks.estimate import Estimate
 
 Policy = Literal["lserve", "dense", "streaming", "quest", "mean", "oracle", "random"]
@@ -87,7 +87,7 @@ class CacheConfig:
         if self.policy not in POLICIES:
             raise ValueError(f"policy must be one of {', '.join(POLICIES)}, not {self.policy!r}")
         for name in ("window", "prefill_chunk"):
-            _require_integer(name, getattr(self, name), minimum=1)
+            require_integer(name, getattr(self, name))
         optional = (
             "capacity",
             "batch",
@@ -100,8 +100,8 @@ class CacheConfig:
         )
         for name in optional:
             if getattr(self, name) is not None:
-                _require_integer(name, getattr(self, name), minimum=1, otherwise=" or None")
-        _require_integer("sink", self.sink, minimum=0)
+                require_integer(name, getattr(self, name), otherwise=" or None")
+        require_integer("sink", self.sink, least=0)
         if self.select_heads not in get_args(SelectHeads):
             raise ValueError(f"select_heads must be max, union or query, not {self.select_heads!r}")
         if self.kv_bits is not None and not (is_integer(self.kv_bits) and self.kv_bits in (8, 4)):
@@ -160,8 +160,3 @@ class CacheConfig:
             value = getattr(self, name)
             if value is not None and value % page:
                 raise ValueError(f"{name}={value} must be a multiple of page_size={page}")
-
-
-def _require_integer(name: str, value: Any, minimum: int, otherwise: str = "") -> None:
-    if not is_integer(value) or value < minimum:
-        raise ValueError(f"{name} must be an integer >= {minimum}{otherwise}, not {value!r}")

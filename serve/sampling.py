@@ -3,13 +3,13 @@
 import dataclasses
 import math
 from collections.abc import Sequence
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
+from jsparse.arrays import AnyArray, HostOrDevice
 from jsparse.integers import is_integer
 
 _MIN_TEMPERATURE = 1e-4  # logits divided by less are all infinite or zero in float32, which is greedy
@@ -72,12 +72,12 @@ class SamplingParams:
 class RowParams:
     """The sampling parameters of a batch as arrays, one entry per row: new values compile nothing."""
 
-    temperature: Any  # float32 [B]
-    top_k: Any  # int32 [B]
-    top_p: Any  # float32 [B]
-    seed: Any  # uint32 [B]
-    stops: Any  # bool [B, vocab]: the tokens that end the row
-    max_new: Any  # int32 [B], 0 in a row without a prompt
+    temperature: HostOrDevice  # float32 [B]
+    top_k: HostOrDevice  # int32 [B]
+    top_p: HostOrDevice  # float32 [B]
+    seed: HostOrDevice  # uint32 [B]
+    stops: HostOrDevice  # bool [B, vocab]: the tokens that end the row
+    max_new: HostOrDevice  # int32 [B], 0 in a row without a prompt
 
     @classmethod
     def of(
@@ -134,14 +134,16 @@ def sample(
     return jax.lax.cond((rows.temperature > 0).any(), draw, lambda: greedy), finite
 
 
-def scale_logits(logits: Float[Array, "B vocab"], temperature: Float[Array, " B"]) -> Float[Array, "B vocab"]:
+def scale_logits(
+    logits: Float[Array, "B vocab"], temperature: Float[AnyArray, " B"]
+) -> Float[Array, "B vocab"]:
     """Logits divided by the temperature, with the largest moved to 0 so nothing overflows."""
     largest = logits.max(axis=-1, keepdims=True)
     return (logits - largest) / jnp.where(temperature > 0, temperature, 1)[:, None]
 
 
 def restrict(
-    logits: Float[Array, "B vocab"], top_k: Int[Array, " B"], top_p: Float[Array, " B"]
+    logits: Float[Array, "B vocab"], top_k: Int[AnyArray, " B"], top_p: Float[AnyArray, " B"]
 ) -> Float[Array, "B vocab"]:
     """The logits with all but the top-k, then all but the top-p tokens of each row set to -inf.
 

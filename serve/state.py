@@ -10,6 +10,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Int
 
+from jsparse.arrays import DeviceArray
 from jsparse.cache.layer import LayerKVCache
 from jsparse.cache.pages import PagedKVCache
 from jsparse.cache.ring import StreamingKVCache
@@ -78,12 +79,12 @@ class DecodeState:
     """Everything that changes while a batch is generated. Rows without a prompt have length 0."""
 
     layers: tuple[LayerKVCache, ...]
-    page_table: Any  # int32 [B, pages]: shared by all layers
-    lengths: Any  # int32 [B]: tokens in the cache
-    token: Any  # int32 [B]: the newest token, not in the cache yet
-    generated: Any  # int32 [B]
-    finish: Any  # int32 [B]: RUNNING, or why the row ended
-    selected_at: Any  # int32 [B]: the length at which pages were chosen last, 0 if never
+    page_table: DeviceArray  # int32 [B, pages]: shared by all layers
+    lengths: DeviceArray  # int32 [B]: tokens in the cache
+    token: DeviceArray  # int32 [B]: the newest token, not in the cache yet
+    generated: DeviceArray  # int32 [B]
+    finish: DeviceArray  # int32 [B]: RUNNING, or why the row ended
+    selected_at: DeviceArray  # int32 [B]: the length at which pages were chosen last, 0 if never
 
 
 @functools.partial(jax.jit, static_argnames=("layout", "shape"))

@@ -6,12 +6,13 @@ new length compiles nothing. On a Hopper GPU a kernel computes single tokens; ev
 
 import functools
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from jsparse.arrays import DeviceArray
 from jsparse.cache import hopper
 from jsparse.cache.pages import PagedKVCache
 from jsparse.cache.ring import StreamingKVCache
@@ -221,8 +222,8 @@ class _Steps(NamedTuple):
     """
 
     load: Callable
-    full: Any
-    count: Any
+    full: DeviceArray | int
+    count: DeviceArray | int
 
 
 def _attend(

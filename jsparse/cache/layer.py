@@ -1,12 +1,12 @@
 """What an attention layer does with its cache: append new tokens, and attend with them."""
 
 import dataclasses
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
+from jsparse.arrays import DeviceArray, take_heads
 from jsparse.cache.decode import decode_attention
 from jsparse.cache.pages import PagedKVCache, append_paged
 from jsparse.cache.prefill import paged_prefill, streaming_prefill
@@ -29,7 +29,7 @@ class LayerKVCache:
     paged: PagedKVCache | None
     streaming: StreamingKVCache | None
     streaming_heads: tuple[int, ...] = dataclasses.field(default=(), metadata={"static": True})
-    selected: Any = None
+    selected: DeviceArray | None = None
 
 
 def attend_and_append(
@@ -62,7 +62,7 @@ def attend_and_append(
     parts, order = [], []
     if paged is not None:
         heads = [h for h in range(k.shape[2]) if h not in cache.streaming_heads]
-        q_part, k_part, v_part = _take_heads(q, heads, group), _take_heads(k, heads), _take_heads(v, heads)
+        q_part, k_part, v_part = _take(q, heads, group), _take(k, heads), _take(v, heads)
         paged = append_paged(paged, k_part, v_part, tokens)
         if one:
             pages = None
@@ -77,7 +77,7 @@ def attend_and_append(
         order += heads
     if ring is not None:
         heads = list(cache.streaming_heads)
-        q_part, k_part, v_part = _take_heads(q, heads, group), _take_heads(k, heads), _take_heads(v, heads)
+        q_part, k_part, v_part = _take(q, heads, group), _take(k, heads), _take(v, heads)
         before, ring = ring, append_streaming(ring, k_part, v_part, tokens)
         if one:
             parts.append(decode_attention(q_part[:, 0], ring, tokens.after)[:, None])
@@ -85,13 +85,10 @@ def attend_and_append(
             parts.append(streaming_prefill(q_part, k_part, v_part, before, ring, tokens))
         order += heads
     out = parts[0] if len(parts) == 1 else jnp.concatenate(parts, axis=2)
-    out = _take_heads(out, [order.index(h) for h in range(len(order))], group)
+    out = _take(out, [order.index(h) for h in range(len(order))], group)
     return out, LayerKVCache(paged, ring, cache.streaming_heads, selected)
 
 
-def _take_heads(x, heads: list[int], group: int = 1):
-    """KV heads ``heads`` of ``[B, C, H, D]``, or the ``group`` query heads of each."""
-    first, last = heads[0] * group, (heads[-1] + 1) * group
-    if heads == list(range(heads[0], heads[-1] + 1)):
-        return x if last - first == x.shape[2] else x[:, :, first:last]
-    return x[:, :, jnp.array([h * group + i for h in heads for i in range(group)])]
+def _take(x, kv_heads: list[int], group: int = 1):
+    """KV heads of ``[B, C, H, D]``, or the ``group`` query heads of each."""
+    return take_heads(x, [head * group + i for head in kv_heads for i in range(group)])

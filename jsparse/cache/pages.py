@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from jsparse.arrays import DeviceArray
 from jsparse.cache.quantize import dequantize, quantize
 from jsparse.cache.tokens import Tokens
 
@@ -38,7 +39,7 @@ class PagedKVCache:
 
     k: Any  # arrays; Any because tree functions also put shapes, dtypes and placeholders here
     v: Any
-    bounds: Any = None  # one array, since they are read together
+    bounds: DeviceArray | None = None  # one array, since they are read together
     bits: int | None = dataclasses.field(default=None, metadata={"static": True})
 
     @property
@@ -167,6 +168,7 @@ def _append_bounds(cache: PagedKVCache, k: Float[Array, "B C Hk D"], tokens: Tok
     def extremes(reduce, extreme):
         return reduce(jnp.where(valid, aligned, jnp.array(extreme, k.dtype)), axis=2)
 
+    assert cache.bounds is not None
     # The largest of -k is minus the smallest of k: one comparison serves both halves.
     sign = jnp.where(jnp.arange(2 * k.shape[-1]) < k.shape[-1], -1, 1).astype(k.dtype)
     new = jnp.concatenate([extremes(jnp.min, jnp.inf), extremes(jnp.max, -jnp.inf)], axis=-1)

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from jsparse.arrays import DeviceArray
 from jsparse.cache.tokens import Tokens
 
 
@@ -31,8 +32,8 @@ class StreamingKVCache:
     [[0, 1, 6, -1, 4, 5]]
     """
 
-    k: Any
-    v: Any
+    k: DeviceArray
+    v: DeviceArray
     sink: int = dataclasses.field(metadata={"static": True})
     spare: int = dataclasses.field(default=0, metadata={"static": True})
 

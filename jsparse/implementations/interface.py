@@ -3,6 +3,7 @@
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
+from jsparse.arrays import HostOrDevice
 from jsparse.masks.block_mask import BlockMask
 from jsparse.masks.token_mask import HeadMasks
 
@@ -21,8 +22,8 @@ class Call(NamedTuple):
     - devices: how many devices share the tokens of a sequence.
     """
 
-    q: Any
-    k: Any
+    q: HostOrDevice
+    k: HostOrDevice
     visible: Visible
     scale: float
     segments: bool = False

@@ -11,6 +11,7 @@ import numpy as np
 from jax.core import Tracer
 from jaxtyping import Int
 
+from jsparse.arrays import HostOrDevice
 from jsparse.integers import cdiv, power_of_two_from
 from jsparse.masks.row_lists import row_lists, wholly_visible
 from jsparse.masks.token_mask import HeadMasks, TokenMask
@@ -52,10 +53,10 @@ class BlockMask:
     masks are equal only if they are the same object.
     """
 
-    kv_index: Any
-    kv_start: Any
-    kv_count: Any
-    kv_full_count: Any
+    kv_index: HostOrDevice
+    kv_start: HostOrDevice
+    kv_count: HostOrDevice
+    kv_full_count: HostOrDevice
     q_len: int
     kv_len: int
     block_q: int

@@ -22,7 +22,7 @@ from jax import lax
 from jax.core import Tracer
 from jaxtyping import Int
 
-from jsparse.arrays import AnyArray
+from jsparse.arrays import AnyArray, DeviceArray
 from jsparse.integers import cdiv
 from jsparse.masks.block_mask import BlockMask
 from jsparse.masks.token_mask import causal
@@ -94,8 +94,8 @@ class Chunk(NamedTuple):
     q_len: int
     cached: int
     block: int
-    held: Any  # int32 [B]
-    counts: Any  # int32 [B]
+    held: DeviceArray  # int32 [B]
+    counts: DeviceArray  # int32 [B]
     gap: bool  # held may be less than cached
 
     @property

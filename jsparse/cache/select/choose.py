@@ -55,6 +55,7 @@ def choose_pages(
     assert page_table is not None
     options = {"budget": selection.budget, "page_size": cache.page_size, "heads": selection.heads}
     if selection.score == "bounds":
+        assert cache.bounds is not None
         # [B, Hk, max_pages, L, 2 D]: the bounds of a sequence's pages, in its own order
         bounds = cache.bounds.at[page_table].get(mode="clip").swapaxes(1, 2)
         return select_pages(q, bounds, lengths, **options)

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 import numpy as np
 
+from jsparse.arrays import HostOrDevice, take_heads
 from jsparse.device import device_kind
 from jsparse.implementations.interface import Visible
 from jsparse.integers import power_of_two_from, power_of_two_up_to
@@ -22,10 +23,10 @@ from jsparse.masks.transposed import offset_entries
 class Lists(NamedTuple):
     """For each item, which items of the other side to visit: entries start .. start + count of index."""
 
-    index: Any  # [L]
-    start: Any  # [N items]
-    count: Any
-    full_count: Any
+    index: HostOrDevice  # [L]
+    start: HostOrDevice  # [N items]
+    count: HostOrDevice
+    full_count: HostOrDevice
 
     @property
     def known(self) -> bool:
@@ -49,8 +50,8 @@ class Items(NamedTuple):
     """Blocks of a sequence, and what the element mask has to know."""
 
     values: tuple[Any, ...]  # [N items, B, block, H KV heads, ...]
-    position: Any  # [N], of the first token of each item
-    segment: Any  # [N, B, block] or None
+    position: HostOrDevice  # [N], of the first token of each item
+    segment: HostOrDevice | None  # [N, B, block] or None
 
 
 def in_own_blocks(visible: Visible) -> Visible:
@@ -238,13 +239,6 @@ def _pad(x, block: int):
 
 # Taking single heads makes a copy, and adding to single heads is slower still for XLA on a CPU. Mostly, heads
 # come in one piece.
-
-
-def take_heads(x, heads: tuple[int, ...]):
-    """x[:, :, heads]."""
-    if heads == tuple(range(heads[0], heads[0] + len(heads))):
-        return x[:, :, heads[0] : heads[0] + len(heads)]
-    return x[:, :, np.asarray(heads)]
 
 
 def join_heads(pieces, heads: list[tuple[int, ...]], num_heads: int):

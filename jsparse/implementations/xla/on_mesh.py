@@ -85,11 +85,12 @@ def _of_heads(visible: Visible, rows: tuple) -> Visible:
     if isinstance(visible, HeadMasks):
         return dataclasses.replace(visible, masks=rows)
     followed = sorted(set(rows))
+    chosen = np.asarray(followed, np.int32)
     return dataclasses.replace(
         visible,
-        kv_start=visible.kv_start[np.asarray(followed)],
-        kv_count=visible.kv_count[np.asarray(followed)],
-        kv_full_count=visible.kv_full_count[np.asarray(followed)],
+        kv_start=visible.kv_start[chosen],
+        kv_count=visible.kv_count[chosen],
+        kv_full_count=visible.kv_full_count[chosen],
         head_rows=tuple(followed.index(row) for row in rows),
         token_masks=tuple(visible.token_masks[row] for row in followed),
     )
