@@ -4,11 +4,9 @@
 VENV ?= .venv
 VENV_GPU ?= .venv-gpu
 PYTHON ?=
-# Of the GPU kernels to compile: `all` that a chooser can return, or the `chosen` ones of common shapes.
-TILES ?= all
 VENV_PYTHON = $(VENV)/bin/python
 
-.PHONY: help demo test test-versions test-gpu-compile lint typecheck docs clean
+.PHONY: help demo test test-versions test-gpu-compile test-gpu-compile-short lint typecheck docs clean
 
 help:
 	@echo "make demo       perplexity, generation and recall of the shipped model by cache; results in demo/"
@@ -17,6 +15,8 @@ help:
 	@echo "                the part of them that can differ between versions of jax and flax"
 	@echo "make test-gpu-compile"
 	@echo "                compile the GPU kernels and whole programs for H200s; needs Python >= 3.12 and no GPU"
+	@echo "make test-gpu-compile-short"
+	@echo "                the kernels at the tiles that most calls get, and programs of few layers"
 	@echo "make lint       ruff: rules and format"
 	@echo "make typecheck  pyright, on the installed package and the tests"
 	@echo "make docs       the documentation as HTML in build/docs/html; warnings are errors, nothing is downloaded"
@@ -45,7 +45,11 @@ test-versions: $(VENV)/.installed-test
 # In an environment of its own: with the CUDA plugin installed, tests on a CPU would start by looking for a GPU.
 test-gpu-compile:
 	$(MAKE) --no-print-directory VENV=$(VENV_GPU) $(VENV_GPU)/.installed-gpu-compile
-	$(VENV_GPU)/bin/python tests/gpu_compile/run.py --tiles $(TILES)
+	$(VENV_GPU)/bin/python tests/gpu_compile/run.py
+
+test-gpu-compile-short:
+	$(MAKE) --no-print-directory VENV=$(VENV_GPU) $(VENV_GPU)/.installed-gpu-compile
+	$(VENV_GPU)/bin/python tests/gpu_compile/run.py --short
 
 lint: $(VENV)/.installed-lint
 	$(VENV_PYTHON) -m ruff check .

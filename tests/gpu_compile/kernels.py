@@ -52,14 +52,12 @@ def check(case: Case) -> tuple[list, list[str]]:
     return [*case[:3], *numbers], wrong
 
 
-def cases(tiles: str) -> list[Case]:
-    """All of them, or the chosen ones: bfloat16, blocks as ``attention`` makes them, pages of 64 tokens.
+def cases(short: bool) -> list[Case]:
+    """All of them, or with ``short`` bfloat16, blocks as ``attention`` makes them, pages of 64 tokens.
 
     Choosers are asked on the compiled device, for which choices may have been measured.
     """
-    if tiles not in ("all", "chosen"):
-        raise SystemExit(f"--tiles must be all or chosen, not {tiles!r}")
-    every = tiles == "all"
+    every = not short
     with jax.set_mesh(mesh_of()):
         return [
             *_attention_cases(forward.forward, forward.forward_tiles, every),

@@ -1,4 +1,4 @@
-"""A training step and the programs of a generation of an 8-billion-parameter Llama at 32k context."""
+"""A training step and the programs of a generation, of an 8-billion-parameter Llama at 32k context."""
 
 import dataclasses
 import functools
@@ -72,7 +72,7 @@ class Case(NamedTuple):
     unread: int = 0
 
 
-def train_program(mesh: Mesh, batch: int, remat: str = "layers") -> Program:
+def train_program(mesh: Mesh, batch: int, layers: int, remat: str = "layers") -> Program:
     """LongLoRA's step: LoRA, embeddings and norms are trained, heads see shifted groups."""
     config = FinetuneConfig(
         model="-",
@@ -83,25 +83,29 @@ def train_program(mesh: Mesh, batch: int, remat: str = "layers") -> Program:
         mesh=MeshConfig(**mesh.shape),
         remat=remat,
     )
-    masks = config.pattern(LLAMA_3_1_8B).masks(LLAMA_3_1_8B, CONTEXT)
-    return step_program(config, LLAMA_3_1_8B, masks, mesh)
+    model = _with_layers(layers)
+    masks = config.pattern(model).masks(model, CONTEXT)
+    return step_program(config, model, masks, mesh)
 
 
-def decode_program(mesh: Mesh, batch: int, **cache: Any) -> Program:
+def decode_program(mesh: Mesh, batch: int, layers: int, **cache: Any) -> Program:
     """The loop of decode steps: half of the KV heads stream, the others read 4096 tokens of chosen pages."""
-    *_, decode = _generation(mesh, LLAMA_3_1_8B, batch, **cache)
+    *_, decode = _generation(mesh, _with_layers(layers), batch, **cache)
     return decode
 
 
-def prefill_program(mesh: Mesh, batch: int, **cache: Any) -> Program:
-    """A chunk of prompts through two of the layers, half of whose KV heads stream over longer windows."""
-    model = dataclasses.replace(LLAMA_3_1_8B, num_hidden_layers=2, sliding_windows=(None, None))
-    chunk, *_ = _generation(mesh, model, batch, prefill_window=8192, **cache)
+def prefill_program(mesh: Mesh, batch: int, layers: int, **cache: Any) -> Program:
+    """A chunk of prompts, half of whose KV heads stream over longer windows."""
+    chunk, *_ = _generation(mesh, _with_layers(layers), batch, prefill_window=8192, **cache)
     return chunk
 
 
+def _with_layers(layers: int) -> LlamaConfig:
+    return dataclasses.replace(LLAMA_3_1_8B, num_hidden_layers=layers, sliding_windows=(None,) * layers)
+
+
 def _generation(mesh: Mesh, model: LlamaConfig, batch: int, **cache: Any) -> list[Program]:
-    """The programs for a cache of 32k tokens a row."""
+    """The programs for a cache of 32k tokens per row."""
     streams = np.zeros((model.num_hidden_layers, model.num_key_value_heads), bool)
     streams[:, ::2] = True
     config = CacheConfig(capacity=CONTEXT, batch=batch, streaming_heads=streams, **cache)
@@ -126,28 +130,45 @@ def odd_program(mesh: Mesh, batch: int) -> Program:
     return Program("odd sizes", jax.jit(jax.grad(loss, (0, 1, 2))), arguments, {"all": arguments})
 
 
-_LAYERS = LLAMA_3_1_8B.num_hidden_layers
-_TRAIN_CALLS = 4 * _LAYERS  # forward, the same again to rematerialize, and the two kernels backward
-_DECODE_CALLS = 2 * _LAYERS  # over pages, and over the sink and ring of the streaming heads
-_PREFILL_CALLS = 2 * 2  # the same in two layers
-_keeping = functools.partial(train_program, remat="attention")
-_quantised = functools.partial(decode_program, kv_bits=4)
-_estimated = functools.partial(prefill_program, prefill_estimate=PooledBlocks(4096))
-_LM_HEAD = 2 * LLAMA_3_1_8B.hidden_size * LLAMA_3_1_8B.vocab_size  # prompts need no logits
-_2_BY_4 = {"data": 2, "tensor": 4}
-PROGRAMS = [
-    Case("odd sizes", "1", "2", odd_program, {}, 3),  # short: what is wrong here shows first
-    Case("train step", "1", "1", train_program, {}, _TRAIN_CALLS),
-    Case("train step", "8: fsdp 8", "8", train_program, {"fsdp": 8}, _TRAIN_CALLS),
-    Case("train step, kept", "1", "1", _keeping, {}, 3 * _LAYERS),  # attention is not computed again
-    Case("decode loop", "1", "16", decode_program, {}, _DECODE_CALLS),
-    Case("decode loop, int4", "1", "16", _quantised, {}, _DECODE_CALLS),
-    Case("prefill", "1", "4", prefill_program, {}, _PREFILL_CALLS, unread=_LM_HEAD),
-    Case("prefill, pooled", "1", "4", _estimated, {}, _PREFILL_CALLS, unread=_LM_HEAD),
-    # No Hopper: the portable implementation.
-    Case("prefill", "1 A100", "4", prefill_program, {}, 0, "a100-80gb", _LM_HEAD),
-    Case("decode loop", "8: data 2, tensor 4", "64", decode_program, _2_BY_4, _DECODE_CALLS),
-]
+def cases(short: bool) -> list[Case]:
+    """The programs of all 32 layers, or with ``short`` of two. Those of prompts always have two."""
+    in_prompts = 2
+    layers = in_prompts if short else LLAMA_3_1_8B.num_hidden_layers
+    train = 4 * layers  # forward, the same again to rematerialize, and the two kernels backward
+    decode = 2 * layers  # over pages, and over the sink and ring of the streaming heads
+    prefill = 2 * in_prompts  # the same
+    lm_head = 2 * LLAMA_3_1_8B.hidden_size * LLAMA_3_1_8B.vocab_size  # prompts need no logits
+
+    def step(**options):
+        return functools.partial(train_program, layers=layers, **options)
+
+    def tokens(**cache):
+        return functools.partial(decode_program, layers=layers, **cache)
+
+    def prompts(**cache):
+        return functools.partial(prefill_program, layers=in_prompts, **cache)
+
+    return [
+        Case("odd sizes", "1", "2", odd_program, {}, 3),  # short: what is wrong here shows first
+        Case("train step", "1", "1", step(), {}, train),
+        Case("train step", "8: fsdp 8", "8", step(), {"fsdp": 8}, train),
+        Case("train step, kept", "1", "1", step(remat="attention"), {}, train - layers),
+        Case("decode loop", "1", "16", tokens(), {}, decode),
+        Case("decode loop, int4", "1", "16", tokens(kv_bits=4), {}, decode),
+        Case("prefill", "1", "4", prompts(), {}, prefill, unread=lm_head),
+        Case(
+            "prefill, pooled",
+            "1",
+            "4",
+            prompts(prefill_estimate=PooledBlocks(4096)),
+            {},
+            prefill,
+            unread=lm_head,
+        ),
+        # No Hopper: the portable implementation.
+        Case("prefill", "1 A100", "4", prompts(), {}, 0, "a100-80gb", lm_head),
+        Case("decode loop", "8: data 2, tensor 4", "64", tokens(), {"data": 2, "tensor": 4}, decode),
+    ]
 
 
 def check(case: Case) -> tuple[list, list[str]]:
@@ -166,8 +187,8 @@ def check(case: Case) -> tuple[list, list[str]]:
         )
     if calls != case.kernel_calls:
         wrong.append(f"{name}: {calls} calls of Mosaic kernels, expected {case.kernel_calls}")
-    # What a plan calls by name is all there is, save that the compiler rounds up and leaves out what is not
-    # read.
+    # What a plan calls by name is all there is, except that the compiler rounds up and leaves out what
+    # is not read.
     counted, arrays = bytes_a_device(program.parts), len(jax.tree.leaves(program.parts))
     if not 0 <= memory.arguments - (counted - case.unread) <= 256 * arrays:
         wrong.append(

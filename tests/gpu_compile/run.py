@@ -1,10 +1,11 @@
 """Compiles the GPU kernels, and whole programs that call them, for H200s this machine does not have.
 
-    python tests/gpu_compile/run.py [kernels] [programs] [--tiles all | chosen]
+    python tests/gpu_compile/run.py [kernels] [programs] [--short]
 
-Prints registers, spills and shared memory of every kernel, at every choice of tiles or at those that most
-calls get, and the bytes per device that a training step and a decode loop need. Exits with 1 where anything
-spills, does not fit or does not compile.
+Prints registers, spills and shared memory of every kernel, at every choice of tiles, and the bytes per device
+that a training step and a decode loop need. With --short, kernels are compiled only at the tiles that most
+calls get, and the programs are those of a model of a few layers. Exits with 1 where anything spills, does not
+fit or does not compile.
 """
 
 import argparse
@@ -20,8 +21,11 @@ import kernels
 import programs
 
 
-def main(names: list[str], tiles: str) -> int:
-    parts = {"programs": (programs, programs.PROGRAMS), "kernels": (kernels, kernels.cases(tiles))}
+def main(names: list[str], short: bool) -> int:
+    parts = {
+        "programs": (programs, programs.cases(short)),
+        "kernels": (kernels, kernels.cases(short)),
+    }
     unknown = set(names) - set(parts)
     if unknown:
         raise SystemExit(f"unknown part {', '.join(unknown)}; allowed are {', '.join(parts)}")
@@ -68,6 +72,6 @@ def _print_row(columns: dict[str, int], values: list) -> None:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser()
     parser.add_argument("names", nargs="*")
-    parser.add_argument("--tiles", default="all")
+    parser.add_argument("--short", action="store_true")
     options = parser.parse_args()
-    sys.exit(main(options.names, options.tiles))
+    sys.exit(main(options.names, options.short))
