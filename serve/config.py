@@ -21,38 +21,39 @@ class CacheConfig:
       request needs, rounded up to a power of two of pages. Calls with one capacity share compiled code.
     - batch: rows, some of which may stay empty. None takes the number of prompts, rounded up to a power of
       two.
-    - page_size: tokens per page; None: 64, for Quest 16.
-    - logical_page_size: tokens that share one bound of their keys; None: 16, or the page if that is smaller,
-      for Quest the page.
+    - page_size: tokens per page. None takes 64, and 16 for Quest.
+    - logical_page_size: tokens that share one bound of their keys. None takes 16, or the page if it is
+      smaller, and always the page for Quest.
     - budget: how many tokens a retrieval head reads at a decode step, in whole pages. A context within the
       budget is read whole. None always reads everything.
     - streaming_heads: which KV heads stream, booleans [layers, kv_heads], as from ``HeadPattern.threshold``;
-      None for none.
+      None if none does.
     - sink, window: how many of the first and of the last tokens a streaming head sees.
-    - prefill_window: takes the place of ``window`` within the prompt, and is no smaller; None: ``window``.
+    - prefill_window: replaces ``window`` within the prompt, and is no smaller. None takes ``window``.
     - prefill_chunk: how many tokens of a prompt are computed at once (at most the capacity).
     - prefill_estimate: which blocks of a prompt the retrieval heads visit: a :class:`jsparse.PooledBlocks` or
       :class:`jsparse.VerticalSlash`; None visits all of them.
     - policy: what decides which tokens a decode step reads, see below.
-    - select_every: pages are chosen every ``select_every`` tokens (None: 4, for Quest 1). Until the next
-      choice they are read together with what was written since.
+    - select_every: pages are chosen every ``select_every`` tokens, and until the next choice they are read
+      together with what was written since. None takes 4, and 1 for Quest.
     - select_heads: "max" chooses for a KV head by the largest score of its query heads, "union" reads what
       any of its query heads chooses, "query" lets each query head read its own choice.
     - kv_bits: 8 or 4 stores pages as codes of that many bits, with a scale and a zero per token and KV head.
-      None stores them in the model's dtype, as rings, which are small, always are.
+      None stores them in the model's dtype. Rings are small and always in the model's dtype.
     - num_pages: pages that the sequences share; None takes enough for ``batch`` times ``capacity``.
 
     Policies:
 
-    - "lserve": streaming heads read their sink and window, the others the pages that score best by the bounds
-      of the keys in their logical pages (LServe, arXiv 2502.14866).
+    - "lserve": streaming heads read their sink and window; the others read the pages that score best by the
+      bounds of the keys in their logical pages (LServe, arXiv 2502.14866).
     - "dense": every head reads everything. ``budget`` and ``streaming_heads`` do not apply.
     - "streaming": every head reads its sink and window (StreamingLLM, arXiv 2309.17453). ``budget`` does not
       apply.
     - "quest": all heads read the pages that score best by the bounds of their keys, except in the first two
-      layers, which read everything (Quest, arXiv 2406.10774). ``streaming_heads`` do not apply.
+      layers, which read everything (Quest, arXiv 2406.10774). ``streaming_heads`` does not apply.
     - "oracle", "mean", "random": as "lserve", but the retrieval heads read the pages with the largest product
-      of query and key, those with the largest product of query and mean key, or random ones. For comparison.
+      of query and key, those with the largest product of query and mean key, or random ones. These
+      are for comparison.
 
     The defaults are LServe's.
 
