@@ -1,4 +1,4 @@
-"""Sequences that are decoded together, each of which may come and go at any time."""
+"""Sequences that are decoded together; each may join or leave at any time."""
 
 import dataclasses
 from typing import NamedTuple
@@ -28,7 +28,12 @@ from jsparse.serve.state import (
 
 
 class TokenEvent(NamedTuple):
-    """One new token of one prompt; ``finish_reason`` where it is the last. An error has no token."""
+    """One new token of one prompt.
+
+    - prompt: the number of the prompt, from 0.
+    - token: its id; None for an error.
+    - finish_reason: None unless the sequence ends here, otherwise as in :class:`GenerateResult`.
+    """
 
     prompt: int
     token: int | None
@@ -38,13 +43,15 @@ class TokenEvent(NamedTuple):
 class Batch:
     """The rows of a cache and the pages that they share: continuous batching.
 
-    Prompts are added while others are running, as long as a row and enough pages are free. Each takes the
-    pages of its prompt and new tokens at once: nothing runs out later. Its row and pages are
-    free again when it ends or is removed. What a sequence generates depends on itself alone: neither on the
-    others, nor on what its pages held before.
+    Prompts can be added while others are running, as long as a row and enough pages are free. Each reserves
+    all the pages that it can need, so it cannot run out later. Its row and pages are free again when it ends
+    or is removed. The running rows wait while a new prompt is computed. What a sequence generates depends
+    neither on the others nor on what its pages held before.
 
-    ``cache`` is a CacheConfig whose ``capacity`` and ``batch`` are given. A prompt that is added is computed
-    apart from the running rows, which wait until it is done.
+    - model: what generates.
+    - cache: a :class:`CacheConfig` with ``capacity`` and ``batch`` given.
+
+    Raises ValueError if ``cache`` lacks one of these or does not fit the model.
 
     >>> from flax import nnx
     >>> from jsparse.models import LlamaConfig
@@ -90,23 +97,25 @@ class Batch:
         sampling=GREEDY,
         seed=0,
     ) -> list[TokenEvent]:
-        """Takes prompts in and gives the first token of each. Arguments and errors are those of ``generate``.
+        """Adds prompts, and generates the first token of each. The arguments are those of ``generate``.
 
-        Prompts are numbered through, in the order in which they come. ValueError where rows or pages are not
-        enough: nothing is added then.
+        Returns the events of these tokens. Prompts are numbered from 0 in the order in which they are added.
+
+        Raises what ``generate`` raises, and ValueError if too few rows or pages are free. Nothing is added
+        then.
         """
         return self.add(check_requests(self.config, prompts, max_new_tokens, sampling, seed))
 
     def add(self, requests: list[Request]) -> list[TokenEvent]:
-        """:meth:`add_prompts` of requests that have been checked."""
+        """:meth:`add_prompts` for requests that have been checked."""
         layout = self.layout
         lengths, max_new = [len(r.prompt) for r in requests], [r.max_new for r in requests]
         free = [row for row in range(layout.batch) if row not in self._prompts]
         check_fit(layout, self.config, lengths, max_new, free_rows=len(free), free_pages=self.free_pages)
         rows = free[: len(requests)]
-        # As many rows as a power of two: another number of prompts seldom compiles again.
+        # A power of two of rows: another number of prompts seldom compiles again.
         width = min(layout.batch, power_of_two_from(len(requests)))
-        table = np.full((width, layout.pages_of(layout.capacity)), layout.num_pages, np.int32)  # none
+        table = np.full((width, layout.pages_of(layout.capacity)), layout.num_pages, np.int32)  # no page
         for i, row in enumerate(rows):
             count = layout.pages_of(lengths[i] + max_new[i])
             self._pages[row], self._prompts[row] = self._allocator.allocate(count), self._next + i
@@ -135,9 +144,13 @@ class Batch:
         return self._events(rows, np.asarray(tokens), finish)
 
     def step(self, steps: int = 1) -> list[TokenEvent]:
-        """Up to ``steps`` more tokens (at most 32) of every running sequence, fewer where all end before.
+        """Generates ``steps`` more tokens of every running sequence, fewer of those that end earlier.
 
-        Events come in the order of the tokens, those of one step in the order of the prompts.
+        - steps: from 1 to 32.
+
+        Returns the events step by step, those of one step in the order of the prompts.
+
+        Raises ValueError for other ``steps``.
         """
         if not 1 <= steps <= loop.MAX_STEPS:
             raise ValueError(f"steps must be from 1 to {loop.MAX_STEPS}, not {steps!r}")
@@ -156,7 +169,7 @@ class Batch:
         return self._events(rows, np.asarray(tokens)[rows, :steps], finish)
 
     def remove(self, prompt: int) -> None:
-        """Ends a sequence before its time. KeyError where no such prompt is running."""
+        """Ends a sequence early. Raises KeyError if no prompt of this number is running."""
         rows = [row for row, number in self._prompts.items() if number == prompt]
         if not rows:
             raise KeyError(f"prompt {prompt} is not running; running are {sorted(self._prompts.values())}")

@@ -127,7 +127,7 @@ class PlanGenerateCommand(CacheOptions):
 
 def generate(options: list[str]) -> None:
     command = parse(GenerateCommand, "generate", options)
-    cache = command.cache()  # so that errors in it come before the model is loaded
+    cache = command.cache()  # first: its errors come before the model is loaded
     sampling = SamplingParams(temperature=command.temperature, top_k=command.top_k, top_p=command.top_p)
     prompt = _read_text(command.prompt_file) if command.prompt_file else command.prompt or ""
     tokenizer = load_tokenizer(command.model)
@@ -138,7 +138,7 @@ def generate(options: list[str]) -> None:
 
     tokenizer.no_truncation()  # a length saved in tokenizer.json must not cut the prompt
     ids = tokenizer.encode(prompt).ids
-    text = DecodeStream(ids=ids, skip_special_tokens=True)  # holds back characters that are not complete
+    text = DecodeStream(ids=ids, skip_special_tokens=True)  # holds back incomplete characters
     arrivals = [time.perf_counter()]
     reason = None
     for event in stream(model, [ids], command.max_new_tokens, sampling, cache, seed=command.seed):
@@ -154,7 +154,7 @@ def generate(options: list[str]) -> None:
 
 
 def _report_speed(arrivals: list[float], prompt_tokens: int, reason: str) -> None:
-    """Say on stderr how fast it went. The first call of each kind compiles: for the prompt, for a token."""
+    """Print the speed on stderr. The first call for a prompt and the first for a token compile."""
     start, first, *later = arrivals
     print(f"prompt of {prompt_tokens} tokens: {first - start:.2f} s with compiling", file=sys.stderr)
     rate = (

@@ -1,4 +1,4 @@
-"""How large and how sparse the KV cache of a generation is, as a user says it."""
+"""The size and the sparsity of a generation's KV cache, as a user specifies them."""
 
 import dataclasses
 from typing import Any, Literal, get_args
@@ -15,50 +15,49 @@ POLICIES: tuple[Policy, ...] = get_args(Policy)
 
 @dataclasses.dataclass(frozen=True)
 class CacheConfig:
-    """The KV cache: how many tokens it takes, and what each head may read of it.
+    """The KV cache: how many tokens it holds, and what each head may read of it.
 
-    ``policy`` names what decides which tokens are read at a decode step:
+    - capacity: tokens per sequence, prompt and new ones together, in whole pages. None takes what the longest
+      request needs, rounded up to a power of two of pages. Calls with one capacity share compiled code.
+    - batch: rows, some of which may stay empty. None takes the number of prompts, rounded up to a power of
+      two.
+    - page_size: tokens per page. None takes 64, and 16 for Quest.
+    - logical_page_size: tokens that share one bound of their keys. None takes 16, or the page if it is
+      smaller, and always the page for Quest.
+    - budget: how many tokens a retrieval head reads at a decode step, in whole pages. A context within the
+      budget is read whole. None always reads everything.
+    - streaming_heads: which KV heads stream, booleans [layers, kv_heads], as from ``HeadPattern.threshold``;
+      None if none does.
+    - sink, window: how many of the first and of the last tokens a streaming head sees.
+    - prefill_window: replaces ``window`` within the prompt, and is no smaller. None takes ``window``.
+    - prefill_chunk: how many tokens of a prompt are computed at once (at most the capacity).
+    - prefill_estimate: which blocks of a prompt the retrieval heads visit: a :class:`jsparse.PooledBlocks` or
+      :class:`jsparse.VerticalSlash`; None visits all of them.
+    - policy: what decides which tokens a decode step reads, see below.
+    - select_every: pages are chosen every ``select_every`` tokens, and until the next choice they are read
+      together with what was written since. None takes 4, and 1 for Quest.
+    - select_heads: "max" chooses for a KV head by the largest score of its query heads, "union" reads what
+      any of its query heads chooses, "query" lets each query head read its own choice.
+    - kv_bits: 8 or 4 stores pages as codes of that many bits, with a scale and a zero per token and KV head.
+      None stores them in the model's dtype. Rings are small and always in the model's dtype.
+    - num_pages: pages that the sequences share; None takes enough for ``batch`` times ``capacity``.
 
-    - "lserve": streaming heads their sink and window, the others the pages that are best by the bounds of the
-      keys in their logical pages (LServe, arXiv 2502.14866). The default.
-    - "dense": everything. ``budget`` and ``streaming_heads`` do not apply.
-    - "streaming": every head its sink and window (StreamingLLM, arXiv 2309.17453); no ``budget``.
-    - "quest": pages by the bounds of the keys of whole pages, of 16 tokens unless ``page_size`` says
-      otherwise, chosen for each token; the first two layers read everything, no head streams (Quest, arXiv
-      2406.10774). ``streaming_heads`` do not apply.
-    - "mean", "oracle", "random": as "lserve", with the pages of the largest product with a key, of that with
-      the mean of the keys, or any. To compare with.
+    Policies:
 
-    Size:
+    - "lserve": streaming heads read their sink and window; the others read the pages that score best by the
+      bounds of the keys in their logical pages (LServe, arXiv 2502.14866).
+    - "dense": every head reads everything. ``budget`` and ``streaming_heads`` do not apply.
+    - "streaming": every head reads its sink and window (StreamingLLM, arXiv 2309.17453). ``budget`` does not
+      apply.
+    - "quest": all heads read the pages that score best by the bounds of their keys, except in the first two
+      layers, which read everything (Quest, arXiv 2406.10774). ``streaming_heads`` does not apply.
+    - "oracle", "mean", "random": as "lserve", but the retrieval heads read the pages with the largest product
+      of query and key, those with the largest product of query and mean key, or random ones. These
+      are for comparison.
 
-    - ``capacity``: tokens a sequence, prompt and new ones together, in whole pages; None takes what the
-      longest request needs, rounded up to a power of two of pages. Calls of one capacity share compiled code.
-    - ``batch``: rows, some of which may stay empty; None takes the prompts, rounded up to a power of two.
-    - ``num_pages``: pages that the sequences share; None takes enough for ``batch`` times ``capacity``.
-    - ``page_size``, ``logical_page_size``: tokens a page (None: 64, for Quest 16), and tokens that share one
-      bound of their keys (None: 16, or the page where it is smaller; for Quest the page).
-    - ``kv_bits``: 8 or 4 keeps the pages as codes with a scale and a zero for each token and head; None as
-      the model computes. Rings are small and stay as they are.
+    The defaults are LServe's.
 
-    Reading:
-
-    - ``budget``: how many tokens a retrieval head reads at a decode step, in whole pages; a context within
-      the budget is read whole. None always reads everything.
-    - ``select_every``: the pages are chosen at every so many-th token (None: 4, for Quest 1) and read until
-      then, together with what was written since.
-    - ``select_heads``: "max" chooses for a KV head by the largest score of its query heads, "union" reads
-      what any of its query heads chooses, "query" lets each query head read its own choice.
-    - ``streaming_heads``: which KV heads stream, ``[layers, kv_heads]`` booleans, as from
-      ``HeadPattern.threshold``; None for none. They see the first ``sink`` and the last ``window`` tokens,
-      and in the prompt the last ``prefill_window`` (None: ``window``).
-
-    Prompts:
-
-    - ``prefill_chunk``: how many tokens of the prompts are computed at once (at most the capacity).
-    - ``prefill_estimate``: which blocks the retrieval heads visit of a prompt: a
-      :class:`jsparse.PooledBlocks` or :class:`jsparse.VerticalSlash`; None all of them.
-
-    Defaults are LServe's. ValueError names the field, its value and what is allowed.
+    Raises ValueError, naming the field, its value and what is allowed.
 
     >>> CacheConfig(budget=100)
     Traceback (most recent call last):
@@ -138,13 +137,13 @@ class CacheConfig:
             object.__setattr__(self, "streaming_heads", tuple(tuple(map(bool, row)) for row in heads))
 
     def page_sizes(self) -> tuple[int, int]:
-        """(page_size, logical_page_size), with what the policy takes where they are None."""
+        """``(page_size, logical_page_size)``, with the policy's defaults for None."""
         quest = self.policy == "quest"
         page = self.page_size or (16 if quest else 64)
         return page, self.logical_page_size or (page if quest else min(16, page))
 
     def prompt_unit(self) -> int:
-        """Chunks of a prompt end at multiples of so many tokens: what is estimated together, or a page."""
+        """Tokens per unit of a prompt: a segment or a block of the estimate; without one, a page."""
         estimate = self.prefill_estimate
         return self.page_sizes()[0] if estimate is None else getattr(estimate, "segment", estimate.block)
 

@@ -13,24 +13,32 @@ from jsparse.serve.layout import plan_cache
 from jsparse.serve.request import Request, check_requests
 from jsparse.serve.sampling import GREEDY, SamplingParams
 
-DENSE = CacheConfig(policy="dense")  # what is read where nothing says how sparse the cache is
+DENSE = CacheConfig(policy="dense")  # the cache if none is given
 
 
 @dataclasses.dataclass(frozen=True)
 class GenerateStats:
-    """What a generation took. The first call for a model, a batch and a capacity includes compiling."""
+    """What a generation took. The first call for a model, a batch and a capacity includes compiling.
 
-    prefill_seconds: float  # until every row has its first token
-    decode_seconds: float  # all tokens after it
-    decode_steps: int  # each gives a token to every row that has not ended
+    - prefill_seconds: until every prompt has its first new token.
+    - decode_seconds: for all tokens after it.
+    - decode_steps: each gives a token to every prompt that has not ended.
+    - prompt_tokens, new_tokens: of all prompts together.
+    - decoded_tokens: the new tokens without the first of each prompt.
+    - cache_bytes: the size of the cache.
+    """
+
+    prefill_seconds: float
+    decode_seconds: float
+    decode_steps: int
     prompt_tokens: int
     new_tokens: int
-    decoded_tokens: int  # new tokens but the first of each row
+    decoded_tokens: int
     cache_bytes: int
 
     @property
     def decode_tokens_per_second(self) -> float:
-        """Over all rows; 0 where nothing was decoded."""
+        """Over all prompts; 0 if nothing was decoded."""
         return self.decoded_tokens / self.decode_seconds if self.decoded_tokens else 0.0
 
 
@@ -38,9 +46,11 @@ class GenerateStats:
 class GenerateResult:
     """The new tokens of each prompt, and why each ended.
 
-    ``tokens[i]`` are the tokens after prompt ``i``, a stop token included (as in Hugging Face and vLLM).
-    ``finish_reasons[i]`` is "stop" (a stop token came), "length" (``max_new_tokens`` came) or "error" (the
-    logits were not finite; tokens before that are kept).
+    - tokens: ``tokens[i]`` are the tokens after prompt ``i``, a stop token included (as in Hugging Face and
+      vLLM).
+    - finish_reasons: one per prompt: "stop" (a stop token came), "length" (``max_new_tokens`` came) or
+      "error" (the logits were not finite; the tokens before that are kept).
+    - stats: times and counts.
     """
 
     tokens: list[list[int]]
@@ -56,20 +66,25 @@ def generate(
     cache: CacheConfig | None = None,
     seed: int | Sequence[int] = 0,
 ) -> GenerateResult:
-    """Continues each prompt, a list of token ids, by up to ``max_new_tokens`` tokens.
+    """Continues each prompt by up to ``max_new_tokens`` tokens.
 
-    ``prompts`` may be of any lengths. ``sampling`` and ``seed`` are one for all prompts, or one for each.
-    ``cache`` says how much each head reads. None reads everything, as ``jsparse generate`` does without
-    options; ``CacheConfig()`` is LServe's, which reads at most 4096 tokens of the context at a step.
-
-    A sequence's tokens depend on its prompt, parameters and seed alone, not on the others of the batch: equal
-    prompts with one seed give equal samples. Calls that need the same batch and capacity share their compiled
-    functions, whatever the prompt lengths and sampling parameters; give ``CacheConfig`` a ``batch`` and a
+    A sequence's tokens depend only on its prompt, parameters and seed, not on the others in the batch: equal
+    prompts with one seed give equal samples. Calls with the same batch and capacity share their compiled
+    functions, whatever the prompt lengths and sampling parameters. Give ``CacheConfig`` a ``batch`` and a
     ``capacity`` to make them the same.
 
-    Raises ``ValueError`` before anything runs where an argument is out of range: no prompts, an empty prompt,
-    ids outside the vocabulary, prompt and new tokens beyond the capacity or the model's positions, a cache
-    configuration that does not fit the model.
+    - model: what generates.
+    - prompts: lists of token ids, of any lengths.
+    - max_new_tokens: at which length a continuation ends.
+    - sampling, seed: one for all prompts, or one for each.
+    - cache: how much each head reads. None reads everything, as ``jsparse generate`` does without options;
+      ``CacheConfig()`` is LServe's, which reads at most 4096 tokens of the context per step.
+
+    Returns the new tokens of each prompt, why it ended, and times.
+
+    Raises, before anything runs, ValueError for an argument out of range (no prompts, an empty prompt, ids
+    outside the vocabulary, prompt and new tokens beyond the capacity or the model's positions, a cache that
+    does not fit the model), and TypeError for a ``sampling``, ``seed`` or ``cache`` of another type.
 
     >>> from flax import nnx
     >>> from jsparse.models import Llama, LlamaConfig
@@ -117,9 +132,10 @@ def stream(
     cache: CacheConfig | None = None,
     seed: int | Sequence[int] = 0,
 ) -> Iterator[TokenEvent]:
-    """What :func:`generate` gives, token by token as they come: the same arguments, checks and tokens.
+    """:func:`generate`, token by token as they come: the same arguments, errors and tokens.
 
-    Yields the events of one step in the order of the prompts; those that have ended have none.
+    Returns an iterator over the events of all steps, those of one step in the order of the prompts. Prompts
+    that have ended have none.
 
     >>> from flax import nnx
     >>> from jsparse.models import Llama, LlamaConfig
@@ -133,7 +149,7 @@ def stream(
 
 
 def _start(model, prompts, max_new_tokens, sampling, cache, seed) -> tuple[list[Request], Batch]:
-    """Everything that can be wrong is found before anything is launched."""
+    """Checks every argument before anything is launched."""
     requests = check_requests(model.config, prompts, max_new_tokens, sampling, seed)
     cache = DENSE if cache is None else cache
     if not isinstance(cache, CacheConfig):
@@ -144,7 +160,7 @@ def _start(model, prompts, max_new_tokens, sampling, cache, seed) -> tuple[list[
 
 
 def _calls(batch: Batch, requests: list[Request], *, steps: int) -> Iterator[list[TokenEvent]]:
-    """The first tokens, then the others call by call, until every prompt has ended."""
+    """The events of the first tokens, then those of each call, until every prompt has ended."""
     yield batch.add(requests)
     while batch.running:
         yield batch.step(steps)

@@ -26,10 +26,11 @@ _QUEST_DENSE_LAYERS = 2  # the layers that Quest leaves alone (arXiv 2406.10774,
 class LayerLayout:
     """What one layer's cache holds, and what is read of it.
 
-    - streaming_heads: the KV heads that stream, over ``sink`` and ``window``, in a prompt ``prefill_window``.
+    - streaming_heads: the KV heads that stream.
+    - sink, window, prefill_window: what they see, as in :class:`CacheConfig`.
     - logical_page_size: tokens that share one bound of their keys; None keeps no bounds.
     - selection: how retrieval heads choose pages at a decode step; None reads all of them.
-    - estimate: which blocks retrieval heads visit of a prompt; None visits all of them.
+    - estimate: which blocks of a prompt retrieval heads visit; None visits all of them.
     """
 
     streaming_heads: tuple[int, ...]
@@ -43,7 +44,7 @@ class LayerLayout:
 
 @dataclasses.dataclass(frozen=True)
 class CacheLayout:
-    """A cache with every size decided. Hashable: the jitted functions are compiled once for each layout."""
+    """A cache with every size decided. Hashable: jitted functions are compiled once per layout."""
 
     batch: int
     capacity: int
@@ -62,14 +63,14 @@ class CacheLayout:
         return tuple(layer.estimate for layer in self.layers)
 
     def pages_of(self, tokens: int) -> int:
-        """How many pages a sequence of so many tokens takes."""
+        """How many pages a sequence of ``tokens`` tokens takes."""
         return cdiv(tokens, self.page_size)
 
 
 def plan_cache(cache: CacheConfig, model: LlamaConfig, lengths: list[int], max_new: list[int]) -> CacheLayout:
-    """The layout that serves prompts of these lengths with so many new tokens each, all at once.
+    """The layout that serves prompts of ``lengths`` with ``max_new`` new tokens each, all at once.
 
-    ValueError with the arithmetic where something does not fit.
+    Raises ValueError, with the arithmetic, if something does not fit.
     """
     page, _ = cache.page_sizes()
     longest = max(length + new for length, new in zip(lengths, max_new, strict=True))
@@ -81,7 +82,7 @@ def plan_cache(cache: CacheConfig, model: LlamaConfig, lengths: list[int], max_n
 
 
 def layout_of(cache: CacheConfig, model: LlamaConfig) -> CacheLayout:
-    """The layout of a cache whose capacity and batch are given."""
+    """The layout of a cache with ``capacity`` and ``batch`` given."""
     for name in ("capacity", "batch"):
         if getattr(cache, name) is None:
             raise ValueError(f"{name} must be an integer >= 1 where no requests say how large it must be")
@@ -111,7 +112,7 @@ def check_fit(
     free_rows: int,
     free_pages: int,
 ) -> None:
-    """ValueError with the arithmetic where requests are too long, too many, or need too many pages."""
+    """Raises ValueError, with the arithmetic, if requests are too long, too many, or need too many pages."""
     needed = [length + new for length, new in zip(lengths, max_new, strict=True)]
     longest = max(range(len(needed)), key=needed.__getitem__)
     request = (

@@ -1,4 +1,4 @@
-"""What a cache makes of given tokens: logits from the decode step, teacher-forced."""
+"""Logits of given tokens from the decode step of a cache (teacher forcing)."""
 
 import functools
 
@@ -26,13 +26,17 @@ def decode_logits(
 ) -> Float32[np.ndarray, "T vocab"]:
     """Logits after each token of ``continuation``, fed to the decode step one by one after ``prompt``.
 
-    Every cache sees the same tokens: the logits of a sparse and of a dense one can be compared. Those that
-    follow the prompt itself are left out, since they come from the prefill.
+    Every cache sees the same tokens, so the logits of a sparse and a dense one can be compared.
 
+    - prompt: [P], integer token ids.
+    - continuation: [T], integer token ids.
     - cache: what each head reads; None reads everything, as in :func:`jsparse.serve.generate`.
 
-    Raises ``ValueError`` where a token is outside the vocabulary, a part is empty, or both together are
-    beyond the capacity.
+    Returns logits [T, vocab], float32. Those after the prompt itself are left out, since they come from the
+    prefill.
+
+    Raises ValueError if a token is outside the vocabulary, a part is empty, or both together are longer than
+    the capacity.
 
     >>> from flax import nnx
     >>> from jsparse.models import LlamaConfig

@@ -1,8 +1,7 @@
 """The device side of generation: prefill, choose a first token, decode a number of steps.
 
-These are the only functions that run the model. They are jitted once for a model's structure, a batch and a
-capacity, and donate their state: the cache is updated in place. ``generate`` and ``stream`` call the same
-ones.
+Only these functions run the model. They are compiled once per model structure, batch and capacity, and donate
+their state: the cache is updated in place. ``generate`` and ``stream`` call the same ones.
 """
 
 import dataclasses
@@ -62,7 +61,7 @@ def prefill_chunk(
 ) -> tuple[DecodeState, Float[Array, "B embed"]]:
     """Takes the next ``counts[b]`` of ``C`` prompt tokens of each row into the cache.
 
-    ``hidden`` is that of each row's newest token: rows whose prompts end early keep theirs.
+    ``hidden`` is that of each row's newest token: a row that gets none of the chunk keeps its own.
     """
     model = structure.model(params)
     chunk, state = forward(model, state, tokens, counts, estimates=estimates)
@@ -78,7 +77,7 @@ def first_token(
     hidden: Float[Array, "B embed"],
     rows: RowParams,
 ) -> tuple[DecodeState, Int[Array, "B 1"]]:
-    """Chooses the token after each prompt, -1 where the logits are not finite."""
+    """Chooses the token after each prompt, or -1 if its logits are not finite."""
     state, token = _choose(structure.model(params), hidden, state, rows)
     return state, token[:, None]
 
@@ -93,9 +92,9 @@ def decode_steps(
     *,
     selections: Selections,
 ) -> tuple[DecodeState, Int[Array, "B steps"]]:
-    """Runs up to ``steps`` (at most MAX_STEPS) decode steps, fewer when every row ends before.
+    """Runs ``steps`` (at most MAX_STEPS) decode steps, fewer if every row ends earlier.
 
-    Returns the tokens of each step, -1 where a row had ended. ``steps`` is traced, ``selections`` static.
+    Returns the state and the tokens of each step, -1 for a row that had ended. ``steps`` is traced.
     """
     model = structure.model(params)
 
@@ -133,10 +132,10 @@ def feed(
     """Feeds a decode state turn by turn: the one loop around :func:`forward`, to be called inside ``jit``.
 
     - carry: what the caller records, any tree of arrays of fixed shapes.
-    - unfinished: ``(turn, state, carry)`` gives whether there is another turn.
-    - tokens: ``(turn, state, carry)`` gives the tokens of a turn, and how many of them each row takes.
-    - use: ``(turn, state, hidden, carry)`` makes the next state and carry of the hidden states
-      ``[B, n, embed]`` of these tokens, which ``state`` holds by then.
+    - unfinished: ``(turn, state, carry)`` returns whether there is another turn.
+    - tokens: ``(turn, state, carry)`` returns the tokens of a turn, and how many of them each row takes.
+    - use: ``(turn, state, hidden, carry)`` returns the next state and carry. ``hidden`` are the hidden states
+      ``[B, n, embed]`` of these tokens, which ``state`` already holds.
 
     Returns the last state and carry.
     """
@@ -164,7 +163,7 @@ def forward(
 ) -> tuple[Float[Array, "B n ..."], DecodeState]:
     """Hidden states of ``counts[b]`` new tokens per row, and the state with them in the cache.
 
-    Each layer reads as its selection says, or for a chunk of a prompt as its estimate does.
+    Each layer reads what its selection says, or for a chunk of a prompt its estimate.
     """
     layers, select, selected_at = list(state.layers), None, state.selected_at
     selections = selections or (None,) * len(layers)
@@ -196,9 +195,9 @@ def forward(
 
 
 def _due(state: DecodeState, counts, selection: Selection):
-    """Which rows choose pages at this step, and when each row last did.
+    """Which rows choose pages at this step, and the length at which each row last did.
 
-    A row counts its own tokens, from the first that is beyond the budget.
+    Each row counts its own tokens, from the first one beyond the budget.
     """
     after = state.lengths + counts
     due = (state.selected_at == 0) | (after - state.selected_at >= selection.every)
@@ -207,7 +206,7 @@ def _due(state: DecodeState, counts, selection: Selection):
 
 
 def _choose(model: Llama, hidden, state: DecodeState, rows: RowParams):
-    """The next token of each running row, and why rows end with it; -1 where no token comes."""
+    """Chooses the next token of each running row (-1 for none), and ends rows in the state."""
     running = state.finish == RUNNING
     token, finite = sample(model.logits(hidden), rows, state.lengths)
     chosen = running & finite

@@ -1,14 +1,14 @@
-"""Which pages of the pool are taken, and by how many: an allocator that counts references, on the host."""
+"""Which pages of the pool have owners, and how many: a reference-counting allocator on the host."""
 
 from collections import Counter
 from collections.abc import Sequence
 
 
 class PageAllocator:
-    """The pages of one pool, each of which is free or has a number of owners.
+    """The pages of one pool. Each is free or has a number of owners.
 
-    Everything that lies under a page's id, in every layer, is taken, shared and freed with it. Free pages are
-    handed out in the order in which they became free, at first from page 0 on.
+    A page id stands for that page in every layer. Free pages are handed out in the order in which they became
+    free, starting with page 0.
 
     >>> pages = PageAllocator(4)
     >>> pages.allocate(3)
@@ -33,13 +33,13 @@ class PageAllocator:
         return list(self._free)
 
     def references(self, page: int) -> int:
-        """How many owners a page has; 0 where it is free."""
+        """How many owners a page has; 0 if it is free."""
         return self._references[page]
 
     def allocate(self, count: int) -> list[int]:
-        """``count`` free pages, which have one owner each from now on.
+        """Takes ``count`` free pages, which then have one owner each.
 
-        Raises ``ValueError`` where fewer are free; none is taken then.
+        Raises ValueError if fewer are free. None is taken then.
         """
         if not 0 <= count <= len(self._free):
             raise ValueError(f"count must be from 0 to the {len(self._free)} free pages, not {count}")
@@ -49,9 +49,9 @@ class PageAllocator:
         return pages
 
     def share(self, pages: Sequence[int]) -> None:
-        """Counts one owner more for each of these pages, as often as it is listed.
+        """Adds an owner to each of these pages, as often as it is listed.
 
-        Raises ``ValueError`` where one of them is free; nothing is counted then.
+        Raises ValueError if one of them is free. Nothing changes then.
         """
         for page in pages:
             if not self._references[page]:
@@ -60,9 +60,9 @@ class PageAllocator:
             self._references[page] += 1
 
     def release(self, pages: Sequence[int]) -> None:
-        """Counts one owner less for each of these pages; a page without owners is free again.
+        """Removes an owner from each of these pages, as often as it is listed; without owners a page is free.
 
-        Raises ``ValueError`` where a page is listed more often than it has owners; nothing is counted then.
+        Raises ValueError if a page is listed more often than it has owners. Nothing changes then.
         """
         for page, times in Counter(pages).items():
             owners = self._references[page]

@@ -1,4 +1,4 @@
-"""Whether a generation fits: its real programs, compiled for GPUs that need not be there."""
+"""Whether a generation fits: its real programs, compiled for GPUs that this machine does not have."""
 
 import dataclasses
 import functools
@@ -42,18 +42,26 @@ def plan_generate(
     mesh: MeshConfig = MeshConfig(),  # noqa: B008, it is frozen
     memory_fraction: float | int = DEFAULT_MEMORY_FRACTION,
 ) -> Plan:
-    """What ``generate`` takes of each device for ``batch`` prompts of ``prompt_tokens`` at once.
+    """What ``generate`` takes on each device for ``batch`` prompts of ``prompt_tokens`` tokens at once.
 
-    Compiles what it runs, with the layout of the cache that it would choose: a chunk of the prompts (beside
-    it, on the device, stand the rows that wait), the choice of the first token, and the loop of decode
-    steps. Weights are those of ``model`` in ``dtype``; none are read.
+    Nothing is estimated: this compiles the programs that ``generate`` would run, with the cache layout that
+    it would choose. They are a chunk of the prompts (while the running rows wait on the device), the choice
+    of the first token, and the loop of decode steps.
 
-    device: "h200", "h100-80gb" or "a100-80gb". mesh: how many of them split what; ``generate`` itself takes
-    one device, and its programs follow where their arguments lie. memory_fraction: see
-    :class:`jsparse.plan.Plan`.
+    - model: the shape of the model. No weights are read.
+    - cache: what each head reads.
+    - device: "h200", "h100-80gb" or "a100-80gb".
+    - prompt_tokens, max_new_tokens: tokens per prompt, and new ones after it.
+    - batch: prompts at once.
+    - dtype: of the weights, "bfloat16", "float16" or "float32".
+    - mesh: how many devices split each part of the work. ``generate`` itself uses one device; its programs
+      run where their arguments are.
+    - memory_fraction: see :class:`jsparse.plan.Plan`.
 
-    Raises ValueError for arguments out of range or that do not fit one another, NotImplementedError where
-    nothing can be compiled, RuntimeError where a program does not compile. Nothing is estimated.
+    Returns the bytes of each program per device, and whether they fit.
+
+    Raises ValueError for arguments that are out of range or do not fit one another, NotImplementedError if
+    nothing can be compiled here, and RuntimeError if a program does not compile.
     """
     chosen = find_device(device)
     check_memory_fraction(memory_fraction)
@@ -91,10 +99,10 @@ def plan_generate(
 
 
 def generation_programs(mesh: Mesh, model: LlamaConfig, layout: CacheLayout, dtype: Any) -> list[Program]:
-    """The programs of :mod:`jsparse.serve.loop` with abstract arguments on a mesh, as MeshConfig makes it.
+    """The programs of :mod:`jsparse.serve.loop` with abstract arguments on a mesh that MeshConfig made.
 
-    Parameters lie as ``jsparse.models.sharding`` says. Rows are split by "data" and "fsdp", KV heads of pages
-    and rings by "tensor"; a page may belong to any sequence.
+    ``jsparse.models.sharding`` says how parameters are split. "data" and "fsdp" split the rows, "tensor" the
+    KV heads of pages and rings. A page may belong to any sequence.
     """
     structure, params = _abstract_model(mesh, model, dtype)
     shape = structure.shape

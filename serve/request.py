@@ -21,7 +21,7 @@ class Request(NamedTuple):
 
 
 def check_requests(model: LlamaConfig, prompts, max_new_tokens, sampling, seed) -> list[Request]:
-    """The requests that the arguments of ``generate`` make. Raises ValueError or TypeError."""
+    """The requests for these arguments of ``generate``. Raises ValueError or TypeError."""
     prompts = _check_prompts(prompts, model.vocab_size)
     if not is_integer(max_new_tokens) or max_new_tokens < 1:
         raise ValueError(f"max_new_tokens must be an integer >= 1, not {max_new_tokens!r}")

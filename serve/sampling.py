@@ -1,4 +1,4 @@
-"""From logits to tokens: greedy, temperature, top-k and top-p, with parameters per row."""
+"""From logits to tokens: greedy, temperature, top-k and top-p, with parameters for each row."""
 
 import dataclasses
 import math
@@ -147,8 +147,8 @@ def restrict(
 ) -> Float[Array, "B vocab"]:
     """The logits with all but the top-k, then all but the top-p tokens of each row set to -inf.
 
-    ``top_k`` 0 and ``top_p`` 1 keep all. Of the tokens that top-k left, top-p keeps the shortest list of most
-    likely ones whose probabilities reach ``top_p``: a token stays where the tokens before it sum to less.
+    ``top_k`` 0 and ``top_p`` 1 keep all. Of the tokens that top-k left, top-p keeps the fewest most likely
+    ones that together reach ``top_p``: a token stays if those before it sum to less.
 
     Source: Holtzman et al., arXiv 1904.09751.
     """
@@ -168,4 +168,4 @@ def _is_number(value: object) -> bool:
     return isinstance(value, int | float | np.integer | np.floating) and not isinstance(value, bool)
 
 
-GREEDY = SamplingParams(temperature=0.0)  # the most likely token always
+GREEDY = SamplingParams(temperature=0.0)  # always the most likely token

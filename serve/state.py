@@ -23,7 +23,7 @@ FINISH_REASONS = {STOP: "stop", LENGTH: "length", ERROR: "error"}
 
 
 class ModelShape(NamedTuple):
-    """What of a model decides the shapes of its cache."""
+    """The sizes of a model that decide the shapes of its cache."""
 
     q_heads: int
     kv_heads: int
@@ -46,8 +46,8 @@ class ModelShape(NamedTuple):
 class ModelStructure:
     """A model without its arrays, and their shape: the static argument of jitted functions.
 
-    Models of equal structure share what is compiled. The hash is computed once: for many layers it takes as
-    long as a decode step, and every call needs it.
+    Models of equal structure share compiled code. The hash is computed once: every call needs it, and with
+    many layers it takes as long as a decode step.
     """
 
     graphdef: nnx.GraphDef
@@ -66,7 +66,7 @@ class ModelStructure:
 
 
 def split_model(model: Llama) -> tuple[ModelStructure, list[Array]]:
-    """The structure and the arrays, which together make the model again."""
+    """The structure and the arrays of a model, from which ``ModelStructure.model`` makes it again."""
     graphdef, state = nnx.split(model)
     params, treedef = jax.tree.flatten(state)
     shape = ModelShape.from_config(model.config, model.embed_tokens.embedding[...].dtype)
@@ -84,7 +84,7 @@ class DecodeState:
     token: DeviceArray  # int32 [B]: the newest token, not in the cache yet
     generated: DeviceArray  # int32 [B]
     finish: DeviceArray  # int32 [B]: RUNNING, or why the row ended
-    selected_at: DeviceArray  # int32 [B]: the length at which pages were chosen last, 0 if never
+    selected_at: DeviceArray  # int32 [B]: the length at the last choice of pages, 0 if none
 
 
 @functools.partial(jax.jit, static_argnames=("layout", "shape"))
@@ -115,7 +115,7 @@ def new_state(layout: CacheLayout, shape: ModelShape) -> DecodeState:
 
 @functools.partial(jax.jit, static_argnames=("layout", "shape", "rows"))
 def new_prefill_state(layout: CacheLayout, shape: ModelShape, rows: int) -> DecodeState:
-    """Empty rows for prompts: rings as long as prompts see, and no pool, which the running rows bring."""
+    """Empty rows for prompts: rings of the window that prompts see, without a pool (:func:`with_pool`)."""
     return _empty_rows(layout, shape, rows, prefill=True)
 
 
@@ -138,7 +138,7 @@ def _empty_rows(layout: CacheLayout, shape: ModelShape, rows: int, *, prefill: b
 
 
 def _list_shape(layout: CacheLayout, selection: Selection, kv_heads: int, group: int) -> tuple[int, int]:
-    """How many lists of chosen pages a row has, and how long they are: as best_pages gives them."""
+    """How many lists of chosen pages a row has, and how long they are, as ``best_pages`` returns them."""
     pages = layout.pages_of(layout.capacity)
     count = min(selection.budget // layout.page_size, pages)
     if selection.heads == "query":
@@ -154,7 +154,7 @@ def pool_of(state: DecodeState) -> Pool:
 
 
 def with_pool(state: DecodeState, pool: Pool) -> DecodeState:
-    """The state on other pages, or on none: the running rows and new prompts take turns with one pool."""
+    """The state with another pool, or with none: running rows and new prompts take turns with one pool."""
     layers = (
         dataclasses.replace(layer, paged=paged) for layer, paged in zip(state.layers, pool, strict=True)
     )
@@ -162,7 +162,7 @@ def with_pool(state: DecodeState, pool: Pool) -> DecodeState:
 
 
 def join(state: DecodeState, joining: DecodeState, rows: Int[np.ndarray, " n"]) -> DecodeState:
-    """``state`` with the rows of ``joining``, and its pool; a row number beyond the batch takes no row."""
+    """``state`` with the rows and the pool of ``joining``; a row number beyond the batch drops its row."""
     pool, none = pool_of(joining), (None,) * len(joining.layers)
     return with_pool(_put_rows(with_pool(state, none), with_pool(joining, none), rows), pool)
 

@@ -22,8 +22,8 @@ PAGE, LOGICAL_PAGE = CacheConfig().page_sizes()
 class CacheBytes:
     """What one layer keeps, over all its KV heads, in one kind of cache.
 
-    Pages take ``per_token`` for each token of their capacity: ``keys_and_values``, for codes also
-    ``scales_and_zeros``, and where pages are selected by them the ``bounds`` of the keys. A ring takes
+    Pages take ``per_token`` for each token of their capacity: ``keys_and_values``, ``scales_and_zeros`` if
+    they hold codes, and the ``bounds`` of the keys if pages are selected by them. A ring takes
     ``per_sequence``, however long the sequence is.
     """
 
@@ -46,9 +46,9 @@ def bytes_table(
     sink: int = 128,
     window: int = 256,
 ) -> list[CacheBytes]:
-    """The bytes of each kind of cache for a model with these heads: counted from arrays that are never made.
+    """The bytes of each kind of cache for a model with these heads, counted without making any array.
 
-    Bounds beside codes are in ``shape.dtype``, and so are the keys and values of a ring.
+    The bounds of codes, and the keys and values of a ring, are in ``shape.dtype``.
 
     >>> shape = ModelShape(q_heads=8, kv_heads=2, head_dim=64, hidden_size=512, dtype=jnp.float32)
     >>> for row in bytes_table(shape):
@@ -91,15 +91,15 @@ def bytes_table(
 
 
 def nbytes(tree: Any) -> int:
-    """The bytes of all arrays of a tree, which may be abstract."""
+    """The bytes of all arrays in a tree. They may be abstract."""
     return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
 
 
 def step_bytes(layout: CacheLayout, layers: tuple[LayerKVCache, ...], length: int) -> int:
     """The bytes of the cache, without weights, that a decode step reads with ``length`` tokens held per row.
 
-    By arithmetic, in whole pages: the pages that are held or, beyond the budget, listed (one list per KV
-    head, ``select_heads`` "max"); one step's part of the selector, which does not run in every step; and
+    This is arithmetic in whole pages: the pages that are held or, beyond the budget, listed (one list per KV
+    head, ``select_heads`` "max"); one step's share of the selector, which does not run in every step; and
     whole rings. Pages that begin between two selections are left out, as is what a step writes.
     """
     held = layout.pages_of(length)

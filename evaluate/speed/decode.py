@@ -82,7 +82,7 @@ def bench_decode(config: DecodeBench) -> list[DecodeRow]:
     """Measure, print tables, and write results.json (after each context) and decode.png.
 
     Raises, before weights are read, ValueError or OSError for settings that do not fit one another or the
-    model, and for an output folder that is not empty; FloatingPointError where logits are not finite, because
+    model, and for an output folder that is not empty; FloatingPointError if logits are not finite, because
     steps would be missing.
     """
     require_new_folder(config.output)

@@ -1,4 +1,4 @@
-"""A cache filled with random keys and values, and what of decoding is timed on it."""
+"""A cache filled with random keys and values, and the parts of decoding that are timed on it."""
 
 import dataclasses
 import functools
@@ -26,7 +26,7 @@ Lists = tuple[Int[Array, "B H n"] | None, ...]  # the pages listed of each pool;
 
 
 def random_state(layout: CacheLayout, shape: ModelShape, context: int, seed: int = 0) -> DecodeState:
-    """A batch under way: every row holds ``context`` tokens, with normal keys and values, in its own pages.
+    """A running batch: every row holds ``context`` tokens, with normal keys and values, in its own pages.
 
     Bounds are those of the keys, as appending would have made them.
     """
@@ -60,7 +60,7 @@ def at_context(state: DecodeState, context: int) -> DecodeState:
     batch = state.page_table.shape[0]
 
     def each(value):
-        return jnp.full(batch, value, jnp.int32)  # an array of its own: a donated state holds none twice
+        return jnp.full(batch, value, jnp.int32)  # a new array: a donated state may not hold one twice
 
     return dataclasses.replace(
         state,
@@ -79,9 +79,9 @@ def endless_rows(batch: int, vocab_size: int) -> RowParams:
 
 
 class FilledCache:
-    """The cache of one layout at one context. What is timed begins there each time, with a selection.
+    """The cache of one layout at one context. Every timing starts there, with a selection.
 
-    Decode steps donate their state, so that it is another one after each call.
+    Decode steps donate their state, so ``state`` is a new one after each call.
     """
 
     def __init__(self, layout: CacheLayout, shape: ModelShape, context: int):
@@ -97,11 +97,11 @@ class FilledCache:
         chosen = [(n, layout.layers[n].selection) for n, _ in paged]
         choosing = {n: one for n, one in chosen if one is not None and context >= one.budget}
         self.selections: tuple[Selection, ...] = tuple(choosing.values())
-        # Of the layers that choose pages at this context, or where none does of all that have pages.
+        # The layers that choose pages at this context; if none does, all that have pages.
         self._pooled = [n for n, _ in paged if n in choosing or not choosing]
 
     def decode(self, structure: ModelStructure, params: list[Array], rows: RowParams, steps: int) -> float:
-        """Milliseconds a token of so many decode steps. FloatingPointError where they end before."""
+        """Milliseconds per token of ``steps`` decode steps. FloatingPointError if they end early."""
         time = self._advance(
             lambda state: loop.decode_steps(
                 structure, params, state, rows, np.int32(steps), selections=self.layout.selections
@@ -116,18 +116,18 @@ class FilledCache:
         return time / steps
 
     def attend(self, steps: int) -> float:
-        """Milliseconds a token of what all layers do with the cache: append, choose pages, attend."""
+        """Milliseconds per token that all layers take to append, choose pages and attend."""
         selections = self.layout.selections
         return self._advance(lambda state: attention_steps(state, *self._qkv, selections, steps)) / steps
 
     def choose(self, steps: int) -> float:
-        """Milliseconds a token of choosing pages: of one choice, divided by the tokens that it serves."""
+        """Milliseconds per token for choosing pages: the time of a choice over the tokens that it serves."""
         arguments = self.arguments()
         time, _ = milliseconds(lambda: choose_steps(*arguments, self.selections, steps))
         return time / steps / self.selections[0].every
 
     def read(self, steps: int) -> float:
-        """Milliseconds a token of reading the pages that are chosen here, or all pages."""
+        """Milliseconds per token for reading the pages that are chosen here, or all pages."""
         arguments, lists = self.arguments(), (None,) * len(self._pooled)
         if self.selections:
             lists = jax.block_until_ready(listed_pages(*arguments, self.selections))
@@ -144,7 +144,7 @@ class FilledCache:
         return time
 
     def arguments(self):
-        """A query, the pools that are read with it, the tokens they hold, and query heads per KV head."""
+        """A query, the pools that it reads, the tokens that they hold, and the query heads per KV head."""
         pools = tuple(self.state.layers[n].paged for n in self._pooled)
         group = self.shape.q_heads // self.shape.kv_heads
         batch = self.layout.batch
@@ -153,7 +153,7 @@ class FilledCache:
 
 
 class _AttentionAlone(NamedTuple):
-    """Attention layers without anything between them, each with the same queries, keys and values."""
+    """Attention layers with nothing between them, each with the same queries, keys and values."""
 
     q: Float[Array, "B 1 Hq D"]
     k: Float[Array, "B 1 Hk D"]
@@ -163,7 +163,7 @@ class _AttentionAlone(NamedTuple):
     def hidden(self, tokens, positions, attend):
         out = self.q
         for layer in range(self.layers):
-            # The queries of a layer wait for the layer before, as in a model.
+            # The queries of a layer wait for the previous layer, as in a model.
             out = self.q + attend(layer, out, self.k, self.v)
         return out
 
@@ -177,7 +177,7 @@ def attention_steps(
     selections: Selections,
     steps: int,
 ) -> tuple[DecodeState, Float[Array, "B 1 Hq D"]]:
-    """The attention of ``steps`` decode steps with these queries, keys and values, and the sum of it."""
+    """The attention of ``steps`` decode steps with these queries, keys and values: the state and the sum."""
     model = _AttentionAlone(q, k, v, len(state.layers))
     counts = jnp.ones_like(state.lengths)
     return loop.feed(
@@ -203,10 +203,10 @@ def choose_steps(
     selections: tuple[Selection, ...],
     times: int,
 ) -> Int[Array, " B"]:
-    """Chooses pages of all pools for the query, so many times; returns the lengths before.
+    """Chooses pages of all pools for the query, ``times`` times; returns ``tokens.before``.
 
-    The pages of a pool come in another order each time, and a choice waits for the one before: a compiler
-    may compute once what is the same in every turn, and at once what is independent.
+    The pages of a pool come in another order each time, and each choice waits for the previous one. Otherwise
+    a compiler could compute equal turns once, and independent ones at the same time.
     """
 
     def turn(_, carry):
@@ -232,7 +232,7 @@ def listed_pages(
     group: int,
     selections: tuple[Selection, ...],
 ) -> Lists:
-    """The pages that a decode step which chooses reads of each pool."""
+    """The pages of each pool that a decode step reads if it chooses pages."""
     lists = []
     for pool, selection in zip(pools, selections, strict=True):
         q = query[:, : pool.num_heads * group]
@@ -250,7 +250,7 @@ def read_steps(
     lists: Lists,
     times: int,
 ) -> Float[Array, "B Hq D"]:
-    """Attention to the listed pages of all pools, so many times; each query has what came before added."""
+    """Attention to the listed pages of all pools, ``times`` times; each result is added to the next query."""
 
     def turn(_, query):
         for pool, pages in zip(pools, lists, strict=True):

@@ -96,7 +96,7 @@ class PrefillBench(ServingBench):
 
 
 def bench_prefill(config: PrefillBench) -> list[PrefillRow]:
-    """Measure, print a table, and write results.json, after each context.
+    """Measure, print a table, and write results.json (after each context).
 
     Raises, before weights are read, ValueError or OSError for settings that do not fit one another or the
     model, and for an output folder that is not empty; FloatingPointError for logits that are not finite.
@@ -142,7 +142,7 @@ def _measure(
 
 
 def seconds_to_first_token(batch: Batch, tokens: np.ndarray) -> float:
-    """How long a prompt takes. It ends with its first token, which frees its row and pages."""
+    """How long a prompt takes. It ends with its first token, so its row and pages are free again."""
     greedy = SamplingParams(ignore_eos=True)
     requests = check_requests(batch.config, [tokens], 1, greedy, seed=0)
     time, (event,) = milliseconds(lambda: batch.add(requests))

@@ -1,4 +1,4 @@
-"""What the benchmarks of serving found: the rows of their tables, and the file that holds them."""
+"""What the serving benchmarks found: the rows of their tables, and the file that holds them."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -21,15 +21,16 @@ RESULTS = "results.json"
 class DecodeRow:
     """One policy at one context. Times are milliseconds per token of every row of the batch.
 
-    - decode: whole decode steps, as ``generate`` runs them. ``ratio_to_dense`` is their ratio to those of
-      "dense", round by round; None where that was not measured.
+    - decode: whole decode steps, as ``generate`` runs them.
+    - ratio_to_dense: of their times to those of "dense", round by round; None if that was not measured.
     - attention: appending to the cache, choosing pages and attending, in all layers, without the model.
     - selector: choosing pages, in the layers that do. The time of a choice is divided by the tokens that use
-      it. None where nothing is chosen.
-    - reading: retrieval heads attending to the chosen pages, in the same layers; where nothing is chosen, to
+      it. None if nothing is chosen.
+    - reading: retrieval heads attending to the chosen pages, in the same layers; if nothing is chosen, to
       all pages in all layers. None without retrieval heads.
+    - selector_to_reading: the ratio of these two, round by round.
     - cache_bytes, cache_bytes_per_token: of the whole cache, and per token of its capacity.
-    - step_bytes: what a step reads of it, by arithmetic.
+    - step_bytes: what a step reads of the cache, by arithmetic.
     """
 
     context: int
@@ -70,7 +71,7 @@ def describe_model(folder: Path | None, model: Llama) -> dict[str, Any]:
 
 
 def write_results(config: Any, kind: str, model: dict[str, Any], **tables: Sequence[Any]) -> None:
-    """Write settings, model, machine and the rows of each table, which are dataclasses, as JSON."""
+    """Write settings, model, machine, and the rows of each table (dataclasses) as JSON."""
     settings = {
         name: str(value) if isinstance(value, Path) else value
         for name, value in dataclasses.asdict(config).items()

@@ -1,4 +1,4 @@
-"""What the benchmarks of serving are told: the options that they share, their checks, and the model."""
+"""The settings of the serving benchmarks: the options that they share, their checks, and the model."""
 
 import dataclasses
 from pathlib import Path
@@ -11,7 +11,7 @@ from jaxtyping import Bool
 from jsparse.integers import is_integer
 from jsparse.models import Llama, LlamaConfig, load_config
 
-# What is measured where no checkpoint is given: 32.5 million parameters, small enough for the cache to count.
+# The model if no checkpoint is given: 32.5 million parameters, few enough for the cache to matter.
 RANDOM_LLAMA = LlamaConfig(
     vocab_size=8192,
     hidden_size=512,
@@ -25,7 +25,7 @@ RANDOM_LLAMA = LlamaConfig(
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ServingBench:
-    """What the benchmarks of decoding and of prompts both ask for."""
+    """The options that the benchmarks of decoding and of prompts share."""
 
     output: Path
     """A new folder for the results."""
@@ -47,7 +47,7 @@ class ServingBench:
 
 
 def check_list(name: str, values: tuple, minimum: int | None = None) -> None:
-    """Raise ValueError for no entry, for a repeated one, and for integers below ``minimum``."""
+    """Raise ValueError for an empty list, for a repeated entry, and for integers below ``minimum``."""
     if not values:
         raise ValueError(f"{name} must have at least one entry, not {values!r}")
     for value in values:
@@ -58,7 +58,7 @@ def check_list(name: str, values: tuple, minimum: int | None = None) -> None:
 
 
 def check_integers(config: Any, **most: int | None) -> None:
-    """Raise ValueError where a field is not an integer from 1 to the maximum given for it."""
+    """Raise ValueError if a field is not an integer from 1 to the maximum given for it."""
     for name, limit in most.items():
         value = getattr(config, name)
         if not is_integer(value) or value < 1 or (limit is not None and value > limit):
@@ -67,9 +67,9 @@ def check_integers(config: Any, **most: int | None) -> None:
 
 
 def model_config(folder: Path | None, contexts: tuple[int, ...], new_tokens: int) -> LlamaConfig:
-    """The configuration of a checkpoint, or of the random model; no weights.
+    """The configuration of a checkpoint, or of the random model, without weights.
 
-    Raises ValueError where a context and ``new_tokens`` after it exceed the model's positions.
+    Raises ValueError if a context and ``new_tokens`` after it exceed the model's positions.
     """
     config = RANDOM_LLAMA if folder is None else load_config(folder)
     longest = max(contexts)
@@ -88,9 +88,9 @@ def load_model(folder: Path | None) -> Llama:
 
 
 def last_heads_stream(config: LlamaConfig, sparsity: float) -> Bool[np.ndarray, "layers kv_heads"]:
-    """True for that fraction of the heads of each layer, its last ones; False where the layer has a window.
+    """True for the last heads of each layer, a fraction ``sparsity`` of them.
 
-    A layer with its own sliding window streams anyway, by that window.
+    False for all heads of a layer with its own sliding window: it streams anyway, by that window.
     """
     kv_heads = config.num_key_value_heads
     streams = np.arange(kv_heads) >= kv_heads - round(sparsity * kv_heads)

@@ -18,7 +18,7 @@ Value = TypeVar("Value")
 
 @dataclasses.dataclass(frozen=True)
 class Timing:
-    """The times of all rounds, in the order in which they came, with their median and their minimum."""
+    """The times of all rounds, in order, with their median and their minimum."""
 
     median: float
     least: float

@@ -19,10 +19,10 @@ from jsparse.cache.ring import StreamingKVCache
 from jsparse.device import product_dtype
 from jsparse.implementations.interface import always, choose, never, no_limit
 
-# Keys per step of the loop over pages: enough for efficient products, and few enough to hold.
+# Keys per step of the loop over pages: enough for efficient products, and few enough to hold at once.
 _BLOCK_TOKENS = 512
-_BLOCK_NUMBERS = 2**19  # in the keys of a large step for single queries: a core's cache should hold them
-_NEAR_TOKENS = 4096  # tokens visited in small steps, and the most of a large step
+_BLOCK_NUMBERS = 2**19  # in the keys of a large step for single queries: they should fit a core's cache
+_NEAR_TOKENS = 4096  # tokens visited in small steps; also the most that a large step visits
 
 
 class DecodeImplementation(NamedTuple):
@@ -67,9 +67,10 @@ def decode_attention(
       pages are not touched. None reads every page.
     - scale: of the scores; 1 / sqrt(D) if None.
     - implementation: "mosaic_gpu" is the kernel for Hopper GPUs (bfloat16 or float16; head_dim 64, 128 or
-      256; pages of 8, 16, 32 or a multiple of 8 from 64 tokens, or as many slots of a streaming cache, none
-      of them spare; up to 16 query heads per KV head). "xla" runs everywhere. "mosaic_gpu_interpret" runs the
-      kernel on a CPU, for tests (jax >= 0.12; float32 too). None takes the kernel if it can run, else XLA.
+      256; pages of 8, 16 or 32 tokens, or of a multiple of 8 from 64 on; streaming caches of as many slots,
+      none of them spare; up to 16 query heads per KV head). "xla" runs everywhere. "mosaic_gpu_interpret"
+      runs the kernel on a CPU, for tests (jax >= 0.12; float32 too). None takes the kernel if it can run,
+      else XLA.
 
     Returns out [B, Hq, D] in q's dtype; 0 for a sequence of length 0.
 
@@ -77,8 +78,8 @@ def decode_attention(
     ``pages`` do not fit the kind of cache. Raises NotImplementedError, which names the limit, if the
     implementation asked for cannot take the call.
 
-    Source: the pages of PagedAttention (arXiv 2309.06180, §4.1); which of them are listed, of Quest (arXiv
-    2406.10774) and LServe (arXiv 2502.14866).
+    Source: PagedAttention (arXiv 2309.06180, §4.1) for pages; Quest (arXiv 2406.10774) and LServe (arXiv
+    2502.14866) for lists of them.
 
     >>> from jsparse.cache import StreamingKVCache
     >>> cache = StreamingKVCache.zeros(1, 1, 4, sink=1, window=2, dtype=jnp.float32)
@@ -119,7 +120,7 @@ def _portable(q, cache: PagedKVCache | StreamingKVCache, lengths, page_table, pa
 
 
 def _by_query_head(q, cache, lengths, page_table, pages, scale, implementation):
-    """Treats the query heads of a group as sequences of their own, which share pages but not lists."""
+    """Treats the query heads of a group as separate sequences, which share pages but not lists."""
     batch, q_heads, dim = q.shape
     kv_heads = cache.num_heads
     group = q_heads // kv_heads
@@ -152,8 +153,8 @@ def paged_attention(
 ) -> Float[Array, "B C Hq D"]:
     """Causal attention of a chunk of queries to the keys in the pages, which already hold the chunk's own.
 
-    Query ``t`` of sequence ``b`` stands at position ``offsets[b] + t`` and sees the keys up to its own that
-    are before ``lengths[b]``. ``pages`` and ``scale`` are those of :func:`decode_attention`.
+    Query ``t`` of sequence ``b`` stands at position ``offsets[b] + t``. It sees the keys up to its own that
+    are before ``lengths[b]``. ``pages`` and ``scale`` are as in :func:`decode_attention`.
     """
     batch, max_pages = page_table.shape
     kv_heads, page_size = cache.num_heads, cache.page_size
@@ -164,7 +165,7 @@ def paged_attention(
     heads = jnp.arange(kv_heads)
     longest = jnp.minimum(jnp.max(lengths), count * page_size)
 
-    # Blocks do not depend on what is listed: a list of all pages gives bit for bit what no list gives.
+    # Blocks do not depend on what is listed: listing all pages gives the same bits as no list.
     def steps(first: int, last: int, tokens: int) -> _Steps:
         """The pages from ``first`` to ``last`` of the lists, in blocks of ``tokens`` tokens."""
         block = max(tokens // page_size, 1)
@@ -202,7 +203,7 @@ def paged_attention(
 
 
 def _block_tokens(queries: int, width: int) -> tuple[int, int]:
-    """How many keys of ``width`` numbers a step visits, at the beginning of a long list and after it.
+    """How many keys of ``width`` numbers a step visits, at the beginning of a long list and in its rest.
 
     For single queries, a step does little more than read its keys. Larger steps cost less, as long as what is
     read stays in the caches of a CPU and the last step is not mostly empty.
@@ -217,7 +218,7 @@ class _Steps(NamedTuple):
 
     - load: ``load(i)`` returns k, v [B, Hk, S, D] and positions [B, Hk or 1, S] of block ``i``; position -1
       is a slot without a token.
-    - full: the number of blocks, the first, of which all queries see all keys.
+    - full: how many blocks, from the first on, every query sees whole.
     - count: the number of blocks.
     """
 
@@ -294,7 +295,7 @@ def _scores(q: Float[Array, "B H Q D"], k: Float[Array, "B H S D"], *, keys_firs
     """Products of queries and keys, float32 [B, H, Q, S].
 
     With ``keys_first``, keys are the rows of the product and the few queries of one token its columns. In
-    float32, a CPU needs as little as half as long for it as for the other order.
+    float32, a CPU takes as little as half the time of the other order.
     """
     if keys_first:
         return jnp.einsum("bhsd,bhqd->bhsq", k, q, preferred_element_type=jnp.float32).swapaxes(2, 3)

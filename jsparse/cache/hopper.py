@@ -15,7 +15,7 @@ from jsparse.mesh import split_over_mesh
 
 def limit(q, cache: PagedKVCache | StreamingKVCache, *, interpret: bool) -> str | None:
     """Why the kernel cannot take this call, or None if it can."""
-    # It reads a page from its beginning, and the slots of a window have gaps where drafts may lie.
+    # The kernel reads a page from its beginning, but a ring with spare slots has gaps, where drafts may be.
     if isinstance(cache, StreamingKVCache) and cache.spare:
         return f"the decode kernel takes streaming caches of spare=0, not spare={cache.spare}"
     if (reason := kernel_limit(interpret=interpret)) is not None:
@@ -67,7 +67,7 @@ def _ring_lists(lengths, slots: int):
 
 
 def _page_lists(lengths, page_size: int, page_table, pages=None):
-    """The pages' places in the pool [B, 1 or Hk, n], and how many tokens of the sequence each holds."""
+    """Where the pages are in the pool, [B, 1 or Hk, n], and how many tokens of the sequence each holds."""
     if pages is None:
         pages, physical = jnp.arange(page_table.shape[1])[None, None], page_table[:, None]
     else:

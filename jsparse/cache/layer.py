@@ -22,8 +22,10 @@ from jsparse.masks.estimate import Estimate
 class LayerKVCache:
     """The cache of one attention layer, split by KV head: ``streaming_heads`` stream, all others are paged.
 
-    ``paged`` is None in a layer that only streams, ``streaming`` is None in a layer that never does.
-    ``selected`` are the pages that were chosen last, ``[B, H, n]``, None where none are.
+    - paged: the pages; None in a layer that only streams.
+    - streaming: the sink and the ring; None in a layer that never streams.
+    - streaming_heads: the KV heads that stream.
+    - selected: [B, H, n], the pages that were chosen last; None if no choice is kept.
     """
 
     paged: PagedKVCache | None
@@ -48,11 +50,11 @@ def attend_and_append(
     Streaming heads see their sink and window. Retrieval heads see every earlier key, unless ``selection`` or
     ``estimate`` says otherwise.
 
-    - tokens: what the cache holds, and how many of the ``C`` tokens are added to each sequence. Of a chunk
-      (``C > 1``) ``tokens.before`` is a multiple of ``C`` in every sequence that gets some of it.
+    - tokens: what the cache holds, and how many of the ``C`` tokens are added to each sequence. For a chunk
+      (``C > 1``), ``tokens.before`` must be a multiple of ``C`` in every sequence that gets some of it.
     - selection: how retrieval heads choose the pages that the query of a single token reads.
     - select: the sequences that choose again (None: all); the others read what ``cache.selected`` holds.
-    - estimate: which blocks retrieval heads visit of a chunk; None visits all of them.
+    - estimate: which blocks of a chunk retrieval heads visit; None visits all of them.
 
     Returns the attention, and the cache with the tokens in it.
     """

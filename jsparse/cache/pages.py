@@ -1,7 +1,7 @@
 """The pages of retrieval heads, and the function that appends to them.
 
-All caches of a model share one page table and one vector of lengths, which are passed beside them as
-:class:`jsparse.cache.tokens.Tokens`: a donated cache never holds one buffer twice.
+All caches of a model share one page table and one vector of lengths. They are passed separately, as
+:class:`jsparse.cache.tokens.Tokens`, since a donated cache may not hold one buffer twice.
 """
 
 import dataclasses
@@ -22,15 +22,15 @@ from jsparse.cache.tokens import Tokens
 class PagedKVCache:
     """Keys and values of retrieval heads, in pages that any sequence may own.
 
-    - ``k``, ``v``: ``[num_pages, Hk, page_size, D]``; or, with ``bits`` 8 or 4, that as
-      :class:`jsparse.cache.quantize.Quantized`: the vectors of each token and KV head with scales of their
-      own.
-    - ``bounds``: ``[num_pages, Hk, page_size / logical_page_size, 2 D]``, for each logical page the smallest
-      and then the largest value of each channel of its keys, before they are quantised; ``k_min`` and
-      ``k_max`` are its halves. None in a cache from which nothing is selected by them.
+    A page table [B, max_pages] says which page holds tokens ``i * page_size ...`` of a sequence. What a page
+    held for an earlier owner is never read, so pages need no clearing.
 
-    A page table ``[B, max_pages]`` says which page holds tokens ``i * page_size ...`` of a sequence. What a
-    page held for an earlier owner is never read, so pages need no clearing.
+    - k, v: [num_pages, Hk, page_size, D]; with ``bits``, these as :class:`jsparse.cache.quantize.Quantized`,
+      with a scale and a zero per token and KV head.
+    - bounds: [num_pages, Hk, page_size / logical_page_size, 2 D], for each logical page the smallest and then
+      the largest value of each channel of its keys, before they are quantised. ``k_min`` and ``k_max`` are
+      its halves. None keeps no bounds.
+    - bits: of a code, 8 or 4; None stores values.
 
     >>> cache = PagedKVCache.zeros(8, 2, 16, page_size=64, logical_page_size=16, dtype=jnp.float32)
     >>> cache.k.shape, cache.k_min.shape
@@ -78,9 +78,15 @@ class PagedKVCache:
         dtype: Any,
         bits: int | None = None,
     ) -> "PagedKVCache":
-        """An empty pool; ``logical_page_size=None`` keeps no bounds. It must divide the page.
+        """An empty pool.
 
-        ``dtype`` is that of keys, values and bounds, and of the bounds alone where ``bits`` is 8 or 4.
+        - num_pages, kv_heads, dim: the sizes ``num_pages``, ``Hk`` and ``D`` of the arrays.
+        - page_size: tokens per page.
+        - logical_page_size: tokens per bound; None keeps no bounds.
+        - dtype: of keys, values and bounds; with ``bits``, of the bounds alone.
+        - bits: of a code, 8 or 4; None stores values.
+
+        Raises ValueError if ``logical_page_size`` does not divide ``page_size``.
         """
         if logical_page_size is not None and (logical_page_size < 1 or page_size % logical_page_size):
             raise ValueError(f"logical_page_size={logical_page_size} must divide page_size={page_size}")
@@ -119,17 +125,17 @@ def append_paged(
     v: Float[Array, "B C Hk D"],
     tokens: Tokens,
 ) -> PagedKVCache:
-    """Writes the first ``tokens.added[b]`` of ``C`` tokens of each sequence behind those that it has.
+    """Writes the first ``tokens.added[b]`` of ``C`` tokens of each sequence after those that it has.
 
-    The bounds of a logical page start afresh with its first token: what a recycled page held is never mixed
-    in. Every position written must have a page in the table; ``generate`` checks that on the host.
+    The first token of a logical page starts its bounds: what a recycled page held is never mixed in. Every
+    position written must have a page in the table; ``generate`` checks that on the host.
     """
     page_table, lengths, counts = tokens
     assert page_table is not None
     chunk = jnp.arange(k.shape[1])
     position = lengths[:, None] + chunk
     valid = chunk < counts[:, None]
-    # Tokens that are not valid get a page outside the pool, and mode="drop" leaves them out.
+    # Tokens that are not valid get a page outside the pool, which mode="drop" leaves out.
     slot = position % cache.page_size
     page = _page_of(page_table, position // cache.page_size, valid, cache.num_pages)
 
@@ -149,7 +155,7 @@ def _append_bounds(cache: PagedKVCache, k: Float[Array, "B C Hk D"], tokens: Tok
     size = cache.logical_page_size
     assert size is not None and page_table is not None
     logical_pages = cache.page_size // size
-    # Align the chunk to logical pages: units of `size` tokens; the first may have begun before the chunk.
+    # Align the chunk to logical pages, units of `size` tokens. The first may begin before the chunk.
     units = (k.shape[1] - 1) // size + 2 if k.shape[1] > 1 else 1
     offset = lengths % size
     token = jnp.arange(units * size) - offset[:, None]

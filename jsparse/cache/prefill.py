@@ -1,7 +1,7 @@
 """Attention of a chunk of a prompt over a KV cache: the chunk beside what the cache holds, as one sequence.
 
-The keys of a chunk follow the cached ones in one array, so that :func:`jsparse.attention` does the work, with
-lists of blocks, on whatever implementation is best. A prompt in chunks gets what it gets in one piece.
+The keys of a chunk follow the cached ones in one array. So :func:`jsparse.attention` does the work, with
+lists of blocks, on whatever implementation is best. A prompt in chunks gets what it would get in one piece.
 """
 
 import jax.numpy as jnp
@@ -18,7 +18,7 @@ from jsparse.integers import cdiv
 from jsparse.masks.estimate import Estimate, all_blocks
 from jsparse.masks.token_mask import sliding_window
 
-_BLOCK = 128  # tokens a block of lists, where nothing else says how many
+_BLOCK = 128  # tokens per block, unless an estimate says how many
 
 
 def paged_prefill(
@@ -32,14 +32,14 @@ def paged_prefill(
 ) -> Float[Array, "B C Hq D"]:
     """Causal attention of a chunk to the tokens in the pages before it, and to itself.
 
-    ``tokens.before[b]`` is a multiple of ``C`` where ``tokens.added[b] > 0``; queries beyond ``added`` get
-    anything. ``estimate`` lists the blocks that each head visits, None visits all. Keys and values are read
-    as the cache stores them, those of the chunk too: how a prompt is cut makes no difference.
+    ``tokens.before[b]`` must be a multiple of ``C`` if ``tokens.added[b] > 0``; queries beyond ``added`` get
+    anything. ``estimate`` lists the blocks that each head visits; None visits all. Keys and values are read
+    as the cache stores them, those of the chunk too, so it makes no difference how a prompt is cut.
     """
     page_table, lengths, counts = tokens
     assert page_table is not None
     if estimate is None and not (hopper() and k.shape[1] % _BLOCK == 0):
-        # No copies, and the time follows the tokens held, not the capacity. Kernels make up for both.
+        # This copies nothing and takes time for the tokens held, not the capacity. Kernels make up for both.
         return paged_attention(q, cache, page_table, lengths, tokens.after)
     batch, chunk, kv_heads, _ = k.shape
     block = _BLOCK if estimate is None else estimate.block
@@ -54,7 +54,7 @@ def paged_prefill(
         return jnp.concatenate([held, cache.restored(cache.stored(new), q.dtype)], axis=1)
 
     valid = (jnp.arange(chunk) < counts[:, None])[:, :, None, None]
-    # What stands for no token may be NaN, and 0 * NaN is NaN.
+    # Slots without a token may be NaN, and 0 * NaN is NaN.
     k, v = beside(held[0], k), beside(held[1], jnp.where(valid, v, 0))
     if estimate is None:
         mask = all_blocks(batch, chunk, cached=cached, held=lengths, block=block)
@@ -71,11 +71,10 @@ def streaming_prefill(
     after: StreamingKVCache,
     tokens: Tokens,
 ) -> Float[Array, "B C Hq D"]:
-    """Attention of a chunk of streaming heads to the ring before it, to itself, and to the sink.
+    """Attention of a chunk in streaming heads to the ring before it, to itself, and to the sink.
 
     ``before`` and ``after`` are the cache without and with the chunk. Every query sees exactly what
-    ``streaming(sink, window)`` shows it: the window in one piece, merged with the part of the sink that lies
-    before the window.
+    ``streaming(sink, window)`` shows it: the window, merged with the part of the sink before the window.
     """
     _, lengths, counts = tokens
     window, dtype = before.window, before.k.dtype
@@ -84,7 +83,7 @@ def streaming_prefill(
         jnp.concatenate([old.swapaxes(1, 2), new.astype(dtype)], axis=1).astype(q.dtype)
         for old, new in zip(before.take(position), (k, v), strict=True)
     )
-    # Segment 1 is the sequence; the ring of a short one has slots of no token, and so has the last chunk.
+    # Segment 1 is the sequence; slots without a token (in a short one's ring, in the last chunk) are 0.
     new = jnp.arange(q.shape[1]) < counts[:, None]
     ids = jnp.concatenate([position >= 0, new], axis=1).astype(jnp.int32)
     v = jnp.where(ids[:, :, None, None] > 0, v, 0)  # they may hold NaN, and 0 * NaN is NaN

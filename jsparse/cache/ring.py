@@ -16,13 +16,14 @@ from jsparse.cache.tokens import Tokens
 class StreamingKVCache:
     """Keys and values of streaming heads: the first ``sink`` tokens and a ring of the last ``window``.
 
-    - ``k``, ``v``: ``[B, Hk, sink + ring, D]``, ``ring = window + spare``. Position ``p`` lies in slot ``p``
-      where ``p < sink``, then in ``sink + (p - sink) % ring``. Nothing else is allocated (StreamingLLM,
-      DuoAttention).
-    - ``sink``: how many of the first tokens stay.
-    - ``spare``: how many drafts may be written behind a sequence and rejected. A caller rejects them by going
-      on with the length from before them. After ``L`` tokens, the drafts ``L ... L + spare - 1`` overwrite
-      positions up to ``L - 1 - window``, and the query at ``L - 1`` sees those from ``L - window`` on.
+    - k, v: [B, Hk, sink + ring, D], ``ring = window + spare``. Position ``p < sink`` is in slot ``p``, any
+      other in slot ``sink + (p - sink) % ring``. Nothing else is allocated.
+    - sink: how many of the first tokens stay.
+    - spare: how many drafts may be written after a sequence and rejected. A caller rejects them by continuing
+      with the earlier length. After ``L`` tokens, the drafts ``L ... L + spare - 1`` overwrite positions up
+      to ``L - 1 - window``, while the query at ``L - 1`` sees those from ``L - window`` on.
+
+    Source: StreamingLLM (arXiv 2309.17453), DuoAttention (arXiv 2410.10819).
 
     >>> cache = StreamingKVCache.zeros(1, 2, 16, sink=2, window=3, dtype=jnp.float32)
     >>> cache.positions(jnp.array([7])).tolist()  # after seven tokens
@@ -51,7 +52,13 @@ class StreamingKVCache:
     def zeros(
         cls, batch: int, kv_heads: int, dim: int, *, sink: int, window: int, spare: int = 0, dtype: Any
     ) -> "StreamingKVCache":
-        """An empty cache. A window holds at least the query's own token."""
+        """An empty cache for ``batch`` sequences.
+
+        - sink, window, spare: as in the fields; a window holds at least the query's own token.
+        - dtype: of keys and values.
+
+        Raises ValueError for negative sizes, or a window of 0.
+        """
         if sink < 0 or window < 1:
             raise ValueError(f"sink={sink} must be >= 0 and window={window} >= 1")
         if spare < 0:
@@ -60,28 +67,27 @@ class StreamingKVCache:
         return cls(k, v, sink, spare)
 
     def positions(self, lengths: Int[Array, " B"]) -> Int[Array, "B S"]:
-        """The position of the token that each slot holds after ``lengths`` tokens; -1 where it holds none.
+        """The position of the token that each slot holds after ``lengths`` tokens, -1 if it holds none.
 
-        These are the tokens of the sink and the last ``window``. A slot that a draft behind them may have
-        overwritten counts as one that holds none.
+        These are the tokens of the sink and the last ``window``. A slot that a later draft may have
+        overwritten counts as empty.
         """
         return _ring_positions(lengths, self.sink, self.window, self.spare)
 
     def slots(self, positions: Int[Array, "*shape"]) -> Int[Array, "*shape"]:
-        """Where the tokens of these positions lie, while they do."""
+        """The slots of the tokens at these positions, as long as they are held."""
         ring = self.sink + (positions - self.sink) % self.ring
         return jnp.where(positions < self.sink, positions, ring)
 
     def take(self, positions: Int[Array, "B n"]) -> tuple[Float[Array, "B Hk n D"], Float[Array, "B Hk n D"]]:
-        """Keys and values of tokens that lie here; for other positions anything."""
+        """Keys and values of tokens that are held here; anything for other positions."""
         slot = self.slots(jnp.maximum(positions, 0))[:, None, :, None]
         k, v = (jnp.take_along_axis(x, slot, axis=2) for x in (self.k, self.v))
         return k, v
 
     def narrowed(self, window: int, lengths: Int[Array, " B"]) -> "StreamingKVCache":
-        """The same tokens in a ring that is no longer than this one, of which the last ``window`` stay.
+        """The sink and the last ``window`` tokens in a ring of that window, with as many spare slots.
 
-        It has as many spare slots.
         Prompts may see a longer window than new tokens do: what decoding never reads is not kept.
         """
         if window > self.window:
@@ -97,7 +103,7 @@ def _ring_positions(lengths, sink: int, window: int, spare: int):
     last = lengths[:, None] - 1
     ring = last - (last - slot) % (window + spare)  # the latest p <= last of this slot
     position = jnp.where(slot < sink, slot, ring)
-    # A ring without spare slots holds nothing from before the window.
+    # Without spare slots, a ring holds nothing from before the window.
     first = jnp.maximum(sink, last - window + 1) if spare else sink
     return jnp.where((position <= last) & ((slot < sink) | (position >= first)), position, -1)
 
@@ -108,10 +114,10 @@ def append_streaming(
     v: Float[Array, "B C Hk D"],
     tokens: Tokens,
 ) -> StreamingKVCache:
-    """Writes the first ``tokens.added[b]`` of ``C`` tokens of each sequence behind those that it has.
+    """Writes the first ``tokens.added[b]`` of ``C`` tokens of each sequence after those that it has.
 
-    Of a chunk longer than the ring (``window + spare``) only the last tokens are written: no slot is written
-    twice.
+    Of a chunk longer than the ring, only the tokens of the sink and the last ones are written, so no slot is
+    written twice.
     """
     _, lengths, counts = tokens
     chunk = jnp.arange(k.shape[1])

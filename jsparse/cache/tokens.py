@@ -1,4 +1,4 @@
-"""What travels beside a cache: which tokens it holds, where, and how many come."""
+"""What is passed along with a cache: which tokens it holds, where, and how many are added."""
 
 from typing import NamedTuple
 
@@ -6,13 +6,13 @@ from jaxtyping import Array, Int
 
 
 class Tokens(NamedTuple):
-    """The tokens that one call adds to a cache, for all layers the same.
+    """The tokens that one call adds to a cache, the same for all layers.
 
-    - ``page_table``: ``[B, max_pages]``, the page of the pool that holds tokens ``i * page_size ...`` of a
-      sequence; None beside a cache of rings alone.
-    - ``before``: ``[B]``, how many tokens of each sequence the cache holds already.
-    - ``added``: ``[B]``, how many of the given tokens are added to each sequence, the first ones; the rest
-      stand for nothing.
+    - page_table: [B, max_pages], the page of the pool that holds tokens ``i * page_size ...`` of a sequence;
+      None for a cache of rings alone.
+    - before: [B], how many tokens of each sequence the cache holds already.
+    - added: [B], how many of the given tokens are added to each sequence, from the first on; the rest are
+      ignored.
     """
 
     page_table: Int[Array, "B max_pages"] | None
@@ -21,5 +21,5 @@ class Tokens(NamedTuple):
 
     @property
     def after(self) -> Int[Array, " B"]:
-        """How many tokens of each sequence the cache holds with the new ones."""
+        """[B], how many tokens of each sequence the cache holds afterwards."""
         return self.before + self.added

@@ -1,1 +1,1 @@
-"""Texts and tasks that several rooms need: documents, tokenizers, passkeys, questions."""
+"""Texts and tasks that several packages need: documents, tokenizers, passkeys, questions."""

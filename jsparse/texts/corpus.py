@@ -4,14 +4,14 @@ import sysconfig
 from collections.abc import Iterable
 from pathlib import Path
 
-# Never trained on: one in eight of the modules of Python 3.13, by name, so that they are the same everywhere.
+# Never trained on: one in eight of the modules of Python 3.13, by name, so they are the same everywhere.
 HELD_OUT = (
     *("_compat_pickle", "_pydecimal", "argparse", "cmd", "copy", "enum", "getopt", "hmac", "mailbox"),
     *("operator", "plistlib", "pyclbr", "sched", "socket", "symtable", "tokenize", "uuid"),
 )
 
 
-# Not text that teaches or tests anything: test data, tables, and what differs from machine to machine.
+# These teach and test nothing: test data, tables, and what differs from machine to machine.
 _LEFT_OUT = ("test", "tests", "idlelib", "site-packages", "ensurepip", "encodings", "pydoc_data", "lib2to3")
 
 
@@ -20,10 +20,12 @@ def standard_library_files(
 ) -> tuple[tuple[Path, ...], tuple[Path, ...]]:
     """The modules at the top of the standard library: those to train on, and those held out, disjoint.
 
-    With ``packages``, those to train on are also the modules inside its packages, except their tests.
-    Sorted by path, whole and as they are; only files under ``smallest`` bytes, files that are not UTF-8 and
-    those that describe the machine are left out. The same interpreter always gives the same two lists, and
-    every one the same names held out.
+    With ``packages``, those to train on include the modules inside its packages, except their tests. The
+    files are sorted by path. Only those under ``smallest`` bytes, those that are not UTF-8 and those that
+    describe the machine are left out. An interpreter always gives the same two lists, and all hold out the
+    same names.
+
+    Raises FileNotFoundError if the standard library has none of the modules held out.
 
     >>> train, held_out = standard_library_files()
     >>> len(train) > 3 * len(held_out) > 0, set(train) & set(held_out)

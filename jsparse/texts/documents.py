@@ -27,9 +27,11 @@ _SHAPES = (
 class Sample(NamedTuple):
     """The tokens of one document, or of one prompt and its completion.
 
-    ``prompt_tokens``: None for a document, which may be cut anywhere and whose tokens all count; otherwise
-    how many of the first tokens are the prompt's, which are no targets. ``place``: file and line, for errors.
-    ``size``: the bytes it took in its file.
+    - tokens: int32 [T].
+    - prompt_tokens: how many of the first tokens are the prompt's, which are no targets; None for a document,
+      which may be cut anywhere and where all tokens count.
+    - place: file and line, for errors.
+    - size: the bytes it took in its file.
     """
 
     tokens: Int32[np.ndarray, " T"]
@@ -39,7 +41,7 @@ class Sample(NamedTuple):
 
 
 class _Record(NamedTuple):
-    """What stands in a file: a document's text, or a completion with the prompt before it."""
+    """A record of a file: a document's text, or a completion with the prompt before it."""
 
     prompt: str | None
     text: str
@@ -48,7 +50,7 @@ class _Record(NamedTuple):
 
 
 def check_files(files: Sequence[str | Path]) -> None:
-    """Raise for the first of ``files`` that is missing or a directory, without reading any."""
+    """Raises an error for the first of ``files`` that is missing or a directory, without reading any."""
     for file in map(Path, files):
         if file.is_dir():
             raise ValueError(f"data: {file} is a directory; name the files themselves")
@@ -57,7 +59,7 @@ def check_files(files: Sequence[str | Path]) -> None:
 
 
 def is_json_lines(file: str | Path) -> bool:
-    """Whether a file is read line by line, as JSON. Every other one is UTF-8 text and one document."""
+    """Whether a file is read line by line, as JSON. Any other file is UTF-8 text and one document."""
     return Path(file).suffix.lower() == ".jsonl"
 
 
@@ -67,7 +69,7 @@ def read_documents(
     """Tokens of every document, in memory: one int32 array each, with the end-of-sequence token last.
 
     A document is a UTF-8 text file, or a line ``{"text": ...}`` of a ``.jsonl`` file. The rest is as in
-    ``read_samples``; prompts with completions are a ValueError here, for they are for fine-tuning.
+    ``read_samples``, but a prompt with a completion, which is for fine-tuning, raises ValueError.
     """
     records = map(_require_document, _read_files(files))
     samples = _tokenise(records, tokenizer, eos_token_id=eos_token_id, vocab_size=vocab_size)
@@ -85,22 +87,23 @@ def read_samples(
     - ``{"prompt": str, "completion": str}``: the completion's tokens are scored, the prompt's are not;
     - ``{"instruction": str, "input": str, "output": str}``: the same, with the prompt
       ``[INST]{instruction}[/INST]`` (LongLoRA, supervised-fine-tune.py). ``input`` may be left out; unless it
-      is empty it follows the instruction on a line of its own.
+      is empty, it follows the instruction on a line of its own.
 
-    Every other file is UTF-8 text, and one document. Line ends are kept as they are.
+    Any other file is UTF-8 text, and one document. Line ends are kept as they are.
 
-    The end-of-sequence token is the last of each sample, and scored; with ``eos_token_id=None`` there is
-    none. A sample begins with what the tokenizer puts there by itself (Llama's begin-of-sequence token).
-    Prompt and completion are tokenised apart, so the prompt has the same tokens as when the model is
-    served. Text is read as text: a literal ``<|endoftext|>`` does not become the special token, and a
-    truncation length saved in tokenizer.json is not applied.
+    Each sample ends with the end-of-sequence token, which is scored; with ``eos_token_id=None`` there is
+    none. It begins with what the tokenizer adds by itself (Llama's begin-of-sequence token). Prompt and
+    completion are tokenised separately, so the prompt has the same tokens as when the model is served. Text
+    is read as text: a literal ``<|endoftext|>`` does not become the special token, and a truncation length
+    saved in tokenizer.json is not applied.
 
     Lines are read as they are needed, and 262,144 characters of them, or one line, are held at a time. A text
-    file is read whole, for a tokenizer may merge across any place where it could be cut: for one of 20 MB,
-    tokenizers 0.23 took 2.5 GB of memory. Give larger texts as JSON lines.
+    file is read whole, because a tokenizer may merge across any place where it could be cut. For one of 20
+    MB, tokenizers 0.23 took 2.5 GB of memory. Give larger texts as JSON lines.
 
-    Raises FileNotFoundError or ValueError, naming file and line, when it comes to them: missing, a directory,
-    not UTF-8, empty, no JSON, of another shape, or with ids that the model's vocabulary does not have.
+    Raises FileNotFoundError for a file that is missing. Raises ValueError, naming file and line when it comes
+    to them, for what is a directory, not UTF-8, empty, not JSON or of another shape, and for ids that the
+    model's vocabulary does not have.
 
     >>> import tempfile
     >>> from jsparse.models import byte_tokenizer
@@ -140,7 +143,7 @@ def _read_lines(file: Path) -> Iterator[_Record]:
 
 
 def _parse(line: bytes, place: str) -> tuple[str | None, str]:
-    """The prompt of a line, None where it is a document, and its text."""
+    """The prompt of a line, None for a document, and its text."""
     content = _decode(line, place).rstrip()
     try:
         fields = json.loads(content, object_pairs_hook=_unique)
@@ -176,7 +179,7 @@ def _check_value(name: str, value: object, place: str) -> None:
         raise ValueError(f'data: {place}: "{name}" is {value[:50]!r}; it must hold some text')
     try:
         value.encode("utf-8")
-    except UnicodeEncodeError as error:  # JSON can write half a surrogate pair, which is no character
+    except UnicodeEncodeError as error:  # JSON can write half a surrogate pair, not a character
         half = error.object[error.start]
         raise ValueError(f'data: {place}: "{name}" holds {half!r}, which is not Unicode text') from error
 
@@ -227,7 +230,7 @@ def _sample(
     eos_token_id: int | None,
     vocab_size: int,
 ) -> Sample:
-    """The sample of a record: a document, which is ``start``, or a prompt, and its completion."""
+    """The sample of a record. ``start`` is a document, or a prompt if there is a completion."""
     prompt, ids = ([], start.ids) if completion is None else (_without_end(start), completion.ids)
     if completion is not None and not (prompt and ids):
         name = "completion" if prompt else "prompt"
@@ -260,7 +263,7 @@ def _batches(records: Iterable[_Record]) -> Iterator[list[_Record]]:
 
 
 def _without_end(encoded: Encoding) -> list[int]:
-    """The tokens of a prompt, less what the tokenizer puts after every text: a completion follows."""
+    """The tokens of a prompt without what the tokenizer puts after every text: a completion follows."""
     ids, added = encoded.ids, encoded.special_tokens_mask
     while ids and added[len(ids) - 1]:
         ids.pop()

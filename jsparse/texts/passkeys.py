@@ -22,9 +22,11 @@ _DEPTHS = 0.05, 0.95  # where in the haystack a needle may lie, as in DuoAttenti
 class Passkeys:
     """What samples are made of.
 
-    ``haystack``: the tokens of some text. ``encode``: the tokens of a string, without special tokens. A
-    sample has ``needles`` sentences with a passkey of ``words`` random words each, and begins with the tokens
-    ``start`` (Llama's begin-of-sequence token).
+    - haystack: the tokens of some text.
+    - encode: gives the tokens of a string, without special tokens.
+    - needles: sentences with a passkey per sample.
+    - words: random words per passkey.
+    - start: the tokens that a sample begins with (Llama's begin-of-sequence token).
     """
 
     haystack: Int32[np.ndarray, " N"]
@@ -39,13 +41,15 @@ def passkey_sample(
 ) -> tuple[Int32[np.ndarray, " T"], Bool[np.ndarray, " T"]]:
     """The tokens of one sample, ``length`` in all, and which of them are answers.
 
-    A random stretch of the haystack, with needles such as "Remember: passkey number 2 is tango golf." at
-    random depths from 5% to 95%; then for each number, in order, "What is passkey number 2? It is tango
-    golf.", whose last words, the very tokens of the needle, are the answer. The idea is DuoAttention's
-    (arXiv 2410.10819): only a head that still sees a needle can tell what it said.
+    A random stretch of the haystack has needles such as "Remember: passkey number 2 is tango golf." at random
+    depths from 5% to 95%. Then follows, for each number in order, "What is passkey number 2? It is tango
+    golf." The answer is the passkey there, with the same tokens as in the needle. Only a head that still sees
+    a needle can tell what it said.
 
-    Raises ValueError where the length is too short for the needles and the questions, or the haystack for the
+    Raises ValueError if the length is too short for the needles and the questions, or the haystack for the
     length.
+
+    Source: DuoAttention (arXiv 2410.10819).
 
     >>> from jsparse.models import byte_tokenizer
     >>> tokenizer = byte_tokenizer()
@@ -89,7 +93,7 @@ def passkey_sample(
 def random_stretch(
     text: Integer[np.ndarray, " N"], length: int, rng: np.random.Generator
 ) -> Integer[np.ndarray, " length"]:
-    """``length`` tokens of a text in a row, from a random place."""
+    """``length`` consecutive tokens of a text, from a random place."""
     start = int(rng.integers(len(text) - length + 1))
     return text[start : start + length]
 
@@ -97,7 +101,7 @@ def random_stretch(
 def hide_needles(
     haystack: Integer[np.ndarray, " N"], needles: Sequence[Sequence[int]], places: Sequence[int]
 ) -> list[int]:
-    """The haystack with each needle put before the token at its place; at one place, in the order given.
+    """The haystack with each needle put before the token at its place, those at one place in the order given.
 
     >>> hide_needles(np.arange(4), [[10], [11, 12]], [3, 0])
     [11, 12, 0, 1, 2, 10, 3]
@@ -120,8 +124,8 @@ def passkey_batch(
 ) -> tuple[Int32[np.ndarray, "B context"], Bool[np.ndarray, "B context"]]:
     """The samples of step ``step`` (from 0), each of one of ``lengths``, and which tokens are answers.
 
-    They are filled up to ``context`` with token 0 on the right, where causal attention does not look. A pure
-    function of its arguments: each sample is drawn from ``(seed, step, row)``.
+    They are padded to ``context`` with token 0 on the right, where causal attention does not look. The result
+    depends only on the arguments: each sample is drawn from ``(seed, step, row)``.
     """
     tokens = np.zeros((batch_size, context), np.int32)
     is_answer = np.zeros((batch_size, context), bool)
@@ -133,10 +137,9 @@ def passkey_batch(
 
 
 def check_passkeys_fit(passkeys: Passkeys, length: int) -> None:
-    """Raise ValueError, with the arithmetic, unless every sample of ``length`` tokens has room for its
-    passkeys.
+    """Raises ValueError, with the arithmetic, unless every sample of ``length`` tokens can hold its passkeys.
 
-    What a passkey takes is known only when it is drawn: this counts the words with the most tokens.
+    How many tokens a passkey takes is known only when it is drawn, so this counts the longest words.
     """
     encode = passkeys.encode
     longest_key = max((encode(_key([word] * passkeys.words)) for word in WORDS), key=len)

@@ -1,7 +1,7 @@
-"""Tasks that only a model which still sees its whole context can do, made from a seed, at any length.
+"""Tasks for which a model must still see its whole context, made from a seed, at any length.
 
-Each is a text whose end is asked for: sentences hidden in some other text (the haystack), and a
-question about them. They are written for any tokenizer and any model that reads English.
+Each is a text for a model to complete: sentences hidden in some other text (the haystack), and a question
+about them. They are written for any tokenizer and any model that reads English.
 """
 
 import dataclasses
@@ -13,7 +13,7 @@ from jaxtyping import Int32, Integer
 
 from jsparse.texts.passkeys import hide_needles, random_stretch
 
-# Words that sources of programs hardly use. What is hidden is that a key "is" a value.
+# Words that program sources hardly use. A hidden sentence says that a key "is" a value.
 WORDS = tuple(
     """
     acorn amber anchor anvil apple apricot apron arrow aspen attic badger banana banjo barley barrel basket
@@ -57,8 +57,9 @@ def question(key: str) -> str:
 class Material:
     """What tasks are made of.
 
-    ``encode``: the tokens of a string, without special tokens. ``haystack``: the tokens of some text, of
-    which every example takes a random stretch. ``start``: what the tokenizer puts before every text.
+    - encode: gives the tokens of a string, without special tokens.
+    - haystack: the tokens of some text; every example takes a random stretch of it.
+    - start: what the tokenizer puts before every text.
     """
 
     encode: Callable[[str], list[int]]
@@ -70,10 +71,12 @@ class Material:
 class Example:
     """One text, cut into what is read as a prompt, what is read token by token, and what should follow.
 
-    ``context`` is the prompt. ``tail`` is the rest of the text up to the answer: some of its last tokens and
-    the question. It is to be fed to the decode step, for only there does a sparse cache choose what it reads:
-    an answer that the prompt's own pass gave would flatter it. ``answer`` is what a perfect model goes on
-    with, and ``expected`` the words of it that count.
+    - context: the prompt.
+    - tail: the rest of the text up to the answer: some of its last tokens and the question. It must be fed to
+      the decode step, since only there does a sparse cache choose what it reads; an answer from the prompt's
+      own pass would flatter it.
+    - answer: what a perfect model continues with.
+    - expected: the words of the answer that count.
     """
 
     context: Int32[np.ndarray, " C"]
@@ -86,18 +89,18 @@ TaskFunction = Callable[..., Example]
 
 
 def score(text: str, expected: Sequence[str]) -> float:
-    """The fraction of the expected words that a model's text has (RULER's string_match_all, of whole words).
+    """The fraction of the expected words that a text has (RULER's string_match_all, for whole words).
 
     >>> score(" Tulip and rose", ("tulip", "maple"))
     0.5
     """
-    # Whole words: an arrow is no sparrow.
+    # Whole words only: a sparrow is no arrow.
     found = (re.search(rf"\b{re.escape(word)}\b", text, re.IGNORECASE) for word in expected)
     return sum(map(bool, found)) / len(expected)
 
 
 def passkey(material: Material, length: int, rng: np.random.Generator, depth: float | None = None) -> Example:
-    """LongLoRA's task: five digits, said once (twice in its sentence), are asked for at the end."""
+    """LongLoRA's task: five digits, hidden in one place that says them twice, are asked for at the end."""
     key = str(rng.integers(10_000, 100_000))
     needle = PASSKEY_NEEDLE.format(key=key)
     return _example(
@@ -106,7 +109,7 @@ def passkey(material: Material, length: int, rng: np.random.Generator, depth: fl
 
 
 def needle(material: Material, length: int, rng: np.random.Generator, depth: float | None = None) -> Example:
-    """A needle in a haystack: "amber is tulip" is said once, at ``depth``; what is amber?"""
+    """A needle in a haystack: "amber is tulip" is said once, at ``depth``. What is amber?"""
     key, value = str(rng.choice(KEYS)), str(rng.choice(VALUES))
     depths = [_depth(rng, depth)]
     needles = [_line(statement(key, value))]
@@ -137,10 +140,10 @@ def two_turns(
 def tracking(
     material: Material, length: int, rng: np.random.Generator, depth: float | None = None
 ) -> Example:
-    """Variable tracking after RULER: "coral is amber", "amber is pearl", "pearl is tulip"; what is coral?
+    """Variable tracking after RULER: "coral is amber", "amber is pearl", "pearl is tulip". What is coral?
 
-    The answer is the chain, "amber is pearl is tulip", and its three words are expected. What a key is was
-    said before the key is used. One needle in four of the others is of another key too.
+    The answer is the chain, "amber is pearl is tulip", and its three words are expected. Each key is
+    explained before another sentence uses it. One in four of the other needles uses another key too.
     """
     pairs, needles, depths = _pairs(length, rng, depth)
     chain = pairs[:3]
@@ -173,8 +176,8 @@ def common_words(
 ) -> Example:
     """Common words after RULER: of a list as long as the context, the three that appear far more often.
 
-    Up to 128 words come equally often, three of them six times as often. There is no haystack, and
-    ``depth`` must be None, since nothing is hidden.
+    There are up to 128 words. Three come six times as often as the others, which come equally often. There is
+    no haystack, and ``depth`` must be None, since nothing is hidden.
     """
     if depth is not None:
         raise ValueError(f"depth={depth} must be None: common_words asks about the whole list")
@@ -220,7 +223,7 @@ def _depth(rng: np.random.Generator, depth: float | None) -> float:
 def _pairs(
     length: int, rng: np.random.Generator, depth: float | None
 ) -> tuple[list[tuple[str, str]], list[str], list[float]]:
-    """Keys with their values, their sentences, and where these stand by chance: one per 64 tokens."""
+    """Keys with their values, their sentences, and random depths for these: one key per 64 tokens."""
     _check_depth(depth)
     count = int(np.clip(length // 64, 3, len(KEYS)))
     pairs = [(str(key), str(rng.choice(VALUES))) for key in rng.permutation(KEYS)[:count]]
@@ -254,7 +257,7 @@ def _example(
             f"length={length} needs {rest} tokens of haystack, but it has {len(material.haystack)}"
         )
     haystack = random_stretch(material.haystack, rest, rng)
-    order = np.argsort(depths, kind="stable")  # by depth where two of them are one place
+    order = np.argsort(depths, kind="stable")  # needles that round to one place stay in order
     text = hide_needles(haystack, [encoded[i] for i in order], [round(depths[i] * rest) for i in order])
     return _cut(rng, start + text, question_ids, answer, expected)
 
@@ -262,9 +265,9 @@ def _example(
 def _cut(
     rng: np.random.Generator, text: list[int], asked: list[int], answer: list[int], expected: tuple[str, ...]
 ) -> Example:
-    """The last 0 to 15 tokens of the text go with the question.
+    """An example in which the last 0 to 15 tokens of the text go with the question.
 
-    So the question starts anywhere between two choices of pages, where a choice is used again.
+    So, when a choice of pages is reused, the question starts anywhere between two choices.
     """
     border = len(text) - int(rng.integers(16))
     context, tail = text[:border], text[border:] + asked
@@ -276,7 +279,7 @@ def _cut(
 def question_and_answer(
     encode: Callable[[str], list[int]], asked: str, answer: str
 ) -> tuple[list[int], list[int]]:
-    """Their tokens, from both together: the answer's are what the model would have to generate.
+    """The tokens of both, tokenised together: the answer's are what the model would have to generate.
 
     A tokenizer may join the end of the question to the answer. Such a token belongs to the answer.
     """

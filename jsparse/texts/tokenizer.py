@@ -12,8 +12,8 @@ END_OF_TEXT = "<|endoftext|>"
 def load_tokenizer(directory: str | Path) -> tokenizers.Tokenizer:
     """The tokenizer in ``tokenizer.json`` of a Hugging Face folder.
 
-    Raises FileNotFoundError if there is none (older checkpoints have only ``tokenizer.model``), ValueError if
-    it cannot be read.
+    Raises FileNotFoundError if there is none (older checkpoints have only ``tokenizer.model``), and
+    ValueError if it cannot be read.
     """
     path = Path(directory) / "tokenizer.json"
     if not path.is_file():
@@ -28,7 +28,7 @@ def load_tokenizer(directory: str | Path) -> tokenizers.Tokenizer:
 
 
 def plain_text_tokenizer(tokenizer: tokenizers.Tokenizer) -> tokenizers.Tokenizer:
-    """A copy that never truncates or pads and takes the names of special tokens for text."""
+    """A copy that never truncates or pads, and that reads the names of special tokens as text."""
     plain = tokenizers.Tokenizer.from_str(tokenizer.to_str())
     plain.no_truncation()
     plain.no_padding()
@@ -37,7 +37,7 @@ def plain_text_tokenizer(tokenizer: tokenizers.Tokenizer) -> tokenizers.Tokenize
 
 
 def text_encoder(tokenizer: tokenizers.Tokenizer, vocab_size: int) -> Callable[[str], list[int]]:
-    """Text to its tokens, without special tokens and whole; ValueError for ids that a model does not have."""
+    """A function from text to all its tokens, without special ones. ValueError for ids >= ``vocab_size``."""
     plain = plain_text_tokenizer(tokenizer)
 
     def encode(text: str) -> list[int]:
@@ -55,7 +55,7 @@ def text_encoder(tokenizer: tokenizers.Tokenizer, vocab_size: int) -> Callable[[
 def byte_tokenizer() -> tokenizers.Tokenizer:
     """A tokenizer of UTF-8 bytes: id = byte, and 256 is the special token ``<|endoftext|>``.
 
-    Every text comes back from its ids. ``tokenizer.save(path)`` writes a tokenizer.json that transformers
+    Every text can be decoded from its ids. ``tokenizer.save(path)`` writes a tokenizer.json that transformers
     reads.
 
     >>> tokenizer = byte_tokenizer()
@@ -74,8 +74,8 @@ def byte_tokenizer() -> tokenizers.Tokenizer:
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.add_special_tokens([END_OF_TEXT])
-    # The marker written out in a document is text, not the end of a document. tokenizer.json cannot say so:
-    # a tokenizer that was loaded again reads the marker as id 256, unless this is set there too.
+    # The marker written out in a document is text, not the end of a document. tokenizer.json cannot say so: a
+    # tokenizer that is loaded from it reads the marker as id 256, unless this is set again.
     tokenizer.encode_special_tokens = True
     return tokenizer
 
@@ -83,9 +83,10 @@ def byte_tokenizer() -> tokenizers.Tokenizer:
 def train_tokenizer(texts: Iterable[str], vocab_size: int, words: Sequence[str] = ()) -> tokenizers.Tokenizer:
     """A byte-level BPE tokenizer (as GPT-2's) of ``vocab_size`` tokens, trained on ``texts``.
 
-    Digits are tokens of their own, as is each of ``words`` with the space before it, and the special token
-    ``<|endoftext|>``. Every text comes back from its ids. Raises ValueError for a vocabulary that has no room
-    for the 256 bytes and the words.
+    Each digit is a token, as is each of ``words`` with the space before it, and the special token
+    ``<|endoftext|>``. Every text can be decoded from its ids.
+
+    Raises ValueError for a vocabulary that has no room for the 256 bytes and the words.
 
     >>> tokenizer = train_tokenizer(["to be or not to be"], 262, words=["question"])
     >>> tokenizer.encode("the question 12").tokens

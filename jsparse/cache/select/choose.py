@@ -23,9 +23,9 @@ def pages_to_read(
 
     - q: the queries of the newest tokens, which the cache holds already.
     - selected: the choice of an earlier step, [B, H, n]. None chooses in every sequence and keeps nothing.
-    - select: the sequences that choose now; the others read what ``selected`` holds. None: all of them.
+    - select: the sequences that choose now (None: all); the others read what ``selected`` holds.
 
-    Returns ``(pages, selected)``: what was chosen with what has begun since then, and the choice alone.
+    Returns ``(pages, selected)``: the choice with the pages that have begun since then, and the choice alone.
     """
     reuse = selected is not None
     if selected is None:
@@ -67,7 +67,7 @@ def choose_pages(
         pages = jnp.broadcast_to(page_table[:, None], (batch, kv_heads, max_pages))
         k, _ = cache.read(pages, jnp.arange(kv_heads), jnp.float32)
         grouped = q.reshape(batch, kv_heads, group, -1).astype(jnp.float32)
-        # The last page, which holds less than a page of this sequence's keys, is chosen whatever its score.
+        # The last page, which may be partly filled, is chosen whatever its score.
         if selection.score == "mean":
             scores = jnp.einsum("bhgd,bhpd->bhgp", grouped, k.mean(axis=3))
         else:
