@@ -345,7 +345,7 @@ def combine(out: Array, lse: Array) -> tuple[Array, Array]:
     """The attention to all splits, from that to each: out [..., splits, D, H] and lse [..., splits, H].
 
     Returns out [..., H, D] and lse [..., H], float32: ``lse = log2 sum 2**lse_i`` and
-    ``out = sum 2**(lse_i - lse) out_i``, or -inf and 0 where no split saw a key.
+    ``out = sum 2**(lse_i - lse) out_i``, or -inf and 0 if no split saw a key.
     """
     top = lse.max(axis=-2)
     top = jnp.where(top == -jnp.inf, 0.0, top)
