@@ -1,4 +1,4 @@
-# Each target alone works on a machine with nothing but make and Python >= 3.11: it makes the environment it needs.
+# Every target works by itself on a machine with only make and Python >= 3.11: it makes the environment it needs.
 #   make test PYTHON=python3.11 VENV=.venv-3.11    another interpreter, in an environment of its own
 
 VENV ?= .venv
@@ -29,8 +29,8 @@ demo: $(VENV)/.installed-plot
 test: $(VENV)/.installed-test
 	$(VENV_PYTHON) -m pytest --numprocesses 2 --dist worksteal
 
-# What can differ between two pairs of versions of jax and flax: every module imports and its examples are true, one
-# suite per room, and the comparison with transformers where torch is installed.
+# What can differ between two pairs of versions of jax and flax: that every module imports and its examples are true,
+# one suite per room, and the comparison with transformers if torch is installed.
 VERSIONS = tests/test_doctests.py tests/test_plan.py \
     tests/jsparse/test_attention.py tests/jsparse/masks/test_estimate.py \
     tests/jsparse/cache/test_decode.py tests/jsparse/cache/test_pages.py tests/jsparse/texts/test_tokenizer.py \

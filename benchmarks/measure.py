@@ -29,8 +29,8 @@ class Ceilings:
 
 @dataclasses.dataclass(frozen=True)
 class Work:
-    """What a computation cannot do without. If it has no operations at all, it is bound by memory, and its
-    rate is in bytes.
+    """The least that a computation needs. If it has no operations at all, it is bound by memory, and its rate
+    is in bytes.
     """
 
     flops: float = 0.0
@@ -65,8 +65,8 @@ class Contender:
       after.
     - outputs() computes once, on the inputs that all contenders share, for the comparison: arrays [B, T, H,
       D].
-    - same_work False: it computes something else that stands for comparison (dense attention), and
-      outputs() is not compared.
+    - same_work: False if it computes something else, for comparison (dense attention); outputs() is then not
+      compared.
     """
 
     name: str
@@ -163,13 +163,13 @@ def alternate(
 ) -> tuple[dict[str, list[float]], dict[str, str]]:
     """Times in rounds A B C A B C ..., and the errors of contenders that failed on the way, by name.
 
-    Each timing takes about ``target_s``, and the one wait in it (tens of microseconds) is lost in it. Two
-    untimed launches come first. When the time is used up, the rounds so far count, but at least three.
+    Each timing takes about ``target_s``, so the one wait in it (tens of microseconds) does not matter. Two
+    untimed launches come first. When time runs out, the rounds so far count, but at least three are run.
     """
     repeats: dict[str, int] = {}
 
     def turn(contender: Contender, number: int) -> float:
-        if number == 0:  # compiles, and says how often a timing is to launch
+        if number == 0:  # compiles, and decides how often a timing launches
             time_us(contender, 1, clock)
             once = time_us(contender, 1, clock) * contender.calls
             repeats[contender.name] = repeats_in(target_s * 1e6, once, most=1000)

@@ -1,4 +1,4 @@
-"""The sections of the results pages whose benchmarks write JSON files and no pages themselves.
+"""The sections of the results pages for benchmarks that write only JSON files.
 
     python benchmarks/pages.py        # docs/results/scoreboard.md, decode_cpu.md and training.md
 
@@ -88,7 +88,7 @@ def extension_config(settings: Mapping[str, Any]) -> extension.ExtensionBench:
 
 
 def table(titles: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """In Markdown.
+    """A table in Markdown.
 
     >>> print(table(("a", "b"), [("1", "2")]))
     | a | b |
@@ -101,7 +101,7 @@ def table(titles: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def recall_table(rows: Sequence[Mapping[str, Any]]) -> str:
-    """Percent with intervals, one line per method and one column per budget; the last if it has none."""
+    """Percent with intervals, one line per method and one column per budget; without one, the last column."""
     budgets = sorted({row["budget"] for row in rows if row["budget"] is not None})
     cells = {
         (

@@ -1,4 +1,4 @@
-"""Sections of the results pages, which the benchmarks write between two marks, and the numbers in them."""
+"""Sections of the results pages, which benchmarks write between two marks, and the numbers in them."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -39,7 +39,7 @@ def number(value: float) -> str:
 
 
 def ratio(result: Mapping[str, Any]) -> str:
-    """A result's ratio: the median over the rounds, the least and the largest.
+    """A result's ratio: the median, the least and the largest over the rounds.
 
     >>> ratio({"ratio_median": 0.5, "ratio_min": 0.48, "ratio_max": 0.55})
     '0.5 (0.48 to 0.55)'

@@ -26,7 +26,7 @@ from jsparse.serve import CacheConfig, SamplingParams, decode_logits, generate
 from jsparse.texts.corpus import standard_library_files
 from jsparse.train import FinetuneConfig, finetune, perplexity_by_context, read_documents, shifted_head_masks
 
-END_OF_TEXT = 256  # the byte tokenizer's one id that is no byte
+END_OF_TEXT = 256  # the byte tokenizer's one id that is not a byte
 RESULTS = "demo.json"
 PROMPTS = 4  # held-out modules that the logits are compared on
 TIMED_RUNS = 5  # after one that compiles; the median speed counts
@@ -116,7 +116,7 @@ def run_demo(config: DemoConfig) -> dict:
     )
     console.rule(f"5/5 generate after {config.prompt_tokens} tokens, from a dense and from sparse caches")
     extended = Llama.from_pretrained(long)
-    # Learned gates say which heads stream without harm (DuoAttention). Here half of each layer's must.
+    # Learned gates would say which heads stream without harm (DuoAttention). Here half of each layer's do.
     kv_heads = extended.config.num_key_value_heads
     streaming_heads = np.tile(np.arange(kv_heads) < kv_heads // 2, (extended.config.num_hidden_layers, 1))
     generation = measure_generation(
@@ -169,7 +169,7 @@ def train_base(config: DemoConfig, files: tuple[Path, ...]) -> Path:
         max_position_embeddings=config.context,
         tie_word_embeddings=True,
         eos_token_ids=(END_OF_TEXT,),
-        initializer_range=0.08,  # 1 / sqrt(hidden_size), for so narrow a model
+        initializer_range=0.08,  # 1 / sqrt(hidden_size), for such a narrow model
     )
     Llama(llama, rngs=nnx.Rngs(config.seed)).save_pretrained(start)
     byte_tokenizer().save(str(start / "tokenizer.json"))
@@ -218,7 +218,7 @@ def extend(config: DemoConfig, base: Path, files: tuple[Path, ...]) -> Path:
 
 
 def pieces(documents: list[np.ndarray], length: int, tokens: int) -> np.ndarray:
-    """Pieces of ``length`` from the start of every document that long, one after another, ``tokens`` in all.
+    """The first ``length`` tokens of every document that long, joined and cut to ``tokens`` in all.
 
     >>> pieces([np.array([1, 2, 3]), np.array([4]), np.array([5, 6])], 2, 3)
     array([1, 2, 5])

@@ -101,7 +101,7 @@ def _generation_notes(results: dict[str, Any]) -> list[str]:
 
 
 def check_can_draw() -> None:
-    """MissingExtra, before anything is computed, where a plot could not be drawn."""
+    """Raise MissingExtra, before anything is computed, if a plot could not be drawn."""
     require_matplotlib("the demo draws a plot")
 
 

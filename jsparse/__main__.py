@@ -1,7 +1,7 @@
 """The command line: ``jsparse`` and the name of a command.
 
-The one module that knows every room. A room is imported when one of its commands runs, so ``--help`` answers
-at once.
+This is the only module that knows every room. A room is imported only when one of its commands runs, so
+``--help`` answers at once.
 """
 
 import dataclasses
@@ -20,7 +20,7 @@ class _Command:
 
     - help: what it does, for the usage of the command above it.
     - function: "module:function" in the package; it takes the options and may return an exit code.
-    - commands: those that follow its name, by their own.
+    - commands: the commands that follow its name, by their own names.
     - note: the end of its usage, if it is more than one command.
     """
 

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 from jax import Array, lax
 
-HEAD_DIMS = (64, 128, 256)  # that there are kernels for
+HEAD_DIMS = (64, 128, 256)  # that the kernels support
 
 if TYPE_CHECKING:
     Arrays = Array | np.ndarray
@@ -27,9 +27,9 @@ class Lists(NamedTuple):
 
 
 class Heads(NamedTuple):
-    """What a kernel has to know of each query head. All int32.
+    """What a kernel needs to know about each query head. All int32.
 
-    A query at position ``q`` sees a key at ``k`` where ``k <= q``, and ``k < sink or k > q - window``, and
+    A query at position ``q`` sees a key at ``k`` if ``k <= q``, and ``k < sink or k > q - window``, and
     ``k >= (q + shift) // size * size - shift``, the first position of the query's group.
     """
 
@@ -43,9 +43,10 @@ UNLIMITED = 1 << 30
 def walk(lists: Any, batch, row, tile, *, rows: int, block: int, step: int, listed_block: int) -> tuple:
     """How a kernel follows the list of its ``tile`` of ``rows`` tokens, ``step`` tokens at a time.
 
-    lists: Lists of references, of blocks of ``listed_block`` tokens, one list for each ``block`` tokens.
-    Returns the number of steps, how many of them, the first, need no element mask, and ``first(t)``, the
-    first token of step t.
+    - lists: Lists of references. They list blocks of ``listed_block`` tokens, one list per ``block`` tokens.
+
+    Returns the number of steps, how many steps at the start need no element mask, and ``first(t)``, the first
+    token of step t.
     """
     steps_a_block = listed_block // step
     where = (batch if lists.start.shape[0] > 1 else 0, row, lax.div(tile, block // rows))

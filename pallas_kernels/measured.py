@@ -6,7 +6,7 @@
 - ``cudnn_faster``: ``{"device": ..., "head_dim": 128, "min_tokens": 4096, "jax": ..., "date": ..., "command":
   ...}``: from this many tokens on, cuDNN's dense causal attention is faster than ours.
 
-A device without rows was not measured, and gets the computed choices.
+A device without rows was not measured and gets the computed choices.
 """
 
 import dataclasses
@@ -18,7 +18,7 @@ from typing import Any
 
 
 def tiles(kernel: str, device: str, choose: Callable[..., Any], **shape: int) -> Any:
-    """``choose(**shape)``, the kernel's own choice, with the fields replaced that were measured to be faster.
+    """``choose(**shape)``, the kernel's own choice, with faster measured fields in their place.
 
     >>> from jsparse.pallas_kernels.hopper.forward import forward_tiles
     >>> tiles("forward", "cpu", forward_tiles, head_dim=128, block_q=128, block_kv=128)

@@ -37,14 +37,14 @@ class FinetuneCommand(FinetuneConfig):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PlanFinetuneCommand(FinetuneConfig):
-    """Plan a run on devices that this machine need not have. Neither data nor weights are read."""
+    """Plan a run on devices that this machine does not have. Neither data nor weights are read."""
 
     data: tuple[Path, ...] = (Path("-"),)
     """Not read."""
     output: Path = Path("-")
     """Not written."""
     device: str = "h200"
-    """"h200", "h100-80gb" or "a100-80gb"; --mesh.* says how many."""
+    """"h200", "h100-80gb" or "a100-80gb"; --mesh.* sets how many."""
     hosts: int = 1
     """Machines that hold the devices."""
     memory_fraction: float = DEFAULT_MEMORY_FRACTION

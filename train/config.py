@@ -37,7 +37,7 @@ _CHOICES = {
     "remat": REMAT,
     "schedule": ("constant", "cosine", "linear"),
 }
-# Which settings of attention are for which kinds.
+# The kinds of attention that each setting is for.
 _READ_BY = {
     ("group_size", "group_ratio"): ("shifted", "grouped"),
     ("sink", "window"): ("longgen", "streaming"),
@@ -50,8 +50,8 @@ _READ_BY = {
 class FinetuneConfig:
     """The settings of a fine-tuning run; the defaults are LongLoRA's recipe.
 
-    With ``lora_rank=None`` and ``attention="full"`` the same program trains every parameter with causal
-    attention: pretraining, from a checkpoint of random weights.
+    With ``lora_rank=None`` and ``attention="full"``, the same program trains every parameter with causal
+    attention. From a checkpoint of random weights, that is pretraining.
 
     Raises ValueError, naming the field, the value and what is allowed. ``finetune`` checks, before it starts,
     that the files exist and fit one another.
@@ -69,9 +69,9 @@ class FinetuneConfig:
     output: str | Path
     """A new folder. It becomes a Hugging Face folder, with checkpoints and metrics.jsonl beside the model."""
     context: int
-    """Tokens per window. Where this exceeds the model's own context, ``rope`` extends its positions."""
+    """Tokens per window. If this exceeds the model's own context, ``rope`` extends the positions."""
     rope: str | None = None
-    """How positions are extended; None keeps the checkpoint's own method, or is linear where it has none."""
+    """How positions are extended; None keeps the checkpoint's own method, or is linear if it has none."""
 
     attention: str = "shifted"
     """"shifted" groups (LongLoRA's S²-Attn, causal form), the same "grouped" without the shift, "full" causal
@@ -80,14 +80,14 @@ class FinetuneConfig:
     group_size: int | None = None
     """Tokens per group: even, and a divisor of the context. Default: group_ratio of the context."""
     group_ratio: float = 0.25
-    """Fraction of the context that a group takes, where no group_size is given."""
+    """Fraction of the context that a group takes if no group_size is given."""
     sink: int = 128
     """First tokens that heads see with "longgen" and "streaming"."""
     window: int = 256
     """Recent tokens that heads see with "longgen" and "streaming", the query's own included."""
     stride: int | None = None
-    """For "longgen": attend in blocks of 128 tokens. A query sees the blocks of the window, and every
-    stride-th block counted from the first. None: sink and window."""
+    """For "longgen": attend in blocks of 128 tokens. A query sees the blocks of the window and every
+    stride-th block, counted from the first. None: sink and window."""
     full_layers: tuple[int, ...] | None = None
     """For "longgen": the layers with full attention. Default: the middle third."""
     head_pattern: str | Path | None = None
@@ -100,18 +100,18 @@ class FinetuneConfig:
     lora_alpha: float = 16.0
     """The LoRA product is scaled by alpha / rank."""
     lora_dropout: float = 0.0
-    """Fraction of the adapters' inputs that is dropped while training."""
+    """Fraction of the adapters' inputs that is dropped in training."""
     lora_targets: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj")
-    """The linear layers that get adapters: last names, or dotted paths with * ("layers.*.mlp.*")."""
+    """The linear layers that get adapters: names, or dotted paths with * ("layers.*.mlp.*")."""
     train_embeddings_and_norms: bool = True
-    """Train these beside LoRA, as LongLoRA must in order to reach long contexts."""
+    """Train embeddings and norms beside LoRA, as LongLoRA must to reach long contexts."""
     base_bits: int | None = None
     """Keep the frozen matrices in 4 or 8 bits (QLoRA; needs the extra qlora). None: in ``dtype``."""
     dtype: str | None = None
     """Dtype for computing and for the saved model; None for the checkpoint's. Updates are in float32."""
     remat: str = "none"
-    """What the backward pass keeps: "none" recomputes nothing; "layers" keeps the input of each layer, for
-    a third more time; "attention" also attention's output; "dots" the products with weights."""
+    """What the backward pass keeps: "none" recomputes nothing; "layers" keeps each layer's input and takes a
+    third more time; "attention" also keeps attention's output; "dots" keeps the products with weights."""
     mesh: MeshConfig = MeshConfig()
     """How many devices split each part of the work."""
 
@@ -122,13 +122,13 @@ class FinetuneConfig:
     micro_batches: int = 1
     """Compute the windows of a step in this many parts, one after another: less memory, the same step."""
     learning_rate: float = 2e-5
-    """AdamW's (betas 0.9 and 0.95), after the warm-up."""
+    """AdamW's learning rate after the warm-up (betas 0.9 and 0.95)."""
     warmup_steps: int = 20
     """Steps over which the learning rate rises to its value."""
     schedule: str = "constant"
-    """After the warm-up: "constant", or a fall to a tenth at the last step, "cosine" or "linear"."""
+    """After the warm-up: "constant", or "cosine" or "linear", which fall to a tenth at the last step."""
     weight_decay: float = 0.0
-    """AdamW's, on matrices only."""
+    """AdamW's weight decay, on matrices only."""
     max_grad_norm: float = 1.0
     """Gradients of a larger norm are scaled down to this."""
     max_skipped: int = 3
@@ -136,7 +136,7 @@ class FinetuneConfig:
     seed: int = 0
     """Seed of the order of the windows, of the initial LoRA matrices and of dropout."""
     checkpoint_every: int = 100
-    """Steps between checkpoints; the last step always has one, and so has a run that SIGTERM ends."""
+    """Steps between checkpoints. The last step always writes one, and so does a run that SIGTERM ends."""
 
     def __post_init__(self):
         if not self.data_files:
@@ -247,13 +247,13 @@ class FinetuneConfig:
             return None
         if self.group_size is not None:
             return self.group_size
-        return int(self.context * self.group_ratio + 1e-6)  # whole tokens, whatever 0.29 * 100 comes to
+        return int(self.context * self.group_ratio + 1e-6)  # whole tokens: 0.29 * 100 is 28.99...
 
     def pattern(self, model: LlamaConfig) -> AttentionPattern:
         """What each layer and query head of a model sees.
 
-        Raises ValueError, FileNotFoundError for a head pattern that cannot be used, and ValueError for layers
-        or heads that the model does not have.
+        Raises ValueError or FileNotFoundError for a head pattern that cannot be used, and ValueError for
+        layers or heads that the model does not have.
         """
         if self.attention == "full":
             return full_pattern(model)

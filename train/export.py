@@ -48,14 +48,14 @@ def export_model(
 
 
 def copy_tokenizer(model: Path, output: Path) -> None:
-    """The tokenizer's files, as they are."""
+    """Copy the tokenizer's files unchanged."""
     for name in TOKENIZER_FILES:
         if (model / name).is_file():
             shutil.copyfile(model / name, output / name)
 
 
 def _gathered(model: Llama) -> Llama:
-    """The model whole on every process."""
+    """The whole model, on every process."""
     from jax.experimental import multihost_utils
 
     graphdef, state = nnx.split(model)
@@ -76,7 +76,7 @@ class MergeConfig:
     output: str | Path
     """A new folder."""
     step: int | None = None
-    """The step whose checkpoint to take; by default the last."""
+    """The step of the checkpoint to take; by default the last."""
     adapter: bool = False
     """Write the LoRA matrices, and the embeddings and norms trained beside them, as an adapter that PEFT
     loads onto the base, instead of a whole model."""
@@ -86,6 +86,8 @@ class MergeConfig:
 
 def merge(merging: MergeConfig) -> int:
     """Write a Hugging Face folder with the adapters merged, or an adapter.
+
+    - merging: the run, and what to write where.
 
     Returns the step of the checkpoint that was taken.
 

@@ -39,7 +39,7 @@ class FinetuneResult:
     """What a run leaves.
 
     - output: the Hugging Face folder.
-    - losses: one per step, from the first; nan where a step was skipped.
+    - losses: one per step, from the first; nan if the step was skipped.
     - metrics: the last step's line of metrics.jsonl.
     - finished: whether all steps were taken. A run that SIGTERM ended has written no model.
     """
@@ -53,31 +53,36 @@ class FinetuneResult:
 def finetune(config: FinetuneConfig, *, progress: bool = True) -> FinetuneResult:
     """Train ``config.model`` on ``config.data`` and write a Hugging Face folder to ``config.output``.
 
-    The default is LongLoRA (arXiv 2309.12307). Linear position interpolation reaches a context beyond the
-    model's own; its factor multiplies the checkpoint's and is saved in the new config.json. Attention is in
-    shifted groups, which never see a later token. LoRA on q, k, v and o, with embeddings and norms trained
-    beside it, is merged into the weights at the end. The result is an ordinary Llama: serve it with full or
-    any sparse attention.
+    The default is LongLoRA. Linear position interpolation reaches a context beyond the model's own; its
+    factor multiplies the checkpoint's and is saved in the new config.json. Attention is in shifted groups,
+    which never see a later token. LoRA on q, k, v and o, with embeddings and norms trained beside it, is
+    merged into the weights at the end. The result is an ordinary Llama: serve it with full or any sparse
+    attention.
 
-    While it runs, ``output`` holds ``metrics.jsonl`` (one line per step: step, loss, tokens that had a
+    During the run, ``output`` holds ``metrics.jsonl`` (one line per step: step, loss, tokens that had a
     target, tokens per second, learning rate, gradient norm before clipping, steps skipped so far),
-    ``checkpoints/`` and ``data/``, the text as tokens. config.json, the weights and attention_pattern.json,
-    which says what each head saw, appear at the end. After an interruption, the same call resumes from the
-    last checkpoint, bit for bit as if nothing had happened. SIGTERM ends a run after the current step, with a
-    checkpoint.
+    ``checkpoints/`` and ``data/`` (the text as tokens). config.json, the weights and attention_pattern.json,
+    which says what each head saw, are written at the end. After an interruption, the same call resumes from
+    the last checkpoint, bit for bit as if nothing had happened. SIGTERM ends a run after the current step,
+    with a checkpoint.
 
-    A step whose loss or gradient is not finite is skipped and counted; its line has null for them.
+    A step is skipped and counted if its loss or gradient is not finite; its line has null for them.
 
-    With a ``config.mesh`` the run takes all devices of all processes (``jax.distributed.initialize`` first).
-    Every process makes this call, and sees the same files.
+    With a ``config.mesh``, the run uses all devices of all processes (call ``jax.distributed.initialize``
+    first). Every process must make this call and see the same files.
 
+    - config: the settings of the run.
     - progress: show a progress bar, if stderr is a terminal.
+
+    Returns the losses, and whether the run has finished.
 
     Raises, before training and before anything is written: ValueError or FileNotFoundError for a checkpoint,
     data file or output folder that is missing, cannot be used or does not fit the others; FileExistsError
-    for an output folder with other files; ValueError naming the difference where its checkpoints belong to
-    another run. While training: FloatingPointError naming the step where ``config.max_skipped`` steps in a
-    row were not finite; OSError where a checkpoint cannot be written.
+    for an output folder with other files; ValueError, naming the difference, if its checkpoints belong to
+    another run. While training: FloatingPointError, naming the step, if ``config.max_skipped`` steps in a row
+    were not finite; OSError if a checkpoint cannot be written.
+
+    Source: LongLoRA (arXiv 2309.12307).
     """
     check_files(config.data_files)
     base_config = load_config(config.model)
@@ -158,7 +163,7 @@ def _step_taker(
     def take_step(step: int, state: TrainState) -> tuple[TrainState, dict[str, Any]]:
         nonlocal compiled
         batch = _batch(config, windows, step, mesh)
-        if compiled is None:  # compiled apart, so the first step's tokens per second are its own
+        if compiled is None:  # compiled here, so that the first step is not timed with it
             compiled = make_step(config, split, mask, mesh).lower(state, split.frozen, *batch).compile()
         began = time.perf_counter()
         state, result = compiled(state, split.frozen, *batch)

@@ -61,15 +61,15 @@ def gate_loss(
     l1: float | Float32[Array, ""],
     remat: bool = False,
 ) -> tuple[Float32[Array, ""], Float32[Array, ""]]:
-    """What the gates are trained to reduce, and the first part of it, the distance::
+    """The loss that the gates are trained to reduce, and its first part, the distance::
 
         distance = mean over answer tokens and features of (hidden_full - hidden_mixed)²
         loss = distance + l1 * mean |gate|
 
-    The hidden states are the model's last ones, after the final norm, at the places from which answer tokens
-    are predicted: the token before each. Those of the full model have no gradient. DuoAttention's paper
-    (arXiv 2410.10819) writes a sum over all gates; its code takes the mean, as we do, and ``l1=0.05`` is
-    meant for the mean. Its code also counts the questions, not the answers alone.
+    The hidden states are the model's last ones, after the final norm, at the token before each answer token,
+    from which it is predicted. Those of the full model have no gradient. DuoAttention's paper (arXiv
+    2410.10819) writes a sum over all gates; its code takes the mean, as we do, and ``l1=0.05`` is meant for
+    the mean. Its code also counts the questions, not only the answers.
 
     With open gates the loss is their price alone:
 

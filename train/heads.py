@@ -29,7 +29,7 @@ _ADAM = optax.scale_by_adam()  # AdamW without decay; _step applies the learning
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class HeadsConfig:
-    """The settings of learning a head pattern; the defaults are DuoAttention's recipe.
+    """The settings for learning a head pattern; the defaults are DuoAttention's recipe.
 
     Raises ValueError, naming the field, the value and what is allowed. ``learn_heads`` checks, before it
     starts, that the files exist and fit one another.
@@ -45,11 +45,11 @@ class HeadsConfig:
     output: str | Path
     """A new folder for the pattern (full_attention_heads.tsv), its config.json and losses.tsv."""
     context: int
-    """Tokens of the longest sample: the context that the pattern is for, within the model's own."""
+    """Tokens of the longest sample: the context that the pattern is for, at most the model's own."""
     min_context: int | None = None
     """Tokens of the shortest sample. Default: context // 4."""
     lengths: int = 50
-    """How many lengths samples have, evenly spaced from the longest to the shortest; 1: all longest."""
+    """Number of sample lengths, evenly spaced from the longest to the shortest; 1: only the longest."""
 
     sink: int = 128
     """First tokens that a streaming head sees."""
@@ -69,7 +69,7 @@ class HeadsConfig:
     batch_size: int = 1
     """Samples per step."""
     learning_rate: float = 0.02
-    """AdamW's. It rises from a tenth to this in the first fifth of the steps, and falls back in the last."""
+    """AdamW's. It rises from a tenth to this in the first fifth of the steps and falls again in the last."""
     l1: float = 0.05
     """The price of open gates: this times the mean of all gates is added to the loss."""
     seed: int = 0
@@ -143,29 +143,33 @@ class HeadsResult:
 def learn_heads(config: HeadsConfig, *, progress: bool = True) -> HeadsResult:
     """Learn a gate for each KV head of ``config.model``, and write them to ``config.output`` as a pattern.
 
-    DuoAttention (arXiv 2410.10819): while the model itself is frozen, each KV head's attention is mixed from
-    full and streaming attention by its gate (``head_gates.mixed_attend``). The gates are trained to let the
-    model answer questions about passkeys as it does with full attention, with as little full attention as
-    possible (``head_gates.gate_loss``). Gates begin at 1, and AdamW moves them. They are clipped to [0, 1]
-    after each step (the original clips before it, so what it saves lies slightly outside). A head whose gate
-    stays high is a retrieval head.
+    The model itself is frozen. Each KV head's gate mixes full and streaming attention
+    (``head_gates.mixed_attend``). The gates are trained to let the model answer questions about passkeys as
+    it does with full attention, with as little full attention as possible (``head_gates.gate_loss``). Gates
+    begin at 1, and AdamW updates them. They are clipped to [0, 1] after each step; the original clips before
+    it, so the gates that it saves can lie slightly outside. A head whose gate stays high is a retrieval head.
 
-    ``config.data`` is the text that the passkeys are hidden in (``jsparse.texts.passkeys``), at least
-    ``context`` tokens of it.
+    The passkeys are hidden in the text of ``config.data``, at least ``context`` tokens of it
+    (``jsparse.texts.passkeys``).
 
-    ``output`` gets full_attention_heads.tsv (``HeadPattern.load`` reads it), config.json with the settings
-    (sink_size and recent_size, as DuoAttention calls them) and losses.tsv, with the two parts of each loss.
-    They are written at the end. The same settings give the same pattern.
+    At the end, ``output`` gets full_attention_heads.tsv (``HeadPattern.load`` reads it), config.json with the
+    settings (sink_size and recent_size, as DuoAttention calls them) and losses.tsv, with the two parts of
+    each loss. The same settings give the same pattern.
 
-    In a layer whose own sliding window is shorter than a sample, full attention is that window. All its heads
-    stream already, and ``serve`` takes no streaming heads there.
+    If a layer has a sliding window shorter than a sample, its full attention is that window. All heads of
+    such a layer stream already, and ``serve`` accepts no streaming heads there.
 
+    - config: the settings.
     - progress: show a progress bar, if stderr is a terminal.
+
+    Returns the pattern and the losses.
 
     Raises, before anything is computed: ValueError or FileNotFoundError for a checkpoint or data file that is
     missing, cannot be used or does not fit the other settings; FileExistsError for an output folder that is
-    not empty. While learning: FloatingPointError naming the step where the loss or its gradient is not
-    finite; then nothing is written.
+    not empty. While learning: FloatingPointError, naming the step, if the loss or its gradient is not finite;
+    then nothing is written.
+
+    Source: DuoAttention (arXiv 2410.10819).
     """
     check_files(config.data_files)
     require_new_folder(config.output_folder)
@@ -273,7 +277,7 @@ def _passkeys(config: HeadsConfig, model_config: LlamaConfig) -> Passkeys:
 def _write(
     config: HeadsConfig, pattern: jsparse.HeadPattern, losses: list[tuple[float, float, float]]
 ) -> None:
-    """Write the pattern last: where it exists, the rest does too."""
+    """Write the pattern last: if it exists, the rest does too."""
     settings = {"sink_size": config.sink, "recent_size": config.window} | dataclasses.asdict(config)
     settings |= {"model": str(config.model), "data": [str(file) for file in config.data_files]}
     settings["min_context"] = config.shortest

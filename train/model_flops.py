@@ -39,10 +39,10 @@ def step_flops(
       the same except attention, "dots" attention alone.
 
     In the backward pass, a product with a weight matrix costs as much again for the gradient of its input,
-    and once more for that of the matrix, where it is trained. The head's product is always recomputed, a
-    stretch of tokens at a time.
+    and once more for that of the matrix, if it is trained. The head's product is always recomputed, a stretch
+    of tokens at a time.
 
-    The embedding takes no products. Segment ids skip no blocks, so documents do not count. Layer 0 counts
+    The embedding has no products. Segment ids skip no blocks, so documents make no difference. Layer 0 counts
     like the others, though a run that trains nothing before it needs no gradient of its input.
 
     >>> from flax import nnx

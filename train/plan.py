@@ -1,4 +1,4 @@
-"""Whether a fine-tuning run fits: its real step, compiled for GPUs that are not here, and its FLOPs."""
+"""Whether a fine-tuning run fits: its step compiled for GPUs this machine does not have, and its FLOPs."""
 
 import dataclasses
 from typing import Any
@@ -18,7 +18,7 @@ from jsparse.train.model_flops import step_flops
 from jsparse.train.start import extended_config, is_trained, make_step, prepare
 from jsparse.train.step import new_state, split_model
 
-STORED_DTYPE = "bfloat16"  # of weights whose dtype a run keeps: nearly all published ones are bfloat16
+STORED_DTYPE = "bfloat16"  # assumed if a run keeps the dtype: nearly all published weights are bfloat16
 
 
 def plan_finetune(
@@ -29,19 +29,22 @@ def plan_finetune(
     hosts: int = 1,
     memory_fraction: float | int = DEFAULT_MEMORY_FRACTION,
 ) -> Plan:
-    """What ``finetune(config)`` takes of each device, and the FLOPs of a step.
+    """The memory that ``finetune(config)`` takes on each device, and the FLOPs of a step.
 
     Compiles the step that ``finetune`` runs, for ``config.mesh``. Nothing is estimated. Of the files that
     ``config`` names, only a head pattern is read: no weights, data or tokenizer.
 
-    - model: the checkpoint's config, before its context is extended. Weights are taken to be bfloat16 where
+    - config: the settings of the run.
+    - model: the checkpoint's config, before its context is extended. Weights are taken to be bfloat16 if
       ``config.dtype`` is None.
     - device: "h200", "h100-80gb" or "a100-80gb".
     - hosts: how many machines hold the devices of the mesh.
     - memory_fraction: see :class:`jsparse.plan.Plan`.
 
-    Raises ValueError for arguments that are out of range or do not fit one another, NotImplementedError where
-    nothing can be compiled, RuntimeError where the step does not compile.
+    Returns the plan, which says whether the run fits.
+
+    Raises ValueError for arguments that are out of range or do not fit one another, NotImplementedError if
+    nothing can be compiled, and RuntimeError if the step does not compile.
     """
     chosen = find_device(device)
     check_memory_fraction(memory_fraction)

@@ -1,4 +1,4 @@
-"""Pretraining a small model from nothing: it writes some Python, and needs its whole context."""
+"""Pretraining a small model from scratch: it writes some Python, and needs its whole context."""
 
 import dataclasses
 import functools
@@ -31,14 +31,14 @@ from jsparse.train.run.paths import as_paths
 from jsparse.train.step import SplitModel, TrainState, is_table, new_state, split_model
 
 RECORD = "pretrain.json"
-_SHORTEST = 64  # tokens of the first stage's rows
-_SHORT = 256  # tokens of rows up to which the learning rate stays as it is
+_SHORTEST = 64  # tokens per row of the first stage
+_SHORT = 256  # the learning rate does not fall up to rows of this many tokens
 _TEXT_LENGTH = 512  # tokens per row for most of the text: longer rows take more time for the same text
 _MIX = {"recall": 0.6, "list": 0.08, "copy": 0.08, "passkeys": 0.08, "text": 0.16}
 _TEXT_MIX = {"text": 0.5, "recall": 0.25, "list": 0.15, "copy": 0.05, "passkeys": 0.05}
 _LONG_MIX = {"recall": 0.5, "list": 0.15, "copy": 0.05, "passkeys": 0.1, "text": 0.2}
 _FAR_MIX = {"far": 0.6, "recall": 0.1, "passkeys": 0.1, "text": 0.2}
-_FAR_RATE = 0.25  # of the learning rates: where they start again for the last stage
+_FAR_RATE = 0.25  # fraction of the learning rates at which the last stage starts
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -60,7 +60,7 @@ class PretrainConfig:
     context: int = 2048
     """Tokens of the longest rows: 64 times a power of two."""
     vocab_size: int = 1536
-    """Tokens of the vocabulary, the words of the tasks among them."""
+    """Tokens of the vocabulary, including the words of the tasks."""
     hidden_size: int = 192
     """Width of the model."""
     intermediate_size: int = 512
@@ -77,24 +77,24 @@ class PretrainConfig:
     stage_steps: int = 300
     """Steps at each length from 64 tokens to the context, doubling."""
     text_steps: int = 3000
-    """Steps at 512 tokens (or the context, where it is shorter) with more text."""
+    """Steps at 512 tokens (or the context, if it is shorter) with more text."""
     final_steps: int = 900
-    """Steps at the full context after them."""
+    """Steps at the full context before ``far_steps``."""
     far_steps: int = 1200
-    """Steps at the full context at the very end. Most of their rows ask for what was said once, far back."""
+    """Steps at the full context at the end. Most of their rows ask for what was said once, far back."""
     batch_tokens: int = 4096
-    """Tokens per step (half as many in rows of 64 tokens), and never less than two rows."""
+    """Tokens per step (half as many with rows of 64 tokens), but at least two rows."""
     learning_rate: float = 0.02
-    """Muon's, for the matrices of the layers. From the rows of 512 tokens on it falls to zero; for
-    ``far_steps`` it starts again at a quarter, and falls to zero once more."""
+    """Muon's, for the matrices of the layers. It falls to zero from the rows of 512 tokens on; for
+    ``far_steps`` it starts at a quarter and falls to zero again."""
     embedding_learning_rate: float = 0.003
     """Adam's, for embeddings, output and norms."""
     text_weight: float = 1.0
-    """Weight of the mean loss of real text and lists; that of answers has weight 1."""
+    """Weight of the mean loss of real text and lists; the mean loss of answers has weight 1."""
     seed: int = 0
     """Seed of the weights and of all rows."""
     checkpoint_every: int = 200
-    """Steps between checkpoints; the last step always has one, and so has a run that SIGTERM ends."""
+    """Steps between checkpoints. The last step always writes one, and so does a run that SIGTERM ends."""
 
     def __post_init__(self):
         sizes = "context", "vocab_size", "hidden_size", "intermediate_size", "layers", "head_dim"
@@ -110,7 +110,7 @@ class PretrainConfig:
 
     @property
     def stages(self) -> tuple[Stage, ...]:
-        """Copies come first: a model that has learned to look back learns the rest from length to length."""
+        """Copies come first: a model that has learned to look back learns the rest as rows get longer."""
         rows = max(2, self.batch_tokens // (2 * _SHORTEST))
         stages = [Stage(self.stage_steps, _SHORTEST, rows, {"copy": 0.6, "recall": 0.4})]
         length = _SHORTEST
@@ -157,8 +157,8 @@ class PretrainConfig:
     def optimizer(self) -> optax.GradientTransformation:
         """Muon for the matrices of the layers, Adam for the rest, on clipped gradients.
 
-        In 300 steps of the first stage, a model of two layers learned to copy 94 % of the words; with Adam
-        alone (a rate of 0.003) 2 %.
+        After 300 steps of the first stage, a model of two layers copied 94 % of the words; with Adam alone
+        (at a rate of 0.003) it copied 2 %.
         """
         falls_from = sum(stage.steps for stage in self.stages[:-2] if stage.length <= _SHORT)
         far_from = self.steps - self.far_steps
@@ -194,24 +194,27 @@ class PretrainResult:
 
 
 def pretrain(config: PretrainConfig, *, command: str | None = None, progress: bool = True) -> PretrainResult:
-    """Train a Llama and its tokenizer from nothing, and write a Hugging Face folder in bfloat16.
+    """Train a Llama and its tokenizer from scratch, and write a Hugging Face folder in bfloat16.
 
-    The rows are those of :class:`jsparse.train.data.curriculum.Lessons`, longer from stage to stage. The loss
-    is ``text_weight`` times the mean over the tokens of real text, plus the mean over the kinds of answers,
-    each weighted by the square root of its number in the step.
+    The rows are those of :class:`jsparse.train.data.curriculum.Lessons`; they get longer from stage to stage.
+    The loss is ``text_weight`` times the mean over the tokens of real text and lists, plus the mean over the
+    kinds of answers, each weighted by the square root of its number of tokens in the step.
 
-    While it runs, ``output`` holds ``metrics.jsonl`` (one line per step: step, length, loss, and for each
-    kind of token in the step its loss and how many were predicted right) and ``checkpoints/``. The tokenizer,
-    the model and ``pretrain.json``, which says how it was made, come at the end. After an interruption, the
-    same call resumes from the last checkpoint, bit for bit as if nothing had happened.
+    During the run, ``output`` holds ``metrics.jsonl`` (one line per step: step, length, loss, and for each
+    kind of token in the step its loss and the fraction predicted right) and ``checkpoints/``. The tokenizer,
+    the model and ``pretrain.json``, which says how it was made, are written at the end. After an
+    interruption, the same call resumes from the last checkpoint, bit for bit as if nothing had happened.
 
+    - config: the settings of the run.
     - command: the command to name in pretrain.json.
     - progress: show a progress bar, if stderr is a terminal.
 
+    Returns the lines of metrics.jsonl, and whether the run has finished.
+
     Raises, before anything is computed: ValueError or FileNotFoundError for data that is missing or too
     short, a vocabulary without room for the tasks, or an output folder that holds another run;
-    FileExistsError for an output folder with other files. While training: FloatingPointError where a loss is
-    not finite.
+    FileExistsError for an output folder with other files. While training: FloatingPointError if a loss is not
+    finite.
     """
     files = config.data_files
     check_files(files)
@@ -272,9 +275,9 @@ def _start(config: PretrainConfig, eos_token_id: int) -> tuple[TrainState, Split
     """The model before its first step.
 
     Embeddings are as large as what the layers add to them, and share a common direction: without biases, only
-    this lets a head look at a position whatever its token is. With small and centred
-    ones, a model of two layers copied 13 % of the words after 300 steps of the first stage; with large ones
-    40 %, and with the shared direction 94 %.
+    this lets a head look at a position whatever its token is. With small, centred embeddings, a model of two
+    layers copied 13 % of the words after 300 steps of the first stage; with large ones it copied 40 %, and
+    with the shared direction 94 %.
     """
     model = Llama(config.model_config(eos_token_id), rngs=nnx.Rngs(config.seed))
     table = model.embed_tokens.embedding
@@ -320,7 +323,7 @@ def _pretrain_step(
         )
         is_text = jnp.isin(jnp.arange(len(KINDS)), jnp.array([TEXT, LISTED]))
         text = (counts.nll * is_text).sum() / jnp.maximum((counts.tokens * is_text).sum(), 1)
-        # By the root of their number: copies are the most, and would otherwise leave little for the others.
+        # By the root of their number: copies are most of them, and would leave little weight for the others.
         weights = jnp.sqrt(counts.tokens * ~is_text)
         means = counts.nll / jnp.maximum(counts.tokens, 1)
         answers = (weights * means).sum() / jnp.maximum(weights.sum(), 1)
@@ -371,7 +374,7 @@ def _metrics_line(step: int, stage: Stage, loss: float, counts: _Counts) -> dict
 
 
 def _mean_of_last(metrics: list[dict[str, Any]], steps: int = 100) -> dict[str, dict[str, float]]:
-    """The losses of the last steps, and how much was right in them, by kind of token."""
+    """The loss and the fraction predicted right of each kind of token, over the last steps."""
     lines = metrics[-steps:]
     return {
         kind: {

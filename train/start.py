@@ -27,7 +27,7 @@ def load_start(
 ) -> tuple[TrainState, SplitModel]:
     """The model in ``config``'s folder before the first step, with ``model_config`` in place of its own.
 
-    Raises ValueError for weights that are stored as float16, which overflows, where no dtype is given.
+    Raises ValueError for weights that are stored as float16, which overflows, if no dtype is given.
     """
     model = Llama.from_pretrained(config.model, dtype=config.dtype and jnp.dtype(config.dtype), mesh=mesh)
     if model.norm.scale[...].dtype == jnp.float16:

@@ -22,8 +22,8 @@ class TrainState(NamedTuple):
     params: PyTree  # the trained parameters, float32
     opt_state: optax.OptState
     step: Int32[Array, ""]  # steps taken, skipped ones too
-    skipped: Int32[Array, ""]  # steps whose loss or gradient was not finite, and which changed nothing
-    skipped_in_row: Int32[Array, ""]  # of these, how many came last, one after another
+    skipped: Int32[Array, ""]  # steps that changed nothing: their loss or gradient was not finite
+    skipped_in_row: Int32[Array, ""]  # how many of these were the last steps, in a row
 
 
 class Metrics(NamedTuple):
@@ -44,7 +44,7 @@ class SplitModel(NamedTuple):
     frozen: PyTree
 
     def exported(self, params: PyTree) -> Llama:
-        """The model with ``params``, all in the dtypes that it is stored with."""
+        """The model with ``params``, all in the dtypes that it is saved with."""
         params = jax.tree.map(lambda param, like: param.astype(like.dtype), params, self.trained)
         return nnx.merge(self.graphdef, params, self.frozen)
 
@@ -80,7 +80,7 @@ def split_model(model: Llama, is_trained: Any) -> tuple[PyTree, SplitModel]:
 
 def new_state(params: PyTree, optimizer: optax.GradientTransformation) -> TrainState:
     """The state before the first step."""
-    counts = [jnp.zeros((), jnp.int32) for _ in range(3)]  # not one array: each is donated
+    counts = [jnp.zeros((), jnp.int32) for _ in range(3)]  # three arrays: each is donated
     return TrainState(params, optimizer.init(params), *counts)
 
 

@@ -29,7 +29,7 @@ def exponent(lengths: Sequence[float], values: Sequence[float]) -> float:
 
 
 def peak_in_new_process(kind: str, length: int, *, small: bool, timeout: float) -> int:
-    """The bytes of one call, without what the workers have set for memory: freed memory goes back."""
+    """The bytes of one call, without the workers' settings for memory: freed memory is given back."""
     command = [sys.executable, "-m", "cpu.growth", kind, str(length), *["--small"] * small]
     environment = {name: value for name, value in os.environ.items() if not name.startswith("MALLOC_")}
     environment["JAX_PLATFORMS"] = "cpu"
@@ -61,14 +61,14 @@ def peak(kind: str, length: int, small: bool) -> int:
         attend = jax.jit(lambda q, k, v: jsparse.attention(q, k, v, mask)).lower(q, k, v).compile()
         arguments = (q, k, v)
     jax.block_until_ready(arguments)
-    Path("/proc/self/clear_refs").write_text("5")  # the peak so far is forgotten
+    Path("/proc/self/clear_refs").write_text("5")  # forget the peak so far
     before = memory("VmRSS")
     jax.block_until_ready(attend(*arguments))
     return memory("VmHWM") - before
 
 
 def memory(field: str) -> int:
-    """Bytes, of a field of /proc/self/status."""
+    """A field of /proc/self/status, in bytes."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(1024 * int(line.split()[1]) for line in lines if line.startswith(f"{field}:"))
 

@@ -33,7 +33,7 @@ def _keys_and_values(*shape: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def page_lists(length: int, of: Sizes) -> np.ndarray:
-    """int32 [lists, Hk, pages]: lists that share no page, each ascending, as many as there are up to eight.
+    """int32 [lists, Hk, pages]: ascending lists that share no page, as many as there are, but at most eight.
 
     >>> from cpu.rows import SMALL
     >>> lists = page_lists(1024, SMALL)
@@ -49,8 +49,8 @@ def page_lists(length: int, of: Sizes) -> np.ndarray:
 
 
 def top_blocks(length: int, of: Sizes) -> tuple[np.ndarray, np.ndarray]:
-    """(kv_index [1, nq, M], kv_count [1, nq]): of each block of queries its own block, and others before it
-    by chance, M at most.
+    """(kv_index [1, nq, M], kv_count [1, nq]): for each block of queries its own block, and random earlier
+    ones, M at most.
     """
     random, blocks = np.random.default_rng(8), length // BLOCK
     index = np.zeros((1, blocks, of.listed), np.int32)
@@ -67,8 +67,8 @@ def tokens(length: int, of: Sizes) -> np.ndarray:
 
 
 def visible_blocks(length: int, sink: int, window: int | None) -> tuple[np.ndarray, np.ndarray]:
-    """bool [blocks, blocks], twice: in which blocks of keys a block of queries sees something, and which it
-    sees whole. Window None: causal.
+    """Two arrays, bool [blocks, blocks]: the blocks of keys in which a block of queries sees something, and
+    those that it sees whole. Without a window: causal.
 
     This is what ``create_block_mask`` finds by looking at all T x T elements.
 
@@ -81,6 +81,6 @@ def visible_blocks(length: int, sink: int, window: int | None) -> tuple[np.ndarr
     last_q, last_k = first_q + BLOCK - 1, first_k + BLOCK - 1
     reach = length if window is None else window
     some = (first_k <= last_q) & ((first_k < sink) | (last_k > first_q - reach))
-    every = last_q - reach  # a key after it is in the window of all queries
+    every = last_q - reach  # keys after it are in the windows of all queries
     whole = (last_k <= first_q) & ((last_k < sink) | (first_k > every) | (sink > every))
     return some, whole

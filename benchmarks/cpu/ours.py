@@ -72,7 +72,7 @@ def masks_of(row: str, of: Sizes) -> Any:
 
 
 def lists_of(kind: str, length: int, of: Sizes) -> Any:
-    """The mask of a kind of the row growth."""
+    """The mask for a kind of the row "growth"."""
     dense, stream, top = KINDS
     if kind == top:
         index, count = inputs.top_blocks(length, of)

@@ -32,7 +32,7 @@ def make(spec: Mapping[str, Any]) -> Ready:
 
 
 def base_model(folder: Path, of: Sizes) -> Llama:
-    """A Llama of random weights, the same each time; in ``folder`` for the peers after the first."""
+    """A Llama with random weights, the same each time. The first call saves it for the peers."""
     config = LlamaConfig(
         vocab_size=of.vocabulary,
         hidden_size=of.hidden,
@@ -77,11 +77,11 @@ def generation(model: Llama, policy: str, length: int, of: Sizes) -> Ready:
             "token": sum(each.decode_seconds / each.decode_steps for each in stats) / repeats,
         }
 
-    # Compiled functions depend on the capacity and not on the prompt: more than one chunk of it is enough.
+    # Compiled functions depend on the capacity, not on the prompt: more than one chunk of it is enough.
     call(prompt[: 2 * cache.prefill_chunk])
 
     def outputs() -> dict[str, np.ndarray]:
-        """Logits of the start of the prompt, which no cache is needed for: the weights are the same."""
+        """Logits at the start of the prompt, which need no cache: they show that the weights are the same."""
         return {"logits": np.asarray(model(jnp.asarray(prompt[None, :512])))[:, :, None]}
 
     return Ready(run, outputs, lambda: dict(said))

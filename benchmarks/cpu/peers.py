@@ -25,7 +25,7 @@ def make(spec: Mapping[str, Any]) -> Ready:
     torch = load("torch")
 
     torch.set_num_threads(THREADS)
-    torch._dynamo.reset()  # it compiles only so many versions of one function
+    torch._dynamo.reset()  # it limits how many versions of one function it compiles
     dtype = getattr(torch, spec["dtype"], None)
     match spec["row"]:
         case "prefill-streaming" | "prefill-half":
@@ -101,7 +101,7 @@ def sdpa_causal(q, k, v):
 
 
 def sdpa_masked(length: int, of: Sizes) -> Callable:
-    """Dense attention under the row's mask, written out: the same numbers, without skipping anything."""
+    """Dense attention under the row's mask, written out: the same numbers, with nothing skipped."""
     torch = load("torch")
 
     q_index, kv_index = torch.arange(length)[:, None], torch.arange(length)
@@ -123,8 +123,8 @@ def half_mod(of: Sizes) -> Callable:
 
 
 def flex(row: str, length: int, of: Sizes) -> Callable:
-    """Compiled FlexAttention. Its lists are those of ``create_block_mask``, which at 65536 tokens would look
-    at 4 billion elements: made in closed form instead, and not timed.
+    """Compiled FlexAttention. Its lists are those of ``create_block_mask``, but made in closed form and not
+    timed: at 65536 tokens that function would look at 4 billion elements.
     """
     torch, flex_attention = load("torch"), load("torch.nn.attention.flex_attention")
 

@@ -26,7 +26,7 @@ Lines = Mapping[str, Sequence[tuple[int, float]]]
 
 
 def draw(document: Sequence[Mapping[str, Any]], folder: Path) -> list[Path]:
-    """prefill.png and growth.png in ``folder``, of what was measured of them; returns the files."""
+    """prefill.png and growth.png in ``folder``, as far as they were measured; returns the files."""
     header, *results = document
     title = f"{header['processor']}, {header['threads']} threads, {header['date']}"
     if header["small"]:
@@ -73,7 +73,7 @@ def times(results: Sequence[Mapping[str, Any]]) -> dict[str, list[tuple[int, flo
 
 
 def draw_panels(title: str, panels: Mapping[str, Lines], unit: str) -> "Figure":
-    """A figure of two panels per row, each by its title."""
+    """A figure of panels, each with its title, two per row."""
     rows, columns = cdiv(len(panels), 2), min(len(panels), 2)
     figure, grid = new_figure(rows, columns, width=4.6 * columns, height=3.7 * rows + 0.4)
     for axes, (about, lines) in zip(grid, panels.items(), strict=False):
@@ -85,7 +85,7 @@ def draw_panels(title: str, panels: Mapping[str, Lines], unit: str) -> "Figure":
         axes.set_yscale("log")
         length_axis(axes, sorted({length for points in lines.values() for length, _ in points}), "tokens")
         values = [value for points in lines.values() for _, value in points]
-        # Over a short range, hardly one power of ten would have a label.
+        # Over a short range, hardly one power of ten would be labelled.
         plain_numbers(axes.yaxis, at=(1, 2, 5) if max(values) < 100 * min(values) else ())
         tidy(axes)
         axes.set_title(about, fontsize=9.5, loc="left")

@@ -2,8 +2,8 @@
 
 The file is a list: first the header, then the results. A result has row, length, dtype, ours and peer (the
 contenders' names), and ratio_median, ratio_min and ratio_max (our time / its time), ours_ms and peer_ms
-(medians), rounds, same_work, and goal (the largest ratio wanted) where there is one; or error. ratio_median
-is null where there is no peer, and where there is an error.
+(medians), rounds, same_work, and goal (the largest ratio wanted) if there is one; or error. ratio_median is
+null if there is no peer or there is an error.
 """
 
 import json
@@ -27,7 +27,7 @@ Result = Mapping[str, Any]
 
 
 def read(path: Path) -> list[dict[str, Any]]:
-    """ValueError for a file that holds something else."""
+    """The content of a file of results. ValueError if it holds something else."""
     document = json.loads(path.read_text(encoding="utf-8"))
     if not isinstance(document, list) or not document or "command" not in document[0]:
         raise ValueError(f"{path} is no file of results: it must be a list that begins with a header")
@@ -35,7 +35,7 @@ def read(path: Path) -> list[dict[str, Any]]:
 
 
 def draw(document: Sequence[Result], folder: Path) -> None:
-    """The plots, where there is matplotlib."""
+    """The plots, if matplotlib is installed."""
     if can_draw(f"a figure in {folder}"):
         plots.draw(document, folder)
 
@@ -44,7 +44,7 @@ def draw(document: Sequence[Result], folder: Path) -> None:
 
 
 def met(result: Result) -> bool | None:
-    """Whether the goal was reached; None without a goal. What was not measured reached nothing."""
+    """Whether the goal was reached; None without a goal. A result that was not measured misses its goal."""
     if "goal" not in result:
         return None
     return result["ratio_median"] is not None and result["ratio_median"] <= result["goal"]
@@ -70,13 +70,13 @@ def goal(result: Result) -> str:
 
 
 def against(result: Result) -> str:
-    """The peer, and what it is where that is not the same work."""
+    """The peer, with a remark if it does other work."""
     fair = result.get("same_work", True) or result["peer"] in (FLOOR, "none", "the attention it serves")
     return result["peer"] if fair else f"{result['peer']} (other work)"
 
 
 def in_short(result: Result) -> str:
-    """One line while it runs."""
+    """One line, to print while the benchmark runs."""
     start = f"{result['row']}: {result['ours']} / {result['peer']}:"
     if "error" in result:
         return f"{start} {result['error']}"
@@ -148,7 +148,7 @@ def print_table(document: Sequence[Result]) -> None:
 
 
 def markdown(document: Sequence[Result]) -> str:
-    """What is ahead, what is not, ratios by length, how time and memory grow, how to measure it again.
+    """What is ahead and what is not, ratios by length, how time and memory grow, and how to measure again.
 
     Raises ValueError for results in miniature.
     """
@@ -263,7 +263,7 @@ def summary(results: Sequence[Result]) -> list[str]:
 
 
 def named(result: Result) -> str:
-    """Its row, and which of ours where there are several.
+    """The row, and which contender of ours if there are several.
 
     >>> named({"row": "finetune-step", "dtype": "float32", "ours": "jsparse, full"})
     'finetune-step full'
@@ -293,7 +293,7 @@ def line(result: Result) -> str:
 
 
 def growth(results: Sequence[Result]) -> list[str]:
-    """A table of our own attention and tokens, by length: time and peak memory, and the exponents."""
+    """A table of our own attention and generation by length: time, peak memory, and the exponents."""
     points = [r for r in results if r["row"] in ("growth", "generate-token") and "ours_ms" in r]
     fits = {(r["row"].split(",")[0], r["ours"]): r for r in results if "time_exponent" in r}
     kinds = list(dict.fromkeys((r["row"], r["ours"]) for r in points))
@@ -313,7 +313,7 @@ def growth(results: Sequence[Result]) -> list[str]:
             mine = [r for r in points if (r["row"], r["ours"], r["length"]) == (row, ours, length)]
             cells += [cell(mine[0]) if mine else ""]
         fit = fits.get((row, ours), {})
-        # + 0.0: a fit of equal times may be a negative nothing, and no "-0.00" should be printed.
+        # + 0.0: a fit of equal times may be a negative zero, and no "-0.00" should be printed.
         both = [f"{round(fit[n], 2) + 0.0:.2f}" for n in ("time_exponent", "memory_exponent") if n in fit]
         title = f"attention, {ours}" if row == "growth" else f"a token, {ours}"
         lines.append(f"| {title} | {' | '.join(cells)} | {', '.join(both)} |")

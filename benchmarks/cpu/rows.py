@@ -12,7 +12,7 @@ FLOOR = "floor of visited blocks"
 FLEX, SDPA, ONNX = "torch Flex", "torch SDPA, dense", "onnxruntime GQA, dense"
 TORCH_MODEL, TORCH_STEP = "transformers", "transformers + peft"
 KINDS = ("dense", "streaming", "top-k")  # of the row growth
-# Of generate: half of the KV heads stream unless dense; the last reads blocks of the prompt as well.
+# Of generate: half of the KV heads stream unless dense; the last also reads only blocks of the prompt.
 POLICIES = ("dense", "sparse", "sparse prompt")
 NOBODY = "none"
 
@@ -131,7 +131,7 @@ class Who:
 
 @dataclasses.dataclass(frozen=True)
 class Pair:
-    """A ratio to report: ``share`` of a time of ours / a time of the peer, both called ``metric``."""
+    """A ratio to report: ``share`` times our time / the peer's time, both named ``metric``."""
 
     row: str
     ours: str
@@ -239,7 +239,7 @@ def _against(row, length, dtype, ours, peers, goals, note="") -> Case:
 
 
 def _prefill(row: str, length: int, dtype: str, of: Sizes) -> Case:
-    """Dense peers do not depend on the row: where they are slow, the first row alone has them."""
+    """Dense peers do not depend on the row: if they are slow, only the first row has them."""
     goals: dict[str, float] = {}
     if row == "prefill-streaming":
         goals = {FLOOR: 2.5} | ({FLEX: 0.8} if length in (8192, 16384, 32768) else {})

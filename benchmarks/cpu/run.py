@@ -6,7 +6,7 @@
     python benchmarks/cpu --markdown                 # docs/results/cpu.md, from the file of results
 
 Needs jsparse installed, and for the peers ``pip install -e '.[bench]'``; a peer that is missing is reported
-as an error. rows.py has the rows and the goals, ours.py and peers.py run in them.
+as an error. rows.py has the rows and the goals; ours.py and peers.py have the contenders.
 
 Ours and the peers run in one process each. The processes take turns on all threads: one is blocked while the
 other runs. The outputs of all contenders that do the same work are compared first; then they are timed, in
@@ -69,7 +69,7 @@ class CpuBench:
     """In miniature, to try it out: the numbers mean nothing."""
 
     def check(self) -> None:
-        """ValueError for a value that is not allowed; apart, since tyro breaks the lines of such messages."""
+        """ValueError for a value that is not allowed; called apart, as tyro breaks the lines of messages."""
         for name in ("rounds", "threads"):
             require_integer(f"--{name}", getattr(self, name))
         if not self.minutes > 0:
@@ -103,7 +103,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def run_cases(cases: Sequence[Case], options: CpuBench, arguments: Sequence[str]) -> list[dict[str, Any]]:
-    """The header and the results, which are in the file as well, after each case."""
+    """The header and the results, which are also written to the file after each case."""
     end = time.monotonic() + 60 * options.minutes
     settings = environment(options.threads)
     results: list[dict[str, Any]] = []
@@ -154,7 +154,7 @@ def run_case(case: Case, at: Workplace, before: Sequence[dict[str, Any]]) -> lis
                 result["peak_bytes"] = peak_in_new_process(
                     result["ours"], case.length, small=at.small, timeout=timeout
                 )
-            except Exception as error:  # no such files elsewhere than on Linux, or no time
+            except Exception as error:  # such files exist only on Linux; or no time is left
                 result["note"] = f"memory was not measured: {type(error).__name__}: {error}"[:300]
     return results
 
@@ -170,7 +170,7 @@ def not_run(case: Case, why: str) -> list[dict[str, Any]]:
 
 def floor_seconds(case: Case, results: Sequence[dict[str, Any]], small: bool) -> float | None:
     """What the products of the visited blocks take at the rate of a large matrix product in this run, by jax
-    or torch, whichever was faster; None where neither was measured.
+    or torch, whichever was faster; None if neither was measured.
     """
     if not any(pair.peer == FLOOR for pair in case.pairs):
         return None

@@ -38,7 +38,7 @@ class Pace:
 
 @dataclasses.dataclass(frozen=True)
 class Measured:
-    """Seconds by name, then by round, then by metric; what went wrong, by name; what else is to be said."""
+    """Seconds by name, then by round, then by metric; errors by name; what is to be noted."""
 
     times: Mapping[str, Mapping[int, Mapping[str, float]]]
     errors: Mapping[str, str]
@@ -57,13 +57,13 @@ class Workplace:
     seconds_left: Callable[[], float]
 
     def ask(self, who: Who, do: str, **request: Any) -> dict[str, Any]:
-        # A little longer than there is: what runs when the time is up may end.
+        # A little longer than is left: what runs when the time is up may finish.
         timeout = min(max(self.seconds_left(), 0) + 60, 400)
         return self.workers[who.side].ask(timeout, do, name=who.name, **request)
 
 
 def measure(case: Case, at: Workplace) -> Measured:
-    """Every contender is made and warmed up, outputs are compared, and those who agree are timed."""
+    """Every contender is made and warmed up, outputs are compared, and those that agree are timed."""
     errors: dict[str, str] = {}
     outputs: dict[str, dict[str, np.ndarray]] = {}
     for worker in at.workers.values():
@@ -99,7 +99,7 @@ def measure(case: Case, at: Workplace) -> Measured:
 
 
 def compare(case: Case, outputs: Mapping[str, Mapping[str, np.ndarray]]) -> tuple[dict[str, str], list[str]]:
-    """Errors of those who disagree, by name, and notes. Ours is wrong where it agrees with nobody."""
+    """Errors of those that disagree, by name, and notes. Ours is wrong if it agrees with none."""
     reference = next((who.name for who in case.contenders if who.compared and who.side == "ours"), None)
     if reference is None:
         return {}, []
@@ -139,7 +139,7 @@ def alternate(
             times = run(who, 1)
             once = sum(times.values())
             repeats[who.name] = repeats_in(pace.target_s, once, most=10000)
-            # Round 0 counts for what is slow, which has the fewer others.
+            # For slow contenders round 0 counts, and there is one round fewer after it.
             rounds[who.name] = pace.rounds_for(once) - (once > pace.slow_s)
             return times
         return run(who, repeats[who.name]) if number <= rounds[who.name] else None

@@ -1,7 +1,7 @@
 """The two processes of the CPU benchmark: ours, and the peers', which may run in another environment.
 
 They take turns, and one is blocked while the other runs: neither disturbs the other with its threads or its
-memory. A worker reads requests on its standard input and answers on its standard output, each one line
+memory. A worker reads requests on its standard input and answers on its standard output, each as one line
 of JSON:
 
     {"do": "make", "name": ..., "spec": ...}    makes a contender ready to run
@@ -10,7 +10,7 @@ of JSON:
     {"do": "drop"}                              forgets all contenders
     {"do": "about"}                             {"versions": ...}
 
-Whatever else a library prints goes to the worker's log. An answer is {"error": ...} where something failed.
+Whatever else a library prints goes to the worker's log. The answer is {"error": ...} if something failed.
 
 The GPU benchmark has another protocol (gpu/workers.py): there one process runs all libraries, as they share
 one device and its memory, and it is replaced when a kernel hangs or crashes.
@@ -41,14 +41,14 @@ BENCHMARKS = Path(__file__).resolve().parents[1]  # workers run as modules of th
 def environment(threads: int) -> dict[str, str]:
     """Settings of both workers. Fresh memory would cost page faults in every call, so freed memory is kept.
 
-    Threads that wait for work spin for a while, as their libraries like it. Between turns there is a pause in
-    which they fall asleep.
+    Threads that wait for work spin for a while, as their libraries prefer. In a pause between turns they fall
+    asleep.
     """
     count = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NPROC", "PJRT_NPROC")
     return {name: str(threads) for name in count} | {
         "MALLOC_MMAP_THRESHOLD_": "4000000000",
         "MALLOC_TRIM_THRESHOLD_": "8000000000",
-        "TORCHINDUCTOR_COMPILE_THREADS": "1",  # more are processes of their own, which stay
+        "TORCHINDUCTOR_COMPILE_THREADS": "1",  # more would be extra processes, which stay
         "JAX_PLATFORMS": "cpu",
         "CUDA_VISIBLE_DEVICES": "",
         "HF_HUB_OFFLINE": "1",
@@ -75,7 +75,7 @@ def load(module: str) -> Any:
 
 
 def repeated(call: Callable[[], Any]) -> Callable[[int], Mapping[str, float]]:
-    """Times a call that returns when it is done. Before several, one that is not timed wakes the threads."""
+    """Times a call that returns when it is done. Before several calls, an untimed one wakes the threads."""
 
     def run(repeats: int) -> Mapping[str, float]:
         if repeats > 1:
@@ -91,7 +91,7 @@ def repeated(call: Callable[[], Any]) -> Callable[[int], Mapping[str, float]]:
 def serve(make: Callable[[Mapping[str, Any]], Ready], packages: Sequence[str]) -> None:
     """Answers requests until there are no more."""
     channel = os.fdopen(os.dup(1), "w", encoding="utf-8")
-    os.dup2(2, 1)  # what libraries print is no answer
+    os.dup2(2, 1)  # what libraries print is not an answer
     made: dict[str, Ready] = {}
     for line in sys.stdin:
         try:
@@ -145,7 +145,7 @@ class Worker:
         self.process: subprocess.Popen | None = None
 
     def ask(self, timeout: float, do: str, **request: Any) -> dict[str, Any]:
-        """The answer to one request. WorkerError where it failed, or none came in ``timeout`` seconds."""
+        """The answer to one request. WorkerError if it failed, or if none came within ``timeout`` seconds."""
         if self.process is None or self.process.poll() is not None:
             self._start()
         process = self.process

@@ -103,7 +103,7 @@ class Pool:
 def _quantised(row: Decode, setup: Setup, q, k, v, lists, in_pool: Pool, paged: Callable) -> dict[str, Maker]:
     """The decode kernel on codes, and on pages that hold the values of the same codes in bfloat16."""
     bits = {"int8": 8, "int4": 4}[row.dtype]
-    # A sequence at a time, for it is done in float32.
+    # One sequence at a time, since it is done in float32.
     codes = [jax.lax.map(functools.partial(quantize, bits=bits), x) for x in (k, v)]
 
     def ours() -> Contender:
@@ -132,7 +132,7 @@ def _quantised(row: Decode, setup: Setup, q, k, v, lists, in_pool: Pool, paged: 
 
 
 def flex_decode(row: Decode, lists, k, v, setup: Setup) -> tuple[Callable, list]:
-    """(step, block masks). KV heads stand in the batch: Flex's decoding kernel takes one list per item."""
+    """(step, block masks). KV heads are part of the batch: Flex's decoding kernel takes one list per item."""
     torch, flex = load("torch"), load("torch.nn.attention.flex_attention")
 
     torch._dynamo.reset()
@@ -151,7 +151,7 @@ def flex_decode(row: Decode, lists, k, v, setup: Setup) -> tuple[Callable, list]
             BLOCK_SIZE=(BLOCK, page),
         )
         # There are no full blocks, and their lists are left out: with them, the kernel splits its work over
-        # the whole sequence and not over what is listed.
+        # the whole sequence, not over what is listed.
         return flex.BlockMask.from_kv_blocks(
             mask.kv_num_blocks,
             mask.kv_indices,
@@ -186,7 +186,7 @@ def gathered_sdpa(row: Decode, lists, k, v, setup: Setup) -> tuple[Callable, lis
 
 
 def whole_sdpa(row: Decode, lists, k, v, setup: Setup) -> tuple[Callable, list]:
-    """(step, four times nothing): attention to all keys."""
+    """(step, four empty items): attention to all keys."""
     return lambda q, _: _sdpa_token(q, k, v), [None] * 4
 
 
@@ -218,7 +218,7 @@ def select(row: Select, setup: Setup) -> dict[str, Maker]:
         a, b = (random_normal(2 * i + j, row.batch, row.kv_heads, pages, row.dim) for j in (1, 2))
         bounds.append((jnp.minimum(a, b), jnp.maximum(a, b)))
 
-    # What was chosen is compared by its scores: among pages that score nearly alike, any is right.
+    # Choices are compared by their scores: among pages that score nearly alike, any is right.
     known = jax.jit(_elementwise)(q, *bounds[0])
 
     def of_the_chosen(index) -> dict[str, Any]:
@@ -231,7 +231,7 @@ def select(row: Select, setup: Setup) -> dict[str, Maker]:
             return jax.lax.top_k(scores(q, *bounds), chosen)[1]
 
         def step(q, bounds):
-            # q again, but not before the last index of each list is known: steps run one after another.
+            # q itself, but only once the last index of each list is known: steps run one after another.
             return q + jnp.minimum(best(q, bounds)[..., -1:, None], 0).astype(q.dtype)
 
         def outputs():
@@ -242,7 +242,7 @@ def select(row: Select, setup: Setup) -> dict[str, Maker]:
     def in_torch() -> Contender:
         torch = load("torch")
 
-        def best(q, k_min, k_max):  # in bfloat16, which is what its matrix product is fast in
+        def best(q, k_min, k_max):  # in bfloat16, in which its matrix product is fast
             scores = q.clamp(min=0) @ k_max.mT + q.clamp(max=0) @ k_min.mT
             return scores.amax(dim=2).topk(chosen, dim=-1).indices
 
@@ -273,7 +273,7 @@ def select(row: Select, setup: Setup) -> dict[str, Maker]:
 def jax_chain(
     name: str, step: Callable, q, each: list, data: tuple, work: Work, *, same_work: bool = True, outputs=None
 ) -> Contender:
-    """One program of a step for each of ``each``; step(q, item, *data) gives the next step's q."""
+    """One program with a step per item of ``each``; step(q, item, *data) gives the next step's q."""
     one = jax.jit(step)  # traced and lowered once for all steps
 
     @jax.jit
@@ -331,7 +331,7 @@ def torch_chain(
 
 
 def captured(program: Callable) -> Callable:
-    """The program as a CUDA graph: its launches without what Python costs between them."""
+    """The program as a CUDA graph: its launches without Python's overhead between them."""
     torch = load("torch")
 
     side = torch.cuda.Stream()  # capturing wants a warm-up on a stream of its own

@@ -1,4 +1,4 @@
-"""The conformance suites on the device: pytest in a process of its own, and what may be said of its end."""
+"""The conformance suites on the device: pytest in a process of its own, and a verdict on how it ended."""
 
 import importlib.util
 import os
@@ -68,7 +68,7 @@ def run_suite(
     if importlib.util.find_spec("pytest") is None or importlib.util.find_spec("hypothesis") is None:
         summary = "NOT RUN: pytest or hypothesis is not installed; nothing is known of this suite"
         return {"passed": False, "summary": summary, "tests": {}, "failures": []}
-    # -P: the folder jsparse/ here is no whole package, and must not come before the installed one.
+    # -P: the folder jsparse/ here is not the whole package, and must not come before the installed one.
     command = [sys.executable, "-P", "-m", "pytest", "-c", os.devnull, f"--rootdir={root}"]
     command += ["--import-mode=importlib"]
     command += ["-p", "no:cacheprovider", "-v", "-rN", "--tb=short", "-k", implementation, tests]

@@ -15,7 +15,7 @@ from gpu.peers import Setup, random_normal
 from jsparse.evaluate.speed.turns import ratios
 
 TOLERANCE = 2e-2  # of bfloat16 outputs, relative, in the worst tile
-# What Python raises before anything is launched, or after: the device is as it was.
+# Raised by Python before anything is launched, or after: the device is as it was.
 HARMLESS = ("NotImplementedError", "ModuleNotFoundError", "ValueError", "TypeError", "ArithmeticError")
 
 
@@ -107,8 +107,8 @@ def compete(
     tell: Callable[[Mapping[str, Any]], None] = lambda message: None,
     check_device: Callable[[], None] = lambda: None,
 ) -> list[dict[str, Any]]:
-    """Every contender once, compared, and then timed in turns; ``last_resort`` only if nobody else can be
-    compared with ours.
+    """Every contender run once and compared, then timed in turns; ``last_resort`` only if there is no other
+    to compare ours with.
     """
     built, outputs, errors = {}, {}, {}
     for name, make in makers.items():

@@ -27,7 +27,11 @@ OURS = "jsparse"
 
 @dataclasses.dataclass(frozen=True)
 class Setup:
-    """implementation: of jsparse. gpu False: a run in miniature on the CPU, where torch runs uncompiled."""
+    """How a run is made.
+
+    - implementation: of jsparse.
+    - gpu: False in a miniature run on the CPU, where torch runs uncompiled.
+    """
 
     implementation: str
     gpu: bool
@@ -38,13 +42,13 @@ class Setup:
         return "cuDNN" if self.gpu else "jax.nn"
 
     def fused_attention(self, q, k, v, *, is_causal: bool):
-        """JAX's dense attention: cuDNN's on a GPU, and what XLA makes of it elsewhere."""
+        """JAX's dense attention: cuDNN's on a GPU, XLA's elsewhere."""
         implementation = "cudnn" if self.gpu else "xla"
         return jax.nn.dot_product_attention(q, k, v, is_causal=is_causal, implementation=implementation)
 
     @property
     def last_resort(self) -> tuple[str, str]:
-        """(name, implementation) of jsparse to compare with where no other library can do a row's work."""
+        """(name, implementation) of jsparse to compare with if no other library can do a row's work."""
         return ("jsparse in XLA", "xla") if self.gpu else ("jsparse, dense", "reference")
 
 
@@ -198,7 +202,7 @@ def flex_attention(row: Prefill, setup: Setup) -> Callable:
     """FlexAttention with the row's mask: its block lists are made of the mask by create_block_mask, once."""
     torch, flex = load("torch"), load("torch.nn.attention.flex_attention")
 
-    torch._dynamo.reset()  # it compiles only so many versions of one function
+    torch._dynamo.reset()  # it limits how many versions of one function it compiles
     same_for_all = row.share is None and len(set(row.masks)) == 1
     mask = flex.create_block_mask(
         flex_mask(row, "cuda" if setup.gpu else "cpu"),

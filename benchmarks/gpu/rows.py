@@ -77,7 +77,7 @@ Attention = TypeVar("Attention", Prefill, Decode)
 SINK_AND_WINDOW = streaming(sink=128, window=256)
 GROUPS = (shifted_groups(8192, 0), shifted_groups(8192, 4096))
 
-# The most telling first: a run that is cut short has these.
+# The most telling rows come first, so a run that is cut short has them.
 ROWS: tuple[Row, ...] = (
     Prefill("G1", "dense lists", "≤ 1.15 × cuDNN"),
     Prefill("G4", "random lists, 10% of causal", "≥ 500 TFLOP/s", share=0.1),
@@ -89,8 +89,8 @@ ROWS: tuple[Row, ...] = (
     Decode("G9-int4", "G6 with int4 pages", "≤ 1 / 2.5 of bfloat16 pages", batch=16, dtype="int4"),
     Decode("G7", "decode, 4096 tokens in pages, batch 1", "≤ 15 µs", batch=1),
     Prefill("G1-backward", "dense lists, backward", "≤ 1.15 × cuDNN", backward=True),
-    # Rolled, the last group of a shifted head begins with the last tokens and ends with the first ones, which
-    # then see them; causal groups show no later token. The first half group is therefore not compared.
+    # When rolled, the last group of a shifted head begins with the last tokens and ends with the first ones,
+    # which then see them; causal groups show no later token. So the first half group is not compared.
     Prefill(
         "G10",
         "shifted groups of 8192",
@@ -186,8 +186,8 @@ def visited_blocks(row: Prefill) -> int:
 
 
 def page_lists(row: Decode, most: int = 32) -> np.ndarray:
-    """[lists, B, Hk, selected / page]: lists without a common page: going round them reads all of the cache
-    and finds none of it in L2. Ascending.
+    """[lists, B, Hk, selected / page]: ascending lists that share no page. Cycling through them reads all of
+    the cache and finds none of it in L2.
     """
     pages, a_list = row.length // row.page, row.selected // row.page
     order = np.random.default_rng(0).permuted(

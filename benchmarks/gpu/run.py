@@ -6,20 +6,20 @@
     python benchmarks/gpu --smoke              # in miniature on a CPU, to try it out: numbers mean nothing
 
 Needs jsparse installed (``pip install -e .``), and for the peers torch with Triton; a peer that is missing is
-reported as an error. rows.py has the rows, peers.py and cache_peers.py who runs in them, contest.py how they
-are compared and timed.
+reported as an error. rows.py has the rows, peers.py and cache_peers.py have the contenders, and contest.py
+compares and times them.
 
 First the conformance suites run on the device (conformance.py), then the rows, the most telling first. In
-each row the outputs of all who do the same work are compared first; then they are timed. Results are written
+each row the outputs of all that do the same work are compared first; then they are timed. Results are written
 after every row.
 
 How time is taken, for JAX and torch alike: by the host's clock from the first of several launches to the end
 of the last (one wait), divided by the number of computations launched; about 50 ms each time. Whole
-sequences: launches follow one another and return before the device has finished, so no gap is between them.
+sequences: launches follow one another and return before the device has finished, so there are no gaps.
 Single queries, which take microseconds: a launch is a chain of steps (one XLA program; one CUDA graph), each
-on other pages of the cache and with the output of the step before. What is read was not read lately: inputs
-take turns and are far larger than L2 together. Contenders run in turns, A B C A B C; a ratio is taken within
-a turn, and its median, least and largest over the turns are reported.
+on other pages of the cache and with the output of the step before. What is read is not in L2: inputs take
+turns, and together they are far larger. Contenders run in turns, A B C A B C; a ratio is taken within a turn,
+and its median, least and largest over the turns are reported.
 """
 
 import dataclasses

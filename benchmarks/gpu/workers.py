@@ -7,8 +7,8 @@ its standard output, each behind a mark:
     {"doing": "G4: torch Flex", "peer": "torch Flex"}    before each step; with the peer whose step it is
     {"done": [results of the row]}         after each row; then it goes on with the next, or ends
 
-When it ends early, or says nothing for too long, a new worker goes on. In the step of a peer, it tries the
-row again without that peer, which gets an error; otherwise the row gets one, and the next row is next.
+If it ends early, or says nothing for too long, a new worker goes on. If that was in the step of a peer, the
+row is tried again without that peer, which gets an error. Otherwise the row gets one, and the next row runs.
 """
 
 import contextlib
@@ -44,8 +44,8 @@ def run(
     """Runs rows 0 to count - 1 in workers ``command(first row, peers to leave out of it)``.
 
     Each row ends in one call of ``finished`` with its results: the worker's, and ``failed(row, peer, why)``
-    of peers that broke it; peer None stands for the row itself. Returns how many rows were ended: those from
-    this number on were not run, because the time was used up or because no worker could be started.
+    of peers that broke it; peer None stands for the row itself. Returns how many rows were ended. Those from
+    this number on were not run, because the time was used up or no worker could be started.
     """
     row, began = 0, time.monotonic()
     without: dict[str, str] = {}  # peers that broke the row in hand, and how
@@ -121,7 +121,7 @@ def _messages(
 
 
 def _end(process: subprocess.Popen, reader: threading.Thread, grace_s: float) -> None:
-    """Waits for the process to go by itself, then kills it and all that it left behind."""
+    """Waits for the process to exit by itself, then kills it and all that it left behind."""
     try:
         process.wait(timeout=grace_s)
     except subprocess.TimeoutExpired:

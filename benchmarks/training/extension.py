@@ -7,16 +7,16 @@ short context, its RoPE is extended, and then it is trained at the long one with
 groups of a quarter of the context (S²-Attn), and with the same groups without the shift ("short attention");
 data, order, seed, steps and everything else are equal.
 
-The text is made for a small model to learn, and what can be known of it with and without context can be
-worked out: random letters in rows of 64, where four in five repeat the letter above. A letter is known
-as well as it can be once the row above is seen; where a group begins, it is not.
+The text is made so that a small model can learn it, and the best perplexity with and without context can be
+worked out. It is random letters in rows of 64, where four in five repeat the letter above. A letter is known
+as well as it can be once the row above is seen; where a group begins, that row is not seen.
 
-Perplexity is per byte, on documents that were held out; with ``--held-out dev`` on others, those that
-the settings were chosen on. Every model is measured with full attention, as it would be served, and with the
+Perplexity is per byte, on documents that were held out; with ``--held-out dev``, on the documents that the
+settings were chosen on. Every model is measured with full attention, as it would be served, and with the
 pattern that it was trained with.
 
-RoPE is extended as Llama 3 does by default, which leaves wavelengths below a quarter of the short context as
-they are: 3 of the model's 8. With the others, which leave one or none, it has to learn distances again.
+By default RoPE is extended as in Llama 3, which leaves wavelengths below a quarter of the short context as
+they are: 3 of the model's 8. The other methods leave one or none, and the model has to learn distances again.
 """
 
 import contextlib
@@ -64,9 +64,9 @@ class ExtensionBench:
     models: Path | None = None
     """A new folder to keep the models and their text in; by default they are thrown away."""
     held_out: Literal["test", "dev"] = "test"
-    """Documents to measure on: those that are reported, or others, to choose settings with."""
+    """Documents to measure on: those that are reported ("test"), or others, to choose settings with."""
     hidden_size: int = 64
-    """Of the model, with 4 heads on 2 KV heads."""
+    """Width of the model, which has 4 heads on 2 KV heads."""
     layers: int = 2
     """Transformer layers."""
     context: int = 256
@@ -74,25 +74,25 @@ class ExtensionBench:
     growth: int = 8
     """How many times longer the context becomes."""
     row: int = 64
-    """Letters of the text in a row: how far back the letter above is."""
+    """Letters per row of the text: how far back the letter above is."""
     base_steps: int = 600
     """Training steps of the base model."""
     base_batch: int = 16
-    """Windows of the short context in each of them."""
+    """Windows per training step of the base model."""
     rope: str = "llama3"
     """How RoPE is extended: linear, ntk, yarn or llama3."""
     group_ratio: float = 0.25
-    """Part of the long context that a group takes."""
+    """Fraction of the long context that a group takes."""
     steps: int = 150
     """Training steps at the long context."""
     batch_size: int = 4
-    """Windows in each of them."""
+    """Windows per training step at the long context."""
     learning_rate: float = 1e-3
-    """At the long context, after a warm-up of 10 steps; it falls to a tenth along a cosine."""
+    """Learning rate at the long context, after a warm-up of 10 steps; it falls to a tenth along a cosine."""
     seeds: tuple[int, ...] = (1, 2)
     """Seeds of the order of windows at the long context: every kind of attention is trained with each."""
     documents: int = 1500
-    """Documents to train on, as long as the long context each."""
+    """Documents to train on, each as long as the long context."""
     held_out_documents: int = 24
     """Documents that perplexity is measured on."""
 
@@ -143,7 +143,7 @@ class ExtensionBench:
         )
 
     def extension(self, models: Path, kind: str, seed: int) -> FinetuneConfig:
-        """One run at the long context. Runs of one seed differ in ``kind`` alone."""
+        """One run at the long context. Runs of one seed differ only in ``kind``."""
         groups: dict[str, Any] = {} if kind == "full" else {"group_ratio": self.group_ratio}
         return FinetuneConfig(
             model=models / "base",
@@ -186,7 +186,7 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def bench_extension(config: ExtensionBench) -> list[Row]:
-    """Trains and measures, prints a table in Markdown, and writes results.json after each model, and the
+    """Trains and measures, prints a table in Markdown, and writes results.json after each model and then the
     figure.
 
     Raises FileExistsError for a folder with something in it, before anything is trained.
@@ -227,10 +227,10 @@ def make_documents(config: ExtensionBench, count: int, which: str) -> Iterator[s
 
 
 def expected_perplexity(config: ExtensionBench, context: int, group: int | None = None) -> float:
-    """Of a model that knows how the text is made, and sees the whole window or its own group of it.
+    """The perplexity of a model that knows how the text is made and sees the whole window, or its own group.
 
-    All it cannot know is what the first row was before it: the letters below that row cost
-    ``-p log p - (1 - p) log((1 - p) / 51)`` nats, p = 4 / 5 + 1 / 5 / 52, and those of it log 52.
+    It cannot know what stands above its first row: the letters of that row cost log 52 nats, and those below
+    it ``-p log p - (1 - p) log((1 - p) / 51)`` with p = 4 / 5 + 1 / 5 / 52.
 
     >>> config = ExtensionBench(output=Path("unused"))
     >>> round(expected_perplexity(config, 2048), 2), round(expected_perplexity(config, 2048, group=512), 2)
@@ -295,10 +295,10 @@ def extend_and_measure(
 def perplexities(
     config: ExtensionBench, model: Llama, tokens: np.ndarray, pattern: AttentionPattern | None = None
 ) -> tuple[float, ...]:
-    """At each context, with full attention or with a pattern; its groups keep their size.
+    """Perplexity at each context, with full attention or with a pattern, whose groups keep their size.
 
-    Windows lie side by side and all of their tokens are scored: those of the long context are the documents,
-    and a group has its beginning and its end in them as in training.
+    Windows lie side by side and all of their tokens are scored. At the long context each window is a
+    document, and groups begin and end in it as in training.
     """
     # Rules, not pattern.masks: those are for lengths that the group size divides.
     mask: Any = None if pattern is None else pattern.layers
@@ -341,8 +341,8 @@ def title(model: str, measured_with: str) -> str:
 
 
 def markdown(config: ExtensionBench, rows: Sequence[Row]) -> str:
-    """A table of one line for a model and a way to measure it: means, and at the last context the range;
-    below, what can be expected of a model that knows how the text is made.
+    """A table with a line for each model and way to measure it: means, and at the last context the range.
+    Below: what can be expected of a model that knows how the text is made.
     """
     lines = [
         f"| perplexity per byte, window: | {' | '.join(map(short_count, config.contexts))} |",

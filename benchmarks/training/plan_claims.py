@@ -4,9 +4,9 @@ GPUs.
     python benchmarks/training/plan_claims.py [--models 7b ...] [--devices h100-80gb ...] [--layers N]
 
 Compiles each run's real training step (jsparse plan) and writes benchmarks/results/plan/claims.json and
-claims.md: bytes per device and FLOPs per step. No GPU is needed, but the extra `gpu-compile` is. ``--layers``
-keeps so many layers of each model, to see how compiling and memory grow with them; such results are printed
-and not written.
+claims.md: bytes per device and FLOPs per step. No GPU is needed, but the extra `gpu-compile` is.
+``--layers N`` keeps N layers of each model, to see how compiling and memory grow with them; such results are
+printed and not written.
 
 Source of the claims: LongLoRA (arXiv 2309.12307), abstract and table 3.
 """
@@ -30,7 +30,7 @@ from jsparse.train import FinetuneConfig
 from jsparse.train.plan import plan_finetune
 
 RESULTS = Path(__file__).parents[1] / "results" / "plan"
-# More than JAX takes by default: XLA_CLIENT_MEM_FRACTION=0.92 when it runs.
+# More than JAX takes by default: runs need XLA_CLIENT_MEM_FRACTION=0.92.
 MEMORY_FRACTION = 0.92
 
 _LLAMA_2: dict[str, Any] = {"vocab_size": 32000, "max_position_embeddings": 4096, "rms_norm_eps": 1e-5}
@@ -111,7 +111,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def write(claim: Claim, plan: Plan) -> None:
-    """Put one plan among those that were written before, and the table of all beside them."""
+    """Add one plan to those that were written before, and write the table of all of them."""
     RESULTS.mkdir(parents=True, exist_ok=True)
     path = RESULTS / "claims.json"
     rows = json.loads(path.read_text()) if path.is_file() else []

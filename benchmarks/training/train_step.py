@@ -3,11 +3,11 @@
     python benchmarks/training/train_step.py --output benchmarks/results/cpu-train
 
 For each context the step of ``jsparse finetune`` is compiled for both kinds of attention, with LongLoRA's
-groups of a quarter of the context, and the two run in turns. The same for attention alone, forward and
-backward, with the masks, segments and shapes of the step. Medians count, and a ratio is taken within a round.
+groups of a quarter of the context, and the two run in turns. So does attention alone, forward and backward,
+with the masks, segments and shapes of the step. Medians are reported, and a ratio is taken within a round.
 Weights and tokens are random: times do not depend on them.
 
-Beside the times stand the FLOPs of the same step, by formula from the lists of blocks that are visited
+Beside the times are the FLOPs of the same step, by formula from the lists of blocks that are visited
 (``jsparse.train.model_flops``). The smaller a model, the larger the part of attention in its step. So shifted
 groups save more of a step here than of a large model's step at the same context; what they save of attention
 is the same.
@@ -97,8 +97,9 @@ class Row:
 
     - ``step``: the whole training step; ``attention_part``: attention alone, forward and backward, in all
       layers.
-    - ``step_flops`` and ``attention_flops``: by formula. ``..._times_fewer``: full attention's by these.
-    - ``..._times_faster``: the median over the rounds of full attention's time by this one's.
+    - ``step_flops`` and ``attention_flops``: by formula. ``..._times_fewer``: full attention's divided by
+      these.
+    - ``..._times_faster``: the median over the rounds of full attention's time divided by this one's.
     """
 
     context: int
@@ -119,7 +120,7 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def bench_train_step(config: TrainStepBench) -> list[Row]:
-    """Measures, prints a table in Markdown, and writes results.json after each context, and the figure.
+    """Measures, prints a table in Markdown, and writes results.json after each context and then the figure.
 
     Raises FileExistsError for an output folder with something in it, before anything is compiled.
     """
@@ -237,7 +238,7 @@ def write(config: TrainStepBench, rows: Sequence[Row]) -> None:
 
 
 def machine() -> dict[str, Any]:
-    """What was measured on, with which versions, and when."""
+    """What the benchmark ran on, with which versions, and when."""
     return describe_machine() | installed_versions(("jaxlib", "flax", "optax", "numpy"))
 
 

@@ -30,7 +30,7 @@ class ProgramPlan:
     - arguments: bytes by what they are.
     - results: bytes that are not written over arguments.
     - temporary: bytes as the compiler lays them out.
-    - beside: bytes that the run keeps on the device and this program does not touch.
+    - beside: bytes that the run keeps on the device but this program does not touch.
     - kernel_calls: how many calls of Hopper kernels there are; with the XLA implementation 0.
     - compile_seconds: how long it took to compile.
     - refusal: the compiler's message if it found no room. The sizes that it did not report are then 0.

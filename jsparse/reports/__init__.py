@@ -1,1 +1,1 @@
-"""How results are shown: tables and JSON, progress bars, figures, what they were measured on."""
+"""How results are shown: tables and JSON, progress bars, figures, and what they were measured on."""

@@ -22,13 +22,13 @@ def parse(config: type[Config], name: str, options: list[str], description: str 
 
     Raises SystemExit with code 2, as tyro does, for options that do not parse.
     """
-    # What a constructor raises and examples in Python are no help on the command line.
+    # What a constructor raises, and examples in Python, do not help on the command line.
     description = re.split(r"\n\s*(?:Raises |>>>)", description or config.__doc__ or "")[0]
     return tyro.cli(config, prog=f"jsparse {name}", description=description, args=options)
 
 
 def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
-    """A table on stdout, numbers to the right."""
+    """Print a table on stdout, with its cells aligned to the right."""
     table = Table(title=title)
     for column in columns:
         table.add_column(column, justify="right")
@@ -38,13 +38,13 @@ def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]
 
 
 def check_can_write(path: Path | None, option: str) -> None:
-    """FileNotFoundError if the file could not be written once everything is computed."""
+    """Raise FileNotFoundError if the file could not be written after everything is computed."""
     if path is not None and not path.absolute().parent.is_dir():
         raise FileNotFoundError(f"{option}: the folder of {path} does not exist")
 
 
 def write_json(path: Path, content: Any) -> None:
-    """Write to a file, or to stdout where ``path`` is "-"."""
+    """Write to a file, or to stdout if ``path`` is "-"."""
     text = as_json(content)
     if str(path) == "-":
         print(text, end="")
@@ -69,7 +69,7 @@ def as_json(content: Any) -> str:
 
 
 def short_count(count: int) -> str:
-    """A number of tokens as it is said: 1024 is 1k.
+    """A number of tokens, in short: 1024 is 1k.
 
     >>> short_count(131072), short_count(1000)
     ('128k', '1000')

@@ -1,4 +1,4 @@
-"""Figures: where matplotlib is asked for, how a figure is begun and saved, and what all figures share.
+"""Figures: asking for matplotlib, starting and saving a figure, and what all figures share.
 
 matplotlib comes with the extra ``plot``, so it is imported when something is drawn. A figure gets the canvas
 that draws into memory: it needs no display, and none of the global state of ``pyplot``.
@@ -31,7 +31,7 @@ COLORS = {
 
 
 def require_matplotlib(what: str) -> None:
-    """MissingExtra where nothing can be drawn; ``what`` is the option or the program that draws."""
+    """Raise MissingExtra if nothing can be drawn; ``what`` is the option or the program that draws."""
     require_extra("matplotlib", "plot", f"{what}: figures are drawn with matplotlib")
 
 
@@ -78,7 +78,7 @@ def tidy(axes: "Axes") -> None:
 
 
 def length_axis(axes: "Axes", lengths: Iterable[int], label: str) -> None:
-    """A logarithmic axis of lengths in tokens, marked at each of them alone: 8k, 16k."""
+    """A logarithmic axis of lengths in tokens, marked only at these lengths: 8k, 16k."""
     lengths = list(lengths)
     axes.set_xscale("log", base=2)
     axes.set_xticks(lengths, [short_count(length) for length in lengths])
@@ -87,10 +87,9 @@ def length_axis(axes: "Axes", lengths: Iterable[int], label: str) -> None:
 
 
 def plain_numbers(axis: "Axis", *, at: tuple[int, ...] = ()) -> None:
-    """Labels of a logarithmic axis as 0.5 or 20 and not as powers of ten.
+    """Label a logarithmic axis with numbers such as 0.5 or 20, not with powers of ten.
 
-    - at: where between two powers of ten there are marks, for instance (1, 2, 5); by default as matplotlib
-      likes.
+    - at: multiples of each power of ten to mark, for instance (1, 2, 5); by default matplotlib chooses.
     """
     from matplotlib.ticker import FuncFormatter, LogLocator
 

@@ -43,7 +43,7 @@ def system() -> str:
 
 
 def processor() -> str:
-    """The model of the CPU where Linux says it, else the name of its architecture."""
+    """The model of the CPU if Linux reports it, otherwise the name of its architecture."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
         return next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))

@@ -12,8 +12,8 @@ from rich.progress import (
 
 
 def progress_bar(enabled: bool) -> Progress:
-    """A bar on stderr, off where ``enabled`` is false or stderr is no terminal. A task's ``note`` field
-    stands last.
+    """A bar on stderr, off if ``enabled`` is false or stderr is not a terminal. A task's ``note`` field comes
+    last.
     """
     console = Console(stderr=True)
     return Progress(

@@ -1,10 +1,10 @@
 """Block-sparse attention, backward: the gradients of the keys and the values, over the transposed lists.
 
-Algorithm: FlashAttention-2 (arXiv 2307.08691), algorithm 2, cut in two so that no sum crosses programs and
-the result is the same every time: this kernel makes dK and dV, ``backward_queries`` makes dQ. A program holds
+Algorithm: FlashAttention-2 (arXiv 2307.08691), algorithm 2, in two kernels: no sum crosses programs, and the
+result is the same every time. This one computes dK and dV, ``backward_queries`` computes dQ. A program holds
 a tile of keys and walks the queries that see it, one query head of the group after another. A memory
-warpgroup fills rings of tiles of q and of d_out, the compute warpgroups share what it brings. Scores stand
-transposed, keys by queries: one product leaves the weights in the registers where the next one takes them.
+warpgroup fills rings of tiles of q and of d_out, which the compute warpgroups share. Scores are transposed,
+keys by queries: one product leaves the weights in the registers where the next one takes them.
 """
 
 import dataclasses
@@ -31,14 +31,17 @@ from jsparse.pallas_kernels.hopper.mosaic import (
 )
 from jsparse.pallas_kernels.lists import Heads, Lists, walk
 
-ROWS = 64  # of keys a warpgroup holds: the height of one wgmma
+ROWS = 64  # keys that a warpgroup holds: the height of one wgmma
 
 
 @dataclasses.dataclass(frozen=True)
 class KeysTiles:
-    """warpgroups: of ROWS keys each, or two that split the work on the same ROWS; tile_q: queries per step.
+    """What a program holds.
 
-    stages: tiles of q and d_out held.
+    - warpgroups: for computing, with ROWS keys each.
+    - split: two warpgroups split the work on the same ROWS keys instead.
+    - tile_q: queries per step.
+    - stages: tiles of q and of d_out in the rings.
     """
 
     warpgroups: int
@@ -50,7 +53,7 @@ class KeysTiles:
 def keys_tiles(head_dim: int, block_q: int, block_kv: int) -> KeysTiles:
     """The tiles for one shape.
 
-    The gradients of 64 keys of head_dim 256 fill the registers of two warpgroups: one makes dK, the other dV.
+    The gradients of 64 keys of head_dim 256 fill two warpgroups' registers: one computes dK, the other dV.
     """
     if head_dim == 256:
         return KeysTiles(warpgroups=2, split=True, tile_q=64, stages=2)
@@ -81,15 +84,22 @@ def backward_keys(
     tiles: KeysTiles | None = None,
     interpret=None,
 ) -> tuple[Array, Array]:
-    """dk and dv [B, S, Hk, D] in k's dtype.
+    """The gradients of the keys and the values, summed over the query heads of a group::
 
-    ``dv = p' d_out`` and ``dk = scale * ds' q``, where ``ds = p * (d_out v' - delta)``, with the weights
-    ``p`` of the forward pass, summed over the query heads of a group; 0 where no query sees a key.
+        dv = p' d_out      dk = scale * ds' q      ds = p * (d_out v' - delta)
 
-    q and d_out [B, T, Hq, D], k and v [B, S, Hk, D], of one dtype. lse and delta [B, Hq, T rounded up to 128
-    and to whole blocks] float32: lse is that of ``forward``, but +inf where a query sees nothing and beyond
-    T; delta is ``sum(out * d_out)`` less the gradient of the natural lse. Lists are of query blocks, one for
-    each ``block_kv`` keys; heads, segments and offset are those of ``forward``.
+    with the weights ``p`` of the forward pass; 0 for a key that no query sees.
+
+    - q, d_out: [B, T, Hq, D], of one dtype.
+    - k, v: [B, S, Hk, D], of the same dtype.
+    - lse: [B, Hq, T rounded up to 128 and to whole blocks], float32: that of :func:`forward`, but +inf for a
+      query that sees nothing and beyond T.
+    - delta: like lse: ``sum(out * d_out)`` minus the gradient of the natural lse.
+    - transposed: lists of query blocks, one for each ``block_kv`` keys.
+    - heads, scale, block_q, block_kv, offset, segments, interpret: as for :func:`forward`.
+    - tiles: those of :func:`keys_tiles` if None.
+
+    Returns dk and dv, [B, S, Hk, D] in k's dtype.
     """
     batch, q_len, q_heads, head_dim = q.shape
     kv_len, kv_heads = k.shape[1], k.shape[2]
@@ -109,7 +119,7 @@ def backward_keys(
         segment_refs: Any = rest[6:8] if segments else (None, None)
         (q_segment_ref, kv_segment_ref), (dk_ref, dv_ref) = segment_refs, rest[-2:]
         b, kv_head = lax.axis_index("batch"), lax.axis_index("kv_heads")
-        tile = lax.axis_index("keys")  # the longest lists of a causal mask are the first
+        tile = lax.axis_index("keys")  # the longest lists of a causal mask come first
 
         def walk_head(head):
             return walk(
@@ -178,8 +188,8 @@ def backward_keys(
                 grads = zeros() if make_dk else None, zeros() if make_dv else None
                 _, (dk, dv) = lax.fori_loop(0, group, one_head, (jnp.int32(0), grads))
 
-                # Where the work is split, V has one reader, which makes dK; K has two, and the one that makes
-                # dV waits for the other.
+                # If the work is split, only the maker of dK reads V, but both read K: the maker of dV waits
+                # for the other.
                 k_tile, v_tile = k_smem.at[holder], v_smem.at[holder]
                 if make_dk:
                     if split:

@@ -1,8 +1,8 @@
 """Block-sparse attention, backward: the gradient of the queries, by the forward kernel's walk over its lists.
 
-Algorithm: FlashAttention-2 (arXiv 2307.08691), algorithm 2, cut in two so that no sum crosses programs and
-the result is the same every time: this kernel makes dQ, ``backward_keys`` makes dK and dV. A memory warpgroup
-fills rings of K and V tiles, the compute warpgroups share what it brings.
+Algorithm: FlashAttention-2 (arXiv 2307.08691), algorithm 2, in two kernels: no sum crosses programs, and the
+result is the same every time. This one computes dQ, ``backward_keys`` computes dK and dV. A memory warpgroup
+fills rings of K and V tiles, which the compute warpgroups share.
 """
 
 import dataclasses
@@ -29,12 +29,17 @@ from jsparse.pallas_kernels.hopper.mosaic import (
 )
 from jsparse.pallas_kernels.lists import Heads, Lists, walk
 
-ROWS = 64  # of queries a warpgroup holds: the height of one wgmma
+ROWS = 64  # queries that a warpgroup holds: the height of one wgmma
 
 
 @dataclasses.dataclass(frozen=True)
 class QueriesTiles:
-    """warpgroups: of ROWS queries each, on one list; tile_kv: keys per step; stages: K and V tiles held."""
+    """What a program holds.
+
+    - warpgroups: for computing, with ROWS queries each, on one list.
+    - tile_kv: keys per step.
+    - k_stages, v_stages: K and V tiles in the rings.
+    """
 
     warpgroups: int
     tile_kv: int
@@ -76,15 +81,21 @@ def backward_queries(
     tiles: QueriesTiles | None = None,
     interpret=None,
 ) -> Array:
-    """dq [B, T, Hq, D] in q's dtype.
+    """The gradient of the queries, over the keys that the lists and the heads' token masks show::
 
-    ``dq = scale * ds k``, where ``ds = p * (d_out v' - delta)``, over the keys that the lists and the heads'
-    token masks show, with the weights ``p`` of the forward pass; 0 where a query sees nothing.
+        dq = scale * ds k      ds = p * (d_out v' - delta)
 
-    q and d_out [B, T, Hq, D], k and v [B, S, Hk, D], of one dtype. lse and delta [B, Hq, T rounded up to 128]
-    float32: lse is that of ``forward``, but +inf where a query sees nothing and beyond T; delta is
-    ``sum(out * d_out)`` less the gradient of the natural lse. Lists, heads, segments and offset are those of
-    ``forward``.
+    with the weights ``p`` of the forward pass; 0 for a query that sees nothing.
+
+    - q, d_out: [B, T, Hq, D], of one dtype.
+    - k, v: [B, S, Hk, D], of the same dtype.
+    - lse: [B, Hq, T rounded up to 128], float32: that of :func:`forward`, but +inf for a query that sees
+      nothing and beyond T.
+    - delta: like lse: ``sum(out * d_out)`` minus the gradient of the natural lse.
+    - lists, heads, scale, block_q, block_kv, offset, segments, interpret: as for :func:`forward`.
+    - tiles: those of :func:`queries_tiles` if None.
+
+    Returns dq, [B, T, Hq, D] in q's dtype.
     """
     batch, q_len, q_heads, head_dim = q.shape
     kv_len, kv_heads = k.shape[1], k.shape[2]
@@ -103,7 +114,7 @@ def backward_queries(
         segment_refs: Any = rest[6:8] if segments else (None, None)
         (q_segment_ref, kv_segment_ref), dq_ref = segment_refs, rest[-1]
         b, kv_head = lax.axis_index("batch"), lax.axis_index("kv_heads")
-        # The longest lists of a causal mask are the last: they start first.
+        # The longest lists of a causal mask come last: they start first.
         tile = num_tiles - 1 - lax.axis_index("q")
         head = kv_head * group + lax.axis_index("group")
         steps, full_steps, first_key = walk(
@@ -207,6 +218,6 @@ def backward_queries(
         interpret=interpret,
         out_type=jax.ShapeDtypeStruct(q.shape, q.dtype),
         grid=(batch, kv_heads, num_tiles, group),
-        # The last runs fastest: the heads that read the same keys run side by side.
+        # The last axis runs fastest: heads that read the same keys run side by side.
         grid_names=("batch", "kv_heads", "q", "group"),
     )(q, k, v, d_out, lse, delta, *lists, *heads, *(segments or ()))

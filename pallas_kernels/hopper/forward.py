@@ -1,8 +1,8 @@
-"""Block-sparse attention, forward: the lists drive TMA copies, two compute warpgroups share what they bring.
+"""Block-sparse attention, forward: TMA copies the tiles of a list, which two compute warpgroups share.
 
-Algorithm: FlashAttention-3 (arXiv 2407.08608): a memory warpgroup fills a ring of K and V tiles, two compute
-warpgroups take turns, so that the softmax of one runs beside the matrix products of the other. What is new is
-that the tiles are those of a list read at run time, whose partial blocks alone pay the element mask.
+Algorithm: FlashAttention-3 (arXiv 2407.08608). A memory warpgroup fills a ring of K and V tiles. Two compute
+warpgroups take turns: the softmax of one runs beside the matrix products of the other. What is new is that
+the tiles come from a list read at run time, and that only its partial blocks pay for the element mask.
 """
 
 import dataclasses
@@ -29,13 +29,18 @@ from jsparse.pallas_kernels.hopper.mosaic import (
 )
 from jsparse.pallas_kernels.lists import Heads, Lists, walk
 
-ROWS = 64  # of queries a warpgroup holds: the height of one wgmma
+ROWS = 64  # queries that a warpgroup holds: the height of one wgmma
 LOWEST = -1e30  # the first running maximum: finite, since -inf - -inf is not a number
 
 
 @dataclasses.dataclass(frozen=True)
 class ForwardTiles:
-    """warpgroups: of ROWS queries each, on one list; tile_kv: keys per step; stages: K and V tiles held."""
+    """What a program holds.
+
+    - warpgroups: for computing, with ROWS queries each, on one list.
+    - tile_kv: keys per step.
+    - stages: K and V tiles in the rings.
+    """
 
     warpgroups: int
     tile_kv: int
@@ -67,14 +72,25 @@ def forward(
     tiles: ForwardTiles | None = None,
     interpret=None,
 ) -> tuple[Array, Array]:
-    """out [B, T, Hq, D] in q's dtype, and lse [B, Hq, T rounded up to 128] float32 in base 2.
+    """Attention over the keys that the lists and the heads' token masks show::
 
-    ``out = softmax(scale * q k') v`` over the keys that the lists and the heads' token masks show, and
-    ``lse = log2 sum exp(scale * q k')``; 0 and -inf where a query sees nothing.
+        out = softmax(scale * q k') v      lse = log2 sum exp(scale * q k')
 
-    q [B, T, Hq, D], k and v [B, S, Hk, D]. ``segments`` are (q_ids [B, T], kv_ids [B, S]): a query sees its
-    own segment. Lists are of key blocks, one for each ``block_q`` queries. Query t stands at position
-    ``t + offset``, S - T by default. Compiled, T and S are less than 8 or multiples of 8 (TMA).
+    or 0 and -inf for a query that sees nothing. Unless interpreted, T and S must be less than 8 or multiples
+    of 8 (TMA).
+
+    - q: [B, T, Hq, D].
+    - k, v: [B, S, Hk, D], of q's dtype.
+    - lists: lists of key blocks, one for each ``block_q`` queries.
+    - heads: the row of lists and the token mask of each query head.
+    - scale: of the scores.
+    - block_q, block_kv: tokens per block.
+    - offset: query t stands at position ``t + offset``; S - T if None.
+    - segments: (q_ids [B, T], kv_ids [B, S]); a query sees its own segment.
+    - tiles: those of :func:`forward_tiles` if None.
+    - interpret: Pallas' settings for interpreting the kernel on a CPU; None compiles it.
+
+    Returns out, [B, T, Hq, D] in q's dtype, and lse, [B, Hq, T rounded up to 128], float32.
     """
     batch, q_len, q_heads, head_dim = q.shape
     kv_len, kv_heads = k.shape[1], k.shape[2]
@@ -94,7 +110,7 @@ def forward(
         segment_refs: Any = rest[6:8] if segments else (None, None)
         (q_segment_ref, kv_segment_ref), (out_ref, lse_ref) = segment_refs, rest[-2:]
         b, kv_head = lax.axis_index("batch"), lax.axis_index("kv_heads")
-        # The longest lists of a causal mask are the last: they start first.
+        # The longest lists of a causal mask come last: they start first.
         tile = num_tiles - 1 - lax.axis_index("q")
         head = kv_head * group + lax.axis_index("group")
         steps, full_steps, first_key = walk(
@@ -106,8 +122,8 @@ def forward(
             q_ready, k_ready, v_ready, k_free, v_free, turn = barriers
             warpgroup = lax.axis_index("warpgroup")
 
-            # The tensor cores are one warpgroup's from its product of weights and values until its next
-            # product of queries and keys is under way. Meanwhile the other has time for its softmax.
+            # One warpgroup has the tensor cores from its product of weights and values until its next
+            # product of queries and keys is under way. Meanwhile the other computes its softmax.
             def pass_turn():
                 if warpgroups == 2:
                     plgpu.barrier_arrive(turn)
@@ -157,7 +173,7 @@ def forward(
                     total = total * decay + weights.sum(axis=1)
                     acc = acc * lax.broadcast_in_dim(decay, acc.shape, [0])
                     weights = weights.astype(v.dtype)
-                    # Nothing of the softmax may slip into the turn that begins here.
+                    # No part of the softmax may move into the turn that begins here.
                     acc, new_top, total, weights = lax.optimization_barrier((acc, new_top, total, weights))
                     pass_turn()
                     plgpu.barrier_wait(v_ready.at[slot])
@@ -229,7 +245,7 @@ def forward(
             jax.ShapeDtypeStruct((batch, q_heads, padded), jnp.float32),
         ],
         grid=(batch, kv_heads, num_tiles, group),
-        # The last runs fastest: the heads that read the same keys run side by side.
+        # The last axis runs fastest: heads that read the same keys run side by side.
         grid_names=("batch", "kv_heads", "q", "group"),
     )(q, k, v, *lists, *heads, *(segments or ()))
     return out, lse

@@ -6,7 +6,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 
 def row_bounds(first_position, rows: int, token_mask):
-    """What ``visible`` has to know of ``rows`` queries from a position on: made once, before the loop.
+    """What ``visible`` needs to know about ``rows`` queries from a position on; made once, before the loop.
 
     token_mask: sink, window, group size and group shift, scalars.
     """
@@ -17,7 +17,7 @@ def row_bounds(first_position, rows: int, token_mask):
 
 
 def visible(bounds, first_key, keys: int):
-    """Which of ``keys`` keys from ``first_key`` on the rows see, bool [rows, keys]."""
+    """Which of the ``keys`` keys from ``first_key`` on each row sees, bool [rows, keys]."""
     q, window_end, group_start, sink = bounds
     shape = (q.shape[0], keys)
 
@@ -35,10 +35,10 @@ def same_segment(row_segment, column_segment):
 
 
 def key_bounds(first_key, rows: int, token_mask):
-    """What ``visible_to`` has to know of ``rows`` keys from ``first_key`` on: the queries that see a key.
+    """What ``visible_to`` needs to know about ``rows`` keys from ``first_key`` on: which queries see each.
 
-    They are one interval: from the key's own position to the end of its group or of the window, for a sink to
-    the end of its group.
+    They are one interval. It starts at the key's own position and ends where its group or window ends; for a
+    sink, where its group ends.
     """
     sink, window, size, shift = token_mask
     k = first_key + plgpu.broadcasted_iota(jnp.int32, (rows,), 0, layout=plgpu.Layout.WGMMA.reduce(1))
@@ -47,7 +47,7 @@ def key_bounds(first_key, rows: int, token_mask):
 
 
 def visible_to(bounds, first_position, queries: int):
-    """Which of ``queries`` queries from a position on see the keys, bool [keys, queries]."""
+    """Which of the ``queries`` queries from a position on see each key, bool [keys, queries]."""
     k, end = bounds
     shape = (k.shape[0], queries)
 
@@ -59,6 +59,6 @@ def visible_to(bounds, first_position, queries: int):
 
 
 def pad_segments(q_ids: Array, kv_ids: Array, q_len: int, kv_len: int) -> tuple[Array, Array]:
-    """Whole tiles of segment ids; the padding is of no importance, since no mask shows it."""
+    """Whole tiles of segment ids. The ids of the padding do not matter, since no mask shows it."""
     q_ids = jnp.pad(q_ids.astype(jnp.int32), ((0, 0), (0, q_len - q_ids.shape[1])))
     return q_ids, jnp.pad(kv_ids.astype(jnp.int32), ((0, 0), (0, kv_len - kv_ids.shape[1])))

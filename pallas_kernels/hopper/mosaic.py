@@ -1,16 +1,17 @@
 """What the kernels share of Mosaic, and all that differs when its interpreter runs them on a CPU.
 
-Only the functions that take ``interpret`` differ. The interpreter cannot run, or needs:
+Only the functions that take ``interpret`` differ:
 
-- a matrix product whose left operand is in registers, and ``pl.run_state``, which hands an accumulator on:
-  ``multiply_add`` and ``multiply_registers`` compute them with ``jnp.dot``;
-- a fence between such a product, which reads shared memory as ordinary loads do, and the TMA copy that
-  overwrites that memory. A real ``wgmma`` reads through the same proxy as TMA and needs none: ``release``;
-- to be asked for: ``launch``.
+- ``multiply_add`` and ``multiply_registers`` use ``jnp.dot``. The interpreter cannot run a matrix product
+  whose left operand is in registers, nor ``pl.run_state``, which hands an accumulator on.
+- ``release`` adds a fence between such a product, which reads shared memory as ordinary loads do, and the TMA
+  copy that overwrites that memory. A real ``wgmma`` reads through the same proxy as TMA and needs none.
+- ``launch`` asks for the interpreter.
 
 Barriers, copies, masks, loops and products of two operands in shared memory are interpreted as they are
-compiled. What the interpreter does not know: TMA takes no tiled array whose rows are more than 8 and no
-multiple of 8, registers and shared memory are few, and a ``wgmma`` may still run when the next line does.
+compiled. The interpreter does not know that TMA refuses a tiled array of more than 8 rows that are not a
+multiple of 8, that registers and shared memory are limited, and that a ``wgmma`` may still be running when
+the next line does.
 """
 
 import functools
@@ -22,7 +23,7 @@ from jax import Array, lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu
 
-plgpu: Any = mosaic_gpu  # its types say less than what it takes
+plgpu: Any = mosaic_gpu  # its types allow less than it takes
 
 
 def multiply_add(acc: Array, left: Array, right, *, interpret) -> Array:
@@ -48,9 +49,9 @@ def multiply(left, right, *, meanwhile: Callable[[], None] | None = None) -> Arr
 
 
 def multiply_registers(pairs: Iterable[tuple[Array, Any]], shape: tuple[int, int], *, interpret) -> Array:
-    """The sum of ``left @ right`` in float32, of that shape: left in registers, right in shared memory.
+    """The sum of ``left @ right`` in float32, of this shape: left in registers, right in shared memory.
 
-    One product is under way at a time, so that the left operand of one more at most holds registers.
+    One product is under way at a time, so at most one more left operand takes registers.
     """
     if interpret is not None:
         products = (jnp.dot(left, right[...], preferred_element_type=jnp.float32) for left, right in pairs)
@@ -68,17 +69,17 @@ def multiply_registers(pairs: Iterable[tuple[Array, Any]], shape: tuple[int, int
 def anew(index):
     """``index`` of a tile that a whole loop reads, computed again at each step of the loop.
 
-    The compiler moves what stays the same ahead of a loop, and the descriptors by which a tile's products
-    find their operands would fill up to 64 registers there. The number of a warpgroup comes from a shuffle,
-    which the compiler does not move.
+    The compiler moves loop invariants out of the loop. There, the descriptors by which a tile's products find
+    their operands would fill up to 64 registers. The number of a warpgroup comes from a shuffle, which the
+    compiler does not move.
     """
-    return index + lax.div(lax.axis_index("warpgroup"), 4)  # plus 0: a kernel has fewer than four
+    return index + lax.div(lax.axis_index("warpgroup"), 4)  # adds 0: a kernel has fewer than four
 
 
 def bring(step, *copies: tuple[Any, Any], free, ready) -> None:
-    """Has TMA copy the tiles of one step, once every reader has released what was in their places.
+    """Has TMA copy the tiles of one step, once every reader has released the buffers they go to.
 
-    Each copy is (the tile in global memory, the ring of buffers that takes it): buffer ``step % stages``.
+    Each copy is a tile in global memory and a ring of buffers; buffer ``step % stages`` takes the tile.
     """
     stages = copies[0][1].shape[0]
     slot = lax.rem(step, stages)
@@ -95,7 +96,7 @@ def release(barrier, *, interpret) -> None:
 
 
 def share_registers(compute_warpgroups: int, *, compute: bool) -> None:
-    """Moves registers from the memory warpgroup to two compute warpgroups; one has as many as it can use."""
+    """Moves registers from the memory warpgroup to two compute warpgroups; a single one has enough."""
     if compute_warpgroups == 2:
         registers, action = (240, "increase") if compute else (24, "decrease")
         plgpu.set_max_registers(registers, action=action)
@@ -104,7 +105,7 @@ def share_registers(compute_warpgroups: int, *, compute: bool) -> None:
 def tile_transforms(dtype, swizzle: int = 128) -> tuple:
     """The layout of a tile in shared memory that TMA writes and wgmma reads without bank conflicts.
 
-    ``swizzle``: the bytes of a row that stay together, 128, or 64 or 32 if the tile or slice is as narrow.
+    - swizzle: the bytes of a row that stay together: 128, or 64 or 32 for a tile or slice that narrow.
     """
     bits = 4 if dtype == jnp.int4 else 8 * jnp.dtype(dtype).itemsize
     return plgpu.TilingTransform((8, 8 * swizzle // bits)), plgpu.SwizzleTransform(swizzle)

@@ -1,19 +1,19 @@
 """Attention of one query token per sequence to listed pages of keys and values, split over the list.
 
 Decoding reads much and computes little: a key meets only the few query heads of its group. So keys are the
-rows of the first matrix product (64 of them fill a wgmma), and the group's query heads, padded to 8, the
+rows of the first matrix product (64 of them fill a wgmma), and the group's query heads, padded to 8, are the
 columns of both::
 
     S' = K Q'        [keys, heads]
     O' += V' P'      [head_dim, heads]
 
-Each sequence and KV head has a list of pages, and ``splits`` thread blocks share it, so that one sequence
-fills the chip (FlashDecoding). A thread block is one warpgroup that lets TMA bring the next pages while it
-works; several fit an SM, and one works while another waits. What they find is float32, and combined outside.
+Each sequence and KV head has a list of pages, and ``splits`` thread blocks share it, so even one sequence
+fills the chip (FlashDecoding). A thread block is one warpgroup; TMA brings its next pages while it works.
+Several fit on an SM, and one works while another waits. Their results are float32, and are combined outside.
 
 Pages hold bfloat16 or float16; or int8 or int4 codes with a scale and a zero per token and KV head, ``value =
 scale * (code - zero)`` (QServe, arXiv 2405.04532; LServe, arXiv 2502.14866). Codes enter the products as they
-are, which is exact; scales and zeros are applied to scores and weights, which are small::
+are, which is exact. Scales and zeros are applied to scores and weights, which are small::
 
     s = scale * (codes . q - zero * sum(q))
     o = sum_k (p_k scale_k) codes_k - sum_k (p_k scale_k) zero_k
@@ -34,10 +34,10 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jsparse.pallas_kernels.hopper.mosaic import anew, launch, multiply, multiply_registers, tile_transforms
 from jsparse.pallas_kernels.lists import HEAD_DIMS
 
-GROUPS = (8, 16)  # query heads of a KV head, rounded up
+GROUPS = (8, 16)  # query heads per KV head, rounded up
 MIN_PAGE = 8  # rows of the smallest tile that TMA copies
 SHARED_MEMORY = 228 * 1024  # bytes of an SM that its thread blocks share
-SYSTEM_MEMORY = 1024  # bytes of them that the system takes for each
+SYSTEM_MEMORY = 1024  # bytes of it that the system takes for each thread block
 LOWEST = -1e30  # the first running maximum: finite, since -inf - -inf is not a number
 
 Pages = Array | tuple[Array, Array, Array]
@@ -45,7 +45,12 @@ Pages = Array | tuple[Array, Array, Array]
 
 @dataclasses.dataclass(frozen=True)
 class DecodeTiles:
-    """keys: visited per step, 64 or 128. stages: steps in flight. resident: blocks that an SM holds."""
+    """How a thread block works.
+
+    - keys: visited per step, 64 or 128.
+    - stages: steps in flight.
+    - resident: thread blocks that an SM holds.
+    """
 
     keys: int
     stages: int
@@ -55,8 +60,8 @@ class DecodeTiles:
 def decode_tiles(head_dim: int, bits: int, group: int = 8) -> DecodeTiles:
     """The tiles for pages of ``bits`` per element and ``group`` query heads per KV head.
 
-    Codes take longer to work on than to bring, so more thread blocks share an SM, as many as its registers
-    allow. Each has as many stages as its part of the shared memory holds, six at most.
+    Codes take longer to compute with than to copy, so more thread blocks share an SM, as many as its
+    registers allow. Each has as many stages as fit in its part of the shared memory, at most six.
     """
     resident = {16: 1, 8: 1, 4: 2}[bits] if head_dim == 256 else {16: 2, 8: 3, 4: 3}[bits]
     resident = min(resident, 3 if group <= 8 else 2)
@@ -81,14 +86,14 @@ def shared_memory(tiles: DecodeTiles, head_dim: int, bits: int, group: int = 8) 
     if bits < 16:
         buffers += [tiles.stages * tiles.keys * 4] * 4  # scales and zeros
         buffers += [tiles.keys * head_dim * 2, columns * 4]  # v as wgmma takes it; sums of q
-    # Each buffer begins at a whole KiB; reductions over keys take two more, and each barrier 8 bytes.
+    # Each buffer begins at a whole KiB. Reductions over keys take two more, and each barrier 8 bytes.
     return sum(pl.cdiv(size, 1024) * 1024 for size in buffers) + 2048 + 8 * (tiles.stages + 1)
 
 
 def num_splits(batch: int, kv_heads: int, steps: int, slots: int) -> int:
     """How many thread blocks share a list of at most ``steps`` steps, on a chip that holds ``slots`` at once.
 
-    The fewest that keep it nine tenths as busy as any number would: the last round of blocks is rarely full.
+    The fewest that keep it nine tenths as busy as the best number: the last round of blocks is rarely full.
     """
     lists = batch * kv_heads
 
@@ -133,19 +138,25 @@ def paged_decode(
     tiles: DecodeTiles | None = None,
     interpret=None,
 ) -> tuple[Array, Array]:
-    """Attention of one query per sequence to its listed pages: out [B, Hq, D] and lse [B, Hq], float32.
+    """Attention of one query per sequence to the keys of its listed pages::
 
-    ``out = softmax(scale * q k') v`` over the listed keys and ``lse = log2 sum exp(scale * q k')``; 0 and
-    -inf where none is listed.
+        out = softmax(scale * q k') v      lse = log2 sum exp(scale * q k')
 
-    - q ``[B, Hq, D]``
-    - k, v ``[num_pages, Hk, page_size, D]`` of q's dtype; or (codes, scale, zero) with codes int8 of that
-      shape, or ``[..., D / 2]`` of two int4 codes per byte, dimension d low and d + D / 2 high; scale and
-      zero float32 ``[num_pages, Hk, page_size]``
-    - pages ``[B, 1 or Hk, n]`` int32: places in the pool, -1 for none
-    - used, of that shape: how many keys at the start of each page count; where 0, the page is ignored
+    or 0 and -inf if no key is listed. ``shape_limit`` says which shapes are supported.
 
-    What a page holds beyond them has no effect, NaN included. ``shape_limit`` says which shapes it takes.
+    - q: [B, Hq, D].
+    - k, v: [num_pages, Hk, page_size, D] of q's dtype; or (codes, scale, zero). Codes are int8 of that shape,
+      or [..., D / 2] with two int4 codes per byte, dimension d low and d + D / 2 high. Scale and zero are
+      float32, [num_pages, Hk, page_size].
+    - pages: [B, 1 or Hk, n], int32: places in the pool, -1 for none.
+    - used: of the same shape: how many keys at the start of each page count; if 0, the page is ignored. What
+      a page holds beyond them has no effect, NaN included.
+    - scale: of the scores.
+    - splits: thread blocks per list; chosen by :func:`num_splits` if None.
+    - tiles: those of :func:`decode_tiles` if None.
+    - interpret: Pallas' settings for interpreting the kernel on a CPU; None compiles it.
+
+    Returns out [B, Hq, D] and lse [B, Hq], float32.
     """
     batch, q_heads, head_dim = q.shape
     k_arrays, v_arrays = (_unpacked(x, head_dim) if isinstance(x, tuple) else (x,) for x in (k, v))
@@ -160,11 +171,11 @@ def paged_decode(
     # A step visits `entries` whole pages, or one of the `pieces` of a page.
     rows = min(page_size, keys)
     entries, pieces = keys // rows, pl.cdiv(page_size, rows)
-    # An entry without keys is copied where its step has others: whatever it says, that is page 0.
+    # An entry without keys is still copied if its step has others: it then names page 0.
     used = jnp.where(pages < 0, 0, used)
     pages = jnp.where(used > 0, pages, 0)
     pages, used = (jnp.pad(x, ((0, 0), (0, 0), (0, -x.shape[2] % entries))) for x in (pages, used))
-    # Nothing is visited after the last key that is meant.
+    # Nothing is visited after the last key that counts.
     end = jnp.where(used > 0, jnp.arange(used.shape[2]) * pieces + pl.cdiv(used, rows), 0)
     num_steps = pl.cdiv(end.max(axis=2), entries)
     if splits is None:
@@ -186,7 +197,7 @@ def paged_decode(
             return [(pages_ref[b, row, lax.div(n, pieces)], lax.rem(n, pieces) * rows) for n in found]
 
         def lengths(step):
-            """How many keys of each piece are meant."""
+            """How many keys of each piece count."""
             found = [step * entries + e for e in range(entries)]
             return [
                 jnp.clip(used_ref[b, row, lax.div(n, pieces)] - lax.rem(n, pieces) * rows, 0, rows)
@@ -210,7 +221,7 @@ def paged_decode(
             sums: Any = _cast(sums_smem[...], _BY_HEAD) if quantised else None
 
             def decoded(codes):
-                """The values of a tile of codes, some columns at a time, and where they stand."""
+                """The values of a tile of codes, some columns at a time, and which columns these are."""
                 for start in range(0, head_dim, width):
                     at = pl.ds(start, width)
                     yield codes.at[:, at][...].astype(q.dtype), at
@@ -218,7 +229,7 @@ def paged_decode(
             def step(t, carry):
                 acc, top, total, offset = carry
                 slot = lax.rem(t - first, stages)
-                # Read before the wait, for what they say is needed after it.
+                # Read before the wait: they are needed right after it.
                 coming, held = places(jnp.minimum(t + stages, last - 1)), lengths(t)
                 plgpu.barrier_wait(ready.at[slot])
                 tile = [smem.at[slot] for smem in pool_smem]
@@ -239,7 +250,7 @@ def paged_decode(
                 new_top = jnp.maximum(top, _cast(scores.max(axis=0), _BY_HEAD))
                 decay = jnp.exp2(top - new_top)
                 weights = jnp.exp2(scores - _along_heads(new_top, keys))
-                # Each thread adds up its own keys; they are summed at the very end.
+                # Each thread adds up its own keys; these sums are added at the very end.
                 total = total * _along_heads(decay, keys) + weights
 
                 if quantised:
@@ -331,10 +342,10 @@ def paged_decode(
 
 
 def combine(out: Array, lse: Array) -> tuple[Array, Array]:
-    """The attention to all splits from that to each: out [..., splits, D, H] and lse [..., splits, H].
+    """The attention to all splits, from that to each: out [..., splits, D, H] and lse [..., splits, H].
 
     Returns out [..., H, D] and lse [..., H], float32: ``lse = log2 sum 2**lse_i`` and
-    ``out = sum 2**(lse_i - lse) out_i``, or -inf and 0 where no split saw a key.
+    ``out = sum 2**(lse_i - lse) out_i``, or -inf and 0 if no split saw a key.
     """
     top = lse.max(axis=-2)
     top = jnp.where(top == -jnp.inf, 0.0, top)
@@ -362,7 +373,7 @@ def _in_order(x: Array) -> Array:
 
 
 def num_sms() -> int:
-    """Multiprocessors of the device that is compiled for; an H200's where that is no GPU."""
+    """Multiprocessors of the device that is compiled for; an H200's if that is not a GPU."""
     abstract = jax.sharding.get_abstract_mesh().abstract_device
     cores = jax.devices()[0].core_count if abstract is None and jax.default_backend() == "gpu" else None
     return (cores if abstract is None else abstract.num_cores) or 132

@@ -1,7 +1,7 @@
-"""The order in which windows of training data come, and a digest of what they depend on.
+"""The order of the windows in training, and a digest of what they depend on.
 
-Files become samples (``jsparse.texts.documents``), samples windows on disk (``windows.py``), and windows
-batches.
+Files become samples (``jsparse.texts.documents``), samples become windows on disk (``windows.py``), and
+windows become batches.
 """
 
 import functools
@@ -16,14 +16,21 @@ from jsparse.texts.documents import check_files, is_json_lines
 from jsparse.texts.tokenizer import plain_text_tokenizer
 from jsparse.train.data.windows import TrainBatch, Windows
 
-_PACKING = 1  # to be increased when the same files are packed into windows differently
+_PACKING = 1  # increase this when the same files are packed into windows differently
 
 
 def batch_at(windows: Windows, step: int, *, batch_size: int, seed: int) -> TrainBatch:
-    """Batch number ``step`` (from 0): a pure function, so a step number is the position.
+    """Batch number ``step``: a pure function, so the step number alone is a run's position in the data.
 
-    Every epoch is a permutation of all windows, drawn from ``(seed, epoch)``; epochs follow one another
+    Every epoch is a permutation of all windows, drawn from ``(seed, epoch)``. Epochs follow one another
     without a gap, so a batch may hold the end of one and the start of the next.
+
+    - windows: the training data.
+    - step: from 0.
+    - batch_size: windows per batch.
+    - seed: seed of the order.
+
+    Returns the ``batch_size`` windows in memory.
 
     >>> tokens = np.arange(12, dtype=np.uint16).reshape(4, 3)
     >>> windows = Windows(tokens, flags=np.full((4, 3), 2, np.uint8))
@@ -49,7 +56,7 @@ def position_at(windows_count: int, step: int, batch_size: int) -> dict[str, int
 def digest_data(
     files: Sequence[str | Path], tokenizer: Tokenizer, *, context: int, eos_token_id: int | None
 ) -> str:
-    """SHA-256 of all that windows are made of: for equal digests, ``write_windows`` stores equal windows.
+    """SHA-256 of all that windows are made of: if digests are equal, ``write_windows`` stores equal windows.
 
     It covers the bytes of the files, in their order, and whether they are JSON lines; the tokenizer; and how
     the samples are cut. Names of files do not count, nor do the truncation and padding in tokenizer.json,
@@ -67,6 +74,6 @@ def digest_data(
     return sha.hexdigest()
 
 
-@functools.lru_cache(maxsize=2)  # a batch touches one epoch, or two where it straddles their border
+@functools.lru_cache(maxsize=2)  # a batch lies in one epoch, or straddles two
 def _permutation(seed: int, epoch: int, count: int) -> np.ndarray:
     return np.random.default_rng([seed, epoch]).permutation(count)

@@ -11,7 +11,7 @@ from tokenizers import Tokenizer
 from jsparse.texts import tasks
 from jsparse.texts.passkeys import Passkeys, passkey_sample, random_stretch
 
-# What a token is to be predicted as. Kinds from COPY on are answers: the tokens before decide them.
+# What each token is scored as. COPY to COMMON are answers: the tokens before determine them.
 NOT_SCORED, TEXT, COPY, RECALL, CHAIN, PASSKEY, COMMON, LISTED = range(-1, 7)
 KINDS = ("text", "copy", "recall", "chain", "passkey", "common", "words")
 
@@ -23,7 +23,7 @@ Sentence = tuple[list[int], list[int]]  # tokens and their kinds
 
 @dataclasses.dataclass(frozen=True)
 class Stage:
-    """Steps on rows of one length: ``rows`` per step, of kinds in the proportions of ``mix``."""
+    """Steps on rows of one length: ``rows`` per step, with kinds in the proportions of ``mix``."""
 
     steps: int
     length: int
@@ -37,17 +37,18 @@ class Lessons:
     Kinds of rows, by the names that a ``Stage`` mixes:
 
     - "text": a stretch of the text.
-    - "copy": random words, and then the same words again. From these, induction is learned in a few hundred
-      steps; from the others alone it is not.
-    - "recall": a stretch of the text with sentences in it such as "amber is tulip", each said several
-      times, or asked for, at random places. Where it is said again, the value is an answer. Some keys are
-      other keys, and then the answer is the chain to a value; some texts have a passkey. Between key and
-      value stands " is", "?" or nothing: so a model looks for the value at each of these tokens, and not at
-      the last of a question alone. With up to four tokens there, keys were not told apart after 500 steps.
+    - "copy": random words, and then the same words again. A model learns induction from these in a few
+      hundred steps, and does not from the others alone.
+    - "recall": a stretch of the text with sentences such as "amber is tulip" at random places, each said or
+      asked for several times. When it is said again, the value is an answer. The value of some keys is
+      another key, and the answer is then the chain to a value. Some texts have a passkey. Between key and
+      value comes " is", "?" or nothing, so a model looks for the value at each of these tokens, not only at
+      the last token of a question. With up to four tokens in between, a model did not tell keys apart after
+      500 steps.
     - "far": like "recall", but each key is said once, at a random place, and all are asked for at the end.
       Without these, a model missed 7 of 64 keys in texts of 2048 tokens, all in the first 36 % of the text.
-    - "list": lists of words, three of which come more often, and the question which ones. The words
-      themselves are scored too: what came often best predicts what comes next.
+    - "list": lists of words, three of which are more frequent, and a question that asks for those three. The
+      words themselves are scored too: the most frequent ones are the best prediction of the next.
     - "passkeys": what ``jsparse heads`` asks (``jsparse.texts.passkeys``).
     """
 
@@ -70,7 +71,7 @@ class Lessons:
     def batch(
         self, stage: Stage, step: int, seed: int
     ) -> tuple[Int32[np.ndarray, "B T"], Int32[np.ndarray, "B T"]]:
-        """The tokens of a step's rows, and what each is to be predicted as.
+        """The tokens of a step's rows, and the kind that each is scored as.
 
         A pure function of its arguments: row ``r`` is drawn from ``(seed, step, r)``.
         """
@@ -113,7 +114,7 @@ class Lessons:
     def _said_often(
         self, length: int, rng: np.random.Generator, *, short: bool
     ) -> tuple[list[Sentence], list[Sentence]]:
-        """Sentences for random places, near one another, and the one for the end."""
+        """Sentences for random places, close together, and one for the end."""
         spacing = rng.uniform(20, 48) if short else np.exp(rng.uniform(np.log(24), np.log(160)))
         *sentences, last = self._sentences(max(3, int(length / spacing)), rng, passkey=not short)
         return sentences, [last]
@@ -121,7 +122,7 @@ class Lessons:
     def _said_once(
         self, length: int, rng: np.random.Generator, *, short: bool
     ) -> tuple[list[Sentence], list[Sentence]]:
-        """One sentence for each key, and the questions for all of them, which stand at the end."""
+        """One sentence for each key, and sentences at the end that ask for all of them."""
         count = max(2, int(length / np.exp(rng.uniform(np.log(40), np.log(100)))))
         keys = [int(key) for key in rng.permutation(self._keys)[:count]]
         known: dict[int, int] = {}
@@ -145,7 +146,7 @@ class Lessons:
         """A row of text with sentences at random places in it, in order, and others at its end."""
         sentences = sentences + at_end
         rest = length - len(start) - sum(len(tokens) for tokens, _ in sentences)
-        while rest < 0:  # the earliest go; questions about them are then guesses, in short rows only
+        while rest < 0:  # drop the earliest; questions about them are then guesses, in short rows only
             rest += len(sentences.pop(0)[0])
         ends = min(len(at_end), len(sentences))
         cuts = [*np.sort(rng.integers(0, rest + 1, len(sentences) - ends)), *[rest] * ends]
@@ -158,7 +159,7 @@ class Lessons:
         return row, row_kinds
 
     def _sentences(self, count: int, rng: np.random.Generator, *, passkey: bool) -> list[Sentence]:
-        """What is said and asked, in order, of some keys; the last asks for any that was said."""
+        """What is said and asked about some keys, in order. The last is about a key that was said before."""
         keys = rng.permutation(self._keys)[: max(2, int(count * rng.uniform(0.25, 0.5)))]
         known: dict[int, int] = {}  # what a key was said to be: a value, or another key
         passkey_at = rng.integers(count // 2 + 1) if passkey and rng.random() < 0.5 else count

@@ -28,9 +28,11 @@ _TOKENS_A_WRITE = 1 << 20
 class TrainBatch(NamedTuple):
     """Rows of training data.
 
-    Tokens of one document, or of one prompt and its completion, share a segment id (1, 2, ... within a
-    window); padding has segment id 0. Where ``scored[b, t]``, token t is a target that counts, predicted from
-    token t - 1 of its own segment. The first token of a segment, a prompt's tokens and padding never count.
+    - tokens: [B, T], int32.
+    - segment_ids: [B, T], int32. Tokens of one document, or of one prompt and its completion, share an id
+      (1, 2, ... within a window). Padding has 0.
+    - scored: [B, T]. Whether token t is a target, predicted from token t - 1 of its own segment. The first
+      token of a segment, a prompt's tokens and padding never are.
     """
 
     tokens: Int32[np.ndarray, "B T"]
@@ -42,8 +44,11 @@ class TrainBatch(NamedTuple):
 class Windows:
     """Packed training data, mapped from a folder: ``windows[rows]`` reads those rows from disk.
 
-    ``len(windows)`` windows of ``windows.context`` tokens each. ``flags`` says of each token whether it is
-    the first of a document or prompt (bit 0), scored (bit 1) or padding (bit 2).
+    There are ``len(windows)`` windows of ``windows.context`` tokens each.
+
+    - tokens: [N, T], unsigned.
+    - flags: [N, T], uint8: whether a token is the first of a document or prompt (bit 0), scored (bit 1) or
+      padding (bit 2).
     """
 
     tokens: UInt[np.ndarray, "N T"]
@@ -60,7 +65,7 @@ class Windows:
         """Windows by their numbers, in the order asked for, as arrays in memory."""
         flags = np.array(self.flags[rows])
         starts = flags & _STARTS != 0
-        starts[:, :1] = True  # what continues from the window before is a segment of its own
+        starts[:, :1] = True  # what continues from the previous window is a segment of its own
         fills = flags & _FILLS != 0
         segment_ids = np.where(fills, np.int32(PADDING), starts.cumsum(axis=1, dtype=np.int32))
         scored = (flags & _SCORED != 0) & ~starts
@@ -77,25 +82,28 @@ def write_windows(
     vocab_size: int,
     progress: bool = False,
 ) -> Windows:
-    """Tokenise ``files`` (``read_samples`` says which kinds there are), pack them into windows of ``context``
-    tokens, and store these in ``folder``, from which they are mapped.
+    """Tokenise files, pack them into windows of ``context`` tokens, and store the windows in ``folder``.
 
-    Samples lie one after another, in the order of the files. A document that is longer than what is left of a
-    window continues in the next one, as a segment of its own. A prompt with its completion is never cut: if
-    it does not fit what is left of a window, it begins the next one, and the rest is padding. The last window
+    Samples lie one after another, in the order of the files. A document that is longer than the rest of a
+    window continues in the next one, as a segment of its own. A prompt and its completion are never cut: if
+    they do not fit in the rest of a window, the rest is padded and they begin the next one. The last window
     is padded. Nothing is dropped.
 
-    Neither the text nor the tokens need to fit in memory: tokens go to disk as they come, 3 bytes each (5
-    where the vocabulary has more than 65,536 entries). windows.json is written last, so what a crash leaves
-    does not open. Earlier windows in the folder are replaced. On any error nothing is left.
+    Neither the text nor the tokens need to fit in memory: tokens are written as they come, 3 bytes each (5 if
+    the vocabulary has more than 65,536 entries). windows.json is written last, so what a crash leaves does
+    not open. Earlier windows in the folder are replaced. After an error nothing is left.
 
-    - files: what to read, each file whole.
+    - files: what to read; ``read_samples`` says which kinds there are. Each file is read whole.
     - folder: where the windows go.
+    - context: tokens per window, at least 2.
+    - eos_token_id, vocab_size: as for ``read_samples``.
     - progress: show a progress bar over the bytes of the files, if stderr is a terminal.
 
-    Raises FileNotFoundError or ValueError as ``read_samples`` does, naming file and line; ValueError for a
-    prompt with a completion that is longer than ``context``, and for data that does not fill one window;
-    FileExistsError if ``folder`` is a file; OSError, naming the folder, where it cannot be written, for
+    Returns the windows, mapped from ``folder``.
+
+    Raises FileNotFoundError or ValueError as ``read_samples`` does, naming file and line. Raises ValueError
+    for a prompt and completion longer than ``context``, and for data that does not fill one window;
+    FileExistsError if ``folder`` is a file; and OSError, naming the folder, if it cannot be written, for
     instance because the disk is full.
 
     >>> import tempfile
@@ -141,8 +149,8 @@ def write_windows(
 def open_windows(folder: str | Path) -> Windows:
     """Map the windows that ``write_windows`` stored in ``folder``.
 
-    Raises FileNotFoundError where there are none, or where writing them was interrupted; ValueError where the
-    files do not belong together.
+    Raises FileNotFoundError if there are none or if writing them was interrupted, and ValueError if the files
+    do not belong together.
     """
     folder = Path(folder)
     if not (folder / HEADER).is_file():
@@ -233,7 +241,7 @@ def _store(pieces: Iterable[_Piece], folder: Path, token_type: np.dtype) -> tupl
             # Unbuffered: a buffer that cannot be written would fail again, without explanation, on close.
             tokens_file = stack.enter_context(open(folder / TOKENS, "xb", buffering=0))
             flags_file = stack.enter_context(open(folder / FLAGS, "xb", buffering=0))
-        for piece in pieces:  # errors of reading are no errors of the folder
+        for piece in pieces:  # errors in reading are not the folder's
             with _explained(folder):
                 _write_all(tokens_file, piece.tokens.astype(token_type).tobytes())
                 _write_all(flags_file, piece.flags.tobytes())

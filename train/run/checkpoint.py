@@ -23,7 +23,7 @@ class Checkpoints:
         self._manager = manager
 
     def latest_step(self) -> int | None:
-        """The last step that was saved completely; None where there is none."""
+        """The last step that was saved completely; None if there is none."""
         return self._manager.latest_step()
 
     def steps(self) -> list[int]:
@@ -33,7 +33,7 @@ class Checkpoints:
     def save(self, step: int, state: Any, run: dict) -> None:
         """Write a pytree of arrays and the JSON description of the run. Returns when both are on disk.
 
-        Raises OSError where they cannot be written, for instance on a full disk; earlier steps are then
+        Raises OSError if they cannot be written, for instance on a full disk; earlier steps are then
         unchanged.
         """
         items = {"state": ocp.args.StandardSave(state), "run": ocp.args.JsonSave(run)}

@@ -1,4 +1,4 @@
-"""Whose run an output folder holds: a new one, this one interrupted, or another."""
+"""Which run an output folder holds: a new one, this one interrupted, or another."""
 
 import dataclasses
 import hashlib
@@ -41,7 +41,7 @@ def checkpoint_folder(output: Path) -> Path:
 def describe_run(
     config: FinetuneConfig, data_digest: str, model: LlamaConfig, pattern: AttentionPattern
 ) -> dict[str, Any]:
-    """What two runs must share to be the same, as JSON, and under "config" all that was asked for.
+    """What two runs must share to be the same, as JSON; and under "config", all that was asked for.
 
     They must share the settings, the RoPE and the attention pattern in full, and the SHA-256 of the base
     model and of the data. Names of files do not count, only their content. Nor does the number of steps, as
@@ -57,13 +57,13 @@ def describe_run(
     described["model"] = digest_model(config.model_folder)
     described["data"] = data_digest
     described["config"] = dataclasses.asdict(config)
-    return json.loads(json.dumps(described, default=str))  # tuples to lists and paths to text, as it is read
+    return json.loads(json.dumps(described, default=str))  # tuples become lists and paths text, as when read
 
 
 def steps_taken(config: FinetuneConfig, run: dict) -> int:
-    """How far the run in ``config.output`` has come: 0 for a new one. Changes nothing on disk.
+    """How many steps the run in ``config.output`` has taken: 0 for a new one. Changes nothing on disk.
 
-    Raises ValueError or FileExistsError where ``config.output`` cannot be this run's.
+    Raises ValueError or FileExistsError if ``config.output`` cannot be this run's.
     """
     output, model = config.output_folder.resolve(), config.model_folder.resolve()
     if output == model or model in output.parents:
@@ -74,7 +74,7 @@ def steps_taken(config: FinetuneConfig, run: dict) -> int:
 
 
 def steps_in(output: Path, steps: int, run: dict) -> int:
-    """``steps_taken`` of a run of ``steps`` steps, wherever it started from."""
+    """As :func:`steps_taken`, for any run of ``steps`` steps in ``output``."""
     folder = checkpoint_folder(output)
     step = _read_step(folder, run)
     if step == 0:

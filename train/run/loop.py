@@ -35,7 +35,7 @@ def run_steps(
     - steps: the steps of the whole run.
     - save: ``save(n, state)`` writes a checkpoint after n steps. It is called every ``checkpoint_every``
       steps, after the last one, and when SIGTERM ends the run.
-    - name, note: what the progress bar says of the run, and of a line.
+    - name, note: what the progress bar says about the run, and about a line.
 
     Returns the last state and all lines of metrics.jsonl.
     """

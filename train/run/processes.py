@@ -9,7 +9,7 @@ def is_first_process() -> bool:
 
 
 def wait_for_all(name: str) -> None:
-    """Return when all processes have called this with ``name``; at once where there is only one."""
+    """Return when all processes have called this with ``name``; at once if there is only one."""
     if jax.process_count() > 1:
         from jax.experimental import multihost_utils
 

@@ -1,4 +1,4 @@
-"""SIGTERM, as schedulers send it before they take a machine away."""
+"""SIGTERM, which schedulers send before they take a machine away."""
 
 import contextlib
 import signal
@@ -11,7 +11,7 @@ import numpy as np
 
 @contextlib.contextmanager
 def sigterm_noted() -> Iterator[Callable[[], bool]]:
-    """Within this context SIGTERM ends nothing: ``asked()`` says whether it came, to any of the processes.
+    """Within this context SIGTERM does not end the process: ``asked()`` says whether any process got it.
 
     Several processes must all call ``asked`` at the same steps, and all get the same answer. Outside the main
     thread, where no signal arrives, this process notes none.
