@@ -65,7 +65,7 @@ _JSPARSE = _Command(
     help="block-sparse attention for long contexts",
     commands={
         "pretrain": _Command(
-            help="train a small model, from nothing, that needs its whole context",
+            help="train a small model from scratch that needs its whole context",
             function="train.commands:pretrain",
         ),
         "finetune": _Command(

@@ -103,7 +103,7 @@ class GenerateCommand(CacheOptions):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PlanGenerateCommand(CacheOptions):
-    """What generation takes of each device, for prompts of one length. No weights are read."""
+    """What generation needs on each device, for prompts of one length. No weights are read."""
 
     model: Path
     """A folder with the model's config.json."""

@@ -67,7 +67,7 @@ def finetune(options: list[str]) -> int:
         return 0
     print(
         f"jsparse: stopped by SIGTERM after step {len(result.losses)}, {last}; its checkpoint is in "
-        f"{result.output}, and the same command goes on",
+        f"{result.output}; run the same command to resume",
         file=sys.stderr,
     )
     return 128 + signal.SIGTERM
@@ -81,7 +81,7 @@ def pretrain(options: list[str]) -> int:
         return 0
     print(
         f"jsparse: stopped by SIGTERM after step {len(result.metrics)}; its checkpoint is in "
-        f"{result.output}, and the same command goes on",
+        f"{result.output}; run the same command to resume",
         file=sys.stderr,
     )
     return 128 + signal.SIGTERM
