@@ -154,8 +154,7 @@ def _layer_layout(cache: CacheConfig, model: LlamaConfig, layer: int, heads: tup
         heads, sink = tuple(range(model.num_key_value_heads)), 0
         window = prefill_window = min(own_window, cache.capacity)
     _, logical = cache.page_sizes()
-    retrieves = len(heads) < model.num_key_value_heads
-    selection = _selection(cache, layer) if retrieves else None
+    selection = _selection(cache, layer) if len(heads) < model.num_key_value_heads else None
     return LayerLayout(
         streaming_heads=heads,
         sink=sink,
@@ -163,7 +162,7 @@ def _layer_layout(cache: CacheConfig, model: LlamaConfig, layer: int, heads: tup
         prefill_window=prefill_window,
         logical_page_size=logical if selection is not None and selection.score == "bounds" else None,
         selection=selection,
-        estimate=cache.prefill_estimate if retrieves else None,
+        estimate=cache.prefill_estimate,
     )
 
 
