@@ -28,7 +28,9 @@ FULL = {"ring": {"sequence": 4, "data": 2}}
 
 def launch(folder, cases, *, devices, processes=1):
     """Run all cases, in one process or in two that share them."""
-    environment = os.environ | {"XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"}
+    # Programs this small take longer to optimise than to run.
+    flags = f"--xla_force_host_platform_device_count={devices} --xla_backend_optimization_level=0"
+    environment = os.environ | {"XLA_FLAGS": flags}
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = str(free.getsockname()[1])
