@@ -71,7 +71,9 @@ MODULES = source_files()
 
 
 def imported_modules(source: str) -> set[str]:
-    """The modules that a source imports anywhere, lazily or only for types; relative ones with their dots."""
+    """The modules that a source imports anywhere, lazily, by name or only for types; relative ones with their
+    dots. What it takes from the package's face counts too, as in ``jsparse.serve.generate``.
+    """
     names = set()
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Import):
@@ -81,6 +83,10 @@ def imported_modules(source: str) -> set[str]:
             # `from jsparse.serve import loop` imports the module, and from the face only what is no module.
             full = {alias.name: f"{module}.{alias.name}" for alias in node.names}
             names |= {path if path in MODULES else module for path in full.values()}
+        elif isinstance(node, ast.Attribute):
+            names |= {ast.unparse(node)} & set(MODULES)
+        elif isinstance(node, ast.Call) and ast.unparse(node.func).endswith(("import_module", "__import__")):
+            names |= {x.value for x in node.args if isinstance(x, ast.Constant) and x.value in MODULES}
     return names
 
 
@@ -129,6 +135,8 @@ def circles(imports: dict[str, set[str]]) -> list[set[str]]:
         ("evaluate", "from jsparse.train import finetuning", ["jsparse.train.finetuning"]),
         ("train", "from models import Llama", ["models"]),
         ("train", "from . import data", ["."]),
+        ("models", "import jsparse\njsparse.serve.generate", ["jsparse.serve"]),
+        ("masks", "importlib.import_module('jsparse.serve.layout')", ["jsparse.serve.layout"]),
         ("train", "import jsparse.train.data, jsparse, numpy\nfrom jsparse.models import Llama", []),
     ],
 )
@@ -169,18 +177,28 @@ def compared_names(source: str) -> list[str]:
     for node in ast.walk(ast.parse(source)):
         asks = isinstance(node, ast.Compare | ast.MatchValue)
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
-            asks = node.func.attr in ("startswith", "endswith")
+            asks = node.func.attr in ("startswith", "endswith", "removeprefix", "index")
+        keys = node.keys if isinstance(node, ast.Dict) else [node] if asks else []
         strings = {
-            x.value for x in ast.walk(node) if isinstance(x, ast.Constant) and isinstance(x.value, str)
+            x.value
+            for key in keys
+            if key is not None
+            for x in ast.walk(key)
+            if isinstance(x, ast.Constant) and isinstance(x.value, str)
         }
-        if asks and any(text in NAMES or text.startswith("mosaic_gpu") for text in strings):
+        if any(text in NAMES or text.startswith("mosaic") for text in strings):
             found.append(ast.unparse(node))
     return found
 
 
 def test_a_compared_name_is_found():
-    sources = ("if name == 'xla': pass", "x = name in ('a', 'cudnn')", "name.startswith('mosaic_gpu')")
-    assert [len(compared_names(source)) for source in sources] == [1, 1, 1]
+    sources = (
+        "if name == 'xla': pass",
+        "x = name in ('a', 'cudnn')",
+        "name.startswith('mosaic')",
+        "{'xla': 1}[name]",
+    )
+    assert [len(compared_names(source)) for source in sources] == [1, 1, 1, 1]
     assert compared_names("attention(q, k, v, mask, implementation='xla')") == []
 
 
