@@ -45,21 +45,21 @@ class EvaluateCommand:
     scoring: Literal["new", "all", "last"] = "new"
     """What a window scores: tokens "new" since the last, "all" of its tokens (LongLoRA), or the "last"."""
     stride: int | None = None
-    """Tokens from window to window (default: half of each context; 256 for "all"; --last for "last")."""
+    """Tokens from window to window. Unless given: half of each context; 256 for "all"; --last for "last"."""
     last: int | None = None
     """For --scoring last: tokens that each window scores."""
     max_windows: int | None = None
-    """Score only this many windows of each context, the first (default: all; 64 for the standard library)."""
+    """Score only this many windows of each context. Unless given: all; 64 for the standard library."""
     batch_size: int = 1
     """Windows, or texts with passkeys, per batch."""
     passkeys: bool = False
     """Ask for passkeys in texts of filler too; without --data, nothing else is measured."""
     lengths: tuple[int, ...] | None = None
-    """With --passkeys: tokens per text (default: --contexts)."""
+    """With --passkeys: tokens per text; those of --contexts unless given."""
     depths: tuple[float, ...] | None = None
-    """With --passkeys: where they are hidden, from 0 to 1 (default: 0 0.25 0.5 0.75 1)."""
+    """With --passkeys: where they are hidden, from 0 to 1; 0 0.25 0.5 0.75 1 unless given."""
     samples: int | None = None
-    """With --passkeys: texts for each length and depth (default 10)."""
+    """With --passkeys: texts for each length and depth; 10 unless given."""
     plot: Path | None = None
     """Draw the results into this file (needs the extra plot)."""
     json: Path | None = None

@@ -65,7 +65,7 @@ class JsparseLM(_Base):
     Raises MissingExtra where lm_eval is not installed, ValueError for arguments out of range, and what the
     cache, the model and the tokenizer raise when they are loaded.
 
-    With ``pip install 'jsparse[lm-eval]'``, and the data of a task within reach::
+    With ``pip install -e '.[lm-eval]'`` in a clone, and the data of a task within reach::
 
         import lm_eval
         from jsparse.serve import CacheConfig

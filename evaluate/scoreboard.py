@@ -52,7 +52,7 @@ class ScoreboardConfig:
     budgets: tuple[float, ...] = (1 / 16, 1 / 8, 1 / 4, 1 / 2)
     """Tokens that a head reads per step, as fractions of --length; rounded to pages of 64, at least two."""
     length: int | None = None
-    """Tokens per text, its answer included (default: all positions that the model has)."""
+    """Tokens per text, its answer included; all positions that the model has unless given."""
     samples: int = 12
     """Texts for each task and seed."""
     seeds: int = 3
@@ -60,7 +60,7 @@ class ScoreboardConfig:
     depths: tuple[float, ...] = (0.0, 0.25, 0.5, 0.75, 1.0)
     """Needle grid: where the needle is, from 0 to 1."""
     grid_lengths: tuple[int, ...] | None = None
-    """Needle grid: tokens per text (default: a quarter of --length, half, and all of it)."""
+    """Needle grid: tokens per text; a quarter of --length, half, and all of it unless given."""
     grid_methods: tuple[str, ...] = ("dense", "streaming", "random", "lserve")
     """Needle grid: the methods; each answers every text of the grid. Give none to leave the grid out."""
     grid_budget: float = 1 / 8

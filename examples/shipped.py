@@ -77,6 +77,11 @@ def run_shipped_demo(config: ShippedDemoConfig) -> dict:
             f"prompt_tokens={config.prompt_tokens} and new_tokens={config.new_tokens} do not fit the "
             f"model's {length} positions"
         )
+    if config.evaluation_tokens < length:
+        raise ValueError(
+            f"evaluation_tokens={config.evaluation_tokens} must be at least {length}, "
+            "one window of all the model's positions"
+        )
     scoreboard = ScoreboardConfig(
         model=config.model,
         tasks=TASKS,

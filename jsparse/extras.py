@@ -14,9 +14,9 @@ def require_extra(package: str, extra: str, why: str) -> None:
     - extra: the extra of jsparse that installs it.
     - why: what needs it; the message begins with this.
 
-    >>> require_extra("no_such_package", "plot", "plot: figures are drawn with matplotlib")
+    >>> require_extra("no_such_package", "plot", "this needs matplotlib")
     Traceback (most recent call last):
-    jsparse.extras.MissingExtra: plot: figures are drawn with matplotlib: pip install 'jsparse[plot]'
+    jsparse.extras.MissingExtra: this needs matplotlib: in a clone of jsparse, pip install -e '.[plot]'
     """
     if importlib.util.find_spec(package) is None:
-        raise MissingExtra(f"{why}: pip install 'jsparse[{extra}]'")
+        raise MissingExtra(f"{why}: in a clone of jsparse, pip install -e '.[{extra}]'")

@@ -36,13 +36,13 @@ class CacheOptions:
     pattern: Path | None = None
     """A head pattern (DuoAttention's full_attention_heads.tsv): the heads with its lowest scores stream."""
     sparsity: float | None = None
-    """With --pattern: the fraction of the KV heads that stream (default: 0.5)."""
+    """With --pattern: the fraction of the KV heads that stream; half of them unless given."""
     sink: int | None = None
-    """First tokens that a streaming head keeps (default 128)."""
+    """First tokens that a streaming head keeps; 128 unless given."""
     window: int | None = None
-    """Recent tokens that a streaming head keeps (default 256)."""
+    """Recent tokens that a streaming head keeps; 256 unless given."""
     prefill_window: int | None = None
-    """Recent tokens that a streaming head sees within the prompt (default: --window)."""
+    """Recent tokens that a streaming head sees within the prompt; those of --window unless given."""
 
     def __post_init__(self):
         if self.pattern is None and self.sparsity is not None:
@@ -55,6 +55,8 @@ class CacheOptions:
                 )
         if self.pattern is not None and self.policy in ("dense", "streaming", "quest"):
             raise ValueError(f"--policy {self.policy} does not ask which heads of a --pattern stream")
+        if self.policy in ("dense", "streaming") and self.budget is not None:
+            raise ValueError(f"--policy {self.policy} chooses no pages, so a --budget means nothing to it")
         if self.policy in ("quest", "mean", "oracle", "random") and self.budget is None:
             raise ValueError(
                 f"--policy {self.policy} chooses what is read within a --budget, and none is given"
@@ -91,7 +93,7 @@ class GenerateCommand(CacheOptions):
     top_k: int = 0
     """Sample among the k most likely tokens only; 0 for all."""
     top_p: float = 1.0
-    """Sample among the most likely tokens only, those that together have this probability."""
+    """Sample among the fewest most likely tokens whose probabilities sum to at least this."""
     seed: int = 0
     """Seed of the sampling."""
 

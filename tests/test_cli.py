@@ -159,6 +159,7 @@ def test_bad_input_is_one_line(folder, capfd, command, message):
         (GENERATE + " --prompt a --window 8", "--window is for streaming heads: give a --pattern"),
         (GENERATE + " --prompt a --sparsity 0.5", "--sparsity says how many heads of a --pattern stream"),
         (GENERATE + " --prompt a --policy random", "--policy random chooses what is read within a --budget"),
+        (GENERATE + " --prompt a --policy dense --budget 64", "--policy dense chooses no pages"),
         (GENERATE + " --prompt a --policy dense --pattern p", "--policy dense does not ask which heads"),
         (GENERATE + " --prompt a --top-k many", "--top-k"),
         (
@@ -326,7 +327,7 @@ def test_a_package_that_is_not_installed_is_one_line(folder, capfd, monkeypatch)
     command = "finetune --model {}/model --data {}/text.txt --output {}/coded " + settings
     code, out, err = run(folder, capfd, *command.split())
     assert code == 2 and out == "" and err.startswith("jsparse: error: ") and err.count("\n") == 1
-    assert "needs qwix, which is not installed: pip install 'jsparse[qlora]'" in err
+    assert "needs qwix, which is not installed: in a clone of jsparse, pip install -e '.[qlora]'" in err
     assert not (folder / "coded" / "config.json").exists()
 
 

@@ -80,7 +80,7 @@ def plan_either(run: str, **changes) -> Plan:
 
 @pytest.mark.parametrize("run", ["finetune", "generate"])
 def test_nothing_is_estimated_where_nothing_compiles(run, no_compiler, monkeypatch):
-    with pytest.raises(MissingExtra, match=r"pip install 'jsparse\[gpu-compile\]'"):
+    with pytest.raises(MissingExtra, match=r"pip install -e '\.\[gpu-compile\]'"):
         plan_either(run)
     monkeypatch.setattr(jax, "__version_info__", (0, 10, 2))
     with pytest.raises(NotImplementedError, match=r"jax >= 0\.11\.2 can"):

@@ -22,6 +22,17 @@ from jsparse.train.plan import plan_finetune as make_plan
 from jsparse.train.pretraining import PretrainConfig
 from jsparse.train.pretraining import pretrain as run_pretrain
 
+# What the commands do, at the head of their --help.
+_FINETUNE = """Fine-tune a model, usually to a longer context; the defaults are LongLoRA's recipe.
+
+With --lora-rank None and --attention full, every parameter is trained with causal attention.
+"""
+_PRETRAIN = "Train a small model from scratch; the defaults are those of the model that jsparse ships."
+_HEADS = """Learn which KV heads need the whole context and which can stream; the defaults are DuoAttention's.
+
+The model itself does not change.
+"""
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class FinetuneCommand(FinetuneConfig):
@@ -54,7 +65,7 @@ class PlanFinetuneCommand(FinetuneConfig):
 
 
 def finetune(options: list[str]) -> int:
-    command = parse(FinetuneCommand, "finetune", options, FinetuneConfig.__doc__)
+    command = parse(FinetuneCommand, "finetune", options, _FINETUNE)
     given = command.coordinator, command.processes, command.process
     if any(value is not None for value in given):
         if any(value is None for value in given):
@@ -74,7 +85,7 @@ def finetune(options: list[str]) -> int:
 
 
 def pretrain(options: list[str]) -> int:
-    config = parse(PretrainConfig, "pretrain", options)
+    config = parse(PretrainConfig, "pretrain", options, _PRETRAIN)
     result = run_pretrain(config, command=shlex.join(["jsparse", "pretrain", *options]))
     if result.finished:
         print(f"{result.output}: a model after {len(result.metrics)} steps")
@@ -120,7 +131,7 @@ def _settings(command: FinetuneConfig) -> FinetuneConfig:
 
 
 def heads(options: list[str]) -> None:
-    config = parse(HeadsConfig, "heads", options)
+    config = parse(HeadsConfig, "heads", options, _HEADS)
     result = learn_heads(config)
     for layer, streams in enumerate(result.pattern.threshold(0.5)):
         print(f"layer {layer}: {streams.sum()} of {streams.size} KV heads stream at sparsity 0.5")

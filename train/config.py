@@ -69,7 +69,7 @@ class FinetuneConfig:
     output: str | Path
     """A new folder. It becomes a Hugging Face folder, with checkpoints and metrics.jsonl beside the model."""
     context: int
-    """Tokens per window. If this exceeds the model's own context, ``rope`` extends the positions."""
+    """Tokens per window. If this exceeds the model's own context, rope extends the positions."""
     rope: str | None = None
     """How positions are extended; None keeps the checkpoint's own method, or is linear if it has none."""
 
@@ -106,7 +106,7 @@ class FinetuneConfig:
     train_embeddings_and_norms: bool = True
     """Train embeddings and norms beside LoRA, as LongLoRA must to reach long contexts."""
     base_bits: int | None = None
-    """Keep the frozen matrices in 4 or 8 bits (QLoRA; needs the extra qlora). None: in ``dtype``."""
+    """Keep the frozen matrices in 4 or 8 bits (QLoRA; needs the extra qlora). None keeps them in dtype."""
     dtype: str | None = None
     """Dtype for computing and for the saved model; None for the checkpoint's. Updates are in float32."""
     remat: str = "none"

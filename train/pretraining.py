@@ -55,7 +55,7 @@ class PretrainConfig:
     """A new folder, which becomes a Hugging Face folder."""
     data: Sequence[str | Path] = ()
     """UTF-8 text files to learn from. Default: the sources of the Python standard library, without the
-    modules that ``jsparse evaluate`` and ``jsparse demo`` measure with."""
+    modules that `jsparse evaluate` and `jsparse demo` measure with."""
 
     context: int = 2048
     """Tokens of the longest rows: 64 times a power of two."""
@@ -79,14 +79,14 @@ class PretrainConfig:
     text_steps: int = 3000
     """Steps at 512 tokens (or the context, if it is shorter) with more text."""
     final_steps: int = 900
-    """Steps at the full context before ``far_steps``."""
+    """Steps at the full context before those of far_steps."""
     far_steps: int = 1200
     """Steps at the full context at the end. Most of their rows ask for what was said once, far back."""
     batch_tokens: int = 4096
     """Tokens per step (half as many with rows of 64 tokens), but at least two rows."""
     learning_rate: float = 0.02
     """Muon's, for the matrices of the layers. It falls to zero from the rows of 512 tokens on; for
-    ``far_steps`` it starts at a quarter and falls to zero again."""
+    far_steps it starts at a quarter and falls to zero again."""
     embedding_learning_rate: float = 0.003
     """Adam's, for embeddings, output and norms."""
     text_weight: float = 1.0

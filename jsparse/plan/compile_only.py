@@ -142,7 +142,7 @@ def require_compiler() -> None:
     if not any(map(importlib.util.find_spec, ("jax_cuda13_plugin", "jax_cuda12_plugin"))):
         raise MissingExtra(
             "no compiler for CUDA GPUs is installed, and nothing is estimated without one: "
-            "pip install 'jsparse[gpu-compile]'"
+            "in a clone of jsparse, pip install -e '.[gpu-compile]'"
         )
 
 

@@ -139,7 +139,7 @@ def test_pairs_and_what_does_not_fit(model):
 
 @pytest.mark.skipif(installed, reason="lm_eval is installed")
 def test_without_the_harness_its_extra_is_named(folder):
-    with pytest.raises(MissingExtra, match=r"pip install 'jsparse\[lm-eval\]'"):
+    with pytest.raises(MissingExtra, match=r"pip install -e '\.\[lm-eval\]'"):
         JsparseLM(folder)
 
 

@@ -61,5 +61,5 @@ def test_where_no_figure_can_be_written(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match=r"figure.txt must end in one of .*\.png"):
         check_can_plot(tmp_path / "figure.txt")
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(MissingExtra, match=r"pip install 'jsparse\[plot\]'"):
+    with pytest.raises(MissingExtra, match=r"pip install -e '\.\[plot\]'"):
         check_can_plot(tmp_path / "figure.png")

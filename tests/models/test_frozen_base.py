@@ -236,7 +236,7 @@ def test_refusals(monkeypatch, tiny_model):
         quantize_base(model.norm, 8)
     with monkeypatch.context() as patch:
         patch.setitem(sys.modules, "qwix", None)
-        with pytest.raises(MissingExtra, match=r"pip install 'jsparse\[qlora\]'"):
+        with pytest.raises(MissingExtra, match=r"pip install -e '\.\[qlora\]'"):
             quantize_base(model, 8)
     assert not is_quantized(model) and not is_quantized(tiny_model)
     quantize_base(model, 8)

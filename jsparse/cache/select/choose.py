@@ -71,5 +71,6 @@ def choose_pages(
         if selection.score == "mean":
             scores = jnp.einsum("bhgd,bhpd->bhgp", grouped, k.mean(axis=3))
         else:
+            assert selection.score == "exact"
             scores = jnp.einsum("bhgd,bhpsd->bhgps", grouped, k).max(axis=-1)
     return best_pages(scores, lengths, **options)
