@@ -93,23 +93,19 @@ def prefill_layouts(layouts: Sequence[CacheLayout]) -> list[CacheLayout]:
     keys; a cache that needs none takes the pages from one with any.
     """
 
-    def start(layout: CacheLayout, bounds: Sequence[int | None]) -> CacheLayout:
-        # Of a selection, a prefill needs to know only what bounds are kept.
-        layers = (
-            dataclasses.replace(layer, logical_page_size=size, selection=None)
-            for layer, size in zip(layout.layers, bounds, strict=True)
-        )
-        return dataclasses.replace(layout, layers=tuple(layers))
+    def changed(layout: CacheLayout, **fields: None) -> CacheLayout:
+        layers = tuple(dataclasses.replace(layer, **fields) for layer in layout.layers)
+        return dataclasses.replace(layout, layers=layers)
 
-    bounds = [[layer.logical_page_size for layer in layout.layers] for layout in layouts]
-    bare = [start(layout, [None] * len(layout.layers)) for layout in layouts]
-    kept: dict[CacheLayout, Sequence[int | None]] = {}
-    for layout, sizes in zip(bare, bounds, strict=True):
-        if any(sizes):
-            kept.setdefault(layout, sizes)
+    own = [changed(layout, selection=None) for layout in layouts]
+    bare = [changed(layout, logical_page_size=None) for layout in own]
+    kept: dict[CacheLayout, CacheLayout] = {}
+    for without, layout in zip(bare, own, strict=True):
+        if layout != without:
+            kept.setdefault(without, layout)
     return [
-        start(layout, sizes if any(sizes) else kept.get(layout, sizes))
-        for layout, sizes in zip(bare, bounds, strict=True)
+        kept.get(without, layout) if layout == without else layout
+        for without, layout in zip(bare, own, strict=True)
     ]
 
 

@@ -160,6 +160,7 @@ def test_bad_input_is_one_line(folder, capfd, command, message):
         (GENERATE + " --prompt a --sparsity 0.5", "--sparsity says how many heads of a --pattern stream"),
         (GENERATE + " --prompt a --policy random", "--policy random chooses what is read within a --budget"),
         (GENERATE + " --prompt a --policy dense --budget 64", "--policy dense chooses no pages"),
+        (GENERATE + " --prompt a --policy streaming --budget 64", "--policy streaming chooses no pages"),
         (GENERATE + " --prompt a --policy dense --pattern p", "--policy dense does not ask which heads"),
         (GENERATE + " --prompt a --top-k many", "--top-k"),
         (

@@ -137,6 +137,7 @@ def circles(imports: dict[str, set[str]]) -> list[set[str]]:
         ("train", "from . import data", ["."]),
         ("models", "import jsparse\njsparse.serve.generate", ["jsparse.serve"]),
         ("masks", "importlib.import_module('jsparse.serve.layout')", ["jsparse.serve.layout"]),
+        ("masks", "__import__('jsparse.serve')", ["jsparse.serve"]),
         ("train", "import jsparse.train.data, jsparse, numpy\nfrom jsparse.models import Llama", []),
     ],
 )
@@ -197,8 +198,10 @@ def test_a_compared_name_is_found():
         "x = name in ('a', 'cudnn')",
         "name.startswith('mosaic')",
         "{'xla': 1}[name]",
+        "name.removeprefix('mosaic_gpu')",
+        "('xla', 'cudnn').index(name)",
     )
-    assert [len(compared_names(source)) for source in sources] == [1, 1, 1, 1]
+    assert [len(compared_names(source)) for source in sources] == [1, 1, 1, 1, 1, 1]
     assert compared_names("attention(q, k, v, mask, implementation='xla')") == []
 
 

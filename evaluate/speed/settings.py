@@ -8,7 +8,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Bool
 
-from jsparse.integers import is_integer
+from jsparse.integers import is_integer, require_integer
 from jsparse.models import Llama, LlamaConfig, load_config
 
 # The model if no checkpoint is given: 32.5 million parameters, few enough for the cache to matter.
@@ -60,10 +60,7 @@ def check_list(name: str, values: tuple, minimum: int | None = None) -> None:
 def check_integers(config: Any, **most: int | None) -> None:
     """Raise ValueError if a field is not an integer from 1 to the maximum given for it."""
     for name, limit in most.items():
-        value = getattr(config, name)
-        if not is_integer(value) or value < 1 or (limit is not None and value > limit):
-            allowed = ">= 1" if limit is None else f"from 1 to {limit}"
-            raise ValueError(f"{name} must be an integer {allowed}, not {value!r}")
+        require_integer(name, getattr(config, name), most=limit)
 
 
 def model_config(folder: Path | None, contexts: tuple[int, ...], new_tokens: int) -> LlamaConfig:

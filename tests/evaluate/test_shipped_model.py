@@ -70,7 +70,7 @@ def scores():
     methods += ("lserve", "lserve-flat", "lserve-reuse-1", "lserve-int8", "lserve-int4")
     rows = run_scoreboard(
         ScoreboardConfig(
-            tasks=("recall",), methods=methods, budgets=(1 / 4,), samples=12, seeds=2, grid_methods=()
+            tasks=("recall",), methods=methods, budgets=(1 / 4,), samples=12, seeds=4, grid_methods=()
         )
     )
     return {(row["method"], row["budget"]): row["score"] for row in rows}
@@ -78,8 +78,8 @@ def scores():
 
 @pytest.mark.slow
 def test_methods_stand_where_they_should(scores):
-    """The margins of the README's scoreboard, with room for one of 24 samples."""
-    room, dense, quarter = 1.01 / 24, scores["dense", None], LENGTH // 4
+    """The margins of the README's scoreboard, with room for two of 48 samples."""
+    room, dense, quarter = 2.01 / 48, scores["dense", None], LENGTH // 4
     assert dense >= 0.98 - room
     assert scores["lserve-reuse-1", quarter] >= 0.95 * dense - room
     assert scores["lserve", quarter] >= 0.85 * dense  # reuse costs: see the next test
@@ -98,7 +98,7 @@ def test_methods_stand_where_they_should(scores):
 def test_what_reuse_loses_is_the_end_of_the_question():
     """Pages chosen at a question's last token are the right ones, and less so the earlier they are chosen."""
     model, tokenizer = Llama.from_pretrained(FOLDER), load_tokenizer(FOLDER)
-    config = ScoreboardConfig(samples=12, seeds=10)
+    config = ScoreboardConfig(samples=12, seeds=20)
     material = read_material(tokenizer, standard_library_files()[1], model.config.vocab_size)
     examples = task_examples(config, material, "recall", LENGTH)
     questions = [Question(e.context, e.tail, len(e.answer)) for e in examples]

@@ -287,7 +287,8 @@ def _visible(queries: Items, q_items, keys: Items, kv_items, part: Part, listed,
 
     # No mask shows a later key, so none shows the tail that fills up the last block.
     visible = part.token_mask(*pairs(q_position, kv_position))
-    if queries.segment is not None and keys.segment is not None:
+    if queries.segment is not None:
+        assert keys.segment is not None
         of_queries, of_keys = (
             jnp.swapaxes(segment[items], 1, 2).reshape(len(items), segment.shape[1], -1)
             for segment, items in ((queries.segment, q_items), (keys.segment, kv_items))
@@ -304,8 +305,9 @@ def _alike(queries: Items, keys: Items) -> Callable | None:
 
     It takes query items [n] or [n, W] and KV items [n, V]; one of V and W is 1. None without segments.
     """
-    if queries.segment is None or keys.segment is None:
+    if queries.segment is None:
         return None
+    assert keys.segment is not None
     segments = queries.segment, keys.segment
     low, high = ([reduce(ids, axis=-1) for ids in segments] for reduce in (jnp.min, jnp.max))  # [N, B]
 
