@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from jsparse.integers import is_integer
+from jsparse.integers import require_integer
 from jsparse.mesh import BATCH_AXES
 from jsparse.models import Llama, LlamaConfig
 from jsparse.models.sharding import MeshConfig, abstract_parameters
@@ -70,8 +70,7 @@ def plan_generate(
         ("max_new_tokens", max_new_tokens),
         ("batch", batch),
     ):
-        if not is_integer(value) or value < 1:
-            raise ValueError(f"{name} must be an integer >= 1, not {value!r}")
+        require_integer(name, value)
     if dtype not in ("bfloat16", "float16", "float32"):
         raise ValueError(f"dtype must be bfloat16, float16 or float32, not {dtype!r}")
     layout = plan_cache(cache, model, [prompt_tokens] * batch, [max_new_tokens] * batch)

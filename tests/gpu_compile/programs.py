@@ -24,6 +24,7 @@ from jsparse.train import FinetuneConfig
 from jsparse.train.plan import step_program
 
 CONTEXT = 32768
+PREFILL_LAYERS = 2  # all layers of the programs of prompts are alike
 LLAMA_3_1_8B = LlamaConfig(
     vocab_size=128256,
     hidden_size=4096,
@@ -94,9 +95,9 @@ def decode_program(mesh: Mesh, batch: int, layers: int, **cache: Any) -> Program
     return decode
 
 
-def prefill_program(mesh: Mesh, batch: int, layers: int, **cache: Any) -> Program:
+def prefill_program(mesh: Mesh, batch: int, **cache: Any) -> Program:
     """A chunk of prompts, half of whose KV heads stream over longer windows."""
-    chunk, *_ = _generation(mesh, _with_layers(layers), batch, prefill_window=8192, **cache)
+    chunk, *_ = _generation(mesh, _with_layers(PREFILL_LAYERS), batch, prefill_window=8192, **cache)
     return chunk
 
 
@@ -132,11 +133,10 @@ def odd_program(mesh: Mesh, batch: int) -> Program:
 
 def cases(short: bool) -> list[Case]:
     """The programs of all 32 layers, or with ``short`` of two. Those of prompts always have two."""
-    in_prompts = 2
-    layers = in_prompts if short else LLAMA_3_1_8B.num_hidden_layers
+    layers = 2 if short else LLAMA_3_1_8B.num_hidden_layers
     train = 4 * layers  # forward, the same again to rematerialize, and the two kernels backward
     decode = 2 * layers  # over pages, and over the sink and ring of the streaming heads
-    prefill = 2 * in_prompts  # the same
+    prefill = 2 * PREFILL_LAYERS  # the same
     lm_head = 2 * LLAMA_3_1_8B.hidden_size * LLAMA_3_1_8B.vocab_size  # prompts need no logits
 
     def step(**options):
@@ -146,7 +146,7 @@ def cases(short: bool) -> list[Case]:
         return functools.partial(decode_program, layers=layers, **cache)
 
     def prompts(**cache):
-        return functools.partial(prefill_program, layers=in_prompts, **cache)
+        return functools.partial(prefill_program, **cache)
 
     return [
         Case("odd sizes", "1", "2", odd_program, {}, 3),  # short: what is wrong here shows first

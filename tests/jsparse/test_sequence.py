@@ -133,7 +133,9 @@ def test_what_cannot_be_split_is_named():
             ],
             marks=pytest.mark.slow,
         ),
-        pytest.param("mosaic_gpu_interpret", ["groups", "ring, batch split"], marks=pytest.mark.slow),
+        pytest.param(
+            "mosaic_gpu_interpret", ["groups, two devices", "ring, two devices"], marks=pytest.mark.slow
+        ),
     ],
 )
 def test_devices_that_share_sequences_compute_what_one_does(implementation, names):
