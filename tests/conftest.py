@@ -9,13 +9,8 @@ from pathlib import Path
 # Before anything imports jax.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("PJRT_NPROC", "8")  # interpreted GPU kernels: jsparse.device says why
-# Most of a test is compiling. XLA's own passes stay as they are; only machine code is optimised less, and each
-# program is one piece, since two processes of tests keep two cores busy.
-os.environ.setdefault(
-    "XLA_FLAGS",
-    "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true "
-    "--xla_cpu_parallel_codegen_split_count=1",
-)
+# Most of a test is compiling. XLA's own passes stay as they are; only machine code is optimised less.
+os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
 
 
 def compilation_cache() -> Path:
