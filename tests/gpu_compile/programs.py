@@ -145,9 +145,6 @@ def cases(short: bool) -> list[Case]:
     def tokens(**cache):
         return functools.partial(decode_program, layers=layers, **cache)
 
-    def prompts(**cache):
-        return functools.partial(prefill_program, **cache)
-
     return [
         Case("odd sizes", "1", "2", odd_program, {}, 3),  # short: what is wrong here shows first
         Case("train step", "1", "1", step(), {}, train),
@@ -155,18 +152,18 @@ def cases(short: bool) -> list[Case]:
         Case("train step, kept", "1", "1", step(remat="attention"), {}, train - layers),
         Case("decode loop", "1", "16", tokens(), {}, decode),
         Case("decode loop, int4", "1", "16", tokens(kv_bits=4), {}, decode),
-        Case("prefill", "1", "4", prompts(), {}, prefill, unread=lm_head),
+        Case("prefill", "1", "4", prefill_program, {}, prefill, unread=lm_head),
         Case(
             "prefill, pooled",
             "1",
             "4",
-            prompts(prefill_estimate=PooledBlocks(4096)),
+            functools.partial(prefill_program, prefill_estimate=PooledBlocks(4096)),
             {},
             prefill,
             unread=lm_head,
         ),
         # No Hopper: the portable implementation.
-        Case("prefill", "1 A100", "4", prompts(), {}, 0, "a100-80gb", lm_head),
+        Case("prefill", "1 A100", "4", prefill_program, {}, 0, "a100-80gb", lm_head),
         Case("decode loop", "8: data 2, tensor 4", "64", tokens(), {"data": 2, "tensor": 4}, decode),
     ]
 

@@ -53,7 +53,7 @@ CASES = {
     # Devices of 160 tokens, which are not whole blocks.
     "ring": Case({"sequence": 8}, causal(), 1280, True, {PERMUTE}, 160),
     "ring, batch split": Case({"data": 2, "sequence": 4}, causal(), 256, False, {PERMUTE}, 64),
-    # For interpreted kernels, whose every call takes long: how more devices share is the same for all.
+    # For interpreted kernels, of which each call takes long. How more devices share does not depend on them.
     "groups, two devices": Case(
         {"sequence": 2}, [shifted_groups(40, 0)] * 2 + [shifted_groups(40, 20)] * 2, 80, True, {PERMUTE}, 20
     ),
