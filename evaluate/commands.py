@@ -17,6 +17,7 @@ from jsparse.evaluate.speed import bench_decode as run_decode_bench
 from jsparse.evaluate.speed import bench_prefill as run_prefill_bench
 from jsparse.models import Llama, load_config, load_tokenizer, shipped_model
 from jsparse.models.patterns import load_pattern, shifted_pattern
+from jsparse.models.positions import note_length
 from jsparse.reports.console import DefaultsToShipped, check_can_write, parse, print_table, write_json
 from jsparse.texts.corpus import standard_library_files
 from jsparse.texts.documents import read_documents
@@ -98,6 +99,7 @@ def evaluate(options: list[str]) -> None:
         return None if pattern is None else pattern.masks(config, length)
 
     for length in (*(command.contexts if command.data else ()), *command.passkey_lengths):
+        note_length(config, length)
         mask_for(length)  # raises, before the model is loaded, where a pattern does not fit
     model = Llama.from_pretrained(command.model)
     if of_library:

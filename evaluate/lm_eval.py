@@ -15,6 +15,7 @@ import tokenizers
 from jsparse.extras import require_extra
 from jsparse.integers import power_of_two_from
 from jsparse.models import Llama, load_tokenizer, reorder_heads
+from jsparse.models.positions import positions_of
 from jsparse.serve.config import CacheConfig
 from jsparse.serve.generation import stream
 from jsparse.serve.logits import decode_logits
@@ -97,10 +98,11 @@ class JsparseLM(_Base):
         self.tokenizer.no_truncation()  # a length saved in tokenizer.json must not cut a context
         self.model, self.cache = _ordered(Llama.from_pretrained(model, dtype=dtype), cache)
         config = self.model.config
-        longest = min(cache.capacity or config.max_position_embeddings, config.max_position_embeddings)
-        if max_length is not None and not 2 <= max_length <= longest:
-            raise ValueError(f"max_length must be 2 to {longest} or None, not {max_length}")
-        self.max_length = longest if max_length is None else max_length
+        has = positions_of(config)
+        most = min(cache.capacity or has.most, has.most)
+        if max_length is not None and not 2 <= max_length <= most:
+            raise ValueError(f"max_length must be 2 to {most} or None, not {max_length}")
+        self.max_length = min(most, has.certain) if max_length is None else max_length
         if prefix_token_id is None:
             prefix_token_id = next(
                 (one for one in (config.bos_token_id, *config.eos_token_ids) if one is not None), None

@@ -22,6 +22,7 @@ from jsparse.models import (
     shipped_model,
     text_encoder,
 )
+from jsparse.models.positions import check_length, positions_of
 from jsparse.reports.console import DefaultsToShipped, check_can_write, write_json
 from jsparse.serve.config import CacheConfig
 from jsparse.serve.layout import layout_of
@@ -123,10 +124,10 @@ def run_scoreboard(config: ScoreboardConfig) -> list[Row]:
     if config.output is not None:
         check_can_draw(config.output)
     llama, tokenizer = load_config(config.model), plain_text_tokenizer(load_tokenizer(config.model))
-    length = config.length or llama.max_position_embeddings
-    most = llama.max_position_embeddings
-    if not 0 < length <= most:
-        raise ValueError(f"length={length} must be from 1 to the model's max_position_embeddings={most}")
+    length = config.length or positions_of(llama).certain
+    if length < 1:
+        raise ValueError(f"length={length} must be at least 1")
+    check_length(llama, length, f"length={length}", "choose a shorter one")
     material = read_material(tokenizer, config.haystack or standard_library_files()[1], llama.vocab_size)
     streams = streaming_heads(config)
     entries = make_entries(config.methods, token_budgets(config.budgets, length), streams)

@@ -24,6 +24,7 @@ from jsparse.examples.demo import (
 from jsparse.examples.report import check_can_draw, draw_plot, print_shipped
 from jsparse.integers import cdiv
 from jsparse.models import Llama, load_config, load_tokenizer, shipped_model
+from jsparse.models.positions import positions_of
 from jsparse.reports.console import DefaultsToShipped, write_json
 from jsparse.reports.machine import describe_machine
 from jsparse.texts.corpus import standard_library_files
@@ -71,7 +72,7 @@ class ShippedDemoConfig:
 def run_shipped_demo(config: ShippedDemoConfig) -> dict:
     """Measure, print the tables, and return every number (``demo.json`` in the output folder, if any)."""
     llama = load_config(config.model)
-    length = llama.max_position_embeddings
+    length = positions_of(llama).certain
     if config.prompt_tokens + config.new_tokens > length:
         raise ValueError(
             f"prompt_tokens={config.prompt_tokens} and new_tokens={config.new_tokens} do not fit the "

@@ -44,7 +44,7 @@ _EMBEDDING, _HEAD = "model.embed_tokens", "lm_head"  # the modules' names in tra
 _DTYPES = ("F32", "F16", "BF16")
 
 # Fields in which an adapter's config.json may differ: those it sets itself, and those no logit depends on.
-_OWN = ("rope", "max_position_embeddings")
+_OWN = ("rope", "max_position_embeddings", "max_sequence_length")
 _FREE = ("eos_token_ids", "bos_token_id", "pad_token_id", "initializer_range")
 
 
@@ -105,7 +105,7 @@ def load_adapter(model: Llama, directory: str | Path) -> None:
 
     The linear layers that it targets then compute ``x W + b + (lora_alpha / r) (x A) B``, A and B in float32;
     ``merge_lora`` folds them in. An embedding, norms and ``lm_head`` in the file replace the model's, in the
-    model's dtype. The model takes RoPE and ``max_position_embeddings`` from the folder's ``config.json``, if
+    model's dtype. The model takes RoPE and the count of positions from the folder's ``config.json``, if
     there is one.
 
     It reads the folders of ``save_adapter``, of PEFT, and of LongLoRA, which keeps embeddings and norms in

@@ -5,8 +5,10 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from jsparse.models.extend import check_extension, extend_rope
+from jsparse.integers import require_integer
+from jsparse.models.extend import check_composes, check_extension, extend_rope
 from jsparse.models.hf_config import MAX_LAYERS, MODEL_TYPES, fields_from_hf, fields_to_hf, require_size
+from jsparse.models.positions import describe, positions_of
 from jsparse.models.rope import RopeConfig
 
 _SIZES = (
@@ -25,6 +27,9 @@ class LlamaConfig:
     Field names are Hugging Face's. ``model_type`` decides what has no field of its own there: Qwen2 always
     has biases on q, k and v, Qwen3 always normalises queries and keys. ``sliding_windows`` has one entry per
     layer: None, or how many keys a query sees, its own included.
+
+    ``max_sequence_length`` says how many positions the model has if a linear RoPE factor leaves that open: see
+    ``jsparse.models.positions``.
 
     By default ``num_key_value_heads`` is one for each head, ``head_dim`` is ``hidden_size /
     num_attention_heads``, and no layer has a window.
@@ -57,6 +62,7 @@ class LlamaConfig:
     pad_token_id: int | None = None
     initializer_range: float | int = 0.02
     model_type: str = "llama"
+    max_sequence_length: int | None = None
 
     def __post_init__(self):
         if self.model_type not in MODEL_TYPES:
@@ -95,6 +101,13 @@ class LlamaConfig:
                 raise ValueError(f"{field} must be true or false, not {getattr(self, field)!r}")
         if not isinstance(self.rope, RopeConfig):
             raise TypeError(f"rope must be a RopeConfig, not {self.rope!r}")
+        if self.max_sequence_length is not None:
+            require_size("max_sequence_length", self.max_sequence_length)
+            if self.rope.kind != "linear":
+                raise ValueError(
+                    f"max_sequence_length={self.max_sequence_length} is for a linear RoPE, not for "
+                    f"{self.rope.kind!r}, whose positions are known"
+                )
         self._check_variant()
         self._check_token_ids()
 
@@ -184,19 +197,23 @@ class LlamaConfig:
         """The fields of a ``config.json`` that transformers 5 reads to the same mathematics."""
         return fields_to_hf({field.name: getattr(self, field.name) for field in dataclasses.fields(self)})
 
-    def extend_context(self, length: int, method: str | None = None) -> "LlamaConfig":
+    def extend_context(
+        self, length: int, method: str | None = None, *, positions: int | None = None
+    ) -> "LlamaConfig":
         """A config for ``length`` positions, whose RoPE is extended by ``jsparse.models.extend.extend_rope``.
 
-        ``max_position_embeddings`` grows by the factor ``ceil(length / max_position_embeddings)``, so it may
-        end above ``length``; a length that already fits changes nothing. Extending twice by 2 extends by 4.
-        Published recipes for YaRN set the RoPE factor alone. A checkpoint like that, whose
-        ``max_position_embeddings`` does not include its factor, first needs the extended length set there.
+        With P, the positions that the model has (``jsparse.models.positions``), the factor grows by
+        ``ceil(length / P)``, so the model may end with more than ``length``. A length that already fits
+        changes nothing. Extending twice by 2 extends by 4.
 
         - method: "linear" (position interpolation, as in LongLoRA, arXiv 2309.12307), "ntk", "yarn" or
           "llama3". None is the checkpoint's own kind, and linear for one that was never extended.
+        - positions: P, for a model with a linear factor that may be read in two ways. A length that the
+          larger reading covers needs none, and changes nothing.
 
-        Raises ValueError for a length below 1 and for an unknown method, NotImplementedError for a method
-        that does not compose with the RoPE kind of the checkpoint.
+        Raises ValueError for a length below 1, for an unknown method, for positions that the config does not
+        allow and for a length beyond both readings of a linear factor without ``positions``;
+        NotImplementedError for a method that does not compose with the RoPE kind of the checkpoint.
 
         >>> config = LlamaConfig.tiny(max_position_embeddings=512)
         >>> longer = config.extend_context(1500)
@@ -210,16 +227,45 @@ class LlamaConfig:
         if isinstance(length, bool) or not isinstance(length, int) or length < 1:
             raise ValueError(f"length must be an integer >= 1, not {length!r}")
         check_extension(method)
-        growth = -(-length // self.max_position_embeddings)
-        if growth == 1:
-            return self
+        settled = self._with_positions(positions)
+        has = positions_of(settled)
+        if method is not None and length > has.certain:
+            check_composes(method, self.rope.kind)
+        if length <= has.most:
+            return settled
+        if has.certain < has.most:
+            raise ValueError(
+                f"length={length} is more than the {describe(self)}, and whether the factor is within "
+                f"max_position_embeddings or on top of it is not said: give positions (--positions), "
+                f"{has.certain} if it is within and {has.most} if it is on top"
+            )
+        growth = -(-length // has.certain)
         rope = extend_rope(
             self.rope,
             growth,
             head_dim=self.head_dim,
-            max_position_embeddings=self.max_position_embeddings,
+            max_position_embeddings=has.certain,
             method=method,
         )
+        extended = has.certain * growth
         return dataclasses.replace(
-            self, rope=rope, max_position_embeddings=self.max_position_embeddings * growth
+            self,
+            rope=rope,
+            max_position_embeddings=extended,
+            max_sequence_length=extended if rope.kind == "linear" else None,
         )
+
+    def _with_positions(self, positions: int | None) -> "LlamaConfig":
+        """The config with the count of its positions decided by the user; None leaves it as it is."""
+        if positions is None:
+            return self
+        require_integer("positions", positions)
+        has = positions_of(self)
+        if not has.certain <= positions <= has.most:
+            among = (
+                f"from {has.certain} to {has.most}" if has.certain < has.most else f"{has.certain} or None"
+            )
+            raise ValueError(f"positions={positions}: by the model's config.json they must be {among}")
+        if has.certain == has.most:
+            return self
+        return dataclasses.replace(self, max_sequence_length=positions)

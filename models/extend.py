@@ -59,11 +59,7 @@ def extend_rope(
     if growth < 1:
         raise ValueError(f"growth must be an integer >= 1, not {growth!r}")
     method = _OWN_METHOD[rope.kind] if method is None else method
-    if rope.kind not in EXTENSIONS[method]:
-        raise NotImplementedError(
-            f"RoPE extension {method!r} does not compose with RoPE type {rope.kind!r}, for the two together "
-            f"are no single RoPE; allowed on {rope.kind!r} are {', '.join(_methods_on(rope.kind))}"
-        )
+    check_composes(method, rope.kind)
     factor = float(growth * (rope.factor or 1.0))
     if method == "ntk":
         if head_dim <= 2:
@@ -92,6 +88,15 @@ def check_extension(method: str | None) -> None:
     """Raise ValueError unless ``method`` is one of ``extend_rope``'s."""
     if method is not None and method not in EXTENSIONS:
         raise ValueError(f"method must be {', '.join(EXTENSIONS)} or None, not {method!r}")
+
+
+def check_composes(method: str, kind: str) -> None:
+    """Raise NotImplementedError unless ``method`` can extend a RoPE of this kind."""
+    if kind not in EXTENSIONS[method]:
+        raise NotImplementedError(
+            f"RoPE extension {method!r} does not compose with RoPE type {kind!r}, for the two together "
+            f"are no single RoPE; allowed on {kind!r} are {', '.join(_methods_on(kind))}"
+        )
 
 
 def _methods_on(kind):

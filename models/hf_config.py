@@ -1,12 +1,10 @@
-"""Hugging Face's ``config.json``: which fields we read, which cannot matter, and which we refuse.
-
-A field that is not known here may change the mathematics, so it is an error: better one line to remove from a
-config than a model that is silently another one.
-"""
+"""Hugging Face's ``config.json``: the fields that we read, to and from those of a LlamaConfig."""
 
 from collections.abc import Mapping
 from typing import Any
 
+from jsparse.models.hf_fields import check_unread
+from jsparse.models.positions import sequence_length_from_hf
 from jsparse.models.rope import FIELDS_OF_KIND, ROPE_KINDS, RopeConfig
 
 _REQUIRED = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
@@ -59,43 +57,12 @@ _DEFAULTS: dict[str, dict[str, Any]] = {
 
 MODEL_TYPES = tuple(_DEFAULTS)
 
-# Fields that would change the mathematics, and the values with which they do not.
-_INERT_VALUES: dict[str, tuple[Any, ...]] = {
-    "hidden_act": ("silu",),
-    "quantization_config": (None,),
-    "attention_dropout": (0, None),
-    "hidden_dropout": (0, None),
-    "partial_rotary_factor": (1, None),
-    "rope_interleaved": (False, None),
-    "use_mrope": (False, None),
-    "attention_bias": (False, None),
-    "mlp_bias": (False, None),
-    "sliding_window": (None,),
-    "use_sliding_window": (False, None),
-    "layer_types": (None,),
-    "chunk_size_feed_forward": (0, None),
-    "is_encoder_decoder": (False, None),
-    "add_cross_attention": (False, None),
-    "is_decoder": (False, True, None),
-    "per_layer_config": (None,),
-}
+# Read besides those.
+_READ = {"model_type", "rope_theta", "rope_scaling", "rope_parameters", "rope_condense_ratio"}
+_READ |= {"max_sequence_length", "dual_chunk_attention_config"}
 
-# Fields that say where a model comes from, how it is stored, trained or sampled; none changes a logit.
-# pretraining_tp only reorders a sum.
-_IGNORED = frozenset(
-    """
-    model_type architectures transformers_version torch_dtype dtype use_cache _name_or_path name_or_path
-    pad_token_id bos_token_id eos_token_id unk_token_id sep_token_id cls_token_id mask_token_id
-    decoder_start_token_id tokenizer_class pretraining_tp max_window_layers max_sequence_length
-    attn_implementation _attn_implementation _attn_implementation_autoset _flash_attn_2_enabled
-    output_attentions output_hidden_states return_dict return_dict_in_generate
-    id2label label2id num_labels problem_type task_specific_params finetuning_task
-    do_sample temperature top_k top_p typical_p min_length max_length max_new_tokens num_beams
-    num_return_sequences repetition_penalty length_penalty no_repeat_ngram_size early_stopping is_llama_config
-    transformers.js_config unsloth_fixed unsloth_version rope_theta rope_scaling rope_parameters
-    original_max_position_embeddings
-    """.split()
-)
+# What a RoPE entry may have although its kind does not read it, and the values that change nothing.
+_INERT_IN_ROPE = {"finetuned": (True, False), "attn_factor": (1,), "extrapolation_factor": (1,)}
 
 
 def fields_from_hf(fields: Mapping[str, Any]) -> dict[str, Any]:
@@ -104,7 +71,7 @@ def fields_from_hf(fields: Mapping[str, Any]) -> dict[str, Any]:
     if not isinstance(model_type, str) or model_type not in MODEL_TYPES:
         raise ValueError(f"model_type {model_type!r} is not supported; allowed are {', '.join(MODEL_TYPES)}")
     defaults = _DEFAULTS[model_type]
-    _refuse_what_we_cannot_represent(fields, known={*_REQUIRED, *defaults}, model_type=model_type)
+    check_unread(fields, known={*_REQUIRED, *defaults, *_READ}, model_type=model_type)
     missing = [name for name in _REQUIRED if fields.get(name) is None]
     if missing:
         raise ValueError(f"the config lacks {', '.join(missing)}")
@@ -118,7 +85,12 @@ def fields_from_hf(fields: Mapping[str, Any]) -> dict[str, Any]:
     for name in ("attention_bias", "mlp_bias"):
         values[name] = False if values.get(name) is None else values[name]
     values["model_type"] = model_type
-    values["rope"] = _rope_from_hf(fields, values["max_position_embeddings"])
+    values["rope"] = rope = _rope_from_hf(fields, values["max_position_embeddings"])
+    _check_condense_ratio(fields.get("rope_condense_ratio"), rope)
+    values["max_sequence_length"] = sequence_length_from_hf(
+        fields.get("max_sequence_length"), rope.kind, rope.factor, values["max_position_embeddings"]
+    )
+    values["max_position_embeddings"] = _ordinary_positions(fields, values["max_position_embeddings"])
     values["eos_token_ids"] = token_ids(
         values.pop("eos_token_id", fields.get("eos_token_id")), "eos_token_id"
     )
@@ -149,20 +121,28 @@ def token_ids(value: Any, name: str) -> tuple[int, ...]:
     return tuple(ids)
 
 
-def _refuse_what_we_cannot_represent(fields, known, model_type):
-    problems = []
-    for name, value in fields.items():
-        if name in known or name in _IGNORED:
-            continue
-        if name not in _INERT_VALUES:
-            problems.append(f"{name}={value!r} is not known")
-        elif value not in _INERT_VALUES[name]:
-            allowed = " or ".join(repr(allowed) for allowed in _INERT_VALUES[name])
-            problems.append(f"{name}={value!r} is not supported (allowed: {allowed})")
-    if problems:
+def _ordinary_positions(fields, max_position_embeddings):
+    """How many positions attend as usual: dual chunk attention is another one beyond its original length."""
+    entry = fields.get("dual_chunk_attention_config")
+    if entry in (None, {}):
+        return max_position_embeddings
+    original = entry.get("original_max_position_embeddings") if isinstance(entry, Mapping) else None
+    if original is None:
         raise ValueError(
-            f"the {model_type} config has fields that may change the mathematics: {'; '.join(problems)}. "
-            "Remove those that do not from config.json"
+            "dual_chunk_attention_config must have original_max_position_embeddings, up to which it is "
+            f"ordinary attention, not {entry!r}"
+        )
+    require_size("dual_chunk_attention_config.original_max_position_embeddings", original)
+    return min(max_position_embeddings, original)
+
+
+def _check_condense_ratio(ratio, rope):
+    """LongChat's own name for a linear factor, which its code reads; it must not say anything else."""
+    if ratio not in (None, 1) and (rope.kind != "linear" or rope.factor != ratio):
+        raise ValueError(
+            f"rope_condense_ratio={ratio!r} divides positions by it, but the RoPE is of type "
+            f"{rope.kind!r} with factor {rope.factor!r}; "
+            f'set rope_scaling to {{"type": "linear", "factor": {ratio!r}}}'
         )
 
 
@@ -251,7 +231,11 @@ def _read_rope(name, entry, fields, max_position_embeddings):
         entry["original_max_position_embeddings"] = original
         if kind == "yarn":
             entry.setdefault("factor", max_position_embeddings / original)
+    if kind == "linear":
+        entry.pop("original_max_position_embeddings", None)  # transformers does not read it
     unknown = sorted(set(entry) - {*reads.required, *reads.optional})
+    unknown = [key for key in unknown if entry[key] not in _INERT_IN_ROPE.get(key, ())]
+    entry = {key: value for key, value in entry.items() if key not in _INERT_IN_ROPE or key in unknown}
     if unknown:
         raise ValueError(f"{name} has fields that RoPE type {kind!r} does not read: {', '.join(unknown)}")
     return RopeConfig(kind=kind, theta=theta, **entry)
@@ -276,11 +260,14 @@ def fields_to_hf(values: Mapping[str, Any]) -> dict[str, Any]:
         "rms_norm_eps": values["rms_norm_eps"],
         "initializer_range": values["initializer_range"],
         "rope_parameters": _rope_to_hf(values["rope"]),
+        "max_sequence_length": values["max_sequence_length"],
         "tie_word_embeddings": values["tie_word_embeddings"],
         "bos_token_id": values["bos_token_id"],
         "eos_token_id": (eos[0] if len(eos) == 1 else eos) if eos else None,
         "pad_token_id": values["pad_token_id"],
     }
+    if values["max_sequence_length"] is None:
+        del fields["max_sequence_length"]
     windows = values["sliding_windows"] or ()
     window = next((window for window in windows if window is not None), None)
     if model_type in ("llama", "qwen3"):

@@ -8,6 +8,7 @@ from jsparse.cache.select.selection import Score, Selection
 from jsparse.integers import cdiv, power_of_two_from
 from jsparse.masks.estimate import Estimate
 from jsparse.models import LlamaConfig
+from jsparse.models.positions import check_length
 from jsparse.serve.config import CacheConfig, Policy
 
 Selections = tuple[Selection | None, ...]  # of each layer; None reads everything
@@ -124,11 +125,7 @@ def check_fit(
             f"{request}: more than capacity={layout.capacity} "
             f"({layout.pages_of(layout.capacity)} pages of {layout.page_size}), the most allowed"
         )
-    if needed[longest] > model.max_position_embeddings:
-        raise ValueError(
-            f"{request}: more than the model's max_position_embeddings={model.max_position_embeddings}; "
-            "shorten them, or extend the model's context"
-        )
+    check_length(model, needed[longest], request, "shorten them, or extend the model's context")
     if len(lengths) > free_rows:
         free = "" if free_rows == layout.batch else f", of which {free_rows} are free"
         raise ValueError(f"{len(lengths)} prompts are more than the cache's batch={layout.batch} rows{free}")

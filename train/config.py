@@ -72,6 +72,9 @@ class FinetuneConfig:
     """Tokens per window. If this exceeds the model's own context, rope extends the positions."""
     rope: str | None = None
     """How positions are extended; None keeps the checkpoint's own method, or is linear if it has none."""
+    positions: int | None = None
+    """How many positions the model has, if its linear RoPE factor may be within max_position_embeddings or on
+    top of it and the context is longer than both readings; the error then names the two."""
 
     attention: str = "shifted"
     """"shifted" groups (LongLoRA's S²-Attn, causal form), the same "grouped" without the shift, "full" causal

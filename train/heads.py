@@ -17,6 +17,7 @@ import jsparse
 from jsparse.checks import require_choice, require_integers, require_new_folder, require_numbers
 from jsparse.masks.head_pattern import PATTERN_FILE
 from jsparse.models import Llama, LlamaConfig, load_config, load_tokenizer, plain_text_tokenizer, text_encoder
+from jsparse.models.positions import check_length
 from jsparse.reports.console import write_json
 from jsparse.reports.progress import progress_bar
 from jsparse.texts.documents import check_files, read_documents
@@ -174,11 +175,8 @@ def learn_heads(config: HeadsConfig, *, progress: bool = True) -> HeadsResult:
     check_files(config.data_files)
     require_new_folder(config.output_folder)
     model_config = load_config(config.model)
-    if config.context > model_config.max_position_embeddings:
-        raise ValueError(
-            f"context={config.context} must be at most the model's max_position_embeddings="
-            f"{model_config.max_position_embeddings}; finetune extends a model's context"
-        )
+    asked = f"context={config.context}"
+    check_length(model_config, config.context, asked, "finetune extends a model's context")
     passkeys = _passkeys(config, model_config)
     model = Llama.from_pretrained(config.model, dtype=config.dtype and jnp.dtype(config.dtype))
     if model.embed_tokens.embedding[...].dtype == jnp.float16:

@@ -12,14 +12,25 @@ from jaxtyping import PyTree
 from jsparse.models import Llama, LlamaConfig, LoRAParam, add_lora, quantize_base
 from jsparse.models.longlora import is_trained_with_lora
 from jsparse.models.masking import ModelMask
+from jsparse.models.positions import describe, note, positions_of
 from jsparse.models.sharding import parameter_shardings, put
 from jsparse.train.config import FinetuneConfig
 from jsparse.train.step import Metrics, SplitModel, TrainState, new_state, split_model, train_step
 
 
 def extended_config(config: FinetuneConfig, model: LlamaConfig) -> LlamaConfig:
-    """The model's config with positions for the run's context."""
-    return model.extend_context(config.context, config.rope)
+    """The model's config with positions for the run's context.
+
+    A note says if that changes nothing although only the larger reading of the config allows the context.
+    """
+    extended = model.extend_context(config.context, config.rope, positions=config.positions)
+    has = positions_of(extended)
+    if has.certain < config.context:
+        note(
+            f"context={config.context} is more than {has.certain}, but within the model's "
+            f"{describe(extended)}: its RoPE stays as it is"
+        )
+    return extended
 
 
 def load_start(

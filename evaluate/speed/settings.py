@@ -10,6 +10,7 @@ from jaxtyping import Bool
 
 from jsparse.integers import is_integer, require_integer
 from jsparse.models import Llama, LlamaConfig, load_config
+from jsparse.models.positions import check_length
 
 # The model if no checkpoint is given: 32.5 million parameters, few enough for the cache to matter.
 RANDOM_LLAMA = LlamaConfig(
@@ -70,11 +71,8 @@ def model_config(folder: Path | None, contexts: tuple[int, ...], new_tokens: int
     """
     config = RANDOM_LLAMA if folder is None else load_config(folder)
     longest = max(contexts)
-    if longest + new_tokens > config.max_position_embeddings:
-        raise ValueError(
-            f"contexts has {longest}, which with {new_tokens} new tokens is more than the model's "
-            f"max_position_embeddings={config.max_position_embeddings}"
-        )
+    tokens = f"contexts has {longest}, with {new_tokens} new tokens {longest + new_tokens}"
+    check_length(config, longest + new_tokens, tokens, "choose shorter ones")
     return config
 
 
