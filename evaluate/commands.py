@@ -16,6 +16,7 @@ from jsparse.evaluate.speed import DecodeBench, PrefillBench
 from jsparse.evaluate.speed import bench_decode as run_decode_bench
 from jsparse.evaluate.speed import bench_prefill as run_prefill_bench
 from jsparse.models import Llama, load_config, load_tokenizer, shipped_model
+from jsparse.models.end_token import end_token
 from jsparse.models.patterns import load_pattern, shifted_pattern
 from jsparse.models.positions import note_length
 from jsparse.reports.console import DefaultsToShipped, check_can_write, parse, print_table, write_json
@@ -127,9 +128,8 @@ def _of_standard_library(command: EvaluateCommand) -> EvaluateCommand:
 def _perplexities(command: EvaluateCommand, model, tokenizer, mask_for) -> list:
     """Perplexity at each of --contexts, printed as a table."""
     config = model.config
-    documents = read_documents(
-        command.data, tokenizer, eos_token_id=config.end_token, vocab_size=config.vocab_size
-    )
+    end = end_token(command.model, tokenizer, config)
+    documents = read_documents(command.data, tokenizer, eos_token_id=end, vocab_size=config.vocab_size)
     names = ("scoring", "stride", "last", "batch_size", "max_windows")
     results = perplexity_by_context(
         model,

@@ -20,6 +20,7 @@ from jsparse.serve.config import CacheConfig
 from jsparse.serve.generation import stream
 from jsparse.serve.logits import decode_logits
 from jsparse.serve.sampling import SamplingParams
+from jsparse.texts.tokenizer import prompt_ids
 
 _INSTALLED = importlib.util.find_spec("lm_eval") is not None
 # Without the harness there is nothing to derive from. Only the class needs it, not its computations.
@@ -95,7 +96,6 @@ class JsparseLM(_Base):
             if value < 1:
                 raise ValueError(f"{name} must be at least 1, not {value}")
         self.tokenizer = load_tokenizer(model)
-        self.tokenizer.no_truncation()  # a length saved in tokenizer.json must not cut a context
         self.model, self.cache = _ordered(Llama.from_pretrained(model, dtype=dtype), cache)
         config = self.model.config
         has = positions_of(config)
@@ -150,7 +150,7 @@ class JsparseLM(_Base):
                 yield rows
 
     def _encode(self, text: str) -> list[int]:
-        return self.tokenizer.encode(text).ids if text else [self._prefix()]
+        return prompt_ids(self.tokenizer, text) if text else [self._prefix()]
 
     def _pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
         if context:

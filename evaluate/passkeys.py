@@ -11,11 +11,12 @@ from flax import nnx
 from jaxtyping import Array, Bool, Int32, Integer
 from tokenizers import Tokenizer
 
-from jsparse.models import Llama, plain_text_tokenizer, text_encoder
+from jsparse.models import Llama, text_encoder
 from jsparse.models.masking import ModelMask, hashable
 from jsparse.reports.progress import progress_bar
 from jsparse.texts.passkeys import hide_needles, random_stretch
 from jsparse.texts.tasks import PASSKEY_HEADER, PASSKEY_NEEDLE, PASSKEY_QUESTION, question_and_answer
+from jsparse.texts.tokenizer import prompt_ids
 
 _FILLER = "The grass grows. The river runs. The sun goes down. We walk on. And back home again.\n"
 
@@ -153,7 +154,7 @@ def _material(
             f"haystack must be ids 0 to {vocab_size - 1}, the model's vocabulary, not {haystack.min()} to "
             f"{haystack.max()}"
         )
-    start = plain_text_tokenizer(tokenizer).encode("").ids
+    start = prompt_ids(tokenizer, "")
     return _Material(text_encoder(tokenizer, vocab_size), start, haystack, digits, seed)
 
 

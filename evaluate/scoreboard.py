@@ -28,6 +28,7 @@ from jsparse.serve.config import CacheConfig
 from jsparse.serve.layout import layout_of
 from jsparse.texts.corpus import standard_library_files
 from jsparse.texts.tasks import TASKS, Example, Material, needle, score
+from jsparse.texts.tokenizer import prompt_ids
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -318,4 +319,4 @@ def read_material(tokenizer: Tokenizer, files: Sequence[Path], vocab_size: int) 
             raise ValueError(f"haystack: {file} is not UTF-8 text: {error}") from error
 
     haystack = np.array([token for file in files for token in encode(read(file))], np.int32)
-    return Material(encode, haystack, tuple(tokenizer.encode("").ids))
+    return Material(encode, haystack, tuple(prompt_ids(tokenizer, "")))

@@ -24,6 +24,7 @@ from jsparse.examples.demo import (
 from jsparse.examples.report import check_can_draw, draw_plot, print_shipped
 from jsparse.integers import cdiv
 from jsparse.models import Llama, load_config, load_tokenizer, shipped_model
+from jsparse.models.end_token import end_token
 from jsparse.models.positions import positions_of
 from jsparse.reports.console import DefaultsToShipped, write_json
 from jsparse.reports.machine import describe_machine
@@ -99,9 +100,8 @@ def run_shipped_demo(config: ShippedDemoConfig) -> dict:
     console, started = Console(stderr=True), time.perf_counter()
     _, held_out_files = standard_library_files()
     model, tokenizer = Llama.from_pretrained(config.model), load_tokenizer(config.model)
-    documents = read_documents(
-        held_out_files, tokenizer, eos_token_id=llama.end_token, vocab_size=llama.vocab_size
-    )
+    end = end_token(config.model, tokenizer, llama)
+    documents = read_documents(held_out_files, tokenizer, eos_token_id=end, vocab_size=llama.vocab_size)
 
     console.rule("1/3 perplexity on held-out modules")
     contexts = [length // 4, length // 2, length]

@@ -28,7 +28,7 @@ class LlamaConfig:
     has biases on q, k and v, Qwen3 always normalises queries and keys. ``sliding_windows`` has one entry per
     layer: None, or how many keys a query sees, its own included.
 
-    ``max_sequence_length`` says how many positions the model has if a linear RoPE factor leaves that open: see
+    ``max_sequence_length`` says how many positions the model has if its linear RoPE factor does not. See
     ``jsparse.models.positions``.
 
     By default ``num_key_value_heads`` is one for each head, ``head_dim`` is ``hidden_size /
@@ -151,7 +151,7 @@ class LlamaConfig:
 
     @property
     def end_token(self) -> int | None:
-        """The token that ends a document: the first of the end tokens, or None."""
+        """The first of the end tokens, or None."""
         return self.eos_token_ids[0] if self.eos_token_ids else None
 
     @property

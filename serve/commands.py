@@ -19,6 +19,7 @@ from jsparse.serve.config import CacheConfig, Policy
 from jsparse.serve.generation import stream
 from jsparse.serve.plan import plan_generate as make_plan
 from jsparse.serve.sampling import SamplingParams
+from jsparse.texts.tokenizer import prompt_ids
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -138,8 +139,7 @@ def generate(options: list[str]) -> None:
         model, streams = reorder_heads(model, np.array(cache.streaming_heads))
         cache = dataclasses.replace(cache, streaming_heads=streams)
 
-    tokenizer.no_truncation()  # a length saved in tokenizer.json must not cut the prompt
-    ids = tokenizer.encode(prompt).ids
+    ids = prompt_ids(tokenizer, prompt)
     text = DecodeStream(ids=ids, skip_special_tokens=True)  # holds back incomplete characters
     arrivals = [time.perf_counter()]
     reason = None

@@ -11,7 +11,8 @@ import numpy as np
 from flax import nnx
 
 from jsparse.checks import require_new_folder
-from jsparse.models import Llama, has_lora, load_config, merge_lora, save_adapter
+from jsparse.models import Llama, has_lora, load_config, load_tokenizer, merge_lora, save_adapter
+from jsparse.models.end_token import also_ends_at, end_token
 from jsparse.models.patterns import AttentionPattern, save_pattern
 from jsparse.models.sharding import MeshConfig
 from jsparse.train.config import FinetuneConfig
@@ -38,6 +39,8 @@ def export_model(
     output = config.output_folder if output is None else output
     if has_lora(model):
         merge_lora(model)
+    tokenizer = load_tokenizer(config.model)
+    model.config = also_ends_at(model.config, end_token(config.model, tokenizer, model.config))
     if jax.process_count() > 1:
         model = _gathered(model)
     if is_first_process():

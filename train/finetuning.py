@@ -14,6 +14,7 @@ from jax.sharding import Mesh
 
 from jsparse.models import LlamaConfig, load_tokenizer
 from jsparse.models.checkpoint import load_config
+from jsparse.models.end_token import end_token
 from jsparse.models.masking import ModelMask
 from jsparse.models.sharding import batch_sharding, put
 from jsparse.texts.documents import check_files
@@ -90,7 +91,7 @@ def finetune(config: FinetuneConfig, *, progress: bool = True) -> FinetuneResult
     pattern = config.pattern(model_config)
     mask = pattern.masks(model_config, config.context)
     tokenizer = load_tokenizer(config.model)
-    eos = base_config.end_token
+    eos = end_token(config.model, tokenizer, base_config)
     digest = digest_data(config.data_files, tokenizer, context=config.context, eos_token_id=eos)
     run = describe_run(config, digest, model_config, pattern)
     start = steps_taken(config, run)

@@ -16,12 +16,14 @@ from jaxtyping import Array
 import jsparse
 from jsparse.checks import require_choice, require_integers, require_new_folder, require_numbers
 from jsparse.masks.head_pattern import PATTERN_FILE
-from jsparse.models import Llama, LlamaConfig, load_config, load_tokenizer, plain_text_tokenizer, text_encoder
+from jsparse.models import Llama, LlamaConfig, load_config, load_tokenizer, text_encoder
+from jsparse.models.end_token import end_token
 from jsparse.models.positions import check_length
 from jsparse.reports.console import write_json
 from jsparse.reports.progress import progress_bar
 from jsparse.texts.documents import check_files, read_documents
 from jsparse.texts.passkeys import Passkeys, check_passkeys_fit, passkey_batch
+from jsparse.texts.tokenizer import prompt_ids
 from jsparse.train.head_gates import gate_loss
 from jsparse.train.run.paths import as_paths
 
@@ -257,7 +259,7 @@ def _passkeys(config: HeadsConfig, model_config: LlamaConfig) -> Passkeys:
     documents = read_documents(
         config.data_files,
         tokenizer,
-        eos_token_id=model_config.end_token,
+        eos_token_id=end_token(config.model, tokenizer, model_config),
         vocab_size=model_config.vocab_size,
     )
     haystack = np.concatenate(documents)
@@ -266,7 +268,7 @@ def _passkeys(config: HeadsConfig, model_config: LlamaConfig) -> Passkeys:
             f"data: {len(documents)} file(s) with {len(haystack)} tokens in all do not fill one sample of "
             f"context={config.context} tokens; give more text or a shorter context"
         )
-    start = tuple(plain_text_tokenizer(tokenizer).encode("").ids)  # what it puts before every text
+    start = tuple(prompt_ids(tokenizer, ""))  # what it puts before every text
     passkeys = Passkeys(haystack, encode, config.needles, config.words, start)
     check_passkeys_fit(passkeys, config.shortest)
     return passkeys

@@ -1,7 +1,10 @@
 """Tokenizers: a checkpoint's, one of plain bytes that needs no training, and one trained on texts."""
 
+import itertools
+import json
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 import tokenizers
 from tokenizers import AddedToken, decoders, models, pre_tokenizers, trainers
@@ -10,7 +13,12 @@ END_OF_TEXT = "<|endoftext|>"
 
 
 def load_tokenizer(directory: str | Path) -> tokenizers.Tokenizer:
-    """The tokenizer in ``tokenizer.json`` of a Hugging Face folder.
+    """The tokenizer in ``tokenizer.json`` of a Hugging Face folder, as transformers 5 reads it.
+
+    It never truncates or pads: a length that was saved in the file, as transformers does after a call with
+    padding, belongs to that call. ``add_bos_token`` and ``add_eos_token`` of ``tokenizer_config.json`` say
+    nothing beside a tokenizer.json, which has its own; ``legacy`` and ``add_prefix_space`` count for a
+    ``LlamaTokenizer`` made by SentencePiece.
 
     Raises FileNotFoundError if there is none (older checkpoints have only ``tokenizer.model``), and
     ValueError if it cannot be read.
@@ -22,9 +30,86 @@ def load_tokenizer(directory: str | Path) -> tokenizers.Tokenizer:
             "AutoTokenizer.from_pretrained(directory).save_pretrained(directory) writes it"
         )
     try:
-        return tokenizers.Tokenizer.from_file(str(path))
+        tokenizer = tokenizers.Tokenizer.from_file(str(path))
     except Exception as error:  # the library raises bare Exception
         raise ValueError(f"{path} is not a tokenizer: {error}") from error
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    settings = _settings(path.parent)
+    declared = str(settings.get("tokenizer_class", "")).removesuffix("Fast")
+    if declared == "LlamaTokenizer" and "ByteLevel" not in tokenizer.to_str():
+        _read_as_sentencepiece(tokenizer, settings)
+    return tokenizer
+
+
+def _settings(directory: Path, name: str = "tokenizer_config.json") -> dict[str, Any]:
+    """The fields of a file beside tokenizer.json; none if there is no such file."""
+    path = directory / name
+    if not path.is_file():
+        return {}
+    try:
+        settings = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} cannot be read: {error}") from error
+    if not isinstance(settings, dict):
+        raise ValueError(f"{path} must hold a JSON object, not {type(settings).__name__}")
+    return settings
+
+
+def _read_as_sentencepiece(tokenizer: tokenizers.Tokenizer, settings: dict[str, Any]) -> None:
+    """Put a space before a text, or before each of its parts between special tokens if ``legacy`` is true.
+
+    transformers' LlamaTokenizer does this, whatever tokenizer.json says of spaces.
+    """
+    prefix = settings.get("add_prefix_space")
+    scheme = "always" if settings.get("legacy", False) else "first"
+    tokenizer.normalizer = None  # type: ignore[assignment]
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(
+        replacement="▁", prepend_scheme="never" if prefix is False else scheme, split=False
+    )
+    strip = [] if prefix is False else [decoders.Strip(content=" ", left=1)]
+    tokenizer.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), *strip]
+    )
+
+
+def prompt_ids(tokenizer: tokenizers.Tokenizer, text: str) -> list[int]:
+    """The tokens of a text that a model is to continue.
+
+    Special tokens written in the text are those tokens. Before the text stands what the tokenizer puts there
+    (Llama's begin-of-sequence token), but once: a text that begins with it, as rendered chat templates do,
+    gets no second one. What it puts after a text is left out.
+
+    >>> prompt_ids(byte_tokenizer(), "hi")
+    [104, 105]
+    """
+    some = tokenizer.encode("a")
+    start = list(itertools.compress(some.ids, itertools.takewhile(bool, some.special_tokens_mask)))
+    ids = tokenizer.encode(text, add_special_tokens=False).ids
+    return ids if ids[: len(start)] == start else start + ids
+
+
+def eos_token_id(directory: str | Path, tokenizer: tokenizers.Tokenizer) -> int | None:
+    """The id of ``eos_token`` in ``tokenizer_config.json`` or ``special_tokens_map.json``, or None.
+
+    It ends a text in training. A model may stop at more tokens than that: Llama 3 Instruct also lists the
+    base model's end token, and first.
+
+    Raises ValueError for a token that the tokenizer does not have.
+    """
+    directory = Path(directory)
+    for name in ("tokenizer_config.json", "special_tokens_map.json"):
+        token = _settings(directory, name).get("eos_token")
+        token = token.get("content") if isinstance(token, dict) else token
+        if token is None:
+            continue
+        token_id = tokenizer.token_to_id(token) if isinstance(token, str) else None
+        if token_id is None:
+            raise ValueError(
+                f"{directory / name}: eos_token is {token!r}, which tokenizer.json does not have"
+            )
+        return token_id
+    return None
 
 
 def plain_text_tokenizer(tokenizer: tokenizers.Tokenizer) -> tokenizers.Tokenizer:

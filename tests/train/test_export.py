@@ -1,15 +1,18 @@
 """``jsparse merge``: what a run has learned, as a model and as an adapter."""
 
 import importlib.util
+from unittest import mock
 
 import jax
 import numpy as np
 import pytest
+from flax import nnx
 
 from jsparse.__main__ import main
-from jsparse.models import Llama, load_adapter
+from jsparse.models import Llama, LlamaConfig, byte_tokenizer, load_adapter, load_config
 from jsparse.models.patterns import load_pattern
 from jsparse.train import FinetuneConfig, MergeConfig, finetune, merge
+from jsparse.train.data.windows import write_windows
 
 TOKENS = np.random.default_rng(0).integers(0, 257, (2, 64)).astype(np.int32)
 
@@ -89,3 +92,23 @@ def test_what_cannot_be_merged(config, run, tmp_path):
     with pytest.raises(ValueError, match="has other content than the model that the run"):
         merge(MergeConfig(run=run, output=tmp_path / "new", model=tmp_path / "other"))
     assert not (tmp_path / "new").exists()
+
+
+def test_completions_end_with_the_tokenizers_end_token_and_the_model_stops_there(tmp_path):
+    """Llama 3 Instruct stops at the base model's end token too, which comes first."""
+    base = tmp_path / "base"
+    model = Llama(LlamaConfig.tiny(vocab_size=258, eos_token_ids=(256,)), rngs=nnx.Rngs(0))
+    model.save_pretrained(base)
+    tokenizer = byte_tokenizer()
+    tokenizer.add_special_tokens(["<|eot|>"])  # 257
+    tokenizer.save(str(base / "tokenizer.json"))
+    (base / "tokenizer_config.json").write_text('{"eos_token": "<|eot|>"}')
+    data = tmp_path / "chat.jsonl"
+    data.write_text('{"prompt": "2+2?", "completion": "4"}\n' * 30)
+    config = FinetuneConfig(
+        model=base, data=[data], output=tmp_path / "out", context=64, steps=1, batch_size=1
+    )
+    with mock.patch("jsparse.train.finetuning.write_windows", wraps=write_windows) as write:
+        finetune(config, progress=False)
+    assert write.call_args.kwargs["eos_token_id"] == 257
+    assert load_config(tmp_path / "out").eos_token_ids == (256, 257)

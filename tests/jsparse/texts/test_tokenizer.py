@@ -1,10 +1,15 @@
 """The byte tokenizer and tokenizer.json."""
 
+import json
+
 import hypothesis
 import pytest
+import tokenizers
 from hypothesis import strategies
+from tokenizers import decoders, models, normalizers, pre_tokenizers, processors, trainers
 
 from jsparse.models import byte_tokenizer, load_tokenizer
+from jsparse.texts.tokenizer import eos_token_id, prompt_ids
 
 TOKENIZER = byte_tokenizer()
 
@@ -47,3 +52,121 @@ def test_refusals(tmp_path):
     (tmp_path / "tokenizer.json").write_text("{}")
     with pytest.raises(ValueError, match="tokenizer.json is not a tokenizer"):
         load_tokenizer(tmp_path)
+
+
+def test_padding_and_truncation_of_an_earlier_call_are_left_behind(tmp_path):
+    tokenizer = byte_tokenizer()
+    tokenizer.enable_padding(length=24, pad_id=256, pad_token="<|endoftext|>")
+    tokenizer.enable_truncation(3)
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    assert load_tokenizer(tmp_path).encode("hello").ids == list(b"hello")
+
+
+def with_bos(tokenizer, bos="<|bos|>", end=""):
+    tokenizer.encode_special_tokens = False
+    tokenizer.add_special_tokens([bos, "<|eot|>"])
+    special = [(bos, tokenizer.token_to_id(bos)), ("<|eot|>", tokenizer.token_to_id("<|eot|>"))]
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single=f"{bos} $A {end}".strip(), special_tokens=special
+    )
+    return tokenizer
+
+
+@pytest.mark.parametrize("end", ["", "<|eot|>"])
+def test_a_prompt_begins_once_and_does_not_end(end):
+    tokenizer = with_bos(byte_tokenizer(), end=end)
+    bos, eot = 257, 258
+    assert prompt_ids(tokenizer, "hi") == [bos, 104, 105]
+    assert prompt_ids(tokenizer, "<|bos|>hi<|eot|>") == [bos, 104, 105, eot]
+    assert prompt_ids(tokenizer, "h<|bos|>i") == [bos, 104, bos, 105]
+    assert prompt_ids(tokenizer, "<|bos|>") == [bos]
+    assert prompt_ids(tokenizer, "") == [bos]
+    assert prompt_ids(byte_tokenizer(), "") == []
+
+
+def test_the_end_token_is_the_tokenizers(tmp_path):
+    tokenizer = with_bos(byte_tokenizer())
+    assert eos_token_id(tmp_path, tokenizer) is None
+    (tmp_path / "special_tokens_map.json").write_text(
+        '{"eos_token": {"content": "<|bos|>", "lstrip": false}}'
+    )
+    assert eos_token_id(tmp_path, tokenizer) == 257
+    (tmp_path / "tokenizer_config.json").write_text('{"eos_token": "<|eot|>"}')
+    assert eos_token_id(tmp_path, tokenizer) == 258
+    (tmp_path / "tokenizer_config.json").write_text('{"eos_token": "</s>"}')
+    with pytest.raises(ValueError, match="tokenizer_config.json: eos_token is '</s>'.*tokenizer.json"):
+        eos_token_id(tmp_path, tokenizer)
+    (tmp_path / "tokenizer_config.json").write_text("[]")
+    with pytest.raises(ValueError, match="tokenizer_config.json must hold a JSON object"):
+        eos_token_id(tmp_path, tokenizer)
+
+
+TEXTS = ["to be or not to be", "hello world  and two spaces", "12 é\n\n end"] * 20
+
+
+def sentencepiece_like(normalizer, pre_tokenizer):
+    """A tokenizer as SentencePiece's models are converted: byte fallback, and ▁ for spaces."""
+    tokenizer = tokenizers.Tokenizer(models.BPE(unk_token="<unk>", fuse_unk=True, byte_fallback=True))
+    tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    special = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256))]
+    trainer = trainers.BpeTrainer(vocab_size=400, special_tokens=special, show_progress=False)
+    tokenizer.train_from_iterator(TEXTS, trainer)
+    saved = json.loads(tokenizer.to_str())
+    saved["added_tokens"] = [token for token in saved["added_tokens"] if token["id"] < 3]
+    tokenizer = tokenizers.Tokenizer.from_str(json.dumps(saved))
+    tokenizer.normalizer, tokenizer.pre_tokenizer = normalizer, pre_tokenizer
+    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    return tokenizer
+
+
+def byte_level():
+    tokenizer = tokenizers.Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    tokenizer.train_from_iterator(
+        TEXTS, trainers.BpeTrainer(vocab_size=300, initial_alphabet=alphabet, show_progress=False)
+    )
+    return with_bos(tokenizer, "<s>")
+
+
+KINDS = {
+    "Llama 2": sentencepiece_like(
+        normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]), None
+    ),
+    "Mistral": sentencepiece_like(None, pre_tokenizers.Metaspace(prepend_scheme="first", split=False)),
+    "Llama 3": byte_level(),
+}
+SETTINGS = [
+    {},
+    {"add_bos_token": True},
+    {"add_bos_token": False},
+    {"add_eos_token": True},
+    {"legacy": True},
+    {"legacy": False},
+    {"add_prefix_space": False},
+]
+
+
+@pytest.mark.parametrize(
+    "declared", ["LlamaTokenizer", "LlamaTokenizerFast", "PreTrainedTokenizerFast", None]
+)
+@pytest.mark.parametrize("kind", KINDS)
+def test_ids_are_those_of_transformers(tmp_path, kind, declared):
+    transformers = pytest.importorskip("transformers", reason="needs transformers, from the extra `parity`")
+    eos = "<|eot|>" if kind == "Llama 3" else "</s>"
+    KINDS[kind].save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
+    for settings in SETTINGS:
+        fields = {"bos_token": "<s>", "eos_token": eos, "unk_token": "<unk>"} | settings
+        if kind == "Llama 3":
+            del fields["unk_token"]
+        if declared is not None:
+            fields["tokenizer_class"] = declared
+        (tmp_path / "tokenizer_config.json").write_text(json.dumps(fields))
+        theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
+        ours = load_tokenizer(tmp_path)
+        for text in ("to be", f" to  be{eos}or not{eos} é\n 12", f"{eos}x", "<s>hello", ""):
+            assert ours.encode(text).ids == theirs(text)["input_ids"], (settings, text)
+        ids = ours.encode("hello world").ids
+        assert ours.decode(ids) == theirs.decode(ids, skip_special_tokens=True), settings
