@@ -3,7 +3,7 @@
 import dataclasses
 import platform
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 
@@ -15,6 +15,7 @@ from jsparse.evaluate.scoreboard_report import print_scoreboard
 from jsparse.evaluate.speed import DecodeBench, PrefillBench
 from jsparse.evaluate.speed import bench_decode as run_decode_bench
 from jsparse.evaluate.speed import bench_prefill as run_prefill_bench
+from jsparse.hub import pinned_model
 from jsparse.models import Llama, load_config, load_tokenizer, shipped_model
 from jsparse.models.patterns import load_pattern, shifted_pattern
 from jsparse.reports.console import DefaultsToShipped, check_can_write, parse, print_table, write_json
@@ -33,7 +34,8 @@ class EvaluateCommand:
     """
 
     model: DefaultsToShipped = shipped_model()
-    """A Hugging Face folder with config.json, safetensors and tokenizer.json."""
+    """A Hugging Face folder with config.json, safetensors and tokenizer.json, or an id on the Hub:
+    org/name or org/name@revision."""
     data: tuple[Path, ...] = ()
     """UTF-8 text files, each one document; they are joined and scored as one sequence. With neither --data
     nor --passkeys: held-out modules of this Python's standard library."""
@@ -87,6 +89,7 @@ def evaluate(options: list[str]) -> None:
     if of_library:
         command = _of_standard_library(command)
     check_can_write(command.json, "json")
+    command = _pinned(command)
     if command.plot is not None:
         check_can_plot(command.plot)
     config, tokenizer = load_config(command.model), load_tokenizer(command.model)
@@ -113,6 +116,15 @@ def evaluate(options: list[str]) -> None:
         rows = [dataclasses.asdict(result) for result in perplexities]
         rows += [dataclasses.asdict(result) | {"accuracy": result.accuracy} for result in passkeys]
         write_json(command.json, rows)
+
+
+def _pinned(config: Any) -> Any:
+    """The settings with the commit of a model that is given by its id: results name it."""
+    return (
+        config
+        if config.model is None
+        else dataclasses.replace(config, model=Path(pinned_model(config.model)))
+    )
 
 
 def _of_standard_library(command: EvaluateCommand) -> EvaluateCommand:
@@ -160,19 +172,19 @@ def _passkeys(command: EvaluateCommand, model, tokenizer, mask_for) -> list:
 
 
 def scoreboard(options: list[str]) -> None:
-    config = parse(ScoreboardConfig, "evaluate scoreboard", options)
+    config = _pinned(parse(ScoreboardConfig, "evaluate scoreboard", options))
     rows = run_scoreboard(config)
     if str(config.json) != "-":
         print_scoreboard(rows, str(config.model))
 
 
 def bench_decode(options: list[str]) -> None:
-    config = parse(DecodeBench, "bench decode", options)
+    config = _pinned(parse(DecodeBench, "bench decode", options))
     run_decode_bench(config)
     print(f"the numbers are in {config.output}")
 
 
 def bench_prefill(options: list[str]) -> None:
-    config = parse(PrefillBench, "bench prefill", options)
+    config = _pinned(parse(PrefillBench, "bench prefill", options))
     run_prefill_bench(config)
     print(f"the numbers are in {config.output}")

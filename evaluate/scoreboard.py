@@ -13,6 +13,7 @@ from tokenizers import Tokenizer
 from jsparse.evaluate.answers import Question, greedy_answers
 from jsparse.evaluate.methods import METHODS, PAGE, Heads
 from jsparse.evaluate.scoreboard_report import GRID, Row, check_can_draw, write_figures
+from jsparse.hub import model_folder
 from jsparse.masks.head_pattern import PATTERN_FILE, HeadPattern
 from jsparse.models import (
     Llama,
@@ -41,7 +42,8 @@ class ScoreboardConfig:
     """
 
     model: DefaultsToShipped = shipped_model()
-    """A Hugging Face folder with config.json, safetensors and tokenizer.json."""
+    """A Hugging Face folder with config.json, safetensors and tokenizer.json, or an id on the Hub:
+    org/name or org/name@revision."""
     pattern: Path | None = None
     """A head pattern (default: full_attention_heads.tsv in the model's folder, if there is one). Without it,
     methods that need a pattern are left out."""
@@ -261,7 +263,7 @@ def make_entries(methods: Sequence[str], budgets: Sequence[int], streams: Heads 
 
 def streaming_heads(config: ScoreboardConfig) -> Heads | None:
     """The half of the KV heads that stream by the pattern. Without one None, reported on stderr."""
-    file = config.pattern or config.model / PATTERN_FILE
+    file = config.pattern or model_folder(config.model) / PATTERN_FILE
     if config.pattern is None and not file.is_file():
         asked = dict.fromkeys((*config.methods, *config.grid_methods))
         left_out = [name for name in asked if METHODS[name].needs_pattern]

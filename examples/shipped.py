@@ -22,6 +22,7 @@ from jsparse.examples.demo import (
     prepare_output,
 )
 from jsparse.examples.report import check_can_draw, draw_plot, print_shipped
+from jsparse.hub import pinned_model
 from jsparse.integers import cdiv
 from jsparse.models import Llama, load_config, load_tokenizer, shipped_model
 from jsparse.reports.console import DefaultsToShipped, write_json
@@ -42,7 +43,8 @@ class ShippedDemoConfig:
     """
 
     model: DefaultsToShipped = shipped_model()
-    """A Hugging Face folder; its full_attention_heads.tsv, if there is one, says which heads stream."""
+    """A Hugging Face folder or an id on the Hub; its full_attention_heads.tsv, if there is one, says which
+    heads stream."""
     output: Path | None = None
     """Write every number and a plot into this folder (needs the extra plot). An earlier demo's files
     there are replaced; any other folder is refused."""
@@ -70,6 +72,7 @@ class ShippedDemoConfig:
 
 def run_shipped_demo(config: ShippedDemoConfig) -> dict:
     """Measure, print the tables, and return every number (``demo.json`` in the output folder, if any)."""
+    config = dataclasses.replace(config, model=Path(pinned_model(config.model)))
     llama = load_config(config.model)
     length = llama.max_position_embeddings
     if config.prompt_tokens + config.new_tokens > length:

@@ -138,6 +138,7 @@ class Llama(nnx.Module):
     def from_pretrained(cls, directory: str | Path, *, dtype=None, mesh: Mesh | None = None) -> "Llama":
         """The model in a Hugging Face folder: ``config.json`` and safetensors, in one file or in shards.
 
+        ``directory`` may also be an id on the Hugging Face Hub (see :func:`jsparse.hub.model_folder`).
         ``dtype`` None keeps the dtype of the file. Stop tokens in ``generation_config.json`` override those
         of the config. On a ``mesh`` each parameter lies where ``jsparse.models.sharding`` says, and no device
         ever holds more than its part.

@@ -81,7 +81,8 @@ class GenerateCommand(CacheOptions):
     """
 
     model: DefaultsToShipped = shipped_model()
-    """A Hugging Face folder with config.json, safetensors and tokenizer.json."""
+    """A Hugging Face folder with config.json, safetensors and tokenizer.json, or an id on the Hub:
+    org/name or org/name@revision."""
     prompt: str | None = None
     """The text to continue."""
     prompt_file: Path | None = None
@@ -108,7 +109,7 @@ class PlanGenerateCommand(CacheOptions):
     """What generation needs on each device, for prompts of one length. No weights are read."""
 
     model: Path
-    """A folder with the model's config.json."""
+    """A folder with the model's config.json, or an id on the Hugging Face Hub; no weights are fetched."""
     prompt_tokens: int
     """Tokens per prompt."""
     max_new_tokens: int = 64

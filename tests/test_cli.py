@@ -271,7 +271,7 @@ def test_bench_refuses_options_that_do_not_fit(folder, capfd, command, message):
     ("command", "message"),
     [
         ("bench training", "unknown command 'bench training'; commands are decode, prefill"),
-        ("bench decode --model {}/nothing --output {}/new", "nothing is not a checkpoint folder"),
+        ("bench decode --model {}/nothing --output {}/new", "nothing does not exist"),
         ("bench prefill --model {}/model --output {}/new --contexts 64", "max_position_embeddings=64"),
         ("bench decode --model {}/model --output {}/text.txt --contexts 8", "text.txt is a file"),
     ],

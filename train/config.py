@@ -10,6 +10,7 @@ import optax
 
 import jsparse
 from jsparse.checks import require_choice, require_integers, require_numbers
+from jsparse.hub import model_folder
 from jsparse.models.config import LlamaConfig
 from jsparse.models.extend import EXTENSIONS
 from jsparse.models.llama import REMAT
@@ -62,7 +63,8 @@ class FinetuneConfig:
     """
 
     model: str | Path
-    """The checkpoint to start from: a Hugging Face folder with safetensors and a tokenizer.json."""
+    """The checkpoint to start from: a Hugging Face folder with safetensors and a tokenizer.json, or an id on
+    the Hub, org/name or org/name@revision. A run keeps the commit that it began with."""
     data: Sequence[str | Path]
     """Text files (one, or several), each one document, and .jsonl files: each line is an object with "text",
     with "prompt" and "completion", or with "instruction" and "output". Prompts are read, not learned."""
@@ -230,7 +232,7 @@ class FinetuneConfig:
 
     @property
     def model_folder(self) -> Path:
-        return Path(self.model)
+        return model_folder(self.model, weights=True)
 
     @property
     def output_folder(self) -> Path:

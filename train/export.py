@@ -11,6 +11,7 @@ import numpy as np
 from flax import nnx
 
 from jsparse.checks import require_new_folder
+from jsparse.hub import pinned_model
 from jsparse.models import Llama, has_lora, load_config, merge_lora, save_adapter
 from jsparse.models.patterns import AttentionPattern, save_pattern
 from jsparse.models.sharding import MeshConfig
@@ -81,7 +82,7 @@ class MergeConfig:
     """Write the LoRA matrices, and the embeddings and norms trained beside them, as an adapter that PEFT
     loads onto the base, instead of a whole model."""
     model: str | Path | None = None
-    """Where the base model is, if it is no longer where the run found it."""
+    """Where the base model is, a folder or an id on the Hub, if it is no longer where the run found it."""
 
 
 def merge(merging: MergeConfig) -> int:
@@ -106,6 +107,7 @@ def merge(merging: MergeConfig) -> int:
             raise FileNotFoundError(f"{folder} has no checkpoint{asked}; it has steps {steps}")
         run = checkpoints.read_run(step)
         config = run_config(run, model=merging.model)
+        config = dataclasses.replace(config, model=pinned_model(config.model))
         if merging.adapter and config.lora_rank is None:
             raise ValueError(f"{merging.run} trained all weights, without adapters; leave --adapter away")
         if digest_model(config.model_folder) != run["model"]:

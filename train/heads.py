@@ -15,6 +15,7 @@ from jaxtyping import Array
 
 import jsparse
 from jsparse.checks import require_choice, require_integers, require_new_folder, require_numbers
+from jsparse.hub import pinned_model
 from jsparse.masks.head_pattern import PATTERN_FILE
 from jsparse.models import Llama, LlamaConfig, load_config, load_tokenizer, plain_text_tokenizer, text_encoder
 from jsparse.reports.console import write_json
@@ -39,7 +40,8 @@ class HeadsConfig:
     """
 
     model: str | Path
-    """The checkpoint, which does not change: a Hugging Face folder with safetensors and a tokenizer.json."""
+    """The checkpoint, which does not change: a Hugging Face folder with safetensors and a tokenizer.json, or
+    an id on the Hub, org/name or org/name@revision."""
     data: Sequence[str | Path]
     """Text files (one, or several), or .jsonl files with one "text" per line, to hide passkeys in."""
     output: str | Path
@@ -94,10 +96,6 @@ class HeadsConfig:
                 f"sink={self.sink} and window={self.window} show all of a sample of min_context="
                 f"{self.shortest} tokens{origin}; their sum must be less, or nothing can be learned from it"
             )
-
-    @property
-    def model_folder(self) -> Path:
-        return Path(self.model)
 
     @property
     def output_folder(self) -> Path:
@@ -173,6 +171,7 @@ def learn_heads(config: HeadsConfig, *, progress: bool = True) -> HeadsResult:
     """
     check_files(config.data_files)
     require_new_folder(config.output_folder)
+    config = dataclasses.replace(config, model=pinned_model(config.model))
     model_config = load_config(config.model)
     if config.context > model_config.max_position_embeddings:
         raise ValueError(

@@ -30,7 +30,8 @@ class ServingBench:
     output: Path
     """A new folder for the results."""
     model: Path | None = None
-    """A Hugging Face folder; by default a Llama of 32.5 million random weights in 8 layers of 2 KV heads."""
+    """A Hugging Face folder or an id on the Hub; by default a Llama of 32.5 million random weights in 8
+    layers layers of 2 KV heads."""
     sparsity: float = 0.5
     """The fraction of the KV heads of each layer that stream (its last ones), in the caches where some do."""
     sink: int = 128

@@ -6,16 +6,18 @@ from pathlib import Path
 import tokenizers
 from tokenizers import AddedToken, decoders, models, pre_tokenizers, trainers
 
+from jsparse.hub import model_folder
+
 END_OF_TEXT = "<|endoftext|>"
 
 
 def load_tokenizer(directory: str | Path) -> tokenizers.Tokenizer:
-    """The tokenizer in ``tokenizer.json`` of a Hugging Face folder.
+    """The tokenizer in ``tokenizer.json`` of a Hugging Face folder or id.
 
     Raises FileNotFoundError if there is none (older checkpoints have only ``tokenizer.model``), and
     ValueError if it cannot be read.
     """
-    path = Path(directory) / "tokenizer.json"
+    path = model_folder(directory) / "tokenizer.json"
     if not path.is_file():
         raise FileNotFoundError(
             f"{path} does not exist; a fast tokenizer is needed: in transformers, "
