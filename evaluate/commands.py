@@ -1,4 +1,7 @@
-"""The commands of this room: ``jsparse evaluate | scoreboard | bench decode | bench prefill``."""
+"""The commands of this room: ``jsparse evaluate | scoreboard | bench decode | bench prefill``.
+
+What needs jax is imported when the options are parsed, so that --help answers at once.
+"""
 
 import dataclasses
 import platform
@@ -7,17 +10,10 @@ from typing import Any, Literal
 
 import numpy as np
 
-from jsparse.evaluate.passkeys import evaluate_passkeys
-from jsparse.evaluate.perplexity import perplexity_by_context
-from jsparse.evaluate.plots import check_can_plot, plot_evaluation
-from jsparse.evaluate.scoreboard import ScoreboardConfig, run_scoreboard
-from jsparse.evaluate.scoreboard_report import print_scoreboard
-from jsparse.evaluate.speed import DecodeBench, PrefillBench
-from jsparse.evaluate.speed import bench_decode as run_decode_bench
-from jsparse.evaluate.speed import bench_prefill as run_prefill_bench
+from jsparse.evaluate.scoreboard_config import ScoreboardConfig
+from jsparse.evaluate.speed.options import DecodeBench, PrefillBench
 from jsparse.hub import pinned_model
-from jsparse.models import Llama, load_config, load_tokenizer, shipped_model
-from jsparse.models.patterns import load_pattern, shifted_pattern
+from jsparse.models.shipped import shipped_model
 from jsparse.reports.console import DefaultsToShipped, check_can_write, parse, print_table, write_json
 from jsparse.texts.corpus import standard_library_files
 from jsparse.texts.documents import read_documents
@@ -85,6 +81,10 @@ class EvaluateCommand:
 
 def evaluate(options: list[str]) -> None:
     command = parse(EvaluateCommand, "evaluate", options)
+    from jsparse.evaluate.plots import check_can_plot, plot_evaluation
+    from jsparse.models import Llama, load_config, load_tokenizer
+    from jsparse.models.patterns import load_pattern, shifted_pattern
+
     of_library = not command.data and not command.passkeys
     if of_library:
         command = _of_standard_library(command)
@@ -136,6 +136,8 @@ def _of_standard_library(command: EvaluateCommand) -> EvaluateCommand:
 
 def _perplexities(command: EvaluateCommand, model, tokenizer, mask_for) -> list:
     """Perplexity at each of --contexts, printed as a table."""
+    from jsparse.evaluate.perplexity import perplexity_by_context
+
     config = model.config
     documents = read_documents(
         command.data, tokenizer, eos_token_id=config.end_token, vocab_size=config.vocab_size
@@ -156,6 +158,8 @@ def _perplexities(command: EvaluateCommand, model, tokenizer, mask_for) -> list:
 
 def _passkeys(command: EvaluateCommand, model, tokenizer, mask_for) -> list:
     """How many passkeys were found at each length and depth, printed as a table."""
+    from jsparse.evaluate.passkeys import evaluate_passkeys
+
     given = {name: getattr(command, name) for name in ("depths", "samples")}
     results = evaluate_passkeys(
         model,
@@ -173,6 +177,9 @@ def _passkeys(command: EvaluateCommand, model, tokenizer, mask_for) -> list:
 
 def scoreboard(options: list[str]) -> None:
     config = _pinned(parse(ScoreboardConfig, "evaluate scoreboard", options))
+    from jsparse.evaluate.scoreboard import run_scoreboard
+    from jsparse.evaluate.scoreboard_report import print_scoreboard
+
     rows = run_scoreboard(config)
     if str(config.json) != "-":
         print_scoreboard(rows, str(config.model))
@@ -180,11 +187,15 @@ def scoreboard(options: list[str]) -> None:
 
 def bench_decode(options: list[str]) -> None:
     config = _pinned(parse(DecodeBench, "bench decode", options))
-    run_decode_bench(config)
+    from jsparse.evaluate.speed import bench_decode as run
+
+    run(config)
     print(f"the numbers are in {config.output}")
 
 
 def bench_prefill(options: list[str]) -> None:
     config = _pinned(parse(PrefillBench, "bench prefill", options))
-    run_prefill_bench(config)
+    from jsparse.evaluate.speed import bench_prefill as run
+
+    run(config)
     print(f"the numbers are in {config.output}")

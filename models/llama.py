@@ -15,6 +15,7 @@ from jaxtyping import Array, Float, Int
 
 import jsparse
 from jsparse.models import checkpoint
+from jsparse.models.choices import REMAT as REMAT
 from jsparse.models.config import LlamaConfig
 from jsparse.models.frozen_base import is_quantized
 from jsparse.models.layers import Attend, DecoderLayer, Embedding, Linear, LoRAParam, RMSNorm
@@ -24,7 +25,6 @@ from jsparse.models.rope import rope_tables
 from jsparse.models.sharding import keep_tokens_split, put_parameter
 
 Tokens = Int[Array | np.ndarray, "B T"]
-REMAT = ("none", "layers", "attention", "dots")  # what the backward pass keeps of a layer
 
 
 class Llama(nnx.Module):

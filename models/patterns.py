@@ -14,11 +14,11 @@ from jaxtyping import Bool
 from jsparse import BlockMask, TokenMask, causal, shifted_groups, streaming
 from jsparse.hub import model_folder
 from jsparse.models import LlamaConfig
+from jsparse.models.choices import KINDS as KINDS
 from jsparse.models.longlora import shifted_head_masks
 from jsparse.models.masking import LayerMask
 
 PATTERN_FILE = "attention_pattern.json"
-KINDS = ("shifted", "grouped", "full", "longgen", "streaming")
 _VERSION = 1  # of the file
 
 

@@ -6,7 +6,41 @@ import sys
 
 import pytest
 
+from jsparse.__main__ import _JSPARSE, _Command
+
 GENERATE = ["generate", "--prompt", "import", "--max-new-tokens", "2"]
+
+
+def commands(table: _Command = _JSPARSE) -> list[list[str]]:
+    """Every command, as the words that name it."""
+    found = [] if table.function is None else [[]]
+    for name, command in table.commands.items():
+        found += [[name, *rest] for rest in commands(command)]
+    return found
+
+
+LISTED = """
+import sys
+from jsparse.__main__ import main
+try:
+    main(sys.argv[1:])
+finally:
+    print(sorted({"jax", "jaxlib", "flax", "optax", "orbax"} & sys.modules.keys()), file=sys.stderr)
+"""
+
+
+@pytest.mark.parametrize("words", [[], ["plan"], *commands(), ["demo", "--train"]], ids=" ".join)
+def test_help_needs_no_jax(words):
+    """Which takes a second or two to import."""
+    done = subprocess.run(
+        [sys.executable, "-c", LISTED, *words, "--help"], capture_output=True, text=True, check=True
+    )
+    assert done.stdout.startswith(f"usage: {' '.join(['jsparse', *words])}".replace(" scoreboard", ""))
+    assert done.stderr == "[]\n"
+
+
+def test_every_command_is_listed():
+    assert len(commands()) >= 12 and ["bench", "prefill"] in commands() and ["evaluate"] in commands()
 
 
 def start(*arguments: str | bytes, **environment: str) -> subprocess.Popen:

@@ -16,6 +16,7 @@ from jsparse.models import Llama, has_lora, load_config, merge_lora, save_adapte
 from jsparse.models.patterns import AttentionPattern, save_pattern
 from jsparse.models.sharding import MeshConfig
 from jsparse.train.config import FinetuneConfig
+from jsparse.train.merge_config import MergeConfig as MergeConfig
 from jsparse.train.run.checkpoint import open_checkpoints
 from jsparse.train.run.identity import checkpoint_folder, digest_model
 from jsparse.train.run.processes import is_first_process
@@ -62,27 +63,6 @@ def _gathered(model: Llama) -> Llama:
     graphdef, state = nnx.split(model)
     whole = jax.tree.map(lambda x: np.asarray(multihost_utils.process_allgather(x, tiled=True)), state)
     return nnx.merge(graphdef, whole)
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class MergeConfig:
-    """Write what a run has learned so far, from one of its checkpoints.
-
-    >>> MergeConfig(run="my-run", output="merged").adapter
-    False
-    """
-
-    run: str | Path
-    """The output folder of ``finetune``, finished or not."""
-    output: str | Path
-    """A new folder."""
-    step: int | None = None
-    """The step of the checkpoint to take; by default the last."""
-    adapter: bool = False
-    """Write the LoRA matrices, and the embeddings and norms trained beside them, as an adapter that PEFT
-    loads onto the base, instead of a whole model."""
-    model: str | Path | None = None
-    """Where the base model is, a folder or an id on the Hub, if it is no longer where the run found it."""
 
 
 def merge(merging: MergeConfig) -> int:
