@@ -13,12 +13,10 @@ from jsparse.models.mesh_config import MeshConfig
 from jsparse.train.run.paths import as_paths
 
 if TYPE_CHECKING:  # what needs jax is imported late: the command line lists these settings without it
-    import optax
+    from optax import GradientTransformation, Schedule
 
     from jsparse.models.config import LlamaConfig
     from jsparse.models.patterns import AttentionPattern
-
-    GradientTransformation, Schedule = optax.GradientTransformation, optax.Schedule
 else:
     LlamaConfig = AttentionPattern = GradientTransformation = Schedule = Any
 
