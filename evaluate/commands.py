@@ -1,6 +1,6 @@
 """The commands of this room: ``jsparse evaluate | scoreboard | bench decode | bench prefill``.
 
-What needs jax is imported when the options are parsed, so that --help answers at once.
+What needs jax is imported once the options are parsed, so that --help answers at once.
 """
 
 import dataclasses
@@ -120,11 +120,9 @@ def evaluate(options: list[str]) -> None:
 
 def _pinned(config: Any) -> Any:
     """The settings with the commit of a model that is given by its id: results name it."""
-    return (
-        config
-        if config.model is None
-        else dataclasses.replace(config, model=Path(pinned_model(config.model)))
-    )
+    if config.model is None:
+        return config
+    return dataclasses.replace(config, model=Path(pinned_model(config.model)))
 
 
 def _of_standard_library(command: EvaluateCommand) -> EvaluateCommand:

@@ -1,6 +1,6 @@
 """The commands of this room: ``jsparse generate | plan generate``.
 
-What needs jax is imported when the options are parsed, so that --help answers at once.
+What needs jax is imported once the options are parsed, so that --help answers at once.
 """
 
 import dataclasses

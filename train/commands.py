@@ -1,6 +1,6 @@
 """The commands of this room: ``jsparse pretrain | finetune | merge | plan finetune | heads``.
 
-What needs jax is imported when the options are parsed, so that --help answers at once.
+What needs jax is imported once the options are parsed, so that --help answers at once.
 """
 
 import dataclasses

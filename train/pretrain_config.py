@@ -11,11 +11,9 @@ from jsparse.train.data.curriculum import Stage
 from jsparse.train.run.paths import as_paths
 
 if TYPE_CHECKING:  # what needs jax is imported late: the command line lists these settings without it
-    import optax
+    from optax import GradientTransformation, Schedule
 
     from jsparse.models.config import LlamaConfig
-
-    GradientTransformation, Schedule = optax.GradientTransformation, optax.Schedule
 else:
     LlamaConfig = GradientTransformation = Schedule = Any
 
