@@ -1,24 +1,19 @@
-"""The commands of this room: ``jsparse evaluate | scoreboard | bench decode | bench prefill``."""
+"""The commands of this room: ``jsparse evaluate | scoreboard | bench decode | bench prefill``.
+
+What needs jax is imported once the options are parsed, so that --help answers at once.
+"""
 
 import dataclasses
 import platform
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 
-from jsparse.evaluate.passkeys import evaluate_passkeys
-from jsparse.evaluate.perplexity import perplexity_by_context
-from jsparse.evaluate.plots import check_can_plot, plot_evaluation
-from jsparse.evaluate.scoreboard import ScoreboardConfig, run_scoreboard
-from jsparse.evaluate.scoreboard_report import print_scoreboard
-from jsparse.evaluate.speed import DecodeBench, PrefillBench
-from jsparse.evaluate.speed import bench_decode as run_decode_bench
-from jsparse.evaluate.speed import bench_prefill as run_prefill_bench
-from jsparse.models import Llama, load_config, load_tokenizer, shipped_model
-from jsparse.models.end_token import end_token
-from jsparse.models.patterns import load_pattern, shifted_pattern
-from jsparse.models.positions import note_length
+from jsparse.evaluate.scoreboard_config import ScoreboardConfig
+from jsparse.evaluate.speed.options import DecodeBench, PrefillBench
+from jsparse.hub import pinned_model
+from jsparse.models.shipped import shipped_model
 from jsparse.reports.console import DefaultsToShipped, check_can_write, parse, print_table, write_json
 from jsparse.texts.corpus import standard_library_files
 from jsparse.texts.documents import read_documents
@@ -35,7 +30,8 @@ class EvaluateCommand:
     """
 
     model: DefaultsToShipped = shipped_model()
-    """A Hugging Face folder with config.json, safetensors and tokenizer.json."""
+    """A Hugging Face folder with config.json, safetensors and tokenizer.json, or an id on the Hub:
+    org/name or org/name@revision."""
     data: tuple[Path, ...] = ()
     """UTF-8 text files, each one document; they are joined and scored as one sequence. With neither --data
     nor --passkeys: held-out modules of this Python's standard library."""
@@ -85,10 +81,16 @@ class EvaluateCommand:
 
 def evaluate(options: list[str]) -> None:
     command = parse(EvaluateCommand, "evaluate", options)
+    from jsparse.evaluate.plots import check_can_plot, plot_evaluation
+    from jsparse.models import Llama, load_config, load_tokenizer
+    from jsparse.models.patterns import load_pattern, shifted_pattern
+    from jsparse.models.positions import note_length
+
     of_library = not command.data and not command.passkeys
     if of_library:
         command = _of_standard_library(command)
     check_can_write(command.json, "json")
+    command = _pinned(command)
     if command.plot is not None:
         check_can_plot(command.plot)
     config, tokenizer = load_config(command.model), load_tokenizer(command.model)
@@ -118,6 +120,13 @@ def evaluate(options: list[str]) -> None:
         write_json(command.json, rows)
 
 
+def _pinned(config: Any) -> Any:
+    """The settings with the commit of a model that is given by its id: results name it."""
+    if config.model is None:
+        return config
+    return dataclasses.replace(config, model=Path(pinned_model(config.model)))
+
+
 def _of_standard_library(command: EvaluateCommand) -> EvaluateCommand:
     """The command with text that every machine has, and with only as much of it as takes seconds."""
     _, held_out = standard_library_files()
@@ -127,6 +136,9 @@ def _of_standard_library(command: EvaluateCommand) -> EvaluateCommand:
 
 def _perplexities(command: EvaluateCommand, model, tokenizer, mask_for) -> list:
     """Perplexity at each of --contexts, printed as a table."""
+    from jsparse.evaluate.perplexity import perplexity_by_context
+    from jsparse.models.end_token import end_token
+
     config = model.config
     end = end_token(command.model, tokenizer, config)
     documents = read_documents(command.data, tokenizer, eos_token_id=end, vocab_size=config.vocab_size)
@@ -146,6 +158,8 @@ def _perplexities(command: EvaluateCommand, model, tokenizer, mask_for) -> list:
 
 def _passkeys(command: EvaluateCommand, model, tokenizer, mask_for) -> list:
     """How many passkeys were found at each length and depth, printed as a table."""
+    from jsparse.evaluate.passkeys import evaluate_passkeys
+
     given = {name: getattr(command, name) for name in ("depths", "samples")}
     results = evaluate_passkeys(
         model,
@@ -162,19 +176,26 @@ def _passkeys(command: EvaluateCommand, model, tokenizer, mask_for) -> list:
 
 
 def scoreboard(options: list[str]) -> None:
-    config = parse(ScoreboardConfig, "evaluate scoreboard", options)
+    config = _pinned(parse(ScoreboardConfig, "evaluate scoreboard", options))
+    from jsparse.evaluate.scoreboard import run_scoreboard
+    from jsparse.evaluate.scoreboard_report import print_scoreboard
+
     rows = run_scoreboard(config)
     if str(config.json) != "-":
         print_scoreboard(rows, str(config.model))
 
 
 def bench_decode(options: list[str]) -> None:
-    config = parse(DecodeBench, "bench decode", options)
-    run_decode_bench(config)
+    config = _pinned(parse(DecodeBench, "bench decode", options))
+    from jsparse.evaluate.speed import bench_decode as run
+
+    run(config)
     print(f"the numbers are in {config.output}")
 
 
 def bench_prefill(options: list[str]) -> None:
-    config = parse(PrefillBench, "bench prefill", options)
-    run_prefill_bench(config)
+    config = _pinned(parse(PrefillBench, "bench prefill", options))
+    from jsparse.evaluate.speed import bench_prefill as run
+
+    run(config)
     print(f"the numbers are in {config.output}")

@@ -53,7 +53,7 @@ class JsparseLM(_Base):
     a task with its question at the end of the context makes a sparse cache look better than one whose
     question is decoded too (as ``jsparse.texts.tasks`` does).
 
-    - model: a Hugging Face folder with config.json, safetensors and tokenizer.json.
+    - model: a Hugging Face folder with config.json, safetensors and tokenizer.json, or an id on the Hub.
     - cache: ``streaming_heads`` are the model's own, in the order of its checkpoint. ``batch`` must be None.
     - batch_size: prompts per batch.
     - max_new_tokens: the limit where a task names none.

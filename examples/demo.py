@@ -18,6 +18,7 @@ from rich.console import Console
 
 from jsparse.evaluate.compare import difference
 from jsparse.examples.report import check_can_draw, draw_plot, print_trained
+from jsparse.examples.settings import DemoConfig as DemoConfig
 from jsparse.models import Llama, LlamaConfig, byte_tokenizer, load_tokenizer
 from jsparse.reports.console import write_json
 from jsparse.reports.machine import describe_machine
@@ -30,67 +31,6 @@ END_OF_TEXT = 256  # the byte tokenizer's one id that is not a byte
 RESULTS = "demo.json"
 PROMPTS = 4  # held-out modules that the logits are compared on
 TIMED_RUNS = 5  # after one that compiles; the median speed counts
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class DemoConfig:
-    """The sizes of the demo. The defaults take about five minutes on two CPU cores."""
-
-    output: Path = Path("demo")
-    """Where everything goes. An earlier demo's files there are replaced; any other folder is refused."""
-    hidden_size: int = 128
-    """Width of the model, which has 4 heads on 2 KV heads."""
-    layers: int = 4
-    """Transformer layers."""
-    context: int = 256
-    """Tokens per window for the base model."""
-    growth: int = 4
-    """How many times longer the context becomes."""
-    base_steps: int = 1500
-    """Training steps of the base model."""
-    extension_steps: int = 300
-    """LongLoRA steps at the long context."""
-    batch_tokens: int = 1024
-    """Tokens per training step, at either context."""
-    evaluation_tokens: int = 32768
-    """Held-out tokens that perplexity is measured on."""
-    prompt_tokens: int = 900
-    """Length of the prompt to generate from."""
-    new_tokens: int = 96
-    """Tokens to generate."""
-    budget: int = 256
-    """Tokens of the cache that a retrieval head of the sparse cache reads per step."""
-    sink: int = 16
-    """First tokens that a streaming head keeps."""
-    window: int = 128
-    """Recent tokens that a streaming head keeps."""
-    seed: int = 0
-    """Seed of the weights and of the order of the text."""
-
-    def __post_init__(self):
-        object.__setattr__(self, "output", Path(self.output))
-        if self.prompt_tokens + self.new_tokens > self.long_context:
-            raise ValueError(
-                f"prompt_tokens={self.prompt_tokens} and new_tokens={self.new_tokens} do not fit "
-                f"{self.long_context} tokens (context times growth)"
-            )
-
-    @property
-    def long_context(self) -> int:
-        return self.context * self.growth
-
-    @property
-    def group_size(self) -> int:
-        """Half the long context, LongLoRA's larger choice: few steps teach little about farther tokens."""
-        return self.long_context // 2
-
-    @property
-    def contexts(self) -> list[int]:
-        """Where perplexity is measured: the context, doubled until the long one."""
-        contexts = [self.context]
-        while contexts[-1] * 2 < self.long_context:
-            contexts.append(contexts[-1] * 2)
-        return [*contexts, self.long_context]
 
 
 def run_demo(config: DemoConfig) -> dict:

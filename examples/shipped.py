@@ -22,11 +22,13 @@ from jsparse.examples.demo import (
     prepare_output,
 )
 from jsparse.examples.report import check_can_draw, draw_plot, print_shipped
+from jsparse.examples.settings import ShippedDemoConfig as ShippedDemoConfig
+from jsparse.hub import pinned_model
 from jsparse.integers import cdiv
-from jsparse.models import Llama, load_config, load_tokenizer, shipped_model
+from jsparse.models import Llama, load_config, load_tokenizer
 from jsparse.models.end_token import end_token
 from jsparse.models.positions import positions_of
-from jsparse.reports.console import DefaultsToShipped, write_json
+from jsparse.reports.console import write_json
 from jsparse.reports.machine import describe_machine
 from jsparse.texts.corpus import standard_library_files
 from jsparse.train import perplexity_by_context, read_documents, shifted_head_masks
@@ -35,43 +37,9 @@ METHODS = ("dense", "streaming", "lserve", "lserve-heads")  # of the scoreboard
 TASKS = ("needle", "recall")
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class ShippedDemoConfig:
-    """What attention patterns and sparse caches do to the small model that ships with jsparse.
-
-    Nothing is trained; it takes a minute or two on two CPU cores. `jsparse demo --train` takes the whole path
-    instead, from a random model to a longer context; `jsparse demo --train --help` lists its options.
-    """
-
-    model: DefaultsToShipped = shipped_model()
-    """A Hugging Face folder; its full_attention_heads.tsv, if there is one, says which heads stream."""
-    output: Path | None = None
-    """Write every number and a plot into this folder (needs the extra plot). An earlier demo's files
-    there are replaced; any other folder is refused."""
-    evaluation_tokens: int = 8192
-    """Held-out tokens that perplexity is measured on."""
-    prompt_tokens: int = 1500
-    """Length of the prompts to generate from."""
-    new_tokens: int = 96
-    """Tokens to generate."""
-    budget: int = 256
-    """Tokens that a head reads per step: the pages that it chooses, or sink and window together."""
-    samples: int = 8
-    """Texts for each recall task."""
-
-    def __post_init__(self):
-        if self.budget % PAGE or self.budget < 2 * PAGE:
-            raise ValueError(
-                f"budget={self.budget} must be a multiple of {PAGE}, the tokens of a page, "
-                f"and {2 * PAGE} at least"
-            )
-        for name in ("evaluation_tokens", "prompt_tokens", "new_tokens", "samples"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
-
-
 def run_shipped_demo(config: ShippedDemoConfig) -> dict:
     """Measure, print the tables, and return every number (``demo.json`` in the output folder, if any)."""
+    config = dataclasses.replace(config, model=Path(pinned_model(config.model)))
     llama = load_config(config.model)
     length = positions_of(llama).certain
     if config.prompt_tokens + config.new_tokens > length:

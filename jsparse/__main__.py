@@ -4,14 +4,19 @@ This is the only module that knows every room. A room is imported only when one 
 ``--help`` answers at once.
 """
 
+import contextlib
 import dataclasses
 import importlib
+import os
 import sys
 import textwrap
 from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 
 from jsparse.extras import MissingExtra
+from jsparse.reports.compilation_cache import use_compilation_cache
+
+HELP = frozenset({"-h", "--help"})
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -103,20 +108,69 @@ _JSPARSE = _Command(
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command and return the exit code: 2, with one line on stderr, if the input cannot be used.
 
-    Options that do not parse or do not fit one another end in tyro's SystemExit, with code 2 too.
+    Options that do not parse or do not fit one another end in tyro's SystemExit, with code 2 too. Where the
+    reader of stdout has gone (``| head``), the code is that of SIGPIPE.
     """
     options = list(sys.argv[1:] if arguments is None else arguments)
+    try:
+        try:
+            return _checked(options)
+        finally:
+            sys.stdout.flush()  # a broken pipe shows here, not while Python shuts down
+    except BrokenPipeError:
+        with contextlib.suppress(OSError, ValueError):  # where stdout is no file
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 128 + 13
+
+
+def _checked(options: list[str]) -> int:
+    """The exit code of one command, with its errors explained."""
     if options[:1] == ["--version"]:
         print(f"jsparse {version('jsparse')}")
         return 0
     try:
+        _check_text(options)
         return _run("jsparse", _JSPARSE, options)
+    except BrokenPipeError:
+        raise
     except (ValueError, OSError, NotImplementedError, MissingExtra, FloatingPointError) as error:
-        print("jsparse: error:", " ".join(str(error).split()), file=sys.stderr)
-        return 2
+        return _explain(error)
+    except (RuntimeError, AssertionError):
+        problem = _platform_problem()
+        if problem is None:
+            raise
+        return _explain(problem)
     except KeyboardInterrupt:
         print("jsparse: interrupted", file=sys.stderr)
         return 130
+
+
+def _explain(error: Exception | str) -> int:
+    print("jsparse: error:", " ".join(str(error).split()), file=sys.stderr)
+    return 2
+
+
+def _platform_problem() -> str | None:
+    """Why jax has no device of the JAX_PLATFORMS that the environment names; None if it has one."""
+    named = os.environ.get("JAX_PLATFORMS")
+    if not named:
+        return None
+    import jax
+
+    try:
+        jax.devices()
+    except (RuntimeError, AssertionError) as error:  # the latter, without a word, for an absent plugin
+        return f"JAX_PLATFORMS={named} names no device that this machine has. {error}"
+    return None
+
+
+def _check_text(options: list[str]) -> None:
+    """ValueError for bytes that are not text in the terminal's encoding: no file or prompt can have them."""
+    for option in options:
+        try:
+            option.encode()
+        except UnicodeEncodeError as error:
+            raise ValueError(f"the argument {option!r} is not UTF-8 text") from error
 
 
 def _run(name: str, command: _Command, options: list[str]) -> int:
@@ -124,9 +178,11 @@ def _run(name: str, command: _Command, options: list[str]) -> int:
     if options and options[0] in command.commands:
         return _run(f"{name} {options[0]}", command.commands[options[0]], options[1:])
     if command.function is not None:
+        if not HELP.intersection(options):
+            use_compilation_cache()
         module, function = command.function.split(":")
         return getattr(importlib.import_module(f"jsparse.{module}"), function)(options) or 0
-    if not options or options[0] in ("-h", "--help"):
+    if not options or options[0] in HELP:
         print(_usage(name, command))
         return 0
     unknown = f"{name} {options[0]}".removeprefix("jsparse ")

@@ -13,6 +13,7 @@ import safetensors.numpy
 from flax import nnx
 from jax.sharding import NamedSharding
 
+from jsparse.hub import model_folder
 from jsparse.models.adapter_config import (
     AdapterConfig,
     find_named,
@@ -109,7 +110,8 @@ def load_adapter(model: Llama, directory: str | Path) -> None:
     there is one.
 
     It reads the folders of ``save_adapter``, of PEFT, and of LongLoRA, which keeps embeddings and norms in
-    ``trainable_params.safetensors``. LongLoRA does not record how far it extended the context: set
+    ``trainable_params.safetensors``; ``directory`` may also be an id on the Hugging Face Hub, org/name or
+    org/name@revision. LongLoRA does not record how far it extended the context: set
     ``model.config = model.config.extend_context(length)``. Pickles (``.bin``) are never opened.
 
     Everything is checked before anything changes. Raises FileNotFoundError for files that are missing or are
@@ -126,7 +128,7 @@ def load_adapter(model: Llama, directory: str | Path) -> None:
     >>> base.layers[0].self_attn.q_proj.lora_scale
     2.0
     """
-    directory = Path(directory)
+    directory = model_folder(directory, weights=True)
     if has_lora(model):
         raise ValueError("the model has LoRA adapters already; merge_lora(model) folds them in")
     linears, whole = _linears(model), _whole_weights(model)

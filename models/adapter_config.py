@@ -9,6 +9,7 @@ import re
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
+from jsparse.hub import split_id
 from jsparse.integers import require_integer
 
 # Fields that change the mathematics, or the base's weights before anything is added to them, and the values
@@ -76,11 +77,12 @@ class AdapterConfig:
         )
 
     def to_peft(self, base: str) -> dict[str, Any]:
-        """The fields of an ``adapter_config.json`` for the base model called ``base``."""
-        fields = {
+        """The fields of an ``adapter_config.json`` for the base model called ``base``: a folder or an id."""
+        name, revision = split_id(base) or (base, None)
+        fields: dict[str, Any] = {
             "peft_type": "LORA",
             "task_type": "CAUSAL_LM",
-            "base_model_name_or_path": base,
+            "base_model_name_or_path": name,
             "inference_mode": True,
             "r": self.rank,
             "lora_alpha": self.alpha,
@@ -89,6 +91,8 @@ class AdapterConfig:
             "target_modules": self.targets if isinstance(self.targets, str) else list(self.targets),
             "modules_to_save": list(self.whole) or None,
         }
+        if revision is not None:
+            fields["revision"] = revision
         # Only where it is needed: an older PEFT does not know it.
         return fields | {"ensure_weight_tying": True} if self.tied else fields
 

@@ -12,6 +12,7 @@ import numpy as np
 import safetensors.numpy
 from flax import nnx
 
+from jsparse.hub import model_folder
 from jsparse.models.config import LlamaConfig
 from jsparse.models.hf_config import token_ids
 from jsparse.models.safetensors_folder import (
@@ -40,8 +41,8 @@ _SHARD_NAME = re.compile(r"model-\d{5}-of-\d{5}\.safetensors")
 
 
 def load_config(directory: str | Path) -> LlamaConfig:
-    """The config of a Hugging Face folder; stop tokens in ``generation_config.json`` override its own."""
-    directory = Path(directory)
+    """The config of a Hugging Face folder or id; ``generation_config.json`` overrides its stop tokens."""
+    directory = model_folder(directory)
     if not (directory / "config.json").is_file():
         raise FileNotFoundError(f"{directory} is not a checkpoint folder: it has no config.json")
     try:
@@ -74,7 +75,7 @@ def load_parameters(
     and ValueError that names, in one message, every tensor that is missing, unexpected, misshapen or of a
     dtype other than float32, float16 and bfloat16.
     """
-    directory = Path(directory)
+    directory = model_folder(directory, weights=True)
     if dtype is not None and jnp.dtype(dtype) not in _DTYPES.values():
         raise ValueError(f"dtype must be float32, float16, bfloat16 or None, not {jnp.dtype(dtype).name}")
     stored = find_tensors(directory)

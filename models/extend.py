@@ -2,15 +2,9 @@
 
 import dataclasses
 
+from jsparse.models.choices import EXTENSIONS as EXTENSIONS
 from jsparse.models.rope import RopeConfig
 
-# The RoPE kinds on which each method gives a RoPE that Hugging Face's config can spell.
-EXTENSIONS: dict[str, tuple[str, ...]] = {
-    "linear": ("default", "linear"),
-    "ntk": ("default", "linear"),
-    "yarn": ("default", "yarn"),
-    "llama3": ("default", "llama3"),
-}
 # By default a kind is extended by its own method. NTK-aware RoPE is a default one with a larger theta, so
 # nothing tells it apart.
 _OWN_METHOD: dict[str, str] = {

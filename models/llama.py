@@ -15,6 +15,7 @@ from jaxtyping import Array, Float, Int
 
 import jsparse
 from jsparse.models import checkpoint
+from jsparse.models.choices import REMAT as REMAT
 from jsparse.models.config import LlamaConfig
 from jsparse.models.frozen_base import is_quantized
 from jsparse.models.layers import Attend, DecoderLayer, Embedding, Linear, LoRAParam, RMSNorm
@@ -24,7 +25,6 @@ from jsparse.models.rope import rope_tables
 from jsparse.models.sharding import keep_tokens_split, put_parameter
 
 Tokens = Int[Array | np.ndarray, "B T"]
-REMAT = ("none", "layers", "attention", "dots")  # what the backward pass keeps of a layer
 
 
 class Llama(nnx.Module):
@@ -138,6 +138,7 @@ class Llama(nnx.Module):
     def from_pretrained(cls, directory: str | Path, *, dtype=None, mesh: Mesh | None = None) -> "Llama":
         """The model in a Hugging Face folder: ``config.json`` and safetensors, in one file or in shards.
 
+        ``directory`` may also be an id on the Hugging Face Hub (see :func:`jsparse.hub.model_folder`).
         ``dtype`` None keeps the dtype of the file. Stop tokens in ``generation_config.json`` override those
         of the config. On a ``mesh`` each parameter lies where ``jsparse.models.sharding`` says, and no device
         ever holds more than its part.

@@ -12,12 +12,13 @@ import numpy as np
 from jaxtyping import Bool
 
 from jsparse import BlockMask, TokenMask, causal, shifted_groups, streaming
+from jsparse.hub import model_folder
 from jsparse.models import LlamaConfig
+from jsparse.models.choices import KINDS as KINDS
 from jsparse.models.longlora import shifted_head_masks
 from jsparse.models.masking import LayerMask
 
 PATTERN_FILE = "attention_pattern.json"
-KINDS = ("shifted", "grouped", "full", "longgen", "streaming")
 _VERSION = 1  # of the file
 
 
@@ -167,10 +168,10 @@ def save_pattern(pattern: AttentionPattern, folder: str | Path) -> None:
 
 
 def load_pattern(folder: str | Path) -> AttentionPattern:
-    """The pattern in a model's folder. FileNotFoundError where there is none, ValueError if it cannot be
-    read.
+    """The pattern in a model's folder or id. FileNotFoundError where there is none, ValueError if it cannot
+    be read.
     """
-    path = Path(folder) / PATTERN_FILE
+    path = model_folder(folder) / PATTERN_FILE
     if not path.is_file():
         raise FileNotFoundError(
             f"{path} does not exist: the model was not trained with an attention pattern that was saved"

@@ -5,9 +5,6 @@ matrix; ``tensor`` splits heads, the inside of the MLP and the vocabulary; ``seq
 sequence, and matrices with them. A mesh axis that does not divide an axis of an array leaves it whole.
 """
 
-import dataclasses
-import math
-from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -17,10 +14,8 @@ from flax import nnx
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, PyTree
 
-from jsparse.integers import require_integer
-from jsparse.mesh import BATCH_AXES, HEAD_AXES, SEQUENCE_AXIS, dividing
-
-MESH_AXES = (*BATCH_AXES, *HEAD_AXES, SEQUENCE_AXIS)
+from jsparse.mesh import BATCH_AXES, SEQUENCE_AXIS, dividing
+from jsparse.models.mesh_config import MeshConfig as MeshConfig
 
 # The mesh axes of each named axis of a matrix; a mesh axis splits only the first that asks for it. Vectors
 # are whole on every device.
@@ -31,48 +26,6 @@ RULES = {
     "mlp": ("tensor",),
     "vocab": ("tensor", "fsdp", "sequence"),
 }
-
-
-@dataclasses.dataclass(frozen=True)
-class MeshConfig:
-    """How many devices split each part of the work. Their product must be all devices of all processes."""
-
-    data: int = 1
-    """Devices that split the batch, each holding the whole model."""
-    fsdp: int = 1
-    """Devices that split the batch and every matrix."""
-    tensor: int = 1
-    """Devices that split heads, the inside of the MLP and the vocabulary."""
-    sequence: int = 1
-    """Devices that split the tokens of each sequence, and every matrix."""
-
-    def __post_init__(self):
-        for name, size in dataclasses.asdict(self).items():
-            require_integer(f"mesh: {name}", size)
-
-    def __str__(self):
-        return ", ".join(f"{name}={size}" for name, size in dataclasses.asdict(self).items() if size > 1)
-
-    @property
-    def devices(self) -> int:
-        return math.prod(dataclasses.astuple(self))
-
-    @property
-    def batch(self) -> int:
-        """How many devices split the batch."""
-        return self.data * self.fsdp
-
-    def make(self, devices: Sequence[Any] | None = None) -> Mesh:
-        """The mesh of these devices, by default of all. Raises ValueError unless their number fits."""
-        devices = jax.devices() if devices is None else devices
-        if self.devices != len(devices):
-            raise ValueError(
-                f"mesh is for {self.devices} devices ({self}), but there are {len(devices)}: the product of "
-                f"{', '.join(MESH_AXES)} must be that"
-            )
-        return jax.make_mesh(
-            dataclasses.astuple(self), MESH_AXES, axis_types=(AxisType.Auto,) * 4, devices=devices
-        )
 
 
 def parameter_shardings(tree: PyTree, mesh: Mesh) -> PyTree:

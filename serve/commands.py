@@ -1,4 +1,7 @@
-"""The commands of this room: ``jsparse generate | plan generate``."""
+"""The commands of this room: ``jsparse generate | plan generate``.
+
+What needs jax is imported once the options are parsed, so that --help answers at once.
+"""
 
 import dataclasses
 import sys
@@ -6,20 +9,12 @@ import time
 from pathlib import Path
 from typing import Literal
 
-import numpy as np
-from tokenizers.decoders import DecodeStream
-
 import jsparse
-from jsparse.models import Llama, load_config, load_tokenizer, reorder_heads, shipped_model
-from jsparse.models.sharding import MeshConfig
-from jsparse.plan.compile_only import prepare_process
-from jsparse.plan.program import DEFAULT_MEMORY_FRACTION, compiler_errors_explained, print_plan
+from jsparse.models.mesh_config import MeshConfig
+from jsparse.models.shipped import shipped_model
+from jsparse.plan.memory_fraction import DEFAULT_MEMORY_FRACTION
 from jsparse.reports.console import DefaultsToShipped, check_can_write, parse, write_json
 from jsparse.serve.config import CacheConfig, Policy
-from jsparse.serve.generation import stream
-from jsparse.serve.plan import plan_generate as make_plan
-from jsparse.serve.sampling import SamplingParams
-from jsparse.texts.tokenizer import prompt_ids
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -82,7 +77,8 @@ class GenerateCommand(CacheOptions):
     """
 
     model: DefaultsToShipped = shipped_model()
-    """A Hugging Face folder with config.json, safetensors and tokenizer.json."""
+    """A Hugging Face folder with config.json, safetensors and tokenizer.json, or an id on the Hub:
+    org/name or org/name@revision."""
     prompt: str | None = None
     """The text to continue."""
     prompt_file: Path | None = None
@@ -109,7 +105,7 @@ class PlanGenerateCommand(CacheOptions):
     """What generation needs on each device, for prompts of one length. No weights are read."""
 
     model: Path
-    """A folder with the model's config.json."""
+    """A folder with the model's config.json, or an id on the Hugging Face Hub; no weights are fetched."""
     prompt_tokens: int
     """Tokens per prompt."""
     max_new_tokens: int = 64
@@ -130,6 +126,14 @@ class PlanGenerateCommand(CacheOptions):
 
 def generate(options: list[str]) -> None:
     command = parse(GenerateCommand, "generate", options)
+    import numpy as np
+    from tokenizers.decoders import DecodeStream
+
+    from jsparse.models import Llama, load_tokenizer, reorder_heads
+    from jsparse.serve.generation import stream
+    from jsparse.serve.sampling import SamplingParams
+    from jsparse.texts.tokenizer import prompt_ids
+
     cache = command.cache()  # first: its errors come before the model is loaded
     sampling = SamplingParams(temperature=command.temperature, top_k=command.top_k, top_p=command.top_p)
     prompt = _read_text(command.prompt_file) if command.prompt_file else command.prompt or ""
@@ -177,6 +181,11 @@ def _read_text(file: Path) -> str:
 def plan_generate(options: list[str]) -> int:
     command = parse(PlanGenerateCommand, "plan generate", options)
     check_can_write(command.json, "json")
+    from jsparse.models import load_config
+    from jsparse.plan.compile_only import prepare_process
+    from jsparse.plan.program import compiler_errors_explained, print_plan
+    from jsparse.serve.plan import plan_generate as make_plan
+
     prepare_process()
     names = ("device", "prompt_tokens", "max_new_tokens", "batch", "dtype", "mesh", "memory_fraction")
     with compiler_errors_explained():

@@ -1,13 +1,17 @@
 """The size and the sparsity of a generation's KV cache, as a user specifies them."""
 
 import dataclasses
-from typing import Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import numpy as np
 
 from jsparse.cache.select.selection import SelectHeads
 from jsparse.integers import is_integer, require_integer
-from jsparse.masks.estimate import Estimate
+
+if TYPE_CHECKING:
+    from jsparse.masks.estimate import Estimate
+else:
+    Estimate = Any
 
 Policy = Literal["lserve", "dense", "streaming", "quest", "mean", "oracle", "random"]
 POLICIES: tuple[Policy, ...] = get_args(Policy)
@@ -113,6 +117,10 @@ class CacheConfig:
             )
         estimate = self.prefill_estimate
         if estimate is not None:
+            from jsparse.masks.estimate import (
+                Estimate,  # late: the command line lists its options without jax
+            )
+
             if not isinstance(estimate, Estimate):
                 raise ValueError(
                     f"prefill_estimate must be PooledBlocks, VerticalSlash or None, not {estimate!r}"

@@ -65,6 +65,46 @@ def save_tiny_model():
     return save
 
 
+@pytest.fixture
+def hub_cache(tmp_path, monkeypatch):
+    """An empty folder for what huggingface_hub fetches, and no network."""
+    constants = pytest.importorskip("huggingface_hub.constants", reason="needs the extra `hub`")
+    import jsparse.hub
+
+    def forget():
+        jsparse.hub._fetch_small.cache_clear()
+        jsparse.hub._fetch_weights.cache_clear()
+
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    forget()
+    yield tmp_path / "hub"
+    forget()
+
+
+@pytest.fixture(scope="session")
+def store_snapshot():
+    """``store_snapshot(cache, repository, commit, files, **refs)`` fills such a folder, as the library does.
+
+    The snapshot of the commit has links to blobs; ``refs`` are branches and tags with their commits.
+    """
+
+    def store(cache: Path, repository: str, commit: str, files: dict[str, bytes], **refs: str) -> Path:
+        home = cache / f"models--{repository.replace('/', '--')}"
+        snapshot = home / "snapshots" / commit
+        for part in (snapshot, home / "blobs", home / "refs"):
+            part.mkdir(parents=True, exist_ok=True)
+        for name, content in files.items():
+            if "/" not in name:
+                (home / "blobs" / f"{commit[:4]}-{name}").write_bytes(content)
+                (snapshot / name).symlink_to(f"../../blobs/{commit[:4]}-{name}")
+        for ref, at in refs.items():
+            (home / "refs" / ref).write_text(at)
+        return snapshot
+
+    return store
+
+
 # One small model for all tests of serving and of evaluation, and the oracle: the same model without a cache.
 
 

@@ -271,7 +271,7 @@ def test_bench_refuses_options_that_do_not_fit(folder, capfd, command, message):
     ("command", "message"),
     [
         ("bench training", "unknown command 'bench training'; commands are decode, prefill"),
-        ("bench decode --model {}/nothing --output {}/new", "nothing is not a checkpoint folder"),
+        ("bench decode --model {}/nothing --output {}/new", "nothing does not exist"),
         ("bench prefill --model {}/model --output {}/new --contexts 64", "max_position_embeddings=64"),
         ("bench decode --model {}/model --output {}/text.txt --contexts 8", "text.txt is a file"),
     ],
@@ -281,12 +281,12 @@ def test_bench_refuses_what_it_cannot_measure(folder, capfd, command, message):
 
 
 def test_sigterm_has_an_exit_code_of_its_own(tmp_path, monkeypatch, capsys):
-    from jsparse.train import FinetuneResult, commands
+    from jsparse.train import FinetuneResult
 
     def stopped(config):
         return FinetuneResult(config.output_folder, (3.0, 2.5), {}, finished=False)
 
-    monkeypatch.setattr(commands, "run_finetune", stopped)
+    monkeypatch.setattr("jsparse.train.finetuning.finetune", stopped)
     options = ["--model", "base", "--data", "a.txt", "--output", str(tmp_path), "--context", "64"]
     assert main(["finetune", *options]) == 128 + 15
     assert "stopped by SIGTERM after step 2, last loss 2.5000" in capsys.readouterr().err
@@ -306,15 +306,12 @@ def test_a_plan_names_what_it_can_plan(capsys):
 
 @pytest.mark.parametrize("options", [["generate"], ["finetune"]])
 def test_a_plan_that_does_not_compile_is_one_line(options, monkeypatch, capsys):
-    from jsparse.serve import commands as serving
-    from jsparse.train import commands as training
-
     def fail(*args, **kwargs):
         raise RuntimeError("too many\nregisters")
 
-    for room in (serving, training):
-        monkeypatch.setattr(room, "make_plan", fail)
-        monkeypatch.setattr(room, "prepare_process", lambda: None)
+    for make_plan in ("jsparse.serve.plan.plan_generate", "jsparse.train.plan.plan_finetune"):
+        monkeypatch.setattr(make_plan, fail)
+    monkeypatch.setattr("jsparse.plan.compile_only.prepare_process", lambda: None)
     model = ["--model", str(shipped_model())]
     given = {"generate": ["--prompt-tokens", "64"], "finetune": ["--context", "64"]}[options[0]]
     assert main(["plan", *options, *model, *given]) == 2

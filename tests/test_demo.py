@@ -9,7 +9,6 @@ import pytest
 import jsparse
 from jsparse.__main__ import main
 from jsparse.evaluate.compare import difference
-from jsparse.examples import commands
 from jsparse.examples.demo import DemoConfig, prepare_output, run_demo
 from jsparse.examples.shipped import ShippedDemoConfig, run_shipped_demo
 from jsparse.models import Llama
@@ -162,8 +161,8 @@ def test_what_does_not_fit_the_shipped_model_is_refused(folder, tmp_path, change
 
 def test_train_says_which_demo_runs(monkeypatch, capsys, tmp_path):
     ran = []
-    monkeypatch.setattr(commands, "run_demo", ran.append)
-    monkeypatch.setattr(commands, "run_shipped_demo", ran.append)
+    monkeypatch.setattr("jsparse.examples.demo.run_demo", ran.append)
+    monkeypatch.setattr("jsparse.examples.shipped.run_shipped_demo", ran.append)
     assert main(["demo"]) == 0
     assert main(["demo", "--layers", "2", "--train", "--output", str(tmp_path)]) == 0
     assert ran == [ShippedDemoConfig(), DemoConfig(layers=2, output=tmp_path)]

@@ -1,4 +1,7 @@
-"""The commands of this room: ``jsparse pretrain | finetune | merge | plan finetune | heads``."""
+"""The commands of this room: ``jsparse pretrain | finetune | merge | plan finetune | heads``.
+
+What needs jax is imported once the options are parsed, so that --help answers at once.
+"""
 
 import dataclasses
 import shlex
@@ -6,21 +9,13 @@ import signal
 import sys
 from pathlib import Path
 
-import jax
-
 from jsparse.masks.head_pattern import PATTERN_FILE
-from jsparse.models import load_config
-from jsparse.plan.compile_only import prepare_process
-from jsparse.plan.program import DEFAULT_MEMORY_FRACTION, compiler_errors_explained, print_plan
+from jsparse.plan.memory_fraction import DEFAULT_MEMORY_FRACTION
 from jsparse.reports.console import check_can_write, parse, write_json
 from jsparse.train.config import FinetuneConfig
-from jsparse.train.export import MergeConfig
-from jsparse.train.export import merge as merge_run
-from jsparse.train.finetuning import finetune as run_finetune
-from jsparse.train.heads import HeadsConfig, learn_heads
-from jsparse.train.plan import plan_finetune as make_plan
-from jsparse.train.pretraining import PretrainConfig
-from jsparse.train.pretraining import pretrain as run_pretrain
+from jsparse.train.heads_config import HeadsConfig
+from jsparse.train.merge_config import MergeConfig
+from jsparse.train.pretrain_config import PretrainConfig
 
 # What the commands do, at the head of their --help.
 _FINETUNE = """Fine-tune a model, usually to a longer context; the defaults are LongLoRA's recipe.
@@ -66,6 +61,10 @@ class PlanFinetuneCommand(FinetuneConfig):
 
 def finetune(options: list[str]) -> int:
     command = parse(FinetuneCommand, "finetune", options, _FINETUNE)
+    import jax
+
+    from jsparse.train.finetuning import finetune as run_finetune
+
     given = command.coordinator, command.processes, command.process
     if any(value is not None for value in given):
         if any(value is None for value in given):
@@ -86,6 +85,8 @@ def finetune(options: list[str]) -> int:
 
 def pretrain(options: list[str]) -> int:
     config = parse(PretrainConfig, "pretrain", options, _PRETRAIN)
+    from jsparse.train.pretraining import pretrain as run_pretrain
+
     result = run_pretrain(config, command=shlex.join(["jsparse", "pretrain", *options]))
     if result.finished:
         print(f"{result.output}: a model after {len(result.metrics)} steps")
@@ -100,6 +101,8 @@ def pretrain(options: list[str]) -> int:
 
 def merge(options: list[str]) -> None:
     config = parse(MergeConfig, "merge", options)
+    from jsparse.train.export import merge as merge_run
+
     step = merge_run(config)
     print(f"{config.output}: the {'adapter' if config.adapter else 'model'} of step {step}")
 
@@ -107,6 +110,11 @@ def merge(options: list[str]) -> None:
 def plan_finetune(options: list[str]) -> int:
     command = parse(PlanFinetuneCommand, "plan finetune", options)
     check_can_write(command.json, "json")
+    from jsparse.models import load_config
+    from jsparse.plan.compile_only import prepare_process
+    from jsparse.plan.program import compiler_errors_explained, print_plan
+    from jsparse.train.plan import plan_finetune as make_plan
+
     prepare_process()
     with compiler_errors_explained():
         plan = make_plan(
@@ -132,6 +140,8 @@ def _settings(command: FinetuneConfig) -> FinetuneConfig:
 
 def heads(options: list[str]) -> None:
     config = parse(HeadsConfig, "heads", options, _HEADS)
+    from jsparse.train.heads import learn_heads
+
     result = learn_heads(config)
     for layer, streams in enumerate(result.pattern.threshold(0.5)):
         print(f"layer {layer}: {streams.sum()} of {streams.size} KV heads stream at sparsity 0.5")

@@ -3,28 +3,22 @@
 import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
-
-import jax
-import jax.numpy as jnp
-import optax
+from typing import TYPE_CHECKING, Any
 
 import jsparse
 from jsparse.checks import require_choice, require_integers, require_numbers
-from jsparse.models.config import LlamaConfig
-from jsparse.models.extend import EXTENSIONS
-from jsparse.models.llama import REMAT
-from jsparse.models.patterns import (
-    KINDS,
-    AttentionPattern,
-    StridedBlocks,
-    full_pattern,
-    grouped_pattern,
-    longgen_pattern,
-    shifted_pattern,
-    streaming_pattern,
-)
-from jsparse.models.sharding import MeshConfig
+from jsparse.hub import model_folder
+from jsparse.models.choices import EXTENSIONS, KINDS, REMAT
+from jsparse.models.mesh_config import MeshConfig
 from jsparse.train.run.paths import as_paths
+
+if TYPE_CHECKING:  # what needs jax is imported late: the command line lists these settings without it
+    from optax import GradientTransformation, Schedule
+
+    from jsparse.models.config import LlamaConfig
+    from jsparse.models.patterns import AttentionPattern
+else:
+    LlamaConfig = AttentionPattern = GradientTransformation = Schedule = Any
 
 BLOCK = 128  # tokens, of strided attention
 
@@ -62,7 +56,8 @@ class FinetuneConfig:
     """
 
     model: str | Path
-    """The checkpoint to start from: a Hugging Face folder with safetensors and a tokenizer.json."""
+    """The checkpoint to start from: a Hugging Face folder with safetensors and a tokenizer.json, or an id on
+    the Hub, org/name or org/name@revision. A run keeps the commit that it began with."""
     data: Sequence[str | Path]
     """Text files (one, or several), each one document, and .jsonl files: each line is an object with "text",
     with "prompt" and "completion", or with "instruction" and "output". Prompts are read, not learned."""
@@ -233,7 +228,7 @@ class FinetuneConfig:
 
     @property
     def model_folder(self) -> Path:
-        return Path(self.model)
+        return model_folder(self.model, weights=True)
 
     @property
     def output_folder(self) -> Path:
@@ -258,21 +253,28 @@ class FinetuneConfig:
         Raises ValueError or FileNotFoundError for a head pattern that cannot be used, and ValueError for
         layers or heads that the model does not have.
         """
+        from jsparse.models import patterns
+
         if self.attention == "full":
-            return full_pattern(model)
+            return patterns.full_pattern(model)
         if self.groups is not None:
-            make = shifted_pattern if self.attention == "shifted" else grouped_pattern
+            make = patterns.shifted_pattern if self.attention == "shifted" else patterns.grouped_pattern
             return make(model, self.groups)
         if self.head_pattern is not None:
             streams = jsparse.HeadPattern.load(self.head_pattern).threshold(self.sparsity)
-            return streaming_pattern(model, streams, sink=self.sink, window=self.window)
+            return patterns.streaming_pattern(model, streams, sink=self.sink, window=self.window)
         if self.stride is None:
-            return longgen_pattern(model, jsparse.streaming(self.sink, self.window), self.full_layers)
-        blocks = StridedBlocks(block=BLOCK, window=self.window // BLOCK, stride=self.stride)
-        return longgen_pattern(model, blocks, self.full_layers)
+            return patterns.longgen_pattern(
+                model, jsparse.streaming(self.sink, self.window), self.full_layers
+            )
+        blocks = patterns.StridedBlocks(block=BLOCK, window=self.window // BLOCK, stride=self.stride)
+        return patterns.longgen_pattern(model, blocks, self.full_layers)
 
-    def optimizer(self) -> optax.GradientTransformation:
+    def optimizer(self) -> GradientTransformation:
         """AdamW on clipped gradients."""
+        import jax
+        import optax
+
         adamw = optax.adamw(
             self._schedule(),
             b1=0.9,
@@ -284,9 +286,13 @@ class FinetuneConfig:
 
     def learning_rate_at(self, step: int) -> float:
         """The learning rate of a step, counted from 0."""
+        import jax.numpy as jnp
+
         return float(jnp.asarray(self._schedule()(step)))
 
-    def _schedule(self) -> optax.Schedule:
+    def _schedule(self) -> Schedule:
+        import optax
+
         falling = self.steps - self.warmup_steps
         if self.schedule == "cosine":
             after = optax.cosine_decay_schedule(self.learning_rate, falling, alpha=0.1)

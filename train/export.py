@@ -11,11 +11,13 @@ import numpy as np
 from flax import nnx
 
 from jsparse.checks import require_new_folder
+from jsparse.hub import pinned_model
 from jsparse.models import Llama, has_lora, load_config, load_tokenizer, merge_lora, save_adapter
 from jsparse.models.end_token import also_ends_at, end_token
 from jsparse.models.patterns import AttentionPattern, save_pattern
 from jsparse.models.sharding import MeshConfig
 from jsparse.train.config import FinetuneConfig
+from jsparse.train.merge_config import MergeConfig as MergeConfig
 from jsparse.train.run.checkpoint import open_checkpoints
 from jsparse.train.run.identity import checkpoint_folder, digest_model
 from jsparse.train.run.processes import is_first_process
@@ -66,27 +68,6 @@ def _gathered(model: Llama) -> Llama:
     return nnx.merge(graphdef, whole)
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class MergeConfig:
-    """Write what a run has learned so far, from one of its checkpoints.
-
-    >>> MergeConfig(run="my-run", output="merged").adapter
-    False
-    """
-
-    run: str | Path
-    """The output folder of ``finetune``, finished or not."""
-    output: str | Path
-    """A new folder."""
-    step: int | None = None
-    """The step of the checkpoint to take; by default the last."""
-    adapter: bool = False
-    """Write the LoRA matrices, and the embeddings and norms trained beside them, as an adapter that PEFT
-    loads onto the base, instead of a whole model."""
-    model: str | Path | None = None
-    """Where the base model is, if it is no longer where the run found it."""
-
-
 def merge(merging: MergeConfig) -> int:
     """Write a Hugging Face folder with the adapters merged, or an adapter.
 
@@ -109,6 +90,7 @@ def merge(merging: MergeConfig) -> int:
             raise FileNotFoundError(f"{folder} has no checkpoint{asked}; it has steps {steps}")
         run = checkpoints.read_run(step)
         config = run_config(run, model=merging.model)
+        config = dataclasses.replace(config, model=pinned_model(config.model))
         if merging.adapter and config.lora_rank is None:
             raise ValueError(f"{merging.run} trained all weights, without adapters; leave --adapter away")
         if digest_model(config.model_folder) != run["model"]:

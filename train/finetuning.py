@@ -28,6 +28,7 @@ from jsparse.train.run.identity import (
     checkpoint_folder,
     describe_run,
     steps_taken,
+    with_commit,
 )
 from jsparse.train.run.loop import run_steps
 from jsparse.train.run.processes import is_first_process, wait_for_all
@@ -86,6 +87,7 @@ def finetune(config: FinetuneConfig, *, progress: bool = True) -> FinetuneResult
     Source: LongLoRA (arXiv 2309.12307).
     """
     check_files(config.data_files)
+    config = with_commit(config)
     base_config = load_config(config.model)
     model_config = extended_config(config, base_config)
     pattern = config.pattern(model_config)

@@ -1,81 +1,21 @@
 """``jsparse bench decode``: the time per token by the length of the context, for each policy."""
 
-import dataclasses
 import functools
 import sys
-from typing import Any
 
 from jsparse.checks import require_new_folder
 from jsparse.evaluate.speed.cache_bytes import bytes_table, nbytes, step_bytes
 from jsparse.evaluate.speed.filled_cache import FilledCache, endless_rows
+from jsparse.evaluate.speed.options import DecodeBench as DecodeBench
 from jsparse.evaluate.speed.report import draw_decode, model_name, print_bytes, print_decode
 from jsparse.evaluate.speed.results import DecodeRow, describe_model, write_results
-from jsparse.evaluate.speed.settings import (
-    ServingBench,
-    check_integers,
-    check_list,
-    last_heads_stream,
-    load_model,
-    model_config,
-)
+from jsparse.evaluate.speed.settings import load_model, model_config
 from jsparse.evaluate.speed.turns import in_turns
-from jsparse.integers import cdiv
-from jsparse.models import Llama, LlamaConfig
+from jsparse.models import Llama
 from jsparse.reports.machine import describe_machine
-from jsparse.serve import loop
-from jsparse.serve.config import CacheConfig, Policy
-from jsparse.serve.layout import CacheLayout, layout_of
+from jsparse.serve.config import Policy
+from jsparse.serve.layout import CacheLayout
 from jsparse.serve.state import split_model
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class DecodeBench(ServingBench):
-    """Measure decoding: milliseconds per token at each context length, for each way to read the cache.
-
-    Prompts are not computed. The cache holds random keys and values instead, as many as the context is long.
-    A step takes equally long whatever their values, but text and logits mean nothing. The choice of pages is
-    random too, so this says nothing about quality.
-    """
-
-    contexts: tuple[int, ...] = (1024, 2048, 4096, 8192, 16384, 32768, 65536, 131072)
-    """Tokens that the cache holds."""
-    policies: tuple[Policy, ...] = ("dense", "streaming", "quest", "lserve")
-    """What decides which tokens are read."""
-    budget: int = 2048
-    """Tokens that a retrieval head reads, in whole pages; a cache that is no larger is read whole."""
-    batch: int = 1
-    """Sequences, all of the same length."""
-    steps: int = 16
-    """Tokens per timed call, at most 32. It begins by choosing pages, for 4 tokens each, or 1 for Quest."""
-    repeats: int = 7
-    """Rounds, each measuring everything in turn; the median counts."""
-
-    def __post_init__(self):
-        super().__post_init__()
-        check_list("contexts", self.contexts, minimum=1)
-        check_list("policies", self.policies)
-        check_integers(self, budget=None, batch=None, steps=loop.MAX_STEPS, repeats=None)
-        for policy in self.policies:
-            self.cache(policy)
-
-    def cache(self, policy: Policy, **sizes: Any) -> CacheConfig:
-        """The cache of one policy, with only the benchmark's sizes set."""
-        return CacheConfig(
-            policy=policy,
-            budget=self.budget,
-            sink=self.sink,
-            window=self.window,
-            kv_bits=self.kv_bits,
-            batch=self.batch,
-            **sizes,
-        )
-
-    def layout(self, model: LlamaConfig, policy: Policy, context: int) -> CacheLayout:
-        """A cache of as many whole pages as the context and the timed steps take."""
-        cache = self.cache(policy, streaming_heads=last_heads_stream(model, self.sparsity))
-        page, _ = cache.page_sizes()
-        capacity = cdiv(context + self.steps, page) * page
-        return layout_of(dataclasses.replace(cache, capacity=capacity), model)
 
 
 def bench_decode(config: DecodeBench) -> list[DecodeRow]:

@@ -1,14 +1,12 @@
-"""The settings of the serving benchmarks: the options that they share, their checks, and the model."""
+"""The model of the serving benchmarks, and which of its heads stream."""
 
-import dataclasses
 from pathlib import Path
-from typing import Any, Literal
 
-import numpy as np
 from flax import nnx
-from jaxtyping import Bool
 
-from jsparse.integers import is_integer, require_integer
+from jsparse.evaluate.speed.options import check_integers as check_integers
+from jsparse.evaluate.speed.options import check_list as check_list
+from jsparse.evaluate.speed.options import last_heads_stream as last_heads_stream
 from jsparse.models import Llama, LlamaConfig, load_config
 from jsparse.models.positions import check_length
 
@@ -24,46 +22,6 @@ RANDOM_LLAMA = LlamaConfig(
 )
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class ServingBench:
-    """The options that the benchmarks of decoding and of prompts share."""
-
-    output: Path
-    """A new folder for the results."""
-    model: Path | None = None
-    """A Hugging Face folder; by default a Llama of 32.5 million random weights in 8 layers of 2 KV heads."""
-    sparsity: float = 0.5
-    """The fraction of the KV heads of each layer that stream (its last ones), in the caches where some do."""
-    sink: int = 128
-    """First tokens that a streaming head keeps."""
-    window: int = 256
-    """Recent tokens that a streaming head keeps."""
-    kv_bits: Literal[8, 4] | None = None
-    """Keep the pages as codes of 8 or 4 bits."""
-
-    def __post_init__(self):
-        object.__setattr__(self, "output", Path(self.output))
-        if isinstance(self.sparsity, bool) or not 0 <= self.sparsity <= 1:
-            raise ValueError(f"sparsity must be a number from 0 to 1, not {self.sparsity!r}")
-
-
-def check_list(name: str, values: tuple, minimum: int | None = None) -> None:
-    """Raise ValueError for an empty list, for a repeated entry, and for integers below ``minimum``."""
-    if not values:
-        raise ValueError(f"{name} must have at least one entry, not {values!r}")
-    for value in values:
-        if minimum is not None and (not is_integer(value) or value < minimum):
-            raise ValueError(f"{name} must be integers >= {minimum}, not {value!r}")
-        if values.count(value) > 1:
-            raise ValueError(f"{name} has {value!r} more than once; an entry is measured once")
-
-
-def check_integers(config: Any, **most: int | None) -> None:
-    """Raise ValueError if a field is not an integer from 1 to the maximum given for it."""
-    for name, limit in most.items():
-        require_integer(name, getattr(config, name), most=limit)
-
-
 def model_config(folder: Path | None, contexts: tuple[int, ...], new_tokens: int) -> LlamaConfig:
     """The configuration of a checkpoint, or of the random model, without weights.
 
@@ -71,7 +29,7 @@ def model_config(folder: Path | None, contexts: tuple[int, ...], new_tokens: int
     """
     config = RANDOM_LLAMA if folder is None else load_config(folder)
     longest = max(contexts)
-    tokens = f"contexts has {longest}, with {new_tokens} new tokens {longest + new_tokens}"
+    tokens = f"contexts has {longest}, which with {new_tokens} new tokens is {longest + new_tokens}"
     check_length(config, longest + new_tokens, tokens, "choose shorter ones")
     return config
 
@@ -80,14 +38,3 @@ def load_model(folder: Path | None) -> Llama:
     if folder is None:
         return Llama(RANDOM_LLAMA, rngs=nnx.Rngs(0))
     return Llama.from_pretrained(folder)
-
-
-def last_heads_stream(config: LlamaConfig, sparsity: float) -> Bool[np.ndarray, "layers kv_heads"]:
-    """True for the last heads of each layer, a fraction ``sparsity`` of them.
-
-    False for all heads of a layer with its own sliding window: it streams anyway, by that window.
-    """
-    kv_heads = config.num_key_value_heads
-    streams = np.arange(kv_heads) >= kv_heads - round(sparsity * kv_heads)
-    free = np.array([window is None for window in config.sliding_windows])
-    return free[:, None] & streams

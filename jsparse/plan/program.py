@@ -14,12 +14,9 @@ from rich.table import Table
 
 from jsparse.plan.compile_only import bytes_a_device, compile_for, is_out_of_memory, kernel_calls, memory_of
 from jsparse.plan.flops import StepFlops
-
-# The part of a device's memory that JAX takes for arrays, unless XLA_CLIENT_MEM_FRACTION says otherwise.
-DEFAULT_MEMORY_FRACTION = 0.75
-# The most that it makes sense to ask for: the CUDA context, machine code, and what NCCL and cuBLAS allocate
-# for themselves need room beside the arrays, and every pool has gaps.
-LARGEST_MEMORY_FRACTION = 0.95
+from jsparse.plan.memory_fraction import DEFAULT_MEMORY_FRACTION as DEFAULT_MEMORY_FRACTION
+from jsparse.plan.memory_fraction import LARGEST_MEMORY_FRACTION
+from jsparse.plan.memory_fraction import check_memory_fraction as check_memory_fraction
 
 
 @dataclasses.dataclass(frozen=True)
@@ -115,16 +112,6 @@ class Plan:
             "needed_fraction": None if self.refused else self.needed_fraction,
         }
         return dataclasses.asdict(self) | derived
-
-
-def check_memory_fraction(value: float | int) -> None:
-    """ValueError unless a run can sensibly ask for this part of a device's memory."""
-    number = isinstance(value, int | float) and not isinstance(value, bool)
-    if not number or not 0 < value <= LARGEST_MEMORY_FRACTION:
-        raise ValueError(
-            f"memory_fraction must be a number in (0, {LARGEST_MEMORY_FRACTION}], not {value!r}: "
-            "the rest of the memory is for the CUDA context, machine code and libraries"
-        )
 
 
 class Program(NamedTuple):

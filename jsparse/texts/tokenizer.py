@@ -9,11 +9,13 @@ from typing import Any
 import tokenizers
 from tokenizers import AddedToken, decoders, models, pre_tokenizers, trainers
 
+from jsparse.hub import model_folder
+
 END_OF_TEXT = "<|endoftext|>"
 
 
 def load_tokenizer(directory: str | Path) -> tokenizers.Tokenizer:
-    """The tokenizer in ``tokenizer.json`` of a Hugging Face folder, as transformers 5 reads it.
+    """The tokenizer in ``tokenizer.json`` of a Hugging Face folder or id, as transformers 5 reads it.
 
     It never truncates or pads: a length that was saved in the file, as transformers does after a call with
     padding, belongs to that call. ``add_bos_token`` and ``add_eos_token`` of ``tokenizer_config.json`` say
@@ -23,7 +25,7 @@ def load_tokenizer(directory: str | Path) -> tokenizers.Tokenizer:
     Raises FileNotFoundError if there is none (older checkpoints have only ``tokenizer.model``), and
     ValueError if it cannot be read.
     """
-    path = Path(directory) / "tokenizer.json"
+    path = model_folder(directory) / "tokenizer.json"
     if not path.is_file():
         raise FileNotFoundError(
             f"{path} does not exist; a fast tokenizer is needed: in transformers, "
@@ -97,7 +99,7 @@ def eos_token_id(directory: str | Path, tokenizer: tokenizers.Tokenizer) -> int 
 
     Raises ValueError for a token that the tokenizer does not have.
     """
-    directory = Path(directory)
+    directory = model_folder(directory)
     for name in ("tokenizer_config.json", "special_tokens_map.json"):
         token = _settings(directory, name).get("eos_token")
         token = token.get("content") if isinstance(token, dict) else token

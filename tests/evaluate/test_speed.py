@@ -252,7 +252,7 @@ def test_logits_that_are_not_finite_are_no_timing(llama, shape, tmp_path):
         ({"batch": 0}, "batch must be an integer >= 1, not 0"),
         ({"output": Path("taken")}, "has files"),
         ({"output": Path("taken/file")}, "is a file"),
-        ({"model": Path("nowhere")}, "not a checkpoint folder"),
+        ({"model": Path("nowhere")}, "nowhere does not exist"),
     ],
 )
 def test_bad_settings_are_refused_before_anything_is_allocated(

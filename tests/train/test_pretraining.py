@@ -16,7 +16,7 @@ from jsparse.models import Llama, load_tokenizer, train_tokenizer
 from jsparse.texts import tasks
 from jsparse.texts.passkeys import WORDS as PASSKEY_WORDS
 from jsparse.texts.tokenizer import END_OF_TEXT
-from jsparse.train import PretrainConfig, pretrain, pretraining
+from jsparse.train import PretrainConfig, pretrain, pretrain_config, pretraining
 from jsparse.train.data.curriculum import KINDS, NOT_SCORED, TEXT, Lessons, Stage
 from jsparse.train.run import loop
 from jsparse.train.run.identity import checkpoint_folder
@@ -208,7 +208,7 @@ def test_muon_has_the_matrices_of_the_layers_and_rates_fall_to_zero_twice(data):
     config = tiny("out", data, final_steps=8, far_steps=4)
     state, _ = pretraining._start(config, 256)
     of_muon = jax.tree.leaves_with_path(
-        pretraining._muon_matrices(state.params),
+        pretrain_config._muon_matrices(state.params),
         is_leaf=lambda leaf: isinstance(leaf, optax.contrib.MuonDimensionNumbers),
     )
     names = {jax.tree_util.keystr(path) for path, _ in of_muon}

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from jsparse.checks import require_new_folder
+from jsparse.hub import pinned_model, split_id
 from jsparse.models import LlamaConfig
 from jsparse.models.patterns import AttentionPattern
 from jsparse.train.config import FinetuneConfig
@@ -36,6 +37,30 @@ _FIELDS = (
 
 def checkpoint_folder(output: Path) -> Path:
     return output / "checkpoints"
+
+
+def with_commit(config: FinetuneConfig) -> FinetuneConfig:
+    """The settings with the commit of a model that is given by its id, and as they are for a folder.
+
+    ``org/name`` means the commit that the run in ``config.output`` began with, whatever the repository's main
+    branch is now. Without such a run it means today's, as ``org/name@branch`` always does.
+    """
+    given = split_id(config.model)
+    if given is None:
+        return config
+    began = split_id(_recorded_model(checkpoint_folder(config.output_folder)) or "")
+    if began is not None and given == (began[0], None):
+        return dataclasses.replace(config, model="@".join(map(str, began)))
+    return dataclasses.replace(config, model=pinned_model(config.model))
+
+
+def _recorded_model(folder: Path) -> str | None:
+    """The name of the model that a run with checkpoints began with."""
+    if not folder.is_dir():
+        return None
+    with open_checkpoints(folder, writable=False) as checkpoints:
+        step = checkpoints.latest_step()
+        return None if step is None else checkpoints.read_run(step)["config"]["model"]
 
 
 def describe_run(
@@ -115,7 +140,9 @@ def _read_step(folder: Path, run: dict) -> int:
 
 def _difference(name: str, run: dict, theirs: dict) -> str:
     if name in ("model", "data"):
-        return f"its {name} had other content"
+        before, now = (one["config"].get("model") for one in (theirs, run))
+        names = f" ({before}, here {now})" if name == "model" and before != now else ""
+        return f"its {name} had other content{names}"
     if name == "attention":
         return f"its attention was {_kind(theirs)}, here {_kind(run)}"
     return f"its {name} is {theirs.get(name)!r}, here {run.get(name)!r}"
