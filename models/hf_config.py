@@ -7,6 +7,7 @@ config than a model that is silently another one.
 from collections.abc import Mapping
 from typing import Any
 
+from jsparse.models.quantization import quantization_settings, read_quantization
 from jsparse.models.rope import FIELDS_OF_KIND, ROPE_KINDS, RopeConfig
 
 _REQUIRED = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
@@ -62,7 +63,6 @@ MODEL_TYPES = tuple(_DEFAULTS)
 # Fields that would change the mathematics, and the values with which they do not.
 _INERT_VALUES: dict[str, tuple[Any, ...]] = {
     "hidden_act": ("silu",),
-    "quantization_config": (None,),
     "attention_dropout": (0, None),
     "hidden_dropout": (0, None),
     "partial_rotary_factor": (1, None),
@@ -93,7 +93,7 @@ _IGNORED = frozenset(
     do_sample temperature top_k top_p typical_p min_length max_length max_new_tokens num_beams
     num_return_sequences repetition_penalty length_penalty no_repeat_ngram_size early_stopping is_llama_config
     transformers.js_config unsloth_fixed unsloth_version rope_theta rope_scaling rope_parameters
-    original_max_position_embeddings
+    original_max_position_embeddings quantization_config compression_config
     """.split()
 )
 
@@ -105,6 +105,9 @@ def fields_from_hf(fields: Mapping[str, Any]) -> dict[str, Any]:
         raise ValueError(f"model_type {model_type!r} is not supported; allowed are {', '.join(MODEL_TYPES)}")
     defaults = _DEFAULTS[model_type]
     _refuse_what_we_cannot_represent(fields, known={*_REQUIRED, *defaults}, model_type=model_type)
+    quantization = quantization_settings(fields)
+    if quantization is not None:
+        read_quantization(quantization)  # refuses what we cannot decode
     missing = [name for name in _REQUIRED if fields.get(name) is None]
     if missing:
         raise ValueError(f"the config lacks {', '.join(missing)}")

@@ -1,23 +1,32 @@
-"""A folder of safetensors: one file, or shards with an index. Headers are checked before tensors are read."""
+"""A folder of safetensors: one file, or shards. Headers are checked before tensors are read."""
 
 import collections
 import contextlib
 import dataclasses
 import json
+import math
 import os
+import re
 import shutil
 import struct
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 import safetensors
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
-_PICKLES = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
+PICKLES = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
 _MAX_HEADER_BYTES = 100_000_000  # the format's own limit
+# NumPy lacks these, so safetensors does not read them as NumPy's arrays.
+_FLOAT8 = {
+    "F8_E4M3": ml_dtypes.float8_e4m3fn,
+    "F8_E5M2": ml_dtypes.float8_e5m2,
+    "F8_E8M0": ml_dtypes.float8_e8m0fnu,
+}
 
 
 @contextlib.contextmanager
@@ -52,37 +61,88 @@ class StoredTensor:
     name: str
     dtype: str  # safetensors' name: "BF16", "F16", "F32", ...
     shape: tuple[int, ...]
+    start: int  # of its bytes in the file
 
 
 def find_tensors(directory: Path) -> dict[str, StoredTensor]:
     """Every tensor of a checkpoint folder by name, from the headers alone.
 
+    They are in ``model.safetensors``, in the shards that an index names, or in a complete set of shards
+    ``model-00001-of-00002.safetensors`` and so on without one. An index beside ``model.safetensors`` may
+    name that file only: nobody can know which of two sets of weights is meant. (transformers takes the
+    single file and does not look at the index.)
+
     Raises FileNotFoundError for no weights, pickled weights (they are never opened) and missing shards;
-    ValueError for both layouts at once, file names that lead out of the folder, a name that is there twice,
+    ValueError for two sets of weights, file names that lead out of the folder, a name that is there twice,
     and an index that disagrees with its shards.
     """
     single, index = directory / SINGLE, directory / INDEX
-    if single.exists() and index.exists():
-        raise ValueError(f"{directory} has both {SINGLE} and {INDEX}; remove the one that is out of date")
-    if single.exists():
-        return read_header(_inside(directory, SINGLE))
     if index.exists():
-        return _read_shards(directory, index)
-    pickles = sorted(path.name for path in directory.iterdir() if path.suffix in _PICKLES)
+        weight_map = _read_weight_map(index)
+        if single.exists() and set(weight_map.values()) != {SINGLE}:
+            raise ValueError(
+                f"{directory} has {SINGLE}, and {INDEX} names other files; remove the one that is out of date"
+            )
+        return _read_shards(directory, index, weight_map)
+    if single.exists():
+        return read_header(inside(directory, SINGLE))
+    shards = complete_set(directory, "model", ".safetensors")
+    if shards:
+        return _read_all(inside(directory, name) for name in shards)
+    pickles = sorted(path.name for path in directory.iterdir() if path.suffix in PICKLES)
     if pickles:
-        names = ", ".join(pickles)
         raise FileNotFoundError(
-            f"{directory} has weights only as pickle files ({names}), which can run code and are not opened; "
-            f"allowed is {SINGLE}: in transformers, model.save_pretrained(directory) writes it"
+            f"{directory} has weights only as pickle files ({', '.join(pickles)}), which can run code and "
+            f"are not opened here; jsparse convert --model {directory} --output NEW_FOLDER writes safetensors"
         )
-    raise FileNotFoundError(f"{directory} has neither {SINGLE} nor {INDEX}")
+    others = sorted(path.name for path in directory.glob("*.safetensors"))
+    found = f"; it has {', '.join(others)}, which are not names of a model's weights" if others else ""
+    raise FileNotFoundError(f"{directory} has neither {SINGLE} nor {INDEX}{found}")
 
 
-def _read_shards(directory, index):
+def complete_set(directory: Path, stem: str, suffix: str) -> list[str]:
+    """The names ``stem-00001-of-00003suffix`` and so on, if any is there.
+
+    Raises FileNotFoundError unless all are, ValueError if some are of another set.
+    """
+    pattern = re.compile(rf"{re.escape(stem)}-(\d{{5}})-of-(\d{{5}}){re.escape(suffix)}")
+    found = sorted(file.name for file in directory.iterdir() if pattern.fullmatch(file.name))
+    totals = sorted({name.removesuffix(suffix)[-5:] for name in found})
+    names = [f"{stem}-{i:05d}-of-{total}{suffix}" for total in totals[:1] for i in range(1, int(total) + 1)]
+    strangers = sorted(set(found) - set(names))
+    if strangers:
+        raise ValueError(f"{directory} has shards of several sets: {found[0]}, {strangers[0]}; keep one set")
+    missing = [name for name in names if name not in found]
+    if missing:
+        shown = ", ".join(missing[:3]) + (f" and {len(missing) - 3} more" if len(missing) > 3 else "")
+        raise FileNotFoundError(
+            f"{directory} has shards without an index and not all of them: it lacks {shown}; "
+            "download it again"
+        )
+    return names
+
+
+def _read_all(files):
+    tensors: dict[str, StoredTensor] = {}
+    for file in files:
+        header = read_header(file)
+        for name in header.keys() & tensors.keys():
+            raise ValueError(
+                f"{name} is in {tensors[name].file} and in {file}; remove the file that is not the model's"
+            )
+        tensors |= header
+    return tensors
+
+
+def _read_weight_map(index):
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
         raise ValueError(f"{index} has no weight_map from tensor names to file names")
-    files = {name: _inside(directory, name) for name in sorted(set(weight_map.values()))}
+    return weight_map
+
+
+def _read_shards(directory, index, weight_map):
+    files = {name: inside(directory, name) for name in sorted(set(weight_map.values()))}
     missing = [name for name, path in files.items() if not path.is_file()]
     if missing:
         raise FileNotFoundError(f"{index} names shards that do not exist: {', '.join(missing)}")
@@ -101,16 +161,14 @@ def _read_shards(directory, index):
     return tensors
 
 
-def _inside(directory, name):
+def inside(directory: Path, name: str, suffix: str = ".safetensors") -> Path:
     """The path of a file that the checkpoint names, if it stays in the checkpoint.
 
     A link may lead to another file of the folder, or to where the Hugging Face cache keeps its files:
     ``<repository>/snapshots/<revision>/<file>`` links to ``<repository>/blobs``.
     """
-    if name != os.path.basename(name) or "\\" in name or not name.endswith(".safetensors"):
-        raise ValueError(
-            f"{name!r} is not the name of a .safetensors file in {directory}; paths are not allowed"
-        )
+    if name != os.path.basename(name) or "\\" in name or not name.endswith(suffix):
+        raise ValueError(f"{name!r} is not the name of a {suffix} file in {directory}; paths are not allowed")
     path = directory / name
     home = directory.resolve()
     allowed = [home, home.parent.parent / "blobs"] if home.parent.name == "snapshots" else [home]
@@ -128,27 +186,51 @@ def read_header(file: Path) -> dict[str, StoredTensor]:
         start = stream.read(8)
         length = struct.unpack("<Q", start)[0] if len(start) == 8 else -1
         if not 0 < length <= min(size - 8, _MAX_HEADER_BYTES):
-            raise ValueError(
-                f"{file} is not a safetensors file, or is cut short: header of {length} in {size} bytes"
-            )
+            raise ValueError(not_weights(file, "safetensors file"))
         header = _parse_json(stream.read(length), file)
     header.pop("__metadata__", None)
+    begin = 8 + length
     try:
-        return {
-            name: StoredTensor(file, name, entry["dtype"], tuple(int(n) for n in entry["shape"]))
+        tensors = {
+            name: StoredTensor(
+                file,
+                name,
+                str(entry["dtype"]),
+                tuple(int(n) for n in entry["shape"]),
+                begin + int(entry["data_offsets"][0]),
+            )
             for name, entry in header.items()
         }
-    except (KeyError, TypeError, ValueError) as error:
+        end = begin + max((int(entry["data_offsets"][1]) for entry in header.values()), default=0)
+    except (KeyError, IndexError, TypeError, ValueError) as error:
         raise ValueError(f"{file} has a malformed safetensors header: {error!r}") from error
+    if end > size:
+        raise ValueError(f"{file} is cut short: it has {size} of {end} bytes; download it again")
+    return tensors
+
+
+def not_weights(file: Path, kind: str) -> str:
+    """What to say of a file that is no weights: what it seems to be, and what to do."""
+    size = file.stat().st_size
+    with file.open("rb") as stream:
+        start = stream.read(200).lstrip()
+    if start.startswith(b"version https://git-lfs"):
+        return f"{file} is a pointer of git-lfs, not the weights; in its repository, git lfs pull brings them"
+    if start[:1] == b"<":
+        return f"{file} is a web page, not the weights; download the file itself again"
+    return f"{file} is not a {kind}, or is cut short at {size} bytes; download it again"
 
 
 def read_tensor(stored: StoredTensor) -> np.ndarray:
     """The values of a tensor; ValueError if the file turns out to be damaged."""
     try:
-        with safetensors.safe_open(stored.file, framework="numpy") as opened:
-            return opened.get_tensor(stored.name)
+        with safetensors.safe_open(stored.file, framework="numpy") as opened:  # which checks the whole header
+            if stored.dtype not in _FLOAT8:
+                return opened.get_tensor(stored.name)
     except safetensors.SafetensorError as error:
         raise ValueError(f"{stored.file} cannot be read: {error}") from error
+    count, dtype = math.prod(stored.shape), np.dtype(_FLOAT8[stored.dtype])
+    return np.fromfile(stored.file, dtype, count, offset=stored.start).reshape(stored.shape)
 
 
 def read_json(file: Path) -> dict[str, Any]:

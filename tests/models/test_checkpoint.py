@@ -181,6 +181,8 @@ def test_transposed_kernel_is_misshapen(saved):
 
 def test_mixed_dtypes_need_a_choice(saved):
     edit_weights(saved, lambda t: t.update({"model.norm.weight": np.ones(32, ml_dtypes.bfloat16)}))
+    assert Llama.from_pretrained(saved).norm.scale.dtype == jnp.float32  # config.json says so
+    edit_json(saved / "config.json", dtype=None)
     refused(saved, ValueError, "BF16 and F32", "dtype")
     assert Llama.from_pretrained(saved, dtype=jnp.float32).norm.scale.dtype == jnp.float32
 
@@ -192,7 +194,7 @@ def test_pickle_is_never_opened(saved):
 
     (saved / "model.safetensors").unlink()
     (saved / "pytorch_model.bin").write_bytes(pickle.dumps(Bomb()))
-    refused(saved, FileNotFoundError, "pytorch_model.bin", "model.safetensors", "save_pretrained")
+    refused(saved, FileNotFoundError, "pytorch_model.bin", "jsparse convert", "safetensors")
 
 
 def test_missing_files(saved, tmp_path):
