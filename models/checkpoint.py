@@ -134,8 +134,8 @@ def _stored(directory, config, is_quantized) -> dict[str, StoredTensor]:
         stored = {name if name == _HEAD else f"model.{name}": tensor for name, tensor in stored.items()}
         if _HEAD not in stored and _EMBEDDING in stored and not config.tie_word_embeddings:
             raise ValueError(
-                f"{directory} has a model without {_HEAD}, as LlamaModel saves it, and tie_word_embeddings is "
-                "false; save the whole LlamaForCausalLM, or set it to true if the embedding is the head"
+                f"{directory} has a model without {_HEAD}, as LlamaModel saves it, and tie_word_embeddings "
+                "is false; save the whole LlamaForCausalLM, or set it to true if the embedding is the head"
             )
     if config.tie_word_embeddings and _EMBEDDING not in stored and _HEAD in stored:
         stored[_EMBEDDING] = stored.pop(_HEAD)
