@@ -110,11 +110,11 @@ def load_parameters(
 
 def _find_quantized(directory, fields) -> Find | None:
     """How to find quantized weights, from config.json or NVIDIA's file beside it."""
-    settings = quantization_settings(fields)
     beside = directory / "hf_quant_config.json"
-    if settings is None and beside.is_file():
-        settings = {"quant_method": "modelopt", **read_json(beside).get("quantization", {})}
     try:
+        settings = quantization_settings(fields)
+        if settings is None and beside.is_file():
+            settings = quantization_settings({"quantization_config": read_json(beside).get("quantization")})
         return None if settings is None else read_quantization(settings)
     except ValueError as error:
         raise ValueError(f"{directory}: {error}") from error
@@ -225,7 +225,7 @@ def _stored_dtype(directory, fields, tensors):
     """The dtype that config.json gives, as transformers reads it, or else that of all tensors."""
     name = fields.get("torch_dtype") if fields.get("dtype") is None else fields["dtype"]
     if name is not None:
-        if name not in {dtype.name for dtype in _DTYPES.values()}:
+        if name not in [dtype.name for dtype in _DTYPES.values()]:
             raise ValueError(
                 f"{directory}: config.json gives dtype {name!r}; give one, for instance jnp.float32"
             )

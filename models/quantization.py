@@ -39,7 +39,8 @@ def quantization_settings(fields: Mapping[str, Any]) -> dict[str, Any] | None:
         if settings is not None:
             if not isinstance(settings, dict):
                 raise ValueError(f"{name} must be an object or null, not {settings!r}")
-            return settings.get("quantization_config", settings)
+            nested = settings.get("quantization_config")
+            return nested if isinstance(nested, dict) else settings
     return None
 
 
@@ -59,7 +60,7 @@ def read_quantization(settings: dict[str, Any]) -> Find:
     method = settings.get("quant_method")
     if method is None and "quant_algo" in settings:
         method = "modelopt"
-    if method not in _METHODS:
+    if not isinstance(method, str) or method not in _METHODS:
         raise ValueError(
             f"quantization_config.quant_method={method!r} is not supported; allowed are "
             f"{', '.join(_METHODS)}. Take a copy of the model with weights in bfloat16 or float16"
@@ -139,10 +140,9 @@ def _bitsandbytes(settings) -> Find:
 
 def _compressed_tensors(settings) -> Find:
     sparsity = settings.get("sparsity_config") or {}
-    if sparsity.get("format", "dense") != "dense":
+    if not isinstance(sparsity, Mapping) or sparsity.get("format", "dense") != "dense":
         raise ValueError(
-            f"quantization_config.sparsity_config.format={sparsity['format']!r} is not supported; "
-            "allowed is 'dense'"
+            f"quantization_config.sparsity_config={sparsity!r} is not supported; allowed is format 'dense'"
         )
     if settings.get("transform_config"):
         raise ValueError("quantization_config.transform_config is not supported: it rotates activations")
@@ -152,10 +152,10 @@ def _compressed_tensors(settings) -> Find:
             "quantization_config.config_groups must be an object of objects for compressed-tensors"
         )
     read = [
-        (group.get("targets") or [], _compressed_group(name, group, settings))
+        (_patterns(group.get("targets"), "targets"), _compressed_group(name, group, settings))
         for name, group in groups.items()
     ]
-    ignored = settings.get("ignore") or []
+    ignored = _patterns(settings.get("ignore"), "ignore")
 
     def find(module, tensors, shape):
         if any(_matches(module, pattern) for pattern in ignored):
@@ -185,7 +185,7 @@ def _compressed_group(name, group, settings):
         "float-quantized": [(8, "float")],
         "naive-quantized": [(8, "int"), (4, "int"), (8, "float")],
     }
-    if layout not in allowed:
+    if not isinstance(layout, str) or layout not in allowed:
         raise ValueError(
             f"quantization_config.format={layout!r} of {where} is not supported; allowed are "
             f"{', '.join(allowed)}"
@@ -234,6 +234,19 @@ def _compressed_group(name, group, settings):
         )
 
     return make
+
+
+def _patterns(value, name):
+    """A list of names, classes and regular expressions (``re:...``), or null."""
+    value = [] if value is None else value
+    if not isinstance(value, list) or not all(isinstance(target, str) for target in value):
+        raise ValueError(f"quantization_config.{name} must be a list of strings, not {value!r}")
+    for target in filter(_is_pattern, value):
+        try:
+            re.compile(target.removeprefix("re:"))
+        except re.error as error:
+            raise ValueError(f"quantization_config.{name} has {target!r}: {error}") from error
+    return value
 
 
 def _matches(module, target):

@@ -126,9 +126,10 @@ def _read_all(files):
     tensors: dict[str, StoredTensor] = {}
     for file in files:
         header = read_header(file)
-        for name in header.keys() & tensors.keys():
+        twice = next((tensor for tensor in header if tensor in tensors), None)
+        if twice is not None:
             raise ValueError(
-                f"{name} is in {tensors[name].file} and in {file}; remove the file that is not the model's"
+                f"{twice} is in {tensors[twice].file} and in {file.name}, so they are not shards of one model"
             )
         tensors |= header
     return tensors
