@@ -75,6 +75,10 @@ _JSPARSE = _Command(
             help="write what a run has learned so far as a model, or as an adapter for PEFT",
             function="train.commands:merge",
         ),
+        "convert": _Command(
+            help="write a model in pytorch_model.bin with safetensors, without unpickling it",
+            function="models.commands:convert",
+        ),
         "evaluate": _Command(
             help="perplexity of text files, and passkeys found, at several context lengths",
             function="evaluate.commands:evaluate",

@@ -1,7 +1,6 @@
 """Hugging Face folders: reading checks everything before it allocates, writing replaces whole files only."""
 
 import dataclasses
-import json
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -9,7 +8,6 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
-import safetensors.numpy
 from flax import nnx
 
 from jsparse.models.config import LlamaConfig
@@ -23,6 +21,8 @@ from jsparse.models.safetensors_folder import (
     find_tensors,
     read_json,
     read_tensor,
+    write_json,
+    write_tensors,
     written_whole,
 )
 
@@ -278,42 +278,21 @@ def save(config: LlamaConfig, parameters: Parameters, directory: str | Path, *, 
 
 
 def _write_weights(folder, parameters, max_shard_bytes):
-    shards = _plan_shards(parameters, max_shard_bytes)
-    weight_map = {}
-    for number, paths in enumerate(shards, start=1):
-        file = SINGLE if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        tensors = {
-            _hf_name(path): np.ascontiguousarray(_hf_layout(path, np.asarray(parameters[path][...])))
-            for path in paths
-        }
-        weight_map |= dict.fromkeys(tensors, file)
-        safetensors.numpy.save_file(tensors, folder / file, metadata={"format": "pt"})
-    if len(shards) > 1:
-        total = sum(variable[...].nbytes for variable in parameters.values())
-        _write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
+    by_name = {_hf_name(path): (path, variable) for path, variable in parameters.items()}
 
+    def read(name):
+        path, variable = by_name[name]
+        return np.ascontiguousarray(_hf_layout(path, np.asarray(variable[...])))
 
-def _plan_shards(parameters, max_shard_bytes):
-    shards, free = [[]], max_shard_bytes
-    for path, variable in parameters.items():
-        size = variable[...].nbytes
-        if size > free and shards[-1]:
-            shards.append([])
-            free = max_shard_bytes
-        shards[-1].append(path)
-        free -= size
-    return shards
+    sizes = {name: variable[...].nbytes for name, (_, variable) in by_name.items()}
+    write_tensors(folder, sizes, read, max_shard_bytes)
 
 
 def _write_configs(folder, config, dtypes):
     fields = config.to_hf()
     if len(dtypes) == 1:
         fields["dtype"] = dtypes[0]
-    _write_json(folder / "config.json", fields)
+    write_json(folder / "config.json", fields)
     tokens = {name: fields[name] for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
     tokens = {name: value for name, value in tokens.items() if value is not None}
-    _write_json(folder / "generation_config.json", tokens)
-
-
-def _write_json(file, content):
-    file.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    write_json(folder / "generation_config.json", tokens)

@@ -9,13 +9,14 @@ import os
 import re
 import shutil
 import struct
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import ml_dtypes
 import numpy as np
 import safetensors
+import safetensors.numpy
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -64,6 +65,9 @@ class StoredTensor:
     start: int  # of its bytes in the file
 
 
+Tensor = TypeVar("Tensor")  # StoredTensor, or what another kind of file has
+
+
 def find_tensors(directory: Path) -> dict[str, StoredTensor]:
     """Every tensor of a checkpoint folder by name, from the headers alone.
 
@@ -78,17 +82,17 @@ def find_tensors(directory: Path) -> dict[str, StoredTensor]:
     """
     single, index = directory / SINGLE, directory / INDEX
     if index.exists():
-        weight_map = _read_weight_map(index)
+        weight_map = read_index(index)
         if single.exists() and set(weight_map.values()) != {SINGLE}:
             raise ValueError(
                 f"{directory} has {SINGLE}, and {INDEX} names other files; remove the one that is out of date"
             )
-        return _read_shards(directory, index, weight_map)
+        return read_indexed(directory, index, weight_map, ".safetensors", read_header)
     if single.exists():
         return read_header(inside(directory, SINGLE))
     shards = complete_set(directory, "model", ".safetensors")
     if shards:
-        return _read_all(inside(directory, name) for name in shards)
+        return merged((inside(directory, name) for name in shards), read_header)
     pickles = sorted(path.name for path in directory.iterdir() if path.suffix in PICKLES)
     if pickles:
         raise FileNotFoundError(
@@ -122,10 +126,11 @@ def complete_set(directory: Path, stem: str, suffix: str) -> list[str]:
     return names
 
 
-def _read_all(files):
-    tensors: dict[str, StoredTensor] = {}
+def merged(files: Iterable[Path], read: Callable[[Path], dict[str, Tensor]]) -> dict[str, Tensor]:
+    """The tensors of all files, by name; ValueError for a name in two of them."""
+    tensors: dict[str, Tensor] = {}
     for file in files:
-        header = read_header(file)
+        header = read(file)
         twice = next((tensor for tensor in header if tensor in tensors), None)
         if twice is not None:
             raise ValueError(
@@ -135,22 +140,30 @@ def _read_all(files):
     return tensors
 
 
-def _read_weight_map(index):
+def read_index(index: Path) -> dict[str, str]:
+    """The file of each tensor, as an index gives it."""
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
         raise ValueError(f"{index} has no weight_map from tensor names to file names")
     return weight_map
 
 
-def _read_shards(directory, index, weight_map):
-    files = {name: inside(directory, name) for name in sorted(set(weight_map.values()))}
+def read_indexed(
+    directory: Path,
+    index: Path,
+    weight_map: Mapping[str, str],
+    suffix: str,
+    read: Callable[[Path], dict[str, Tensor]],
+) -> dict[str, Tensor]:
+    """The tensors of the files that an index names; ValueError where it disagrees with them."""
+    files = {name: inside(directory, name, suffix) for name in sorted(set(weight_map.values()))}
     missing = [name for name, path in files.items() if not path.is_file()]
     if missing:
         raise FileNotFoundError(f"{index} names shards that do not exist: {', '.join(missing)}")
-    tensors: dict[str, StoredTensor] = {}
+    tensors: dict[str, Tensor] = {}
     problems = []
     for name, path in files.items():
-        for tensor, stored in read_header(path).items():
+        for tensor, stored in read(path).items():
             if tensor in tensors:
                 problems.append(f"{tensor} is in {tensors[tensor].file.name} and in {name}")
             elif weight_map.get(tensor) != name:
@@ -232,6 +245,47 @@ def read_tensor(stored: StoredTensor) -> np.ndarray:
         raise ValueError(f"{stored.file} cannot be read: {error}") from error
     count, dtype = math.prod(stored.shape), np.dtype(_FLOAT8[stored.dtype])
     return np.fromfile(stored.file, dtype, count, offset=stored.start).reshape(stored.shape)
+
+
+def write_tensors(
+    folder: Path,
+    sizes: Mapping[str, int],
+    read: Callable[[str], np.ndarray],
+    max_shard_bytes: int,
+) -> None:
+    """Write ``model.safetensors``, or an index and shards of at most ``max_shard_bytes``.
+
+    A shard may be larger if it holds a single tensor.
+
+    - sizes: bytes of each tensor, by name.
+    - read: the tensor of a name; those of one shard are in memory together.
+    """
+    shards = _plan_shards(sizes, max_shard_bytes)
+    weight_map = {}
+    for number, names in enumerate(shards, start=1):
+        file = SINGLE if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        weight_map |= dict.fromkeys(names, file)
+        tensors = {name: read(name) for name in names}
+        safetensors.numpy.save_file(tensors, folder / file, metadata={"format": "pt"})
+    if len(shards) > 1:
+        total = sum(sizes.values())
+        write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
+
+
+def _plan_shards(sizes, max_shard_bytes):
+    shards, free = [[]], max_shard_bytes
+    for name, size in sizes.items():
+        if size > free and shards[-1]:
+            shards.append([])
+            free = max_shard_bytes
+        shards[-1].append(name)
+        free -= size
+    return shards
+
+
+def write_json(file: Path, content: Any) -> None:
+    """Write a JSON file as transformers does, indented."""
+    file.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
 def read_json(file: Path) -> dict[str, Any]:

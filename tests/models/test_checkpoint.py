@@ -331,13 +331,13 @@ def test_save_keeps_other_files_and_removes_stale_weights(sharded, tiny_model):
     assert_same_model(Llama.from_pretrained(sharded), tiny_model)
 
 
-@pytest.mark.parametrize("step", ["save_file", "_write_json", "os.fsync"])
+@pytest.mark.parametrize("step", ["save_file", "write_json", "os.fsync"])
 @pytest.mark.parametrize("nth", [1, 2])
 def test_a_save_that_fails_leaves_what_was_there(step, nth, sharded, tiny_config, tiny_model, monkeypatch):
     before = contents(sharded)
     owner, name = {
         "save_file": (safetensors.numpy, "save_file"),
-        "_write_json": (checkpoint, "_write_json"),
+        "write_json": (checkpoint, "write_json"),
         "os.fsync": (os, "fsync"),
     }[step]
     real, calls = getattr(owner, name), []
