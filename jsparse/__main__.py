@@ -75,10 +75,6 @@ _JSPARSE = _Command(
             help="write what a run has learned so far as a model, or as an adapter for PEFT",
             function="train.commands:merge",
         ),
-        "convert": _Command(
-            help="write a model in pytorch_model.bin with safetensors, without unpickling it",
-            function="models.commands:convert",
-        ),
         "evaluate": _Command(
             help="perplexity of text files, and passkeys found, at several context lengths",
             function="evaluate.commands:evaluate",
@@ -86,6 +82,10 @@ _JSPARSE = _Command(
         ),
         "heads": _Command(
             help="learn which KV heads need the whole context (DuoAttention)", function="train.commands:heads"
+        ),
+        "convert": _Command(
+            help="write a model in pytorch_model.bin with safetensors, without unpickling it",
+            function="models.commands:convert",
         ),
         "generate": _Command(
             help="generate text from a prompt, with a dense or a sparse KV cache",
