@@ -110,14 +110,15 @@ def load_parameters(
 
 def _find_quantized(directory, fields) -> Find | None:
     """How to find quantized weights, from config.json or NVIDIA's file beside it."""
+    file, settings = directory / "config.json", quantization_settings(fields)
     beside = directory / "hf_quant_config.json"
+    if settings is None and beside.is_file():
+        file = beside
+        settings = quantization_settings({"quantization_config": read_json(beside).get("quantization")})
     try:
-        settings = quantization_settings(fields)
-        if settings is None and beside.is_file():
-            settings = quantization_settings({"quantization_config": read_json(beside).get("quantization")})
         return None if settings is None else read_quantization(settings)
     except ValueError as error:
-        raise ValueError(f"{directory}: {error}") from error
+        raise ValueError(f"{file}: {error}") from error
 
 
 def _stored(directory, config, is_quantized) -> dict[str, StoredTensor]:

@@ -1,7 +1,6 @@
 """How quantized checkpoints store a matrix: the tensors of each format, and the weights that they stand for.
 
-Weights are computed in float32 and rounded once, to the dtype that the model gets. That is what the libraries
-which wrote the files do, as far as an integer or a float8 times a scale fits float32: always.
+Weights are computed in float32 and rounded once, to the dtype that the model gets.
 """
 
 import dataclasses
@@ -139,6 +138,7 @@ def compressed(
     dtype: str,
     scales: tuple[tuple[int, ...], ...],
     block: Shape,
+    symmetric: bool,
     packed_zeros: bool,
 ) -> PackedWeight:
     """compressed-tensors: (code - zero) * scale, one scale for each block of the matrix.
@@ -150,7 +150,8 @@ def compressed(
     - dtype: that of ``weight``.
     - scales: the shapes that ``weight_scale`` may have.
     - block: outputs and inputs that share a scale.
-    - packed_zeros: whether ``weight_zero_point`` is packed, along the outputs.
+    - symmetric: whether there may be no ``weight_zero_point``.
+    - packed_zeros: whether it is packed, along the outputs.
     """
     outputs, inputs = shape
     grid = _grid(shape, block)
@@ -168,7 +169,7 @@ def compressed(
         words = math.ceil(outputs * packed_bits / 32)
         parts["weight_zero_point"] = Part(("I32",), ((words, grid[1]),))
     else:
-        parts["weight_zero_point"] = Part(("I8", dtype), scales, optional=True)
+        parts["weight_zero_point"] = Part(("I8", dtype), scales, optional=symmetric)
     parts["weight_g_idx"] = Part(("I32", "I64"), ((inputs,),), optional=True)
 
     def decode(arrays):
@@ -178,6 +179,7 @@ def compressed(
             codes = _signed(unpack(arrays["weight_packed"], packed_bits)[:, :inputs], packed_bits)
         zeros = arrays.get("weight_zero_point")
         if packed_zeros:
+            assert packed_bits is not None
             zeros = _signed(unpack(arrays["weight_zero_point"].T, packed_bits)[:, :outputs].T, packed_bits)
         elif zeros is not None:
             zeros = zeros.reshape(grid)
@@ -243,11 +245,11 @@ def bitsandbytes_4bit(tensors: Mapping[str, StoredTensor], shape: Shape) -> Pack
     def decode(arrays):
         largest = arrays["weight.absmax"]
         if is_nested:
-            nested = np.repeat(arrays["weight.nested_absmax"], state["nested_blocksize"])[:blocks]
+            nested = arrays["weight.nested_absmax"][np.arange(blocks) // state["nested_blocksize"]]
             largest = arrays["weight.nested_quant_map"][largest] * nested + np.float32(offset)
         data = arrays["weight"].ravel()
         codes = np.stack([data >> 4, data & 15], axis=-1).ravel()[:size]
-        values = arrays["weight.quant_map"][codes] * np.repeat(largest, state["blocksize"])[:size]
+        values = arrays["weight.quant_map"][codes] * largest[np.arange(size) // state["blocksize"]]
         return values.reshape(shape)
 
     return PackedWeight(parts, decode)

@@ -82,7 +82,7 @@ def _awq(settings) -> Find:
 
 def _gptq(settings) -> Find:
     bits = _require(settings, "gptq", "bits", 4, 8, 2)
-    symmetric = _require(settings | {"sym": settings.get("sym", True)}, "gptq", "sym", True, False)
+    symmetric = _require({"sym": True} | settings, "gptq", "sym", True, False)
     layout = settings.get("checkpoint_format") or settings.get("format") or "gptq"
     if layout not in ("gptq", "gptq_v2"):
         raise ValueError(
@@ -103,17 +103,18 @@ def _gptq(settings) -> Find:
 
 
 def _fp8(settings) -> Find:
-    _require(settings | {"fmt": settings.get("fmt", "e4m3")}, "fp8", "fmt", "e4m3", "float8_e4m3fn")
-    block = settings.get("weight_block_size")
+    _require({"fmt": "e4m3"} | settings, "fp8", "fmt", "e4m3", "float8_e4m3fn")
+    block = settings.get("weight_block_size", [128, 128])  # null says: one scale per matrix
     if block is not None:
         block = _block(block, "weight_block_size")
 
     def find(module, tensors, shape):
-        name = "weight_scale" if "weight_scale" in tensors else "weight_scale_inv"
+        if "weight_scale" in tensors:  # as vLLM writes one scale per matrix
+            return scaled_float8(shape, "weight_scale", SCALAR, shape)
         if block is None:
-            return scaled_float8(shape, name, SCALAR, shape)
+            return scaled_float8(shape, "weight_scale_inv", SCALAR, shape)
         grid = -(-shape[0] // block[0]), -(-shape[1] // block[1])
-        return scaled_float8(shape, name, (grid,), block)
+        return scaled_float8(shape, "weight_scale_inv", (grid,), block)
 
     return find
 
@@ -160,7 +161,7 @@ def _compressed_tensors(settings) -> Find:
     def find(module, tensors, shape):
         if any(_matches(module, pattern) for pattern in ignored):
             raise ValueError(
-                f"quantization_config.ignore names {module}, yet its tensors are {_names(tensors)}"
+                f"quantization_config.ignore names {module}, yet its tensors are {', '.join(tensors)}"
             )
         for rank in (_is_name, _is_pattern, _is_class):  # the most precise target counts
             for targets, make in read:
@@ -196,33 +197,30 @@ def _compressed_group(name, group, settings):
             f"quantization_config.{where} has weights of type {kind!r} and num_bits {number!r}; allowed for "
             f"{layout} are {shown}"
         )
-    group_size = weights.get("group_size")
-    inferred = "tensor" if group_size is None else "channel" if group_size == -1 else "group"
-    strategy = weights.get("strategy") or inferred
+    size = weights.get("group_size")
+    strategy = weights.get("strategy") or ("tensor" if size is None else "channel" if size == -1 else "group")
     if strategy not in ("tensor", "channel", "group", "block"):
         raise ValueError(
             f"quantization_config.{where} has weights of strategy {strategy!r}; allowed are tensor, channel, "
             "group, block"
         )
-    if strategy == "group":
-        group_size = _group_size(weights, where)
-    blocks = (
-        _block(weights.get("block_structure"), f"{where}.block_structure") if strategy == "block" else None
+    group_size = _group_size(weights, where) if strategy == "group" else -1
+    rows, columns = (
+        _block(weights.get("block_structure"), f"{where}.block_structure") if strategy == "block" else (1, 1)
     )
     packed = layout == "pack-quantized"
-    packed_zeros = packed and weights.get("symmetric") is False and strategy in ("group", "channel")
+    symmetric = _require({"symmetric": True, **weights}, where, "symmetric", True, False)
+    packed_zeros = packed and not symmetric and strategy in ("group", "channel")
 
     def make(tensors, shape):
-        outputs, inputs = shape
-        if strategy == "tensor":
-            block, scales = shape, SCALAR
-        elif strategy == "channel":
-            block, scales = (1, inputs), ((outputs, 1), (outputs,))
-        elif strategy == "group":
-            block, scales = (1, group_size), ((outputs, -(-inputs // group_size)),)
-        else:
-            assert blocks is not None
-            block, scales = blocks, ((-(-outputs // blocks[0]), -(-inputs // blocks[1])),)
+        block = {
+            "tensor": shape,
+            "channel": (1, shape[1]),
+            "group": (1, shape[1] if group_size == -1 else group_size),
+            "block": (rows, columns),
+        }[strategy]
+        grid = -(-shape[0] // block[0]), -(-shape[1] // block[1])
+        scales = {"tensor": SCALAR, "channel": (grid, grid[:1])}.get(strategy, (grid,))
         return compressed(
             tensors,
             shape,
@@ -230,6 +228,7 @@ def _compressed_group(name, group, settings):
             dtype="F8_E4M3" if kind == "float" else "I8",
             scales=scales,
             block=block,
+            symmetric=symmetric,
             packed_zeros=packed_zeros,
         )
 
@@ -269,11 +268,7 @@ def _is_name(target):
     return not _is_class(target) and not _is_pattern(target)
 
 
-def _names(tensors):
-    return ", ".join(tensors)
-
-
-def _require(settings, method, field, *allowed):
+def _require(settings, method, field, *allowed) -> Any:
     value = settings.get(field)
     if value not in allowed or (isinstance(value, bool) != isinstance(allowed[0], bool)):
         shown = " or ".join(str(one) for one in allowed)

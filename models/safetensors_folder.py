@@ -11,7 +11,7 @@ import shutil
 import struct
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar, runtime_checkable
 
 import ml_dtypes
 import numpy as np
@@ -65,7 +65,13 @@ class StoredTensor:
     start: int  # of its bytes in the file
 
 
-Tensor = TypeVar("Tensor")  # StoredTensor, or what another kind of file has
+@runtime_checkable
+class _InFile(Protocol):
+    @property
+    def file(self) -> Path: ...
+
+
+Tensor = TypeVar("Tensor", bound=_InFile)  # StoredTensor, or what another kind of file has
 
 
 def find_tensors(directory: Path) -> dict[str, StoredTensor]:

@@ -157,7 +157,7 @@ def _not_an_archive(file) -> str:
 
 def _run(program: bytes, file: Path, folder: str) -> dict[str, TorchTensor]:
     stack: list[Any] = []
-    memo: dict[int, Any] = {}
+    memo: dict[Any, Any] = {}
     for opcode, argument, _ in pickletools.genops(program):
         name = opcode.name
         if name in _CONSTANTS:

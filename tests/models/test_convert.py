@@ -130,7 +130,7 @@ def test_every_dtype(protocol, tmp_path):
     rng = np.random.default_rng(0)
     arrays = {str(dtype): rng.integers(0, 2, (3, 4)).astype(dtype) for dtype in STORAGES}
     content = collections.OrderedDict((name, whole(array)) for name, array in arrays.items())
-    content._metadata = collections.OrderedDict({"": {"version": 1}})
+    vars(content)["_metadata"] = collections.OrderedDict({"": {"version": 1}})
     save_torch(tmp_path / "x", content, protocol)
     assert_arrays(read(tmp_path / "x"), arrays)
     save_torch(tmp_path / "x", dict(content), protocol)

@@ -5,6 +5,8 @@ shape [out, in] and returns its tensors, by what follows the module's name, and 
 """
 
 import json
+from pathlib import Path
+from typing import Any
 
 import jax.numpy as jnp
 import ml_dtypes
@@ -15,7 +17,7 @@ from flax import nnx
 
 from jsparse.models import Llama, LlamaConfig
 from jsparse.models.quantization import read_quantization
-from jsparse.models.safetensors_folder import read_header, read_tensor
+from jsparse.models.safetensors_folder import StoredTensor, read_header, read_tensor
 
 AWQ_ORDER = [0, 2, 4, 6, 1, 3, 5, 7]  # nibble i of a word is the code of this output
 
@@ -45,7 +47,7 @@ def dequantized(codes, zeros, scales, group_of):
     return weight.astype(np.float32)
 
 
-def random_scales(rng, shape, dtype=np.float16):
+def random_scales(rng, shape, dtype: Any = np.float16):
     return (rng.uniform(0.01, 0.1, shape)).astype(dtype)
 
 
@@ -117,7 +119,9 @@ def compressed_int(rng, shape, symmetric=True):
     zeros = None if symmetric else rng.integers(-128, 128, (shape[0], 1))
     weight = dequantized(codes, zeros, scales, lambda o, i: (o, 0))
     tensors = {"weight": codes.astype(np.int8), "weight_scale": scales}
-    return tensors | ({} if symmetric else {"weight_zero_point": zeros.astype(np.int8)}), weight
+    if zeros is not None:
+        tensors["weight_zero_point"] = zeros.astype(np.int8)
+    return tensors, weight
 
 
 def e4m3(byte):
@@ -268,6 +272,12 @@ FORMATS = {
         float8,
         {"name": "weight_scale_inv", "block": (8, 16), "dtype": ml_dtypes.float8_e8m0fnu},
     ),
+    "fp8, blocks by default": (
+        {"quant_method": "fp8"},
+        float8,
+        {"name": "weight_scale_inv", "block": (128, 128)},
+    ),
+    "fp8 of vLLM": ({"quant_method": "fp8", "activation_scheme": "static"}, float8, {"scale_shape": (1,)}),
     "fp8, one scale": (FP8 | {"weight_block_size": None}, float8, {"scale_shape": ()}),
     "modelopt": (MODELOPT, float8, {"scale_shape": ()}),
     "modelopt, channels": (
@@ -428,16 +438,16 @@ def test_groups_of_layers(plain):
         "format": "float-quantized",
     }
     find = read_quantization(settings | {"ignore": ["lm_head", "re:.*k_proj$"]})
-    parts = {
-        name: set(find(f"model.layers.{name}", {}, (8, 16)).parts)
-        for name in ("0.mlp.up_proj", "1.mlp.down_proj", "0.mlp.down_proj")
-    }
-    assert "weight_packed" in parts["0.mlp.up_proj"]
-    assert "weight" in parts["1.mlp.down_proj"] and "weight" in parts["0.mlp.down_proj"]
-    assert find("model.layers.1.mlp.down_proj", {}, (8, 16)).parts["weight"].dtypes == ("I8",)
-    assert find("model.layers.0.mlp.down_proj", {}, (8, 16)).parts["weight"].dtypes == ("F8_E4M3",)
+
+    def parts(module, **tensors):
+        return find(f"model.layers.{module}", tensors, (8, 16)).parts
+
+    assert "weight_packed" in parts("0.mlp.up_proj")
+    assert parts("1.mlp.down_proj")["weight"].dtypes == ("I8",)
+    assert parts("0.mlp.down_proj")["weight"].dtypes == ("F8_E4M3",)
+    stored = StoredTensor(Path("x"), "x", "I32", (8, 2), 0)
     with pytest.raises(ValueError, match="ignore names model.layers.0.self_attn.k_proj, yet.*weight_packed"):
-        find("model.layers.0.self_attn.k_proj", {"weight_packed": None}, (8, 16))
+        parts("0.self_attn.k_proj", weight_packed=stored)
 
 
 # Refusals: before anything is decoded, in one message, by name
@@ -464,6 +474,7 @@ def test_groups_of_layers(plain):
         (MODELOPT | {"quant_algo": "NVFP4"}, "quant_algo='NVFP4' is not supported for modelopt"),
         (MODELOPT | {"kv_cache_scheme": "FP8"}, "kv_cache_scheme='FP8'.*set it to null"),
         (compressed("marlin-24"), "format='marlin-24' of config_groups.group_0.*pack-quantized"),
+        (compressed("pack-quantized", symmetric=None), "symmetric=None"),
         (compressed("pack-quantized", num_bits=3), "num_bits 3.*int4, int8"),
         (compressed("float-quantized", num_bits=4, type="float"), "num_bits 4.*float8"),
         (compressed("pack-quantized", strategy="tensor_group"), "strategy 'tensor_group'"),
@@ -496,6 +507,7 @@ MODULE = "model.layers.0.mlp.up_proj."  # [48, 32]
         ("packed", lambda t: t.pop("weight_shape"), "missing {}weight_shape"),
         ("packed, zeros", lambda t: t.pop("weight_zero_point"), "missing {}weight_zero_point"),
         ("int8", lambda t: t.pop("weight_scale"), "missing {}weight_scale"),
+        ("int8, zeros", lambda t: t.pop("weight_zero_point"), "missing {}weight_zero_point"),
         (
             "fp8",
             lambda t: t.update(weight_scale_inv=np.ones((6, 3), np.float32)),

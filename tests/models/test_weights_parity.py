@@ -166,11 +166,10 @@ def decode(tmp_path, settings, tensors, shape):
 
 
 def test_float8_in_blocks_as_transformers_decodes_it(tmp_path):
-    from transformers.integrations.finegrained_fp8 import Fp8Dequantize
-
+    fp8 = pytest.importorskip("transformers.integrations.finegrained_fp8")
     weight = (torch.randn(256, 384) * 100).to(torch.float8_e4m3fn)
     scales = torch.rand(2, 3)
-    theirs = Fp8Dequantize(None)._dequantize_one(weight, scales, torch.bfloat16)
+    theirs = fp8.Fp8Dequantize(None)._dequantize_one(weight, scales, torch.bfloat16)
     settings = {"quant_method": "fp8", "weight_block_size": [128, 128]}
     ours = decode(tmp_path, settings, {"weight": weight, "weight_scale_inv": scales}, (256, 384))
     assert torch.equal(as_torch(ours.astype(jnp.bfloat16)), theirs)
@@ -198,11 +197,9 @@ def test_float8_in_blocks_as_transformers_decodes_it(tmp_path):
 )
 @pytest.mark.parametrize("shape", [(48, 64), (45, 48)])
 def test_compressed_tensors(layout, weights, shape, tmp_path):
-    pytest.importorskip("compressed_tensors")
-    from compressed_tensors.compressors import BaseCompressor
-    from compressed_tensors.quantization import QuantizationScheme
-
-    scheme = QuantizationScheme(targets=["Linear"], weights=weights, format=layout)
+    compressors = pytest.importorskip("compressed_tensors.compressors")
+    quantization = pytest.importorskip("compressed_tensors.quantization")
+    scheme = quantization.QuantizationScheme(targets=["Linear"], weights=weights, format=layout)
     outputs, inputs = shape
     grids = {
         "tensor": (1,),
@@ -219,7 +216,7 @@ def test_compressed_tensors(layout, weights, shape, tmp_path):
     if not weights.get("symmetric", True):
         half = 2 ** (weights["num_bits"] - 1)
         state["weight_zero_point"] = torch.randint(-half, half, grid, dtype=torch.int8)
-    library = BaseCompressor.get_value_from_registry(layout)
+    library = compressors.BaseCompressor.get_value_from_registry(layout)
     compressed = library.compress(state, scheme)
     theirs = library.decompress(compressed, scheme)["weight"]
     settings = {
