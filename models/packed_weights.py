@@ -320,7 +320,7 @@ def _quant_state(stored) -> dict[str, Any]:
         raise ValueError(f"{stored.name} is {stored.dtype} {list(stored.shape)}, not JSON in bytes")
     try:
         state = json.loads(read_tensor(stored).tobytes())
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{stored.name} cannot be read: {error}") from error
     if not isinstance(state, dict):
         raise ValueError(f"{stored.name} must hold a JSON object, not {type(state).__name__}")

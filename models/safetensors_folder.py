@@ -309,7 +309,7 @@ def _parse_json(text, file):
 
     try:
         parsed = json.loads(text, object_pairs_hook=refuse_duplicates)
-    except ValueError as error:  # JSON and UTF-8 errors are ValueErrors too
+    except (ValueError, RecursionError) as error:  # JSON and UTF-8 errors are ValueErrors too
         raise ValueError(f"{file} cannot be read: {error}") from error
     if not isinstance(parsed, dict):
         raise ValueError(f"{file} must hold a JSON object, not {type(parsed).__name__}")

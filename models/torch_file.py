@@ -40,6 +40,7 @@ _CONSTANTS = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False, "EMPTY_TUPLE": (
 _NUMBERS_AND_TEXT = ("BININT", "BININT1", "BININT2", "LONG1", "BINFLOAT", "BINUNICODE", "SHORT_BINUNICODE")
 _MAX_PICKLE_BYTES = 1 << 24  # a hundred bytes per tensor are usual
 _MAX_DIMENSIONS = 8
+_MAX_SHARING = 4  # tied weights share a storage; a file of many more would fill the disk
 _MARK = object()
 
 
@@ -97,11 +98,15 @@ def read_torch_header(file: Path) -> dict[str, TorchTensor]:
         tensors = _run(program, file, folder)
     except (ValueError, KeyError, IndexError, TypeError) as error:
         raise ValueError(f"{file} is refused: {error}") from error
+    available = file.stat().st_size
     for name, tensor in tensors.items():
         info = members.get(tensor.storage.member)
         size = tensor.storage.count * tensor.storage.dtype.itemsize
-        if info is None or info.file_size != size or not _is_stored(info):
+        if info is None or info.file_size != size or size > available or not _is_stored(info):
             raise ValueError(f"{file} is damaged: {name} needs {size} plain bytes in {tensor.storage.member}")
+    total = sum(tensor.nbytes for tensor in tensors.values())
+    if total > _MAX_SHARING * available:
+        raise ValueError(f"{file} is refused: its tensors repeat {available} bytes until they are {total}")
     return tensors
 
 
@@ -128,9 +133,8 @@ def _folder_of(file, members) -> str:
 
 
 def _is_stored(info) -> bool:
-    return (
-        info.compress_type == zipfile.ZIP_STORED and not info.flag_bits & 1
-    )  # neither smaller nor encrypted
+    is_encrypted = info.flag_bits & 1
+    return info.compress_type == zipfile.ZIP_STORED and not is_encrypted
 
 
 def _read_member(file, archive, info) -> bytes:

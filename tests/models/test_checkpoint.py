@@ -205,7 +205,7 @@ def test_missing_files(saved, tmp_path):
     refused(saved, FileNotFoundError, "config.json")
 
 
-@pytest.mark.parametrize("text", ["", "{", "[]", '{"vocab_size": 1, "vocab_size": 2}', "\xff"])
+@pytest.mark.parametrize("text", ["", "{", "[]", "[" * 100_000, '{"vocab_size": 1, "vocab_size": 2}', "\xff"])
 def test_unreadable_config(text, saved):
     (saved / "config.json").write_bytes(text.encode("latin-1"))
     refused(saved, ValueError, "config.json")

@@ -176,6 +176,13 @@ def test_tensors_stay_in_their_storage(offset, shape, strides, tmp_path):
         read_torch_header(tmp_path / "x")
 
 
+def test_a_small_file_cannot_fill_the_disk(tmp_path):
+    storage = Storage(np.zeros(100_000, np.float32))
+    save_torch(tmp_path / "x", {str(i): Tensor(storage, 0, (100_000,), (1,)) for i in range(5)})
+    with pytest.raises(ValueError, match="x is refused: its tensors repeat .* until they are 2000000"):
+        read_torch_header(tmp_path / "x")
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [
