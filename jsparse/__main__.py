@@ -88,6 +88,10 @@ _JSPARSE = _Command(
         "heads": _Command(
             help="learn which KV heads need the whole context (DuoAttention)", function="train.commands:heads"
         ),
+        "convert": _Command(
+            help="write a model in pytorch_model.bin with safetensors, without unpickling it",
+            function="models.commands:convert",
+        ),
         "generate": _Command(
             help="generate text from a prompt, with a dense or a sparse KV cache",
             function="serve.commands:generate",

@@ -5,6 +5,7 @@ from typing import Any
 
 from jsparse.models.hf_fields import check_unread
 from jsparse.models.positions import sequence_length_from_hf
+from jsparse.models.quantization import quantization_settings, read_quantization
 from jsparse.models.rope import FIELDS_OF_KIND, ROPE_KINDS, RopeConfig
 
 _REQUIRED = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
@@ -59,7 +60,7 @@ MODEL_TYPES = tuple(_DEFAULTS)
 
 # Read besides those.
 _READ = {"model_type", "rope_theta", "rope_scaling", "rope_parameters", "rope_condense_ratio"}
-_READ |= {"max_sequence_length", "dual_chunk_attention_config"}
+_READ |= {"max_sequence_length", "dual_chunk_attention_config", "quantization_config", "compression_config"}
 
 # What a RoPE entry may have although its kind does not read it, and the values that change nothing.
 _INERT_IN_ROPE = {"finetuned": (True, False), "attn_factor": (1,), "extrapolation_factor": (1,)}
@@ -72,6 +73,9 @@ def fields_from_hf(fields: Mapping[str, Any]) -> dict[str, Any]:
         raise ValueError(f"model_type {model_type!r} is not supported; allowed are {', '.join(MODEL_TYPES)}")
     defaults = _DEFAULTS[model_type]
     check_unread(fields, known={*_REQUIRED, *defaults, *_READ}, model_type=model_type)
+    quantization = quantization_settings(fields)
+    if quantization is not None:
+        read_quantization(quantization)  # refuses what we cannot decode
     missing = [name for name in _REQUIRED if fields.get(name) is None]
     if missing:
         raise ValueError(f"the config lacks {', '.join(missing)}")

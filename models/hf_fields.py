@@ -39,7 +39,7 @@ _INERT = frozenset(
     n_positions n_ctx original_max_position_embeddings tie_encoder_decoder cross_attention_hidden_size
     output_attentions output_hidden_states output_logits output_router_logits prefill_chunk_size
     num_beam_groups no_repeat_ngram_size encoder_no_repeat_ngram_size epsilon_cutoff penalty_alpha
-    remove_invalid_values sequence_bias top_k quantization_config compression_config
+    remove_invalid_values sequence_bias top_k
     """.split()
 )
 _INERT_NAME = re.compile(

@@ -139,9 +139,9 @@ class Llama(nnx.Module):
         """The model in a Hugging Face folder: ``config.json`` and safetensors, in one file or in shards.
 
         ``directory`` may also be an id on the Hugging Face Hub (see :func:`jsparse.hub.model_folder`).
-        ``dtype`` None keeps the dtype of the file. Stop tokens in ``generation_config.json`` override those
-        of the config. On a ``mesh`` each parameter lies where ``jsparse.models.sharding`` says, and no device
-        ever holds more than its part.
+        Quantized weights are decoded. ``dtype`` None takes the dtype that config.json gives, or else that of
+        the file. Stop tokens in ``generation_config.json`` override those of the config. On a ``mesh`` each
+        parameter lies where ``jsparse.models.sharding`` says, and no device ever holds more than its part.
 
         Raises FileNotFoundError for a folder, config, weights or shard that is missing (pickled weights do
         not count), ValueError for a config that cannot be represented and for tensors that do not fit it.

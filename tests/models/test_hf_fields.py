@@ -43,7 +43,7 @@ def test_a_full_dump_of_the_base_class_changes_nothing():
     [
         {"auto_map": {"AutoModelForCausalLM": "modeling_flash_llama.LlamaForCausalLM"}},
         {"internal_version": "7b-alpha-v2.33.0.30"},
-        {"trained_by": "somebody", "license": "mit", "git_commit": "abc", "quantization_config": {"bits": 4}},
+        {"trained_by": "somebody", "license": "mit", "git_commit": "abc"},
         {"use_flash_attn": True, "_flash_attn_2_enabled": True, "attn_implementation": "sdpa"},
         {"model_max_length": 4096, "max_seq_len": 4096, "seq_length": 4096, "n_ctx": 4096},
         {"logits_soft_cap": None, "use_qk_norm": False, "layer_scale": {}, "expert_ids": []},

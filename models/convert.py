@@ -1,0 +1,98 @@
+"""A checkpoint that torch.save wrote, as a folder of safetensors; nothing of it is unpickled."""
+
+import dataclasses
+import shutil
+from pathlib import Path
+
+from jsparse.checks import require_new_folder
+from jsparse.models.safetensors_folder import (
+    INDEX,
+    PICKLES,
+    SINGLE,
+    complete_set,
+    inside,
+    merged,
+    read_index,
+    read_indexed,
+    write_tensors,
+    written_whole,
+)
+from jsparse.models.torch_file import TorchTensor, read_torch_header, read_torch_tensor
+
+_SINGLE, _INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
+_OTHER_WEIGHTS = (*PICKLES, ".safetensors", ".msgpack", ".h5", ".ot", ".onnx", ".gguf")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ConvertConfig:
+    """Write a model whose weights torch.save wrote (pytorch_model.bin) with safetensors instead.
+
+    No code in the files can run: they are not unpickled.
+
+    >>> ConvertConfig(model="old", output="new").max_shard_bytes
+    5000000000
+    """
+
+    model: str | Path
+    """A folder with config.json and pytorch_model.bin, its shards, or one .pth or .pt."""
+    output: str | Path
+    """A new folder."""
+    max_shard_bytes: int = 5_000_000_000
+    """The most that one file of the output holds, unless a single tensor is larger."""
+
+    def __post_init__(self):
+        if self.max_shard_bytes < 1:
+            raise ValueError(f"max_shard_bytes must be >= 1, not {self.max_shard_bytes}")
+
+
+def convert(config: ConvertConfig) -> list[str]:
+    """Write the folder. Tensors keep names and dtypes; the other files are copied, config.json last.
+
+    - config: from where, and to where.
+
+    Returns the names of what was not copied: other weights, hidden files, and folders.
+
+    Raises FileNotFoundError for a folder without config.json or such weights; FileExistsError for an output
+    that is not empty; ValueError for weights that are safetensors already, and for files that hold anything
+    but a state dict.
+    """
+    source, output = Path(config.model), Path(config.output)
+    require_new_folder(output)
+    if not (source / "config.json").is_file():
+        raise FileNotFoundError(f"{source} is not a checkpoint folder: it has no config.json")
+    tensors = _find(source)
+    with written_whole(output, last="config.json") as staging:
+        sizes = {name: tensor.nbytes for name, tensor in tensors.items()}
+        write_tensors(staging, sizes, lambda name: read_torch_tensor(tensors[name]), config.max_shard_bytes)
+        return _copy_others(source, staging, {tensor.file.name for tensor in tensors.values()})
+
+
+def _find(source: Path) -> dict[str, TorchTensor]:
+    existing = [name for name in (SINGLE, INDEX) if (source / name).exists()]
+    if existing:
+        raise ValueError(f"{source} has {existing[0]} already; it loads as it is")
+    if (source / _INDEX).is_file():
+        index = source / _INDEX
+        return read_indexed(source, index, read_index(index), ".bin", read_torch_header)
+    if (source / _SINGLE).is_file():
+        return read_torch_header(inside(source, _SINGLE, ".bin"))
+    shards = complete_set(source, "pytorch_model", ".bin")
+    if shards:
+        return merged((inside(source, name, ".bin") for name in shards), read_torch_header)
+    others = sorted(file.name for file in source.iterdir() if file.suffix in PICKLES)
+    if len(others) == 1:
+        return read_torch_header(inside(source, others[0], Path(others[0]).suffix))
+    found = f"; which of {', '.join(others)} is meant is not clear" if others else ""
+    raise FileNotFoundError(f"{source} has neither {_SINGLE}, nor its shards, nor one .pth or .pt{found}")
+
+
+def _copy_others(source: Path, staging: Path, converted: set[str]) -> list[str]:
+    left = []
+    for file in sorted(source.iterdir()):
+        if file.name in (_INDEX, *converted):
+            continue
+        if not file.is_file() or file.suffix in _OTHER_WEIGHTS or file.name.startswith("."):
+            left.append(file.name)
+        else:
+            shutil.copyfile(inside(source, file.name, ""), staging / file.name)
+    return left
