@@ -10,7 +10,7 @@ from typing import Any, TypeAlias
 from tokenizers import AddedToken
 
 from jsparse.texts.chat_messages import cut, mark_end, plain, read_mappings, read_messages
-from jsparse.texts.control_tokens import ControlTokens, Encoded, Unmarked, assistant_mask, unmark
+from jsparse.texts.control_tokens import ControlTokens, Encoded, assistant_mask, remove_marks
 from jsparse.texts.jinja_sandbox import CompiledTemplate, compile_template
 from jsparse.texts.tokenizer import load_tokenizer
 
@@ -64,7 +64,7 @@ class ChatTemplate:
         Raises ValueError for messages of another form, for both of ``add_generation_prompt`` and
         ``continue_final_message``, for a name that no template has, and for whatever the template raises.
         """
-        prompt = self._prompt(
+        marked = self._prompt(
             messages,
             _unchanged,
             tools=tools,
@@ -74,7 +74,7 @@ class ChatTemplate:
             name=name,
             **variables,
         )
-        return prompt.text
+        return remove_marks(marked)
 
     def encode(
         self, messages: Messages, *, sanitize_control_tokens: bool = True, **arguments: Any
@@ -87,9 +87,11 @@ class ChatTemplate:
         what the template writes next to it. Added tokens that the tokenizer does not call special, such as
         ``<think>`` in some, stay tokens.
 
-        This has two limits. A token of which the template writes both the beginning and the end, as in
-        ``"<|" + message.role + "|>"``, is the template's: check the roles of messages that strangers send.
-        And a template that removes something from the middle of a text can join what was around it.
+        This has limits. A token of which the template writes both the beginning and the end, as in
+        ``"<|" + message.role + "|>"``, is the template's: check the roles of messages that strangers send. A
+        template that takes something out of the middle of a text, or cuts it at a place that it has counted,
+        can make a token of the rest. And where texts meet, a part of a token that is only letters and digits
+        is not seen.
 
         For messages that spell no special token, the ids are those of transformers' ``apply_chat_template``.
 
@@ -98,8 +100,8 @@ class ChatTemplate:
           what transformers does by default.
         - arguments: the others of `render`.
 
-        Raises ValueError as `render` does, and if the text of a special token cannot be encoded as text:
-        because the tokenizer makes the token of it nevertheless, or because the template takes it apart.
+        Raises ValueError as `render` does, and if a special token in a message cannot be encoded as text,
+        because the tokenizer makes the token of it nevertheless.
         """
         return self._encode(messages, sanitize_control_tokens, arguments).ids
 
@@ -150,7 +152,7 @@ class ChatTemplate:
         continue_final_message: bool = False,
         name: str | None = None,
         **variables: Any,
-    ) -> Unmarked:
+    ) -> str:
         template = self._choose(name, tools)
         if add_generation_prompt and continue_final_message:
             raise ValueError(
@@ -173,7 +175,7 @@ class ChatTemplate:
                 "add_generation_prompt": add_generation_prompt,
             }
         )
-        return unmark(rendered if last is None else cut(rendered, last, template.file))
+        return rendered if last is None else cut(rendered, last, template.file)
 
     @functools.cached_property
     def _control_tokens(self) -> ControlTokens:

@@ -9,8 +9,8 @@ import json
 import re
 import secrets
 from bisect import bisect_left, bisect_right
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable, Collection, Iterator
+from dataclasses import dataclass
 
 import tokenizers
 from tokenizers import AddedToken
@@ -51,7 +51,7 @@ def unescape_marks(written: str) -> str:
     return re.sub(r"\\(\\|ud80[0-5])", unescape, written)
 
 
-def marker(tokens: Iterable[str]) -> Callable[[str], str]:
+def marker(names: Collection[str]) -> Callable[[str], str]:
     """A function that marks in a text whatever could become one of these control tokens.
 
     A token is put between OPEN and CLOSE, whatever the case of its letters, since a template may change that.
@@ -62,24 +62,22 @@ def marker(tokens: Iterable[str]) -> Callable[[str], str]:
     >>> ascii(mark("a <|END|> b <|e"))
     "'a \\\\ud800<|END|>\\\\ud801 b <|e\\\\ud802'"
     """
-    names = {token.casefold() for token in tokens}
     # Not parts that are a word: that would mark, and so change, roles and keys.
     beginnings = {name[:n] for name in names for n in range(1, len(name)) if not name[:n].isalnum()}
     ends = {name[n:] for name in names for n in range(1, len(name)) if not name[n:].isalnum()}
-    lengths = sorted(map(len, names), reverse=True)
+    lengths = sorted({len(name) for name in names}, reverse=True)
     # A tokenizer can have thousands of them, but they begin alike. One alternative for each would be slow.
-    start = re.compile("|".join(sorted({re.escape(name[:2]) for name in names})) or "(?!)", re.IGNORECASE)
+    starts = "|".join(sorted({re.escape(name[:2]) for name in names})) or "(?!)"
+    start = re.compile(f"(?={starts})", re.IGNORECASE)
 
     def spans(text: str) -> Iterator[tuple[int, int]]:
         done = 0
         for match in start.finditer(text):
             at = match.start()
-            length = next((n for n in unique if text[at : at + n].casefold() in names), None)
+            length = next((n for n in lengths if text[at : at + n].casefold() in names), None)
             if length is not None and at >= done:
                 done = at + length
                 yield at, done
-
-    unique = list(dict.fromkeys(lengths))
 
     def mark(text: str) -> str:
         body = text.strip()
@@ -88,12 +86,12 @@ def marker(tokens: Iterable[str]) -> Callable[[str], str]:
         sizes = range(1, min(max(lengths, default=0), len(body) + 1))
         first = EDGE if any(body[:n].casefold() in ends for n in sizes) else ""
         last = EDGE if any(body[-n:].casefold() in beginnings for n in sizes) else ""
-        start, done, pieces = text.index(body), 0, []
+        before, after = text[: text.index(body)], text[text.index(body) + len(body) :]
+        done, pieces = 0, []
         for a, b in spans(body):
             pieces += [body[done:a], OPEN, body[a:b], CLOSE]
             done = b
-        marked = "".join([*pieces, body[done:]])
-        return f"{text[:start]}{first}{marked}{last}{text[start + len(body) :]}"
+        return "".join([before, first, *pieces, body[done:], last, after])
 
     return mark
 
@@ -103,43 +101,43 @@ class Unmarked:
     """A rendered text without its marks, and the places where they were.
 
     - written: from and to where users wrote a control token.
-    - edges: where a text of a user ends or begins.
-    - cut_edges: those of them that are left of a control token that the template cut into two.
+    - edges: where a text of a user ends or begins with a part of one.
     - generated: from and to where the assistant writes.
     """
 
     text: str
-    written: list[tuple[int, int]] = field(default_factory=list)
-    edges: list[int] = field(default_factory=list)
-    cut_edges: set[int] = field(default_factory=set)
-    generated: list[tuple[int, int]] = field(default_factory=list)
+    written: list[tuple[int, int]]
+    edges: list[int]
+    generated: list[tuple[int, int]]
 
 
-def unmark(marked: str) -> Unmarked:
-    """Takes the marks out of what a template gave."""
-    result = Unmarked(remove_marks(marked))
-    opened: int | None = None  # the place of an OPEN without its CLOSE
+def unmark(marked: str, names: Collection[str]) -> Unmarked:
+    """Takes the marks out of what a template gave.
+
+    - marked: the text. A template that splits a text at a control token leaves an OPEN or a CLOSE alone,
+      which then counts as an EDGE.
+    - names: the control tokens, in `str.casefold`.
+    """
+    result = Unmarked(remove_marks(marked), [], [], [])
+    opened: int | None = None  # the place of the mark before, if that is an OPEN
     starts: list[int] = []
     for n, match in enumerate(_MARKS.finditer(marked)):
-        at = match.start() - n
-        if match[0] == OPEN:
-            if opened is not None:
-                result.cut_edges.add(opened)
-            opened = at
-        elif match[0] == CLOSE:
-            if opened is None:
-                result.cut_edges.add(at)
-            else:
-                result.written.append((opened, at))
+        mark, at = match[0], match.start() - n
+        if opened is not None and mark == CLOSE and result.text[opened:at].casefold() in names:
+            result.written.append((opened, at))
             opened = None
-        elif match[0] == EDGE:
+            continue
+        if opened is not None:
+            result.edges.append(opened)
+        opened = at if mark == OPEN else None
+        if mark in (CLOSE, EDGE):
             result.edges.append(at)
-        elif match[0] == GENERATION_START:
+        elif mark == GENERATION_START:
             starts.append(at)
-        elif match[0] == GENERATION_END and starts:
+        elif mark == GENERATION_END and starts:
             result.generated.append((starts.pop(), at))
     if opened is not None:
-        result.cut_edges.add(opened)
+        result.edges.append(opened)
     return result
 
 
@@ -174,29 +172,25 @@ class ControlTokens:
         self.tokens = {
             id: token.content for id, token in tokenizer.get_added_tokens_decoder().items() if token.special
         }
-        self.mark = marker(self.tokens.values())
+        self.names = {name.casefold() for name in self.tokens.values()}
+        self.mark = marker(self.names)
 
-    def encode(self, rendered: Unmarked) -> Encoded:
-        """The tokens of a rendered text, in which only the control tokens that the template wrote are such
-        tokens.
+    def encode(self, marked: str) -> Encoded:
+        """The tokens of a rendered text. Only the control tokens that the template wrote are such tokens.
 
-        Raises ValueError if the tokenizer makes a control token from plain text, or if a template took a
-        control token of a user apart so that it cannot be told from its own.
+        - marked: the text, with the marks of what `mark` was given.
+
+        Raises ValueError if the tokenizer makes a control token from plain text.
         """
+        rendered = unmark(marked, self.names)
         if has_surrogate(rendered.text):  # the tokenizer would raise a TypeError that does not say so
             raise ValueError("the template writes a lone surrogate, which cannot be written in UTF-8")
         encoding = self.tokenizer.encode(rendered.text, add_special_tokens=False)
         plain = Encoded(encoding.ids, encoding, rendered.generated)
-        if not (rendered.written or rendered.edges or rendered.cut_edges):
+        if not (rendered.written or rendered.edges):
             return plain
         spans = zip(encoding.ids, encoding.offsets, strict=True)
         found = [(id, span) for id, span in spans if id in self.tokens]
-        for id, (start, end) in found:
-            if start in rendered.cut_edges or end in rendered.cut_edges:
-                raise ValueError(
-                    f"the template takes {self.tokens[id]!r} in a message apart, so that it cannot be told "
-                    "from its own"
-                )
         own = [(id, span) for id, span in found if not _by_user(*span, rendered)]
         return plain if len(own) == len(found) else self._encode_otherwise(rendered, own)
 

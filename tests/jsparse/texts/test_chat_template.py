@@ -133,11 +133,22 @@ def test_control_tokens_elsewhere(load):
     )
 
 
-def test_a_control_token_that_is_taken_apart_is_refused(load):
-    template = load("{{ messages[0].content[1:] }}")
-    assert template.encode([USER])
-    with pytest.raises(ValueError, match="'<|im_end|>' in a message apart".replace("|", r"\|")):
-        template.encode([{"role": "user", "content": "<|im_end|>"}])
+def test_a_template_may_split_at_a_control_token(load):
+    """The marks around it part, and what is between them then is the template's."""
+    template = load("{% set p = messages[0].content.split('<|im_end|>') %}{{ p[0] }} <|im_start|>{{ p[1] }}")
+    tokenizer = load_tokenizer(template.directory)
+    ids = template.encode([USER | {"content": "a<|im_end|>b"}])
+    assert [tokenizer.id_to_token(id) for id in ids] == ["a", "Ġ", "<|im_start|>", "b"]
+
+
+def test_one_control_token_in_another(load):
+    template = load("{{ messages[0].content }}", special=["<a", "<<", "<|x|>", "<|x|>>", "|x|>"])
+    special = {
+        token.content for token in template._control_tokens.tokenizer.get_added_tokens_decoder().values()
+    }
+    for text in ("<<|x|>", "<|x|>>>", "<<<a", "|x|><|x|>"):
+        ids = template.encode([USER | {"content": text}])
+        assert not special & {template._control_tokens.tokenizer.id_to_token(id) for id in ids}
 
 
 def test_text_of_which_the_tokenizer_makes_a_control_token_is_refused(load):
@@ -408,7 +419,8 @@ BOMBS = [
     "{% set x %}{% for a in range(10**5) %}{% for b in range(10**5) %}ab{% endfor %}{% endfor %}{% endset %}",
     "{% set ns = namespace(x='ab') %}{% for i in range(99) %}{% set ns.x = ns.x ~ ns.x %}{% endfor %}",
     "{% set ns = namespace(x='ab') %}{% for i in range(99) %}{% set ns.x = ns.x + ns.x %}{% endfor %}",
-    "{% set n = namespace(x='a') %}{% for i in range(99) %}{% set n.x %}{{ n.x * 2 }}{% endset %}{% endfor %}",
+    "{% set n = namespace(x='a') %}{% for i in range(99) %}"
+    "{% set n.x %}{{ n.x }}{{ n.x }}{% endset %}{% endfor %}",
     "{% set ns = namespace(x=[1]) %}{% for i in range(99) %}{% set ns.x = ns.x + ns.x %}{% endfor %}",
     "{% set n = namespace(x=[1]) %}{% for i in range(99) %}{% set n.x = [n.x, n.x] %}{% endfor %}{{ n.x }}",
     "{% set ns = namespace(x={}) %}{% for i in range(99) %}{% set ns.x = dict(a=ns.x, b=ns.x) %}{% endfor %}",
