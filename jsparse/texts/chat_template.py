@@ -11,7 +11,7 @@ from tokenizers import AddedToken
 
 from jsparse.texts.chat_messages import cut, mark_end, plain, read_mappings, read_messages
 from jsparse.texts.control_tokens import ControlTokens, Encoded, assistant_mask, remove_marks
-from jsparse.texts.jinja_sandbox import CompiledTemplate, compile_template
+from jsparse.texts.jinja_sandbox import MAX_SOURCE, CompiledTemplate, compile_template
 from jsparse.texts.tokenizer import load_tokenizer
 
 # Lists of mappings. What is in them is checked when it is read, by errors that name the place.
@@ -27,6 +27,7 @@ class ChatTemplate:
     - directory: the checkpoint's folder.
     - templates: by name. Most checkpoints have one, named ``default``.
     - special_tokens: ``bos_token`` and the like, as templates see them.
+    - added_tokens: those of the configuration, which most tokenizers have already.
 
     Templates come from whoever made the checkpoint, and run in a sandbox. They see plain data only. One that
     runs for more than five seconds, or that builds texts out of proportion to the messages, is stopped by a
@@ -36,7 +37,7 @@ class ChatTemplate:
     directory: Path
     templates: Mapping[str, CompiledTemplate] = field(repr=False)
     special_tokens: Mapping[str, str]
-    _added_tokens: Sequence[AddedToken] = field(repr=False)
+    added_tokens: Sequence[AddedToken] = field(repr=False)
 
     def render(
         self,
@@ -183,7 +184,7 @@ class ChatTemplate:
         tokenizer.no_truncation()
         tokenizer.no_padding()
         known = {token.content for token in tokenizer.get_added_tokens_decoder().values()}
-        tokenizer.add_tokens([token for token in self._added_tokens if token.content not in known])
+        tokenizer.add_tokens([token for token in self.added_tokens if token.content not in known])
         return ControlTokens(tokenizer)
 
 
@@ -246,7 +247,8 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 def _read_jinja(path: Path) -> tuple[str, str]:
     try:
-        return path.read_text(encoding="utf-8"), str(path)
+        with path.open(encoding="utf-8") as file:
+            return file.read(MAX_SOURCE + 1), str(path)  # one more than compile_template takes
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} is not text in UTF-8: {error}") from error
 

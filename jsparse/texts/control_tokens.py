@@ -242,11 +242,11 @@ def _with_secret_names(
     content = json.loads(tokenizer.to_str())
     content["added_tokens"] = []
     copy = tokenizers.Tokenizer.from_str(json.dumps(content))
-    names, ids = {}, {}
-    for id, token in sorted(tokenizer.get_added_tokens_decoder().items()):
-        if token.special:
-            names[id] = f"\U0010f000{secret}-{id}\U0010f001"
-            token = AddedToken(names[id], normalized=False, special=True)
-        copy.add_tokens([token])
-        ids[copy.token_to_id(token.content)] = id
+    added = sorted(tokenizer.get_added_tokens_decoder().items())
+    names = {id: f"\U0010f000{secret}-{id}\U0010f001" for id, token in added if token.special}
+    tokens = [
+        AddedToken(names[id], normalized=False, special=True) if id in names else token for id, token in added
+    ]
+    copy.add_tokens(tokens)
+    ids = {copy.token_to_id(t.content): id for (id, _), t in zip(added, tokens, strict=True)}
     return copy, ids, names

@@ -67,15 +67,14 @@ class Budget:
 
 current_budget: ContextVar[Budget] = ContextVar("budget of the rendering in this thread")
 
-
 _SEQUENCES = (list, tuple, type({}.keys()), type({}.values()), type({}.items()))
 
 
 def size(value: Any, limit: int) -> int:
-    """The characters of plain data written out, elements counted as NODE. LimitExceeded if more than
-    ``limit``.
+    """The characters of plain data written out, with NODE for each element.
 
-    A list that holds another one twice counts it twice, as writing it out or comparing it would.
+    A list that holds another one twice counts it twice, as writing it out or comparing it would. Raises
+    LimitExceeded, early, for more than ``limit``.
     """
     total, rest = 0, [value]
     while rest:
@@ -146,8 +145,9 @@ def modulo(left: Any, right: Any) -> Any:
     budget = current_budget.get()
     if isinstance(left, str):
         numbers = [*map(int, re.findall(r"\d+", left))]
-        if "*" in left:  # a width that is a value
-            numbers += [left.count("*") * abs(n) for n in _integers(right)]
+        values = right if isinstance(right, tuple) else (right,)
+        # With `*`, a width is one of the values.
+        numbers += [left.count("*") * abs(value) for value in values if isinstance(value, int)]
         escaped = 5 if isinstance(left, Markup) else 1
         budget.spend(len(left) + sum(numbers) + escaped * left.count("%") * size(right, budget.left))
         if re.search(r"%[^%a-zA-Z]*[ra]", left):
@@ -159,10 +159,6 @@ def modulo(left: Any, right: Any) -> Any:
     return budget.keep(left % right)
 
 
-def _integers(value: Any) -> list[int]:
-    return [item for item in (value if isinstance(value, tuple) else (value,)) if isinstance(item, int)]
-
-
 def _written(value: Any) -> Any:
     return text_of(value) if isinstance(value, list | dict) else value
 
@@ -172,9 +168,9 @@ def _written(value: Any) -> Any:
 
 def joined(value: Iterable[Any], d: Any = "") -> str:
     budget = current_budget.get()
-    texts = [text_of(item) for item in value]
+    texts, d = [text_of(item) for item in value], text_of(d)
     budget.spend(len(d) * len(texts))
-    return str(d).join(texts)
+    return d.join(texts)
 
 
 @jinja2.pass_environment
@@ -222,10 +218,8 @@ def tojson(
 ) -> str:
     """JSON as chat templates expect it: letters stay as they are, and nothing is escaped for HTML."""
     budget = current_budget.get()
-    between = sum(len(part) for part in separators or ()) + (
-        indent if isinstance(indent, int) else len(indent or "")
-    )
-    if between > 64:
+    between = [*(separators or ()), " " * min(indent, 65) if isinstance(indent, int) else indent or ""]
+    if sum(map(len, between)) > 64:
         raise LimitExceeded("the filter `tojson` indents or separates by more than 64 characters")
     size(x, budget.left)
     text = json.dumps(x, ensure_ascii=False, indent=indent, separators=separators, sort_keys=sort_keys)

@@ -7,7 +7,6 @@ that no chat template needs, do not exist here. `_Instrument` and `Sandbox` see 
 counted: see `jinja_limits`.
 """
 
-import functools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import datetime
@@ -66,8 +65,7 @@ METHODS: dict[type, frozenset[str]] = {
 
 
 class _Namespace(Namespace):
-    """As jinja2's, without names that begin with an underscore, and whose text does not show what it
-    holds."""
+    """As jinja2's, but no name begins with an underscore, and its text does not show what it holds."""
 
     def __init__(*args: Any, **kwargs: Any) -> None:  # `self` may be the name of a value, as in jinja2
         self, args = args[0], args[1:]
@@ -198,7 +196,8 @@ class Sandbox(ImmutableSandboxedEnvironment):
             return lambda *args, **kwargs: Formatter(self).vformat(obj, args, kwargs)
         if name == "format_map":
             return lambda mapping: Formatter(self).vformat(obj, (), mapping)
-        return functools.partial(join_strings if name == "join" else replace, obj)
+        method = join_strings if name == "join" else replace
+        return lambda *args, **kwargs: method(obj, *args, **kwargs)
 
     def getattr(self, obj: Any, attribute: str) -> Any:
         return self._method(obj, attribute) or super().getattr(obj, attribute)
@@ -251,7 +250,7 @@ def compile_template(source: str, file: str) -> CompiledTemplate:
     Raises ValueError for a source that is too long or not a template, with the line.
     """
     if len(source) > MAX_SOURCE:
-        raise ValueError(f"{file} has a template of {len(source)} characters; at most {MAX_SOURCE} are read")
+        raise ValueError(f"{file} has a template of more than {MAX_SOURCE} characters")
     try:
         tree = _SANDBOX.parse(source)
         calls = [block.call.node for block in tree.find_all(nodes.CallBlock)]
