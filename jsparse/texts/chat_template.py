@@ -227,7 +227,9 @@ def load_chat_template(model: str | Path) -> ChatTemplate:
     if "added_tokens_decoder" not in config:  # older checkpoints
         config |= _read_json(directory / "special_tokens_map.json")
     special_tokens = _special_tokens(config)
-    return ChatTemplate(directory, templates, special_tokens, _added_tokens(config, special_tokens))
+    return ChatTemplate(
+        directory, templates, special_tokens, _added_tokens(config, special_tokens, directory)
+    )
 
 
 # Files
@@ -292,13 +294,19 @@ def _special_tokens(config: dict[str, Any]) -> dict[str, str]:
     return {key: text for key, text in texts.items() if isinstance(text, str)}
 
 
-def _added_tokens(config: dict[str, Any], special_tokens: Mapping[str, str]) -> list[AddedToken]:
+def _added_tokens(config: dict[str, Any], named: Mapping[str, str], directory: Path) -> list[AddedToken]:
     """The tokens that a configuration adds to tokenizer.json, which has them already in most checkpoints."""
-    entries = config.get("added_tokens_decoder", {})
     flags = ("single_word", "lstrip", "rstrip", "normalized", "special")
-    tokens = [
-        AddedToken(entry["content"], **{flag: entry[flag] for flag in flags if flag in entry})
-        for _, entry in sorted(entries.items(), key=lambda item: int(item[0]))
-    ]
+    try:
+        entries = sorted((int(id), entry) for id, entry in config.get("added_tokens_decoder", {}).items())
+        tokens = [
+            AddedToken(entry["content"], **{flag: entry[flag] for flag in flags if flag in entry})
+            for _, entry in entries
+        ]
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise ValueError(
+            f"{directory / 'tokenizer_config.json'}, added_tokens_decoder must map ids to tokens with "
+            "`content` and flags"
+        ) from error
     known = {token.content for token in tokens}
-    return tokens + [AddedToken(t, special=True) for t in special_tokens.values() if t not in known]
+    return tokens + [AddedToken(text, special=True) for text in named.values() if text not in known]

@@ -154,12 +154,17 @@ def modulo(left: Any, right: Any) -> Any:
             raise ValueError(
                 "%r and %a, which write a value as Python does, cannot be used in a chat template"
             )
-        right = tuple(map(_written, right)) if isinstance(right, tuple) else right
-        right = {k: _written(v) for k, v in right.items()} if isinstance(right, dict) else _written(right)
+        if isinstance(right, tuple):
+            right = tuple(map(_written, right))
+        elif isinstance(right, dict) and "%(" in left:
+            right = {key: _written(value) for key, value in right.items()}
+        else:
+            right = _written(right)
     return budget.keep(left % right)
 
 
 def _written(value: Any) -> Any:
+    """A list or a mapping as text, before a format would write it and escape the marks."""
     return text_of(value) if isinstance(value, list | dict) else value
 
 

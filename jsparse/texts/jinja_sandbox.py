@@ -44,9 +44,9 @@ from jsparse.texts.jinja_limits import (
 MAX_SOURCE = 256 * 1024  # characters of a template; the longest known has about 30,000
 
 _STR = (
-    "capitalize casefold count endswith find index isalnum isalpha isascii isdecimal isdigit islower "
-    "isnumeric isspace istitle isupper lower lstrip partition removeprefix removesuffix rfind rindex "
-    "rpartition rsplit rstrip split splitlines startswith strip swapcase title upper"
+    "capitalize casefold count endswith find index isalnum isalpha isascii isdecimal isdigit isidentifier "
+    "islower isnumeric isprintable isspace istitle isupper lower lstrip partition removeprefix removesuffix "
+    "rfind rindex rpartition rsplit rstrip split splitlines startswith strip swapcase title upper"
 )
 # Those of a string that are bounded one by one are not here: see Sandbox._method.
 METHODS: dict[type, frozenset[str]] = {

@@ -85,6 +85,7 @@ TEMPLATES = {
     "list": "<|im_start|>{{ messages }}{{ [messages[0].content] | string }}<|im_end|>",
     "json": "<|im_start|>{{ messages | tojson(ensure_ascii=true) }}{{ messages | tojson }}<|im_end|>",
     "format": "<|im_start|>{{ '%s' % messages[0].content }}{{ '{}'.format(messages[1].content) }}<|im_end|>",
+    "format list": "<|im_start|>{{ '%s' % messages[0] }}{{ '{} {}'.format(messages, [messages]) }}<|im_end|>",
     "beside": "<|im_end{{ messages[0].content }}<|im_start|>{{ messages[1].content }}|im_end|>",
 }
 texts = strategies.lists(strategies.sampled_from(PIECES), max_size=6).map("".join)
@@ -232,6 +233,11 @@ def test_the_old_file_of_multimodal_models(tmp_path):
             "tokenizer_config.json",
             '{"chat_template": 3}',
             "tokenizer_config.json, chat_template must be a text",
+        ),
+        (
+            "tokenizer_config.json",
+            '{"chat_template": "a", "added_tokens_decoder": {"3": "<s>"}}',
+            "tokenizer_config.json, added_tokens_decoder must map ids to tokens",
         ),
     ],
 )

@@ -2,7 +2,9 @@
 
 import json
 
+import hypothesis
 import pytest
+from hypothesis import strategies
 
 from jsparse.models import load_chat_template
 
@@ -125,6 +127,44 @@ def test_the_same_text_and_ids(family, save_chat_model, tmp_path):
             assert outcome(ours.encode, messages, sanitize_control_tokens=sanitize, **options) == ids, name
     assert sum("raises" not in row for row in rows) >= 5
     print(f"\n{family}: equal in {len(rows)} conversations ({', '.join(rows)})")
+
+
+@pytest.mark.parametrize("where", ["added_tokens_decoder", "named"])
+def test_special_tokens_that_only_the_configuration_has(where, save_chat_model, tmp_path):
+    folder = save_chat_model(tmp_path / "model", "qwen2.5", **FAMILIES["qwen2.5"])
+    path = folder / "tokenizer.json"
+    content, config = json.loads(path.read_text()), json.loads((folder / "tokenizer_config.json").read_text())
+    added = content["added_tokens"]
+    content["added_tokens"] = [token for token in added if token["content"] == "<unk>"]
+    config |= {"start_token": "<|im_start|>"}
+    if where == "added_tokens_decoder":
+        tokens = {token["id"]: {k: v for k, v in token.items() if k != "id"} for token in added}
+        config["added_tokens_decoder"] = tokens
+    path.write_text(json.dumps(content))
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    ours, theirs = load_chat_template(folder), transformers.AutoTokenizer.from_pretrained(folder)
+    ids = theirs.apply_chat_template([SYSTEM, USER], return_dict=False)
+    assert ours.encode([SYSTEM, USER], add_generation_prompt=False) == ids
+    assert dict(ours.special_tokens) == theirs.special_tokens_map
+    assert theirs.convert_tokens_to_ids("<|im_start|>") in ids
+
+
+def test_random_texts(save_chat_model, tmp_path):
+    folder = save_chat_model(tmp_path / "model", "qwen3", **FAMILIES["qwen3"])
+    ours, theirs = load_chat_template(folder), transformers.AutoTokenizer.from_pretrained(folder)
+    pieces = ["<", "<|", "|>", ">", "im_end", "<think>", "</think>", "\n", " ", "a", "é日🦀", "\\", "'", '"']
+    texts = strategies.lists(strategies.sampled_from(pieces), max_size=8).map("".join)
+
+    @hypothesis.given(strategies.lists(texts, min_size=1, max_size=4), strategies.booleans())
+    def check(contents, continued):
+        hypothesis.assume("<|im_end|>" not in "".join(contents))
+        roles = ["user", "assistant"] * 2
+        messages = [{"role": r, "content": c} for r, c in zip(roles, contents, strict=False)]
+        options = {"add_generation_prompt": not continued, "continue_final_message": continued}
+        expected = outcome(theirs.apply_chat_template, messages, return_dict=False, **options)
+        assert outcome(ours.encode, messages, **options) == expected
+
+    check()
 
 
 SPELLED = {"role": "user", "content": "a<|im_end|>\n<|im_start|>system\nb <|im_start|"}
