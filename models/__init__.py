@@ -1,4 +1,4 @@
-"""Models: the Llama family in Flax NNX, RoPE, LoRA, Hugging Face checkpoints and tokenizers."""
+"""Models: the Llama family in Flax NNX, RoPE, LoRA, Hugging Face checkpoints, tokenizers, chat templates."""
 
 from typing import TYPE_CHECKING
 
@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from jsparse.models.rope import RopeConfig as RopeConfig
     from jsparse.models.sharding import MeshConfig as MeshConfig
     from jsparse.models.shipped import shipped_model as shipped_model
+    from jsparse.texts.chat_template import ChatTemplate as ChatTemplate
+    from jsparse.texts.chat_template import load_chat_template as load_chat_template
     from jsparse.texts.tokenizer import byte_tokenizer as byte_tokenizer
     from jsparse.texts.tokenizer import load_tokenizer as load_tokenizer
     from jsparse.texts.tokenizer import plain_text_tokenizer as plain_text_tokenizer

@@ -1,7 +1,8 @@
 """What ``quantization_config`` says of a checkpoint: which tensors hold the weight of a layer, and how.
 
 Settings that say how the weights were found (calibration, damping) or how activations are to be rounded while
-computing do not matter here: weights are decoded while loading, and computed with as they are.
+computing do not matter here: weights are decoded while loading, and computed with as they are. Nor do fixed
+scales for keys and values: the cache keeps those in the model's dtype, or in codes with scales of its own.
 """
 
 import re
@@ -51,12 +52,6 @@ def read_quantization(settings: dict[str, Any]) -> Find:
     Traceback (most recent call last):
     ValueError: quantization_config.bits=3 is not supported for awq; allowed is 4
     """
-    for name in ("kv_cache_scheme", "kv_cache_quant_algo"):
-        if settings.get(name) is not None:
-            raise ValueError(
-                f"quantization_config.{name}={settings[name]!r} would round keys and values with fixed "
-                "scales, which is not supported; set it to null in the file to keep them in the model's dtype"
-            )
     method = settings.get("quant_method")
     if method is None and "quant_algo" in settings:
         method = "modelopt"

@@ -189,7 +189,7 @@ AWQ = {"quant_method": "awq", "bits": 4, "group_size": 16, "version": "gemm", "z
 GPTQ = {"quant_method": "gptq", "bits": 4, "group_size": 16, "sym": False, "desc_act": False}
 NF4 = {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}
 FP8 = {"quant_method": "fp8", "fmt": "e4m3", "activation_scheme": "dynamic", "weight_block_size": [8, 16]}
-MODELOPT = {"quant_algo": "FP8", "producer": {"name": "modelopt"}, "kv_cache_scheme": None}
+MODELOPT = {"quant_algo": "FP8", "producer": {"name": "modelopt"}, "kv_cache_scheme": "FP8"}
 
 
 def compressed(layout, **weights):
@@ -408,8 +408,7 @@ def test_nvidia_puts_the_settings_beside(plain):
     beside.write_text(json.dumps({"producer": {"name": "modelopt"}, "quantization": quantization}))
     assert_same(folder, plain)
     beside.write_text(json.dumps({"quantization": quantization | {"kv_cache_quant_algo": "FP8"}}))
-    with pytest.raises(ValueError, match="kv_cache_quant_algo='FP8'.*null"):
-        Llama.from_pretrained(folder)
+    assert_same(folder, plain)  # the cache keeps the model's dtype
 
 
 def test_a_bias_of_zeros_as_autogptq_writes_it(plain):
@@ -472,7 +471,6 @@ def test_groups_of_layers(plain):
         (FP8 | {"fmt": "e5m2"}, "fmt='e5m2'"),
         (FP8 | {"weight_block_size": [128]}, "weight_block_size"),
         (MODELOPT | {"quant_algo": "NVFP4"}, "quant_algo='NVFP4' is not supported for modelopt"),
-        (MODELOPT | {"kv_cache_scheme": "FP8"}, "kv_cache_scheme='FP8'.*set it to null"),
         (compressed("marlin-24"), "format='marlin-24' of config_groups.group_0.*pack-quantized"),
         (compressed("pack-quantized", symmetric=None), "symmetric=None"),
         (compressed("pack-quantized", num_bits=3), "num_bits 3.*int4, int8"),

@@ -1,0 +1,312 @@
+"""Chat templates: from messages to the prompt that a checkpoint was trained on."""
+
+import functools
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeAlias
+
+from tokenizers import AddedToken
+
+from jsparse.texts.chat_messages import cut, mark_end, plain, read_mappings, read_messages
+from jsparse.texts.control_tokens import ControlTokens, Encoded, assistant_mask, remove_marks
+from jsparse.texts.jinja_sandbox import MAX_SOURCE, CompiledTemplate, compile_template
+from jsparse.texts.tokenizer import load_tokenizer
+
+# Lists of mappings. What is in them is checked when it is read, by errors that name the place.
+Messages: TypeAlias = Any
+
+_NAMED = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+
+
+@dataclass(frozen=True)
+class ChatTemplate:
+    """The chat templates of a checkpoint; `load_chat_template` reads them.
+
+    - directory: the checkpoint's folder.
+    - templates: by name. Most checkpoints have one, named ``default``.
+    - special_tokens: ``bos_token`` and the like, as templates see them.
+    - added_tokens: those of the configuration, which most tokenizers have already.
+
+    Templates come from whoever made the checkpoint, and run in a sandbox. They see plain data only. One that
+    runs for more than five seconds, or that builds texts out of proportion to the messages, is stopped by a
+    ValueError.
+    """
+
+    directory: Path
+    templates: Mapping[str, CompiledTemplate] = field(repr=False)
+    special_tokens: Mapping[str, str]
+    added_tokens: Sequence[AddedToken] = field(repr=False)
+
+    def render(
+        self,
+        messages: Messages,
+        *,
+        tools: Messages | None = None,
+        documents: Messages | None = None,
+        add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
+        name: str | None = None,
+        **variables: Any,
+    ) -> str:
+        """The prompt as text.
+
+        - messages: mappings with a ``role`` and, in most, ``content``: a text, or a list of
+          ``{"type": "text", "text": ...}``. A key whose value is None counts as absent.
+        - tools: what the model may call, as JSON schemas.
+        - documents: what it may read, with ``title`` and ``text``.
+        - add_generation_prompt: end with the beginning of the assistant's answer.
+        - continue_final_message: end with the last message's text, for the model to go on with it.
+        - name: which template; by default ``tool_use`` if there are tools and such a template, else
+          ``default``.
+        - variables: what else the template reads, such as ``enable_thinking``. They win over special tokens.
+
+        Raises ValueError for messages of another form, for both of ``add_generation_prompt`` and
+        ``continue_final_message``, for a name that no template has, and for whatever the template raises.
+        """
+        marked = self._prompt(
+            messages,
+            _unchanged,
+            tools=tools,
+            documents=documents,
+            add_generation_prompt=add_generation_prompt,
+            continue_final_message=continue_final_message,
+            name=name,
+            **variables,
+        )
+        return remove_marks(marked)
+
+    def encode(
+        self, messages: Messages, *, sanitize_control_tokens: bool = True, **arguments: Any
+    ) -> list[int]:
+        """The prompt as token ids, with the special tokens that the template writes and no others.
+
+        What stands in messages, tools, documents and variables is text, also where it spells a special token
+        of the tokenizer, such as ``<|im_end|>``. No special token among the ids has a character of it,
+        whether it spells one whole, in letters of another case that the template changes, or together with
+        what the template writes next to it. Added tokens that the tokenizer does not call special, such as
+        ``<think>`` in some, stay tokens.
+
+        This has limits. A token of which the template writes both the beginning and the end, as in
+        ``"<|" + message.role + "|>"``, is the template's: check the roles of messages that strangers send. A
+        template that takes something out of the middle of a text, or cuts it at a place that it has counted,
+        can make a token of the rest. And where texts meet, a part of a token that is only letters and digits
+        is not seen.
+
+        For messages that spell no special token, the ids are those of transformers' ``apply_chat_template``.
+
+        - messages: as of `render`.
+        - sanitize_control_tokens: False reads the whole prompt as if the template had written it, which is
+          what transformers does by default.
+        - arguments: the others of `render`.
+
+        Raises ValueError as `render` does, and if a special token in a message cannot be encoded as text,
+        because the tokenizer makes the token of it nevertheless.
+        """
+        return self._encode(messages, sanitize_control_tokens, arguments).ids
+
+    def encode_with_mask(
+        self, messages: Messages, *, sanitize_control_tokens: bool = True, **arguments: Any
+    ) -> tuple[list[int], list[int]]:
+        """The ids of `encode`, and for each of them 1 if the assistant writes it, else 0.
+
+        The template says what the assistant writes, by ``{% generation %}`` and ``{% endgeneration %}``. A
+        token counts if any of its characters does.
+
+        - the arguments: as of `encode`, but ``add_generation_prompt`` is False unless given.
+
+        Raises ValueError as `encode` does, for a template without that tag, and for
+        ``continue_final_message``.
+        """
+        template = self._choose(arguments.get("name"), arguments.get("tools"))
+        if not template.has_generation:
+            raise ValueError(
+                f"{template.file} does not mark what the assistant writes: it has no {{% generation %}}, "
+                "from which the mask is made"
+            )
+        if arguments.get("continue_final_message"):
+            raise ValueError("continue_final_message=True cuts the prompt, so there is no mask of it")
+        prompt = self._encode(messages, sanitize_control_tokens, {"add_generation_prompt": False} | arguments)
+        return prompt.ids, assistant_mask(prompt.encoding.offsets, prompt.generated)
+
+    def _choose(self, name: str | None, tools: Any) -> CompiledTemplate:
+        if name is None:
+            name = "tool_use" if tools is not None and "tool_use" in self.templates else "default"
+        if name not in self.templates:
+            names = ", ".join(map(repr, self.templates))
+            raise ValueError(f"{self.directory} has no chat template named {name!r}; there is {names}")
+        return self.templates[name]
+
+    def _encode(self, messages: Messages, sanitize: bool, arguments: Mapping[str, Any]) -> Encoded:
+        mark = self._control_tokens.mark if sanitize else _unchanged
+        return self._control_tokens.encode(self._prompt(messages, mark, **arguments))
+
+    def _prompt(
+        self,
+        messages: Messages,
+        mark: Callable[[str], str],
+        *,
+        tools: Messages | None = None,
+        documents: Messages | None = None,
+        add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
+        name: str | None = None,
+        **variables: Any,
+    ) -> str:
+        template = self._choose(name, tools)
+        if add_generation_prompt and continue_final_message:
+            raise ValueError(
+                "add_generation_prompt=True begins a new answer and continue_final_message=True goes on with "
+                "the last message: choose one of them"
+            )
+        chat = read_messages(messages, mark)
+        last = mark_end(chat) if continue_final_message else None
+        if last is not None and "content" not in template.source:
+            raise ValueError(
+                f"{template.file} does not read `content`, so the last message cannot be continued"
+            )
+        rendered = template.render(
+            {
+                **self.special_tokens,
+                **plain(variables, "variables", mark),
+                "messages": chat,
+                "tools": None if tools is None else read_mappings(tools, "tools", mark),
+                "documents": None if documents is None else read_mappings(documents, "documents", mark),
+                "add_generation_prompt": add_generation_prompt,
+            }
+        )
+        return rendered if last is None else cut(rendered, last, template.file)
+
+    @functools.cached_property
+    def _control_tokens(self) -> ControlTokens:
+        tokenizer = load_tokenizer(self.directory)
+        tokenizer.no_truncation()
+        tokenizer.no_padding()
+        known = {token.content for token in tokenizer.get_added_tokens_decoder().values()}
+        tokenizer.add_tokens([token for token in self.added_tokens if token.content not in known])
+        return ControlTokens(tokenizer)
+
+
+def _unchanged(text: str) -> str:
+    return text
+
+
+def load_chat_template(model: str | Path) -> ChatTemplate:
+    """The chat templates of a Hugging Face folder.
+
+    They are read from the first of these that is there: ``chat_template.jinja`` and
+    ``additional_chat_templates/*.jinja``, named after their files; ``chat_template`` in
+    ``tokenizer_config.json``, one template or a list of named ones; ``chat_template.json``, the old file of
+    multimodal models. ``tokenizer.json`` is read when a prompt is first encoded.
+
+    - model: the folder.
+
+    Returns a `ChatTemplate`. Raises FileNotFoundError if there is no such folder or no template in it, and
+    ValueError, which names the file, for a template or a configuration that cannot be read.
+
+    Source: transformers' documentation, "Chat templates".
+
+    >>> import tempfile
+    >>> folder = tempfile.TemporaryDirectory()
+    >>> template = "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}{% endfor %}"
+    >>> _ = (Path(folder.name) / "chat_template.jinja").write_text(template)
+    >>> load_chat_template(folder.name).render([{"role": "user", "content": "Hello"}])
+    '<|user|>Hello'
+    >>> folder.cleanup()
+    """
+    directory = Path(model)
+    if not directory.is_dir():
+        raise FileNotFoundError(
+            f"{directory} is not a folder; chat templates are read from a checkpoint's folder"
+        )
+    config = _read_json(directory / "tokenizer_config.json")
+    templates = {
+        name: compile_template(source, file) for name, (source, file) in _sources(directory, config).items()
+    }
+    if "added_tokens_decoder" not in config:  # older checkpoints
+        config |= _read_json(directory / "special_tokens_map.json")
+    special_tokens = _special_tokens(config)
+    return ChatTemplate(
+        directory, templates, special_tokens, _added_tokens(config, special_tokens, directory)
+    )
+
+
+# Files
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        return {}
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is not JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} must hold an object, not {type(content).__name__}")
+    return content
+
+
+def _read_jinja(path: Path) -> tuple[str, str]:
+    try:
+        with path.open(encoding="utf-8") as file:
+            return file.read(MAX_SOURCE + 1), str(path)  # one more than compile_template takes
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not text in UTF-8: {error}") from error
+
+
+def _sources(directory: Path, config: dict[str, Any]) -> dict[str, tuple[str, str]]:
+    """The source and the file of each template, by name."""
+    single, others = directory / "chat_template.jinja", directory / "additional_chat_templates"
+    sources = {"default": _read_jinja(single)} if single.is_file() else {}
+    for path in sorted(others.glob("*.jinja")):
+        sources[path.name.removesuffix(".jinja")] = _read_jinja(path)
+    old = directory / "chat_template.json"
+    for path, content in ((directory / "tokenizer_config.json", config), (old, _read_json(old))):
+        sources = sources or _named(content.get("chat_template"), f"{path}, chat_template")
+    if not sources:
+        raise FileNotFoundError(
+            f"{directory} has no chat template: neither chat_template.jinja, nor "
+            "additional_chat_templates/*.jinja, nor chat_template in tokenizer_config.json or "
+            "chat_template.json"
+        )
+    return sources
+
+
+def _named(value: Any, file: str) -> dict[str, tuple[str, str]]:
+    if value is None:
+        return {}
+    if isinstance(value, str):
+        return {"default": (value, file)}
+    entries = value if isinstance(value, list) else []
+    texts = [(e.get("name"), e.get("template")) for e in entries if isinstance(e, dict)]
+    if len(texts) != len(entries) or not texts or not all(isinstance(t, str) for pair in texts for t in pair):
+        raise ValueError(f"{file} must be a text, or a list of objects with the texts `name` and `template`")
+    return {name: (source, f"{file} {name!r}") for name, source in texts}
+
+
+def _special_tokens(config: dict[str, Any]) -> dict[str, str]:
+    """What transformers gives to templates: the tokens with names, those of a model's own included."""
+    named = {key: value for key, value in config.items() if key in _NAMED or key.endswith("_token")}
+    if isinstance(config.get("extra_special_tokens"), dict):
+        named |= config["extra_special_tokens"]
+    texts = {key: value.get("content") if isinstance(value, dict) else value for key, value in named.items()}
+    return {key: text for key, text in texts.items() if isinstance(text, str)}
+
+
+def _added_tokens(config: dict[str, Any], named: Mapping[str, str], directory: Path) -> list[AddedToken]:
+    """The tokens that a configuration adds to tokenizer.json, which has them already in most checkpoints."""
+    flags = ("single_word", "lstrip", "rstrip", "normalized", "special")
+    try:
+        entries = sorted((int(id), entry) for id, entry in config.get("added_tokens_decoder", {}).items())
+        tokens = [
+            AddedToken(entry["content"], **{flag: entry[flag] for flag in flags if flag in entry})
+            for _, entry in entries
+        ]
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise ValueError(
+            f"{directory / 'tokenizer_config.json'}, added_tokens_decoder must map ids to tokens with "
+            "`content` and flags"
+        ) from error
+    known = {token.content for token in tokens}
+    return tokens + [AddedToken(text, special=True) for text in named.values() if text not in known]
