@@ -1,5 +1,6 @@
 """Several samples per prompt, the noise of seeds and prompts, and that no parameter compiles anything."""
 
+import functools
 import hashlib
 
 import jax
@@ -7,8 +8,11 @@ import numpy as np
 from flax import nnx
 
 from jsparse.models import LlamaConfig
-from jsparse.serve import SamplingParams, generate, stream
+from jsparse.serve import CacheConfig, SamplingParams, generate, loop, stream
+from jsparse.serve.layout import plan_cache
 from jsparse.serve.request import check_requests
+from jsparse.serve.sampling import RowParams
+from jsparse.serve.state import new_state, split_model
 
 HOT = SamplingParams(temperature=1.0, ignore_eos=True)
 
@@ -56,6 +60,27 @@ def test_the_hash_of_a_prompt_is_the_same_everywhere_and_tells_prompts_apart():
     expected = int(hashlib.blake2b(written, digest_size=4).hexdigest(), 16)
     assert hashes([[1, 2], (1, 2), np.array([1, 2])]) == [expected] * 3
     assert len(set(hashes([[1, 2], [2, 1], [1], [1, 2, 0], [0]]))) == 5
+
+
+def test_a_plain_step_computes_nothing_more_over_the_vocabulary(small):
+    """Outside of conditions: the logits, whether they are finite, and one more count in the history."""
+    layout = plan_cache(CacheConfig(policy="dense"), small.config, [8, 8], [8, 8])
+    structure, params = split_model(small)
+    rows = RowParams.of([SamplingParams()] * 2, [0, 0], [4, 4], batch=2, vocab_size=61)
+    decode = functools.partial(loop.decode_steps, structure, selections=layout.selections)
+    traced = jax.make_jaxpr(decode)(params, new_state(layout, structure.shape), rows, np.int32(1))
+
+    def primitives(jaxpr):
+        for equation in jaxpr.eqns:
+            called = [equation.params[key] for key in ("jaxpr", "body_jaxpr") if key in equation.params]
+            if called:
+                yield from primitives(called[0].jaxpr)
+            elif equation.primitive.name != "cond" and (2, 61) in [
+                out.aval.shape for out in equation.outvars
+            ]:
+                yield equation.primitive.name
+
+    assert sorted(primitives(traced.jaxpr)) == ["dot_general", "is_finite", "scatter-add"]
 
 
 def test_no_parameter_compiles_anything(small, cache, prompts, compilations):
