@@ -50,7 +50,7 @@ def sample(
         greedy = _most_likely(adjusted)
         return jax.lax.cond(
             draws.any(),
-            lambda: jnp.where(rows.temperature > 0, _draw(adjusted, rows, positions), greedy),
+            lambda: jnp.where(rows.temperature > 0, _draw(adjusted, rows, positions, draws), greedy),
             lambda: greedy,
         )
 
@@ -71,10 +71,12 @@ def _most_likely(logits: Float[Array, "B vocab"]) -> Int[Array, " B"]:
     return jnp.argmax(logits, axis=-1).astype(jnp.int32)
 
 
-def _draw(logits: Float[Array, "B vocab"], rows: RowParams, positions: Int[Array, " B"]) -> Int[Array, " B"]:
+def _draw(
+    logits: Float[Array, "B vocab"], rows: RowParams, positions: Int[Array, " B"], draws: Bool[Array, " B"]
+) -> Int[Array, " B"]:
     scaled = drop_unlikely(scale_logits(logits, rows.temperature), rows.min_p)
     restricted = jax.lax.cond(
-        ((rows.top_k > 0) | (rows.top_p < 1)).any(),
+        (draws & ((rows.top_k > 0) | (rows.top_p < 1))).any(),
         lambda: restrict(scaled, rows.top_k, rows.top_p),
         lambda: scaled,  # spares the sort
     )

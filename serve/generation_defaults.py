@@ -15,7 +15,6 @@ _ALWAYS = {
 _DRAWN = {"temperature": "temperature", "top_k": "top_k", "top_p": "top_p", "min_p": "min_p"}
 # Fields that change the text and that nothing here does, with the values that change nothing.
 _NOT_DONE: dict[str, tuple] = {
-    "assistant_early_exit": (),
     "bad_words_ids": ([],),
     "begin_suppress_tokens": ([],),
     "constraints": ([],),
@@ -23,8 +22,6 @@ _NOT_DONE: dict[str, tuple] = {
     "dola_layers": (),
     "encoder_no_repeat_ngram_size": (0,),
     "encoder_repetition_penalty": (1,),
-    "epsilon_cutoff": (0,),
-    "eta_cutoff": (0,),
     "exponential_decay_length_penalty": (),
     "force_words_ids": ([],),
     "forced_bos_token_id": (),
@@ -35,15 +32,15 @@ _NOT_DONE: dict[str, tuple] = {
     "min_length": (0,),
     "no_repeat_ngram_size": (0,),
     "num_beams": (1,),
+    "num_return_sequences": (1,),
     "penalty_alpha": (0,),
     "remove_invalid_values": (False,),
     "sequence_bias": ({}, []),
     "suppress_tokens": ([],),
     "token_healing": (False,),
-    "top_h": (),
-    "typical_p": (1,),
     "watermarking_config": (),
 }
+_NOT_DRAWN: dict[str, tuple] = {"epsilon_cutoff": (0,), "eta_cutoff": (0,), "top_h": (), "typical_p": (1,)}
 
 
 class GenerationDefaults(NamedTuple):
@@ -65,7 +62,8 @@ def generation_defaults(folder: str | Path) -> GenerationDefaults:
     Without ``do_sample: true`` it is greedy, as in transformers. With it, ``temperature`` is 1 unless given,
     and, as in vLLM, ``top_k``, ``top_p`` and ``min_p`` restrict nothing unless given (transformers itself
     would take 50 for ``top_k``). ``repetition_penalty``, ``min_new_tokens`` and ``stop_strings`` count either
-    way. Stop tokens are read with the model's config.
+    way. Stop tokens are read with the model's config, and ``max_length`` gives way to the number of new
+    tokens.
 
     - folder: a folder that may have a ``generation_config.json``; without one, the defaults are greedy.
 
@@ -100,7 +98,7 @@ def generation_defaults(folder: str | Path) -> GenerationDefaults:
         raise ValueError(f"{file}: {error}") from error
     notes = tuple(
         f"{name}={given[name]!r} of generation_config.json is not followed"
-        for name, harmless in _NOT_DONE.items()
+        for name, harmless in (_NOT_DONE | (_NOT_DRAWN if drawn else {})).items()
         if name in given and given[name] not in harmless
     )
     return GenerationDefaults(sampling, most, notes)

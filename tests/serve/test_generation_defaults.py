@@ -52,6 +52,9 @@ def test_what_is_not_followed_is_named(tmp_path):
         "no_repeat_ngram_size=3 of generation_config.json is not followed",
         "num_beams=4 of generation_config.json is not followed",
     )
+    assert not defaults_of(tmp_path, typical_p=0.9).notes  # which only sampling would need
+    found = defaults_of(tmp_path, typical_p=0.9, do_sample=True)
+    assert found.notes == ("typical_p=0.9 of generation_config.json is not followed",)
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """Several samples per prompt, the noise of seeds and prompts, and that no parameter compiles anything."""
 
+import dataclasses
 import functools
 import hashlib
 
@@ -30,6 +31,13 @@ def test_samples_are_those_of_the_following_seeds_one_prompt_after_another(small
     events = list(stream(small, prompts[1:3], 12, [several(3), several(1)], cache, seed=[5, 9]))
     assert [event.prompt for event in events[:8]] == [0, 1, 2, 3] * 2
     assert [event.token for event in events if event.prompt == 2] == alone[2]
+
+
+def test_samples_do_not_depend_on_the_width_of_the_batch_or_on_chunks(small, cache, prompts):
+    together = generate(small, prompts, 12, HOT, cache, seed=3).tokens
+    narrow = dataclasses.replace(cache, batch=1, prefill_chunk=8)
+    for prompt, tokens in zip(prompts, together, strict=True):
+        assert generate(small, [prompt], 12, HOT, narrow, seed=3).tokens == [tokens]
 
 
 def test_seeds_go_round_at_the_last_one():
