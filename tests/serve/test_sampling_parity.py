@@ -5,7 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jsparse.serve import SamplingParams
+from jsparse.models import Llama
+from jsparse.serve import SamplingParams, generate
 from jsparse.serve.draw import adjust, drop_unlikely, restrict, scale_logits
 from jsparse.serve.penalties import History, with_prompt, with_token
 from jsparse.serve.sampling import RowParams
@@ -15,6 +16,9 @@ process = pytest.importorskip(
     "transformers.generation.logits_process", reason="the oracle needs transformers, from the extra `parity`"
 )
 
+transformers = pytest.importorskip("transformers")
+
+transformers.utils.logging.disable_progress_bar()
 VOCAB, ROWS = 40, 16
 
 
@@ -102,3 +106,29 @@ def adjusted(logits, params, history, generated):
     rows = RowParams.of([params] * ROWS, [0] * ROWS, [9] * ROWS, batch=ROWS, vocab_size=VOCAB)
     waiting = np.full(ROWS, generated) < rows.min_tokens
     return np.asarray(jax.jit(adjust)(jnp.array(logits), rows, history, jnp.array(waiting)))
+
+
+def test_greedy_generation_with_penalties_and_a_least_length(tmp_path, save_tiny_model):
+    """Whole continuations of one checkpoint. Its end token is one that plain generation meets early."""
+    save_tiny_model(tmp_path)
+    ours, prompt = Llama.from_pretrained(tmp_path), [72, 101, 108, 108, 111, 108, 108]
+    theirs = transformers.LlamaForCausalLM.from_pretrained(tmp_path, dtype=torch.float64)
+    end = generate(ours, [prompt], 24, SamplingParams(ignore_eos=True)).tokens[0][4]
+    for fields in (
+        {},
+        {"repetition_penalty": 1.2},
+        {"min_tokens": 12},
+        {"repetition_penalty": 0.9, "min_tokens": 7},
+    ):
+        new = generate(ours, [prompt], 24, SamplingParams(stop_token_ids=[end], **fields)).tokens[0]
+        expected = theirs.generate(
+            torch.tensor([prompt]),
+            attention_mask=torch.ones((1, len(prompt)), dtype=torch.long),
+            do_sample=False,
+            max_new_tokens=24,
+            min_new_tokens=fields.get("min_tokens", 0),
+            repetition_penalty=fields.get("repetition_penalty", 1.0),
+            eos_token_id=[end, 256],
+            pad_token_id=0,
+        )
+        assert new == expected[0, len(prompt) :].tolist()
