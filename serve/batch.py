@@ -167,10 +167,8 @@ class Batch:
         else:
             (joining, hidden), prompt_scores = loop.prefill(*arguments), None
         joining, tokens = loop.first_token(self.structure, self.params, joining, hidden, params)
-        finish, scores = (
-            np.asarray(joining.finish)[: len(rows)],
-            self._scores(joining, rows, slice(len(rows))),
-        )
+        finish = np.asarray(joining.finish)[: len(rows)]
+        scores = self._scores(joining, rows, slice(len(rows)))
         places = np.array([*rows, *[layout.batch] * (width - len(rows))], np.int32)
         self.state = join(self.state, joining, places)
         events = self._events(rows, np.asarray(tokens), finish, scores)

@@ -5,6 +5,9 @@ from collections.abc import Sequence
 from tokenizers import Tokenizer
 from tokenizers.decoders import DecodeStream
 
+_INCOMPLETE = "\ufffd"  # what bytes decode to that are no whole character
+_CONTEXT = 16  # tokens of the prompt that are decoded with the first new one
+
 
 class StopStrings:
     """Text up to the first stop string that is complete, from pieces cut anywhere.
@@ -66,7 +69,11 @@ class TextStream:
         min_tokens: int = 0,
     ):
         self._tokenizer = tokenizer
-        self._decode = DecodeStream(ids=list(prompt), skip_special_tokens=True)
+        # A prompt that ends within a character would be taken for new text.
+        end = len(prompt)
+        while self._text(prompt[max(0, end - _CONTEXT) : end]).endswith(_INCOMPLETE):
+            end -= 1
+        self._decode = _decoder(prompt[max(0, end - _CONTEXT) : end])
         self._strings = StopStrings(stop)
         self._unchecked = min_tokens
         self._pending: list[int] = []  # tokens of a character that is not complete
@@ -78,8 +85,13 @@ class TextStream:
 
     def feed(self, token: int) -> str:
         """What is safe to print after one more token, "" once a stop string has come."""
-        text = self._decode.step(self._tokenizer, token)
-        self._pending = [*self._pending, token] if text is None else []
+        self._pending.append(token)
+        try:
+            text = self._decode.step(self._tokenizer, token)
+        except Exception:  # a bare one: bytes that were no character would change text that is out already
+            text, self._decode = self._text(self._pending), _decoder(self._pending)
+        if text is not None:
+            self._pending = []
         if self._unchecked:
             self._unchecked -= 1
             return text or ""
@@ -87,9 +99,16 @@ class TextStream:
 
     def end(self) -> str:
         """What was held back, when no more tokens come: an incomplete character becomes U+FFFD."""
-        rest = self._tokenizer.decode(self._pending, skip_special_tokens=True)
+        rest = self._text(self._pending)
         self._pending = []
         return self._strings.feed(rest) + self._strings.end()
+
+    def _text(self, tokens: Sequence[int]) -> str:
+        return self._tokenizer.decode(list(tokens), skip_special_tokens=True)
+
+
+def _decoder(context: Sequence[int]) -> DecodeStream:
+    return DecodeStream(ids=list(context), skip_special_tokens=True)
 
 
 def _overlap(text: str, stop: str) -> int:

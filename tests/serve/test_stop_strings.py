@@ -78,6 +78,35 @@ def test_tokens_give_the_text_that_they_decode_to(kind, before, text, stop):
         assert view.stopped == (strings == [stop] and stop in text)
 
 
+@pytest.mark.parametrize("kind", ["bytes", "bpe"])
+@given(st.data())
+def test_any_tokens_give_the_text_that_they_decode_to(kind, data):
+    """Characters of which bytes are missing, too, in the prompt or after it."""
+    tokenizer = tokenizer_of(kind)
+    ids = st.lists(st.integers(0, tokenizer.get_vocab_size() - 1), max_size=24)
+    prompt, new = data.draw(ids), data.draw(ids)
+    view = TextStream(tokenizer, prompt)
+    assert "".join(map(view.feed, new)) + view.end() == tokenizer.decode(new)
+
+
+@given(st.lists(st.sampled_from(["a", "b", "▁", "<0xC3>", "<0xA9>", "<0x80>", "<0xF0>"]), max_size=16))
+def test_bytes_that_are_no_characters_keep_nothing_else_from_coming(pieces):
+    """Where a byte makes those before it invalid, too, the tokenizers' own stream raises."""
+    tokenizer = tokenizer_of("metaspace")
+    ids = [tokenizer.token_to_id(piece) for piece in pieces]
+    view = TextStream(tokenizer, tokenizer.encode("ab").ids)
+    text = "".join(map(view.feed, ids)) + view.end()
+    letters = "".join(piece for piece in pieces if len(piece) == 1).replace("▁", " ")
+    assert "".join(one for one in text if one.isascii()) == letters
+    assert text.count("é") <= "".join(pieces).count("<0xC3><0xA9>")
+
+
+def test_a_prompt_that_ends_within_a_character_is_not_shown():
+    for prompt in ("né".encode()[:2], "\ufffd".encode()):
+        view = TextStream(byte_tokenizer(), [*prompt])
+        assert [view.feed(byte) for byte in b"ab"] == ["a", "b"]
+
+
 def test_characters_wait_for_all_their_bytes_and_what_never_comes_is_marked():
     view = TextStream(byte_tokenizer())
     assert [view.feed(byte) for byte in "é🙂".encode()] == ["", "é", "", "", "", "🙂"]
