@@ -228,9 +228,9 @@ class Batch:
         given = (tokens[: len(rows)] >= 0).sum(axis=1)
         for step in range(tokens.shape[1]):
             for i, row in enumerate(rows):
-                reason, event = FINISH_REASONS.get(int(finish[i])), None
                 if row in ended:
                     continue
+                reason, event = FINISH_REASONS.get(int(finish[i])), None
                 if step < given[i]:
                     last = step == given[i] - 1 and reason != "error"
                     event = self._event(row, int(tokens[i, step]), reason if last else None)

@@ -162,7 +162,7 @@ def stream(
     """:func:`generate`, token by token as they come: the same arguments, errors and tokens.
 
     Returns an iterator over the events of all steps, those of one step in the order of the prompts. Prompts
-    that have ended have none.
+    that have ended have none. What an event has beside its token is in :class:`TokenEvent`.
 
     >>> from flax import nnx
     >>> from jsparse.models import Llama, LlamaConfig
