@@ -12,7 +12,12 @@ if TYPE_CHECKING:
     from jsparse.serve.generation import GenerateStats as GenerateStats
     from jsparse.serve.generation import generate as generate
     from jsparse.serve.generation import stream as stream
+    from jsparse.serve.generation_defaults import GenerationDefaults as GenerationDefaults
+    from jsparse.serve.generation_defaults import generation_defaults as generation_defaults
     from jsparse.serve.logits import decode_logits as decode_logits
+    from jsparse.serve.logprobs import TokenLogprobs as TokenLogprobs
     from jsparse.serve.sampling import SamplingParams as SamplingParams
+    from jsparse.serve.stop_strings import StopStrings as StopStrings
+    from jsparse.serve.stop_strings import TextStream as TextStream
 else:
     __getattr__, __dir__ = lazy_face(__name__, __file__)

@@ -5,18 +5,21 @@ from typing import NamedTuple
 
 import jax
 import numpy as np
+from tokenizers import Tokenizer
 
 from jsparse.integers import power_of_two_from
 from jsparse.models import Llama
 from jsparse.serve import loop
 from jsparse.serve.config import CacheConfig
 from jsparse.serve.layout import CacheLayout, check_fit, layout_of
+from jsparse.serve.logprobs import Scores, TokenLogprobs, on_host, token_logprobs
 from jsparse.serve.pages import PageAllocator
 from jsparse.serve.request import Request, check_requests
 from jsparse.serve.sampling import GREEDY, RowParams
 from jsparse.serve.state import (
     FINISH_REASONS,
     RUNNING,
+    DecodeState,
     join,
     new_prefill_state,
     new_state,
@@ -25,19 +28,30 @@ from jsparse.serve.state import (
     stop,
     with_pool,
 )
+from jsparse.serve.stop_strings import TextStream
 
 
-class TokenEvent(NamedTuple):
-    """One new token of one prompt.
-
-    - prompt: the number of the prompt, from 0.
-    - token: its id; None for an error.
-    - finish_reason: None unless the sequence ends here, otherwise as in :class:`GenerateResult`.
-    """
-
+class _Event(NamedTuple):
     prompt: int
     token: int | None
     finish_reason: str | None
+
+
+class TokenEvent(_Event):
+    """One new token of one sequence: a tuple of its number, token and end, with more beside it.
+
+    - prompt: the number of the sequence, from 0: that of its prompt, unless prompts have several samples.
+      Those follow one another.
+    - token: its id; None for an error.
+    - finish_reason: None unless the sequence ends here, otherwise as in :class:`GenerateResult`.
+    - text: what may be printed now, if there is a tokenizer; None without one.
+    - logprobs: of the token, if ``SamplingParams.logprobs`` asks for it.
+    - prompt_logprobs: of the prompt's tokens, with the first new token, if asked for; None for the first.
+    """
+
+    text: str | None = None
+    logprobs: TokenLogprobs | None = None
+    prompt_logprobs: list[TokenLogprobs | None] | None = None
 
 
 class Batch:
@@ -50,6 +64,7 @@ class Batch:
 
     - model: what generates.
     - cache: a :class:`CacheConfig` with ``capacity`` and ``batch`` given.
+    - tokenizer: that of the model, for events with text, and for stop strings.
 
     Raises ValueError if ``cache`` lacks one of these or does not fit the model.
 
@@ -64,9 +79,10 @@ class Batch:
     ([0, 0, 1, 0, 1], 2)
     """
 
-    def __init__(self, model: Llama, cache: CacheConfig | CacheLayout):
+    def __init__(self, model: Llama, cache: CacheConfig | CacheLayout, tokenizer: Tokenizer | None = None):
         config = model.config
         self.config = config
+        self.tokenizer = tokenizer
         self.layout = layout_of(cache, config) if isinstance(cache, CacheConfig) else cache
         self.structure, self.params = split_model(model)
         self.state = new_state(self.layout, self.structure.shape)
@@ -74,7 +90,9 @@ class Batch:
         self._device_rows = None
         self._allocator = PageAllocator(self.layout.num_pages)
         self._pages: dict[int, list[int]] = {}  # of each row in use
-        self._prompts: dict[int, int] = {}  # row -> number of the prompt
+        self._prompts: dict[int, int] = {}  # row -> number of the sequence
+        self._requests: dict[int, Request] = {}  # of each row in use
+        self._texts: dict[int, TextStream] = {}  # of each row in use, if there is a tokenizer
         self._next = 0
 
     @property
@@ -104,7 +122,7 @@ class Batch:
         Raises what ``generate`` raises, and ValueError if too few rows or pages are free. Nothing is added
         then.
         """
-        return self.add(check_requests(self.config, prompts, max_new_tokens, sampling, seed))
+        return self.add(check_requests(self.config, prompts, max_new_tokens, sampling, seed, self.tokenizer))
 
     def add(self, requests: list[Request]) -> list[TokenEvent]:
         """:meth:`add_prompts` for requests that have been checked."""
@@ -120,6 +138,12 @@ class Batch:
             count = layout.pages_of(lengths[i] + max_new[i])
             self._pages[row], self._prompts[row] = self._allocator.allocate(count), self._next + i
             table[i, :count] = self._pages[row]
+            request = self._requests[row] = requests[i]
+            if self.tokenizer is not None:
+                how = request.sampling
+                self._texts[row] = TextStream(
+                    self.tokenizer, request.prompt.tolist(), how.stop, how.min_tokens
+                )
         self._next += len(requests)
         params = RowParams.of(
             [r.sampling for r in requests],
@@ -128,6 +152,7 @@ class Batch:
             batch=width,
             vocab_size=self.config.vocab_size,
             eos_token_ids=self.config.eos_token_ids,
+            prompt_hashes=[r.prompt_hash for r in requests],
         )
         for old, new in zip(jax.tree.leaves(self._rows), jax.tree.leaves(params), strict=True):
             old[rows] = new[: len(rows)]
@@ -136,12 +161,21 @@ class Batch:
         joining = new_prefill_state(layout, self.structure.shape, width)
         joining = with_pool(dataclasses.replace(joining, page_table=table), pool_of(self.state))
         prompts = [r.prompt for r in requests]
-        joining, hidden = loop.prefill(self.structure, self.params, joining, prompts, layout)
+        arguments = self.structure, self.params, joining, prompts, layout
+        if any(r.sampling.prompt_logprobs is not None for r in requests):
+            joining, hidden, prompt_scores = loop.scored_prefill(*arguments)
+        else:
+            (joining, hidden), prompt_scores = loop.prefill(*arguments), None
         joining, tokens = loop.first_token(self.structure, self.params, joining, hidden, params)
         finish = np.asarray(joining.finish)[: len(rows)]
+        scores = self._scores(joining, rows, slice(len(rows)))
         places = np.array([*rows, *[layout.batch] * (width - len(rows))], np.int32)
         self.state = join(self.state, joining, places)
-        return self._events(rows, np.asarray(tokens), finish)
+        events = self._events(rows, np.asarray(tokens), finish, scores)
+        if prompt_scores is not None:
+            for i, (event, request) in enumerate(zip(events, requests, strict=True)):
+                event.prompt_logprobs = _prompt_logprobs(prompt_scores, i, request)
+        return events
 
     def step(self, steps: int = 1) -> list[TokenEvent]:
         """Generates ``steps`` more tokens of every running sequence, fewer of those that end earlier.
@@ -165,8 +199,8 @@ class Batch:
             selections=self.layout.selections,
         )
         rows = sorted(self._prompts, key=self._prompts.__getitem__)
-        finish = np.asarray(self.state.finish)[rows]
-        return self._events(rows, np.asarray(tokens)[rows, :steps], finish)
+        finish, scores = np.asarray(self.state.finish)[rows], self._scores(self.state, rows, rows)
+        return self._events(rows, np.asarray(tokens)[rows, :steps], finish, scores)
 
     def remove(self, prompt: int) -> None:
         """Ends a sequence early. Raises KeyError if no prompt of this number is running."""
@@ -176,25 +210,66 @@ class Batch:
         self.state = stop(self.state, np.int32(rows[0]))
         self._release(rows[0])
 
-    def _events(self, rows: list[int], tokens: np.ndarray, finish: np.ndarray) -> list[TokenEvent]:
-        """The events of ``tokens`` [rows, steps], -1 where there is none; rows that have ended are freed."""
-        events = []
+    def _scores(self, state: DecodeState, rows: list[int], places: slice | list[int]) -> Scores | None:
+        """The scores of ``rows``, which lie at ``places`` of the state; None if none of them asks."""
+        if all(self._requests[row].sampling.logprobs is None for row in rows):
+            return None
+        return jax.tree.map(lambda x: x[places], on_host(state.scores))
+
+    def _events(
+        self, rows: list[int], tokens: np.ndarray, finish: np.ndarray, scores: Scores | None
+    ) -> list[TokenEvent]:
+        """The events of ``tokens`` [rows, steps], -1 where there is none; rows that have ended are freed.
+
+        A row ends in the middle of the steps where a stop string is complete; what came after is dropped.
+        """
+        events: list[TokenEvent] = []
+        ended: dict[int, int] = {}  # row -> its place
         given = (tokens[: len(rows)] >= 0).sum(axis=1)
         for step in range(tokens.shape[1]):
             for i, row in enumerate(rows):
-                reason = FINISH_REASONS.get(int(finish[i]))
+                if row in ended:
+                    continue
+                reason, event = FINISH_REASONS.get(int(finish[i])), None
                 if step < given[i]:
-                    last = step == given[i] - 1 and reason not in (None, "error")
-                    events.append(
-                        TokenEvent(self._prompts[row], int(tokens[i, step]), reason if last else None)
-                    )
+                    last = step == given[i] - 1 and reason != "error"
+                    event = self._event(row, int(tokens[i, step]), reason if last else None)
+                    top = self._requests[row].sampling.logprobs
+                    if scores is not None and top is not None:
+                        event.logprobs = token_logprobs(scores, i, step, top)
                 elif step == given[i] and reason == "error":
-                    events.append(TokenEvent(self._prompts[row], None, reason))
-        for i, row in enumerate(rows):
-            if finish[i] != RUNNING:
-                self._release(row)
+                    event = self._event(row, None, reason)
+                if event is not None:
+                    events.append(event)
+                    if event.finish_reason is not None:
+                        ended[row] = i
+        for row, i in ended.items():
+            if finish[i] == RUNNING:  # a stop string
+                self.state = stop(self.state, np.int32(row))
+            self._release(row)
         return events
 
+    def _event(self, row: int, token: int | None, reason: str | None) -> TokenEvent:
+        """An event with its text; a stop string makes it the last one."""
+        stream = self._texts.get(row)
+        if stream is None:
+            return TokenEvent(self._prompts[row], token, reason)
+        text = "" if token is None else stream.feed(token)
+        if reason is not None:
+            text += stream.end()
+        event = TokenEvent(self._prompts[row], token, "stop" if stream.stopped else reason)
+        event.text = text
+        return event
+
     def _release(self, row: int) -> None:
-        del self._prompts[row]
+        del self._prompts[row], self._requests[row]
+        self._texts.pop(row, None)
         self._allocator.release(self._pages.pop(row))
+
+
+def _prompt_logprobs(scores: Scores, row: int, request: Request) -> list[TokenLogprobs | None] | None:
+    """Those of each token of a prompt, None for the first, which nothing comes before."""
+    top = request.sampling.prompt_logprobs
+    if top is None:
+        return None
+    return [None, *(token_logprobs(scores, row, place, top) for place in range(len(request.prompt) - 1))]

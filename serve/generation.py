@@ -5,11 +5,14 @@ import time
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+from tokenizers import Tokenizer
+
 from jsparse.models import Llama
 from jsparse.serve import loop
 from jsparse.serve.batch import Batch, TokenEvent
 from jsparse.serve.config import CacheConfig
 from jsparse.serve.layout import plan_cache
+from jsparse.serve.logprobs import TokenLogprobs
 from jsparse.serve.request import Request, check_requests
 from jsparse.serve.sampling import GREEDY, SamplingParams
 
@@ -44,18 +47,28 @@ class GenerateStats:
 
 @dataclasses.dataclass(frozen=True)
 class GenerateResult:
-    """The new tokens of each prompt, and why each ended.
+    """The new tokens of each sequence, and why each ended.
 
-    - tokens: ``tokens[i]`` are the tokens after prompt ``i``, a stop token included (as in Hugging Face and
-      vLLM).
-    - finish_reasons: one per prompt: "stop" (a stop token came), "length" (``max_new_tokens`` came) or
-      "error" (the logits were not finite; the tokens before that are kept).
+    There is one sequence per prompt. Where ``SamplingParams.n`` asks for more, all samples of the first
+    prompt come first, then those of the second, and so on.
+
+    - tokens: ``tokens[i]`` are the new tokens of sequence ``i``, a stop token included (as in Hugging Face
+      and vLLM), and those of a stop string.
+    - finish_reasons: one per sequence: "stop" (a stop token or a stop string came), "length"
+      (``max_new_tokens`` came) or "error" (the logits were not finite; the tokens before that are kept).
     - stats: times and counts.
+    - texts: one per sequence, cut before the stop string and without special tokens, or None if no tokenizer
+      was given.
+    - logprobs: for each sequence those of its new tokens, or None if its parameters do not ask for them.
+    - prompt_logprobs: for each sequence those of its prompt's tokens, the first of which has None; or None.
     """
 
     tokens: list[list[int]]
     finish_reasons: list[str]
     stats: GenerateStats
+    texts: list[str] | None = None
+    logprobs: Sequence[list[TokenLogprobs] | None] = ()
+    prompt_logprobs: Sequence[list[TokenLogprobs | None] | None] = ()
 
 
 def generate(
@@ -65,6 +78,7 @@ def generate(
     sampling: SamplingParams | Sequence[SamplingParams] = GREEDY,
     cache: CacheConfig | None = None,
     seed: int | Sequence[int] = 0,
+    tokenizer: Tokenizer | None = None,
 ) -> GenerateResult:
     """Continues each prompt by up to ``max_new_tokens`` tokens.
 
@@ -79,12 +93,14 @@ def generate(
     - sampling, seed: one for all prompts, or one for each.
     - cache: how much each head reads. None reads everything, as ``jsparse generate`` does without options;
       ``CacheConfig()`` is LServe's, which reads at most 4096 tokens of the context per step.
+    - tokenizer: that of the model, for texts beside the tokens; ``SamplingParams.stop`` needs it.
 
     Returns the new tokens of each prompt, why it ended, and times.
 
     Raises, before anything runs, ValueError for an argument out of range (no prompts, an empty prompt, ids
     outside the vocabulary, prompt and new tokens beyond the capacity or the model's positions, a cache that
-    does not fit the model), and TypeError for a ``sampling``, ``seed`` or ``cache`` of another type.
+    does not fit the model, stop strings without a tokenizer), and TypeError for a ``sampling``, ``seed``,
+    ``cache`` or ``tokenizer`` of another type.
 
     >>> from flax import nnx
     >>> from jsparse.models import Llama, LlamaConfig
@@ -93,25 +109,23 @@ def generate(
     >>> [len(tokens) for tokens in result.tokens], result.finish_reasons
     ([5, 5], ['length', 'length'])
     """
-    requests, batch = _start(model, prompts, max_new_tokens, sampling, cache, seed)
-    count = len(requests)
-    tokens: list[list[int]] = [[] for _ in range(count)]
-    reasons, steps = [""] * count, 0
+    requests, batch = _start(model, prompts, max_new_tokens, sampling, cache, seed, tokenizer)
+    of_each: list[list[TokenEvent]] = [[] for _ in requests]
+    steps = 0
     start = first = time.perf_counter()
     for number, events in enumerate(_calls(batch, requests, steps=loop.MAX_STEPS)):
-        before = [len(row) for row in tokens]
+        before = [len(row) for row in of_each]
         for event in events:
-            if event.token is not None:
-                tokens[event.prompt].append(event.token)
-            reasons[event.prompt] = event.finish_reason or ""
+            of_each[event.prompt].append(event)
         if number == 0:
             first = time.perf_counter()
         else:
-            steps += max(len(row) - old for row, old in zip(tokens, before, strict=True))
+            steps += max(_count(row[old:]) for row, old in zip(of_each, before, strict=True))
+    tokens = [[event.token for event in row if event.token is not None] for row in of_each]
     new_tokens = sum(map(len, tokens))
     return GenerateResult(
         tokens,
-        reasons,
+        [row[-1].finish_reason or "" for row in of_each],
         GenerateStats(
             prefill_seconds=first - start,
             decode_seconds=time.perf_counter() - first,
@@ -121,7 +135,19 @@ def generate(
             decoded_tokens=new_tokens - sum(map(bool, tokens)),
             cache_bytes=batch.cache_bytes,
         ),
+        texts=None if tokenizer is None else ["".join(event.text or "" for event in row) for row in of_each],
+        logprobs=[
+            None
+            if request.sampling.logprobs is None
+            else [event.logprobs for event in row if event.logprobs is not None]
+            for request, row in zip(requests, of_each, strict=True)
+        ],
+        prompt_logprobs=[row[0].prompt_logprobs for row in of_each],
     )
+
+
+def _count(events: list[TokenEvent]) -> int:
+    return sum(event.token is not None for event in events)
 
 
 def stream(
@@ -131,11 +157,12 @@ def stream(
     sampling: SamplingParams | Sequence[SamplingParams] = GREEDY,
     cache: CacheConfig | None = None,
     seed: int | Sequence[int] = 0,
+    tokenizer: Tokenizer | None = None,
 ) -> Iterator[TokenEvent]:
     """:func:`generate`, token by token as they come: the same arguments, errors and tokens.
 
     Returns an iterator over the events of all steps, those of one step in the order of the prompts. Prompts
-    that have ended have none.
+    that have ended have none. What an event has beside its token is in :class:`TokenEvent`.
 
     >>> from flax import nnx
     >>> from jsparse.models import Llama, LlamaConfig
@@ -144,19 +171,21 @@ def stream(
     >>> [(event.prompt, event.finish_reason) for event in events]
     [(0, None), (0, 'length')]
     """
-    requests, batch = _start(model, prompts, max_new_tokens, sampling, cache, seed)
+    requests, batch = _start(model, prompts, max_new_tokens, sampling, cache, seed, tokenizer)
     return (event for events in _calls(batch, requests, steps=1) for event in events)
 
 
-def _start(model, prompts, max_new_tokens, sampling, cache, seed) -> tuple[list[Request], Batch]:
+def _start(
+    model, prompts, max_new_tokens, sampling, cache, seed, tokenizer=None
+) -> tuple[list[Request], Batch]:
     """Checks every argument before anything is launched."""
-    requests = check_requests(model.config, prompts, max_new_tokens, sampling, seed)
+    requests = check_requests(model.config, prompts, max_new_tokens, sampling, seed, tokenizer)
     cache = DENSE if cache is None else cache
     if not isinstance(cache, CacheConfig):
         raise TypeError(f"cache must be a CacheConfig or None, not {cache!r}")
     lengths = [len(request.prompt) for request in requests]
     layout = plan_cache(cache, model.config, lengths, [request.max_new for request in requests])
-    return requests, Batch(model, layout)
+    return requests, Batch(model, layout, tokenizer)
 
 
 def _calls(batch: Batch, requests: list[Request], *, steps: int) -> Iterator[list[TokenEvent]]:

@@ -53,6 +53,7 @@ class CacheLayout:
     page_size: int
     kv_bits: int | None
     prefill_chunk: int
+    vocab_size: int
     layers: tuple[LayerLayout, ...]
 
     @property
@@ -97,6 +98,7 @@ def layout_of(cache: CacheConfig, model: LlamaConfig) -> CacheLayout:
         page_size=page,
         kv_bits=cache.kv_bits,
         prefill_chunk=min(cache.prefill_chunk, cdiv(cache.capacity, unit) * unit),
+        vocab_size=model.vocab_size,
         layers=tuple(
             _layer_layout(cache, model, layer, heads)
             for layer, heads in enumerate(_streaming_heads(cache, model))

@@ -6,7 +6,7 @@ their state: the cache is updated in place. ``generate`` and ``stream`` call the
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, Protocol, runtime_checkable
 
 import jax
@@ -18,11 +18,14 @@ from jsparse.cache.layer import attend_and_append
 from jsparse.cache.select.selection import Selection
 from jsparse.cache.tokens import Tokens
 from jsparse.models import Llama
+from jsparse.serve.draw import sample
 from jsparse.serve.layout import CacheLayout, Estimates, Selections
-from jsparse.serve.sampling import RowParams, sample
-from jsparse.serve.state import ERROR, LENGTH, RUNNING, STOP, DecodeState, ModelStructure
+from jsparse.serve.logprobs import Scores, on_host, score
+from jsparse.serve.penalties import with_prompt, with_token
+from jsparse.serve.sampling import RowParams
+from jsparse.serve.state import ERROR, LENGTH, MAX_STEPS, RUNNING, STOP, DecodeState, ModelStructure
 
-MAX_STEPS = 32  # tokens per row that one call of decode_steps can return
+_SCORED_AT_ONCE = 64  # prompt tokens whose logits are held at a time
 
 
 def prefill(
@@ -33,19 +36,46 @@ def prefill(
     layout: CacheLayout,
 ) -> tuple[DecodeState, Float[Array, "B embed"]]:
     """The state with the prompts in it, chunk by chunk, and the hidden state of each one's last token."""
-    batch, shape = state.lengths.shape[0], structure.shape
-    hidden = jax.device_put(np.zeros((batch, shape.hidden_size), shape.dtype))
-    for start in range(0, max(map(len, prompts)), layout.prefill_chunk):
-        tokens = np.zeros((batch, layout.prefill_chunk), np.int32)
-        counts = np.zeros(batch, np.int32)
-        for row, prompt in enumerate(prompts):
-            piece = prompt[start : start + layout.prefill_chunk]
-            tokens[row, : len(piece)] = piece
-            counts[row] = len(piece)
+    hidden = _no_hidden(structure, state)
+    for tokens, counts, _ in _chunks(prompts, state.lengths.shape[0], layout.prefill_chunk):
         state, hidden = prefill_chunk(
             structure, params, state, hidden, tokens, counts, estimates=layout.estimates
         )
     return state, hidden
+
+
+def scored_prefill(
+    structure: ModelStructure,
+    params: list[Array],
+    state: DecodeState,
+    prompts: list[np.ndarray],
+    layout: CacheLayout,
+) -> tuple[DecodeState, Float[Array, "B embed"], Scores]:
+    """:func:`prefill`, and the scores of each prompt's tokens from the second on, as NumPy arrays."""
+    hidden, chunks = _no_hidden(structure, state), []
+    for tokens, counts, targets in _chunks(prompts, state.lengths.shape[0], layout.prefill_chunk):
+        state, hidden, scores = scored_prefill_chunk(
+            structure, params, state, hidden, tokens, counts, targets, estimates=layout.estimates
+        )
+        chunks.append(on_host(scores))
+    return state, hidden, jax.tree.map(lambda *parts: np.concatenate(parts, axis=1), *chunks)
+
+
+def _no_hidden(structure: ModelStructure, state: DecodeState) -> Float[Array, "B embed"]:
+    shape = structure.shape
+    return jax.device_put(np.zeros((state.lengths.shape[0], shape.hidden_size), shape.dtype))
+
+
+def _chunks(prompts: list[np.ndarray], batch: int, size: int) -> Iterator[tuple[np.ndarray, ...]]:
+    """Chunks [batch, size] of the prompts, how many tokens each row has there, and the tokens after them."""
+    for start in range(0, max(map(len, prompts)), size):
+        tokens, targets = np.zeros((2, batch, size), np.int32)
+        counts = np.zeros(batch, np.int32)
+        for row, prompt in enumerate(prompts):
+            piece, after = prompt[start : start + size], prompt[start + 1 : start + size + 1]
+            tokens[row, : len(piece)], targets[row, : len(after)] = piece, after
+            counts[row] = len(piece)
+        yield tokens, counts, targets
 
 
 @functools.partial(jax.jit, static_argnames=("structure", "estimates"), donate_argnames=("state", "hidden"))
@@ -63,10 +93,41 @@ def prefill_chunk(
 
     ``hidden`` is that of each row's newest token: a row that gets none of the chunk keeps its own.
     """
+    state, hidden, _ = _take_chunk(structure.model(params), state, hidden, tokens, counts, estimates)
+    return state, hidden
+
+
+@functools.partial(jax.jit, static_argnames=("structure", "estimates"), donate_argnames=("state", "hidden"))
+def scored_prefill_chunk(
+    structure: ModelStructure,
+    params: list[Array],
+    state: DecodeState,
+    hidden: Float[Array, "B embed"],
+    tokens: Int[Array, "B C"],
+    counts: Int[Array, " B"],
+    targets: Int[Array, "B C"],
+    *,
+    estimates: Estimates,
+) -> tuple[DecodeState, Float[Array, "B embed"], Scores]:
+    """:func:`prefill_chunk`, and the scores of ``targets``, the tokens that follow those of the chunk."""
     model = structure.model(params)
+    state, hidden, chunk = _take_chunk(model, state, hidden, tokens, counts, estimates)
+    # Logits of a whole chunk might not fit: a few places at a time.
+    places = max(1, _SCORED_AT_ONCE // tokens.shape[0])
+    scores = jax.lax.map(
+        lambda place: score(model.logits(place[0])[:, None], place[1][:, None]),
+        (chunk.swapaxes(0, 1), targets.T),
+        batch_size=places,
+    )
+    return state, hidden, jax.tree.map(lambda x: x[:, :, 0].swapaxes(0, 1), scores)
+
+
+def _take_chunk(model: Llama, state: DecodeState, hidden, tokens, counts, estimates: Estimates):
+    """The state with a chunk, the hidden state of each row's newest token, and those of the chunk."""
     chunk, state = forward(model, state, tokens, counts, estimates=estimates)
+    state = dataclasses.replace(state, history=with_prompt(state.history, tokens, counts))
     newest = jnp.take_along_axis(chunk, jnp.maximum(counts - 1, 0)[:, None, None], axis=1)[:, 0]
-    return state, jnp.where(counts[:, None] > 0, newest, hidden)
+    return state, jnp.where(counts[:, None] > 0, newest, hidden), chunk
 
 
 @functools.partial(jax.jit, static_argnames="structure", donate_argnames="state")
@@ -78,7 +139,7 @@ def first_token(
     rows: RowParams,
 ) -> tuple[DecodeState, Int[Array, "B 1"]]:
     """Chooses the token after each prompt, or -1 if its logits are not finite."""
-    state, token = _choose(structure.model(params), hidden, state, rows)
+    state, token = _choose(structure.model(params), hidden, state, rows, 0)
     return state, token[:, None]
 
 
@@ -105,7 +166,7 @@ def decode_steps(
         return state.token[:, None], (state.finish == RUNNING).astype(jnp.int32)
 
     def choose(turn, state, hidden, out):
-        state, token = _choose(model, hidden[:, 0], state, rows)
+        state, token = _choose(model, hidden[:, 0], state, rows, turn)
         return state, out.at[:, turn].set(token)
 
     out = jnp.full((state.token.shape[0], MAX_STEPS), -1, jnp.int32)
@@ -205,10 +266,26 @@ def _due(state: DecodeState, counts, selection: Selection):
     return now, jnp.where(now, after, state.selected_at)
 
 
-def _choose(model: Llama, hidden, state: DecodeState, rows: RowParams):
-    """Chooses the next token of each running row (-1 for none), and ends rows in the state."""
+def _choose(model: Llama, hidden, state: DecodeState, rows: RowParams, turn: int | Int[Array, ""]):
+    """Chooses the next token of each running row (-1 for none), and ends rows in the state.
+
+    Scores of the tokens that ask for them are those of this ``turn`` in the state.
+    """
     running = state.finish == RUNNING
-    token, finite = sample(model.logits(hidden), rows, state.lengths)
+    logits = model.logits(hidden)
+    token, finite = sample(
+        logits,
+        rows,
+        state.history,
+        generated=state.generated,
+        positions=state.lengths,
+        running=running,
+    )
+    scores = jax.lax.cond(
+        (rows.scored & running).any(),
+        lambda: score(logits[:, None], token[:, None]),
+        lambda: Scores.zeros(len(token), 1, logits.shape[-1]),  # spares the search for the most likely
+    )
     chosen = running & finite
     generated = state.generated + chosen
     stops = jnp.take_along_axis(rows.stops, token[:, None], axis=1)[:, 0]
@@ -220,5 +297,7 @@ def _choose(model: Llama, hidden, state: DecodeState, rows: RowParams):
         token=jnp.where(chosen, token, state.token),
         generated=generated,
         finish=jnp.where(running, finish, state.finish),
+        history=with_token(state.history, token, chosen),
+        scores=jax.tree.map(lambda all, new: all.at[:, turn].set(new[:, 0]), state.scores, scores),
     )
     return state, jnp.where(chosen, token, -1)

@@ -1,10 +1,13 @@
 """Requests: prompts with their parameters, checked on the host before anything is launched."""
 
+import dataclasses
+import hashlib
 from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
 import numpy as np
+import tokenizers
 
 from jsparse.integers import is_integer
 from jsparse.models import LlamaConfig
@@ -19,27 +22,50 @@ class Request(NamedTuple):
     sampling: SamplingParams
     seed: int
 
+    @property
+    def prompt_hash(self) -> int:
+        """32 bits of the prompt, the same on every machine: equal seeds of other prompts draw otherwise."""
+        return int.from_bytes(hashlib.blake2b(self.prompt.astype("<i4").tobytes(), digest_size=4).digest())
 
-def check_requests(model: LlamaConfig, prompts, max_new_tokens, sampling, seed) -> list[Request]:
-    """The requests for these arguments of ``generate``. Raises ValueError or TypeError."""
+
+def check_requests(
+    model: LlamaConfig, prompts, max_new_tokens, sampling, seed, tokenizer=None
+) -> list[Request]:
+    """The requests for these arguments of ``generate``: the ``n`` samples of each prompt in turn.
+
+    Raises ValueError or TypeError.
+    """
+    if tokenizer is not None and not isinstance(tokenizer, tokenizers.Tokenizer):
+        raise TypeError(f"tokenizer must be a tokenizers.Tokenizer or None, not {tokenizer!r}")
     prompts = _check_prompts(prompts, model.vocab_size)
     if not is_integer(max_new_tokens) or max_new_tokens < 1:
         raise ValueError(f"max_new_tokens must be an integer >= 1, not {max_new_tokens!r}")
     sampling = _one_each("sampling", sampling, SamplingParams, len(prompts))
     for params in sampling:
-        beyond = [token for token in params.stop_token_ids if token >= model.vocab_size]
-        if beyond:
-            raise ValueError(
-                f"stop_token_ids has {beyond[0]}; ids must be less than vocab_size={model.vocab_size}"
-            )
+        _check_sampling(params, model.vocab_size, max_new_tokens, tokenizer)
     seeds = _one_each("seed", seed, int | np.integer, len(prompts))
     for one in seeds:
         if not is_integer(one) or not 0 <= one < 2**32:
             raise ValueError(f"seed must be an integer from 0 to 2**32 - 1, not {one!r}")
     return [
-        Request(prompt, int(max_new_tokens), params, int(one))
+        Request(prompt, int(max_new_tokens), dataclasses.replace(params, n=1), (int(one) + i) % 2**32)
         for prompt, params, one in zip(prompts, sampling, seeds, strict=True)
+        for i in range(params.n)
     ]
+
+
+def _check_sampling(params: SamplingParams, vocab_size: int, max_new_tokens: int, tokenizer) -> None:
+    for name, ids in (("stop_token_ids", params.stop_token_ids), ("logit_bias", params.logit_bias)):
+        beyond = [token for token in ids if token >= vocab_size]
+        if beyond:
+            raise ValueError(f"{name} has {beyond[0]}; ids must be less than vocab_size={vocab_size}")
+    for name in ("logprobs", "prompt_logprobs"):
+        if (getattr(params, name) or 0) > vocab_size:
+            raise ValueError(f"{name}={getattr(params, name)} must be at most vocab_size={vocab_size}")
+    if params.min_tokens > max_new_tokens:
+        raise ValueError(f"min_tokens={params.min_tokens} must be at most max_new_tokens={max_new_tokens}")
+    if params.stop and tokenizer is None:
+        raise ValueError(f"stop={params.stop!r} is text, which needs a tokenizer, and none is given")
 
 
 def check_ids(name: str, tokens: np.ndarray, vocab_size: int) -> None:

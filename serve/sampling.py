@@ -1,32 +1,50 @@
-"""From logits to tokens: greedy, temperature, top-k and top-p, with parameters for each row."""
+"""How tokens are chosen and when sequences end: one sequence's parameters, and those of a batch."""
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, Int
 
-from jsparse.arrays import AnyArray, HostOrDevice
-from jsparse.integers import is_integer
+from jsparse.arrays import HostOrDevice
+from jsparse.integers import is_integer, require_integer
+from jsparse.serve.logprobs import MAX_LOGPROBS
 
-_MIN_TEMPERATURE = 1e-4  # logits divided by less are all infinite or zero in float32, which is greedy
+_LEAST_TEMPERATURE = 1e-30  # a smaller one may be 0 in float32; nothing but a tie survives either
+MAX_BIASES = 1024
+MAX_STOP_STRINGS = 16
+MAX_SAMPLES = 128
 
 
 @dataclasses.dataclass(frozen=True)
 class SamplingParams:
-    """How one sequence's tokens are chosen and when it stops; fields as in vLLM and Hugging Face.
+    """How one sequence's tokens are chosen and when it stops; fields as in vLLM.
 
-    - temperature: 0 takes the most likely token; otherwise logits are divided by it (at least 1e-4).
-    - top_k: sample among the k most likely tokens only; 0 for all.
+    - temperature: 0 takes the most likely token; otherwise logits are divided by it. However small it is,
+      nothing overflows, so none is raised (vLLM makes 0.01 of what is less).
+    - top_k: sample among the k most likely tokens only; 0 or -1 for all.
     - top_p: of these, only the most likely tokens that together reach this probability, in (0, 1].
     - stop_token_ids: tokens that end the sequence, besides the model's own ``eos_token_ids``. They are
       returned.
     - ignore_eos: whether the sequence continues after the model's own end tokens.
+    - min_p: sample only among tokens that are at least this times as likely as the most likely one, in
+      [0, 1].
+    - repetition_penalty: more than 1 makes tokens of the prompt and of the continuation less likely, less
+      than 1 more likely; from 0.01 to 100.
+    - presence_penalty, frequency_penalty: taken from the logit of a token that was generated, once and as
+      often as it was; from -2 to 2.
+    - logit_bias: what is added to the logits of some ids, from -100 to 100; of at most 1024 ids.
+    - min_tokens: no token or string ends the sequence before this many new tokens.
+    - stop: strings that end the sequence, at most 16. The text ends before the first of them that is
+      complete. ``generate`` needs a tokenizer then.
+    - n: samples per prompt, at most 128. Sample ``i`` has the prompt's seed plus ``i``, as in vLLM. Each
+      takes a row and pages of its own. Those of temperature 0 are all equal.
+    - logprobs: return the log-probability of each new token, and of this many most likely ones, at most 20;
+      None for neither. They are of the model's distribution before any of these parameters.
+    - prompt_logprobs: the same for the tokens of the prompt. The first request for it compiles once more.
 
-    Tokens exactly as likely as the last one kept are kept too.
+    Tokens exactly as likely as the last one that top-k or top-p keeps are kept too.
 
     Raises ValueError, naming the field and its range.
 
@@ -41,30 +59,90 @@ class SamplingParams:
     top_p: float | int = 1.0
     stop_token_ids: Sequence[int] = ()
     ignore_eos: bool = False
+    min_p: float | int = 0.0
+    repetition_penalty: float | int = 1.0
+    presence_penalty: float | int = 0.0
+    frequency_penalty: float | int = 0.0
+    logit_bias: Mapping[int, float | int] = dataclasses.field(default_factory=dict, hash=False)
+    min_tokens: int = 0
+    stop: str | Sequence[str] = ()
+    n: int = 1
+    logprobs: int | None = None
+    prompt_logprobs: int | None = None
 
     def __post_init__(self):
-        if not _is_number(self.temperature) or not (
-            self.temperature == 0 or _MIN_TEMPERATURE <= self.temperature < math.inf
-        ):
+        if not _is_number(self.temperature) or not 0 <= self.temperature < math.inf:
             raise ValueError(
-                f"temperature must be 0 (greedy) or at least {_MIN_TEMPERATURE}, not {self.temperature!r}"
+                f"temperature must be 0 (greedy) or a finite number above it, not {self.temperature!r}"
             )
-        if not is_integer(self.top_k) or not 0 <= self.top_k < 2**31:
-            raise ValueError(f"top_k must be an integer >= 0 (0: all tokens), not {self.top_k!r}")
+        if not is_integer(self.top_k) or not -1 <= self.top_k < 2**31:
+            raise ValueError(f"top_k must be an integer >= 1, or 0 or -1 for all tokens, not {self.top_k!r}")
         if not _is_number(self.top_p) or not 0 < self.top_p <= 1:
             raise ValueError(f"top_p must be a number in (0, 1], not {self.top_p!r}")
         if not isinstance(self.ignore_eos, bool):
             raise ValueError(f"ignore_eos must be True or False, not {self.ignore_eos!r}")
-        try:
-            stop_token_ids = tuple(self.stop_token_ids)
-        except TypeError:
-            raise ValueError(
-                f"stop_token_ids must be a sequence of ids, not {self.stop_token_ids!r}"
-            ) from None
-        for token in stop_token_ids:
-            if not is_integer(token) or token < 0:
-                raise ValueError(f"stop_token_ids must be integers >= 0, not {token!r}")
-        object.__setattr__(self, "stop_token_ids", stop_token_ids)
+        for name, least, most in (
+            ("min_p", 0, 1),
+            ("repetition_penalty", 0.01, 100),
+            ("presence_penalty", -2, 2),
+            ("frequency_penalty", -2, 2),
+        ):
+            _require_number(name, getattr(self, name), least, most)
+        require_integer("min_tokens", self.min_tokens, 0, 2**31 - 1)
+        require_integer("n", self.n, 1, MAX_SAMPLES)
+        for name in ("logprobs", "prompt_logprobs"):
+            if getattr(self, name) is not None:
+                require_integer(name, getattr(self, name), 0, MAX_LOGPROBS, " or None")
+        object.__setattr__(self, "stop_token_ids", _token_ids(self.stop_token_ids))
+        object.__setattr__(self, "logit_bias", _biases(self.logit_bias))
+        object.__setattr__(self, "stop", _stop_strings(self.stop))
+
+
+def _token_ids(given) -> tuple[int, ...]:
+    try:
+        ids = tuple(given)
+    except TypeError:
+        raise ValueError(f"stop_token_ids must be a sequence of ids, not {given!r}") from None
+    for token in ids:
+        if not is_integer(token) or token < 0:
+            raise ValueError(f"stop_token_ids must be integers >= 0, not {token!r}")
+    return ids
+
+
+def _biases(given) -> dict[int, float]:
+    if not isinstance(given, Mapping):
+        raise ValueError(f"logit_bias must be a mapping from ids to numbers, not {given!r}")
+    if len(given) > MAX_BIASES:
+        raise ValueError(f"logit_bias must have at most {MAX_BIASES} ids, not {len(given)}")
+    for token, bias in given.items():
+        if not is_integer(token) or token < 0:
+            raise ValueError(f"logit_bias must be of ids, integers >= 0, not {token!r}")
+        _require_number(f"logit_bias[{token}]", bias, -100, 100)
+    return {int(token): float(bias) for token, bias in given.items()}
+
+
+def _stop_strings(given) -> tuple[str, ...]:
+    strings = [given] if isinstance(given, str) else given
+    if not isinstance(strings, Sequence):
+        raise ValueError(f"stop must be a string or a list of strings, not {given!r}")
+    if len(strings) > MAX_STOP_STRINGS:
+        raise ValueError(f"stop must have at most {MAX_STOP_STRINGS} strings, not {len(strings)}")
+    for string in strings:
+        if not isinstance(string, str) or not string:
+            raise ValueError(f"stop must be strings of one character or more, not {string!r}")
+    return tuple(strings)
+
+
+def _require_number(name: str, value, least: float | int, most: float | int) -> None:
+    if not _is_number(value) or not least <= value <= most:
+        raise ValueError(f"{name} must be a number from {least} to {most}, not {value!r}")
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float | np.integer | np.floating) and not isinstance(value, bool)
+
+
+GREEDY = SamplingParams(temperature=0.0)  # always the most likely token
 
 
 @jax.tree_util.register_dataclass
@@ -73,9 +151,19 @@ class RowParams:
     """The sampling parameters of a batch as arrays, one entry per row: new values compile nothing."""
 
     temperature: HostOrDevice  # float32 [B]
-    top_k: HostOrDevice  # int32 [B]
+    top_k: HostOrDevice  # int32 [B], 0 for all
     top_p: HostOrDevice  # float32 [B]
+    min_p: HostOrDevice  # float32 [B]
+    repetition_penalty: HostOrDevice  # float32 [B]
+    presence_penalty: HostOrDevice  # float32 [B]
+    frequency_penalty: HostOrDevice  # float32 [B]
+    biased: HostOrDevice  # bool [B]: whether the row has biases
+    bias_ids: HostOrDevice  # int32 [B, MAX_BIASES], filled up with ids beyond the vocabulary
+    biases: HostOrDevice  # float32 [B, MAX_BIASES]
+    min_tokens: HostOrDevice  # int32 [B]
+    scored: HostOrDevice  # bool [B]: whether log-probabilities are wanted
     seed: HostOrDevice  # uint32 [B]
+    prompt_hash: HostOrDevice  # uint32 [B]
     stops: HostOrDevice  # bool [B, vocab]: the tokens that end the row
     max_new: HostOrDevice  # int32 [B], 0 in a row without a prompt
 
@@ -89,83 +177,46 @@ class RowParams:
         batch: int,
         vocab_size: int,
         eos_token_ids: tuple[int, ...] = (),
+        prompt_hashes: Sequence[int] = (),
     ) -> "RowParams":
-        """NumPy arrays of ``batch`` rows; those beyond the sequences are greedy and never used."""
+        """NumPy arrays of ``batch`` rows; those beyond the sequences are greedy and never used.
+
+        ``prompt_hashes`` are 0 where none are given.
+        """
         rows = [*sampling, *[SamplingParams()] * (batch - len(sampling))]
         stops = np.zeros((batch, vocab_size), bool)
+        bias_ids = np.full((batch, MAX_BIASES), vocab_size, np.int32)
+        biases = np.zeros((batch, MAX_BIASES), np.float32)
         for row, params in enumerate(rows):
             stops[row, list(params.stop_token_ids)] = True
             if not params.ignore_eos:
                 stops[row, list(eos_token_ids)] = True
+            count = len(params.logit_bias)
+            bias_ids[row, :count] = list(params.logit_bias)
+            biases[row, :count] = list(params.logit_bias.values())
+
+        def floats(name: str) -> np.ndarray:
+            return np.array([getattr(params, name) for params in rows], np.float32)
+
+        def padded(values: Sequence[int], dtype: type) -> np.ndarray:
+            return np.array([*values, *[0] * (batch - len(values))], dtype)
+
+        temperatures = [params.temperature and max(params.temperature, _LEAST_TEMPERATURE) for params in rows]
         return cls(
-            temperature=np.array([params.temperature for params in rows], np.float32),
-            top_k=np.array([params.top_k for params in rows], np.int32),
-            top_p=np.array([params.top_p for params in rows], np.float32),
-            seed=np.array([*seeds, *[0] * (batch - len(seeds))], np.uint32),
+            temperature=np.array(temperatures, np.float32),
+            top_k=np.array([max(params.top_k, 0) for params in rows], np.int32),
+            top_p=floats("top_p"),
+            min_p=floats("min_p"),
+            repetition_penalty=floats("repetition_penalty"),
+            presence_penalty=floats("presence_penalty"),
+            frequency_penalty=floats("frequency_penalty"),
+            biased=np.array([bool(params.logit_bias) for params in rows]),
+            bias_ids=bias_ids,
+            biases=biases,
+            min_tokens=np.array([params.min_tokens for params in rows], np.int32),
+            scored=np.array([params.logprobs is not None for params in rows]),
+            seed=padded(seeds, np.uint32),
+            prompt_hash=padded(prompt_hashes, np.uint32),
             stops=stops,
-            max_new=np.array([*max_new, *[0] * (batch - len(max_new))], np.int32),
+            max_new=padded(max_new, np.int32),
         )
-
-
-def sample(
-    logits: Float[Array, "B vocab"], rows: RowParams, positions: Int[Array, " B"]
-) -> tuple[Int[Array, " B"], Bool[Array, " B"]]:
-    """One token per row, and whether the row's logits were all finite (if not, the token means nothing).
-
-    The random numbers of a row depend only on its seed and on the absolute position of the new token,
-    not on the other rows or on how the decoding is cut into calls.
-    """
-    finite = jnp.isfinite(logits).all(axis=-1)
-    greedy = jnp.argmax(logits, axis=-1).astype(jnp.int32)
-
-    def draw():
-        scaled = scale_logits(logits, rows.temperature)
-        restricted = jax.lax.cond(
-            ((rows.top_k > 0) | (rows.top_p < 1)).any(),
-            lambda: restrict(scaled, rows.top_k, rows.top_p),
-            lambda: scaled,  # spares the sort
-        )
-        keys = jax.vmap(lambda seed, position: jax.random.fold_in(jax.random.key(seed), position))(
-            rows.seed, positions
-        )
-        drawn = jax.vmap(jax.random.categorical)(keys, restricted).astype(jnp.int32)
-        return jnp.where(rows.temperature > 0, drawn, greedy)
-
-    return jax.lax.cond((rows.temperature > 0).any(), draw, lambda: greedy), finite
-
-
-def scale_logits(
-    logits: Float[Array, "B vocab"], temperature: Float[AnyArray, " B"]
-) -> Float[Array, "B vocab"]:
-    """Logits divided by the temperature, with the largest moved to 0 so nothing overflows."""
-    largest = logits.max(axis=-1, keepdims=True)
-    return (logits - largest) / jnp.where(temperature > 0, temperature, 1)[:, None]
-
-
-def restrict(
-    logits: Float[Array, "B vocab"], top_k: Int[AnyArray, " B"], top_p: Float[AnyArray, " B"]
-) -> Float[Array, "B vocab"]:
-    """The logits with all but the top-k, then all but the top-p tokens of each row set to -inf.
-
-    ``top_k`` 0 and ``top_p`` 1 keep all. Of the tokens that top-k left, top-p keeps the fewest most likely
-    ones that together reach ``top_p``: a token stays if those before it sum to less.
-
-    Source: Holtzman et al., arXiv 1904.09751.
-    """
-    vocab = logits.shape[-1]
-    descending = jnp.sort(logits, axis=-1, descending=True)
-    k = jnp.where(top_k > 0, jnp.minimum(top_k, vocab), vocab)[:, None]
-    kept = jnp.where(jnp.arange(vocab) < k, descending, -jnp.inf)
-    probabilities = jax.nn.softmax(kept, axis=-1)
-    before = jnp.cumsum(probabilities, axis=-1) - probabilities
-    count = jnp.where(top_p < 1, (before < top_p[:, None]).sum(axis=-1), vocab)[:, None]
-    # The smallest logit that stays; the first is before every cut, so at least one does.
-    least = jnp.take_along_axis(descending, jnp.minimum(jnp.maximum(count, 1), k) - 1, axis=-1)
-    return jnp.where(logits >= least, logits, -jnp.inf)
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, int | float | np.integer | np.floating) and not isinstance(value, bool)
-
-
-GREEDY = SamplingParams(temperature=0.0)  # always the most likely token

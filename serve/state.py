@@ -17,7 +17,10 @@ from jsparse.cache.ring import StreamingKVCache
 from jsparse.cache.select.selection import Selection
 from jsparse.models import Llama, LlamaConfig
 from jsparse.serve.layout import CacheLayout
+from jsparse.serve.logprobs import Scores
+from jsparse.serve.penalties import History
 
+MAX_STEPS = 32  # tokens per row that one call of loop.decode_steps can return
 RUNNING, STOP, LENGTH, ERROR = range(4)  # values of DecodeState.finish
 FINISH_REASONS = {STOP: "stop", LENGTH: "length", ERROR: "error"}
 
@@ -85,6 +88,8 @@ class DecodeState:
     generated: DeviceArray  # int32 [B]
     finish: DeviceArray  # int32 [B]: RUNNING, or why the row ended
     selected_at: DeviceArray  # int32 [B]: the length at the last choice of pages, 0 if none
+    history: History
+    scores: Scores  # of the MAX_STEPS tokens that the last call returned, where rows ask for them
 
 
 @functools.partial(jax.jit, static_argnames=("layout", "shape"))
@@ -134,7 +139,9 @@ def _empty_rows(layout: CacheLayout, shape: ModelShape, rows: int, *, prefill: b
             )
         layers.append(LayerKVCache(None, streaming, layer.streaming_heads))
     table = jnp.full((rows, layout.pages_of(layout.capacity)), layout.num_pages, jnp.int32)  # no page
-    return DecodeState(tuple(layers), table, *(jnp.zeros(rows, jnp.int32) for _ in range(5)))
+    history = History.empty(rows, layout.vocab_size)
+    scores = Scores.zeros(rows, MAX_STEPS, layout.vocab_size)
+    return DecodeState(tuple(layers), table, *(jnp.zeros(rows, jnp.int32) for _ in range(5)), history, scores)
 
 
 def _list_shape(layout: CacheLayout, selection: Selection, kv_heads: int, group: int) -> tuple[int, int]:
@@ -179,10 +186,8 @@ def _put_rows(state: DecodeState, joining: DecodeState, rows: Int[Array, " n"]) 
         if ring is not None and new.streaming is not None:
             ring = jax.tree.map(put, ring, new.streaming.narrowed(ring.window, joining.lengths))
         layers.append(dataclasses.replace(old, streaming=ring))
-    fields = (field.name for field in dataclasses.fields(state) if field.name != "layers")
-    return DecodeState(
-        tuple(layers), **{name: put(getattr(state, name), getattr(joining, name)) for name in fields}
-    )
+    others = jax.tree.map(put, dataclasses.replace(state, layers=()), dataclasses.replace(joining, layers=()))
+    return dataclasses.replace(others, layers=tuple(layers))
 
 
 @functools.partial(jax.jit, donate_argnames="state")

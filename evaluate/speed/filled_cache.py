@@ -35,7 +35,10 @@ def random_state(layout: CacheLayout, shape: ModelShape, context: int, seed: int
     layers = (_random_layer(layer, shape, key) for layer, key in zip(empty.layers, keys, strict=True))
     pages = layout.pages_of(layout.capacity)
     table = jnp.arange(layout.batch * pages, dtype=jnp.int32).reshape(layout.batch, pages)
-    return at_context(dataclasses.replace(empty, layers=tuple(layers), page_table=table), context)
+    state = dataclasses.replace(empty, layers=tuple(layers), page_table=table)
+    history, scores = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), (empty.history, empty.scores))
+    state = dataclasses.replace(state, history=history, scores=scores)
+    return at_context(state, context)
 
 
 def _random_layer(empty: LayerKVCache, shape: ModelShape, key) -> LayerKVCache:

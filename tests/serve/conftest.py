@@ -1,6 +1,7 @@
 """What tests of serving share: a cache, prompts, a count of compilations. Models are in tests/conftest.py."""
 
 import jax
+import jaxtyping
 import numpy as np
 import pytest
 
@@ -36,3 +37,11 @@ def compilations():
     jax.monitoring.register_event_duration_secs_listener(listen)
     yield seen
     jax.monitoring.unregister_event_duration_listener(listen)
+
+
+@pytest.fixture
+def unchecked_types():
+    """What refuses a wrong type must be our own check, not the type checker that only tests have."""
+    jaxtyping.config.update("jaxtyping_disable", True)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", False)

@@ -8,7 +8,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from jsparse.serve import SamplingParams
-from jsparse.serve.sampling import RowParams, restrict, sample, scale_logits
+from jsparse.serve.draw import drop_unlikely, restrict, sample, scale_logits
+from jsparse.serve.penalties import History
+from jsparse.serve.sampling import RowParams
 
 
 def kept_by_numpy(logits, top_k, top_p):
@@ -40,6 +42,16 @@ def test_top_k_and_top_p_keep_what_numpy_keeps(seed, top_k, top_p):
     np.testing.assert_array_equal(out[1], logits[1])
 
 
+@given(st.integers(0, 2**31), st.floats(0.0, 1.0))
+def test_min_p_keeps_what_numpy_keeps(seed, min_p):
+    logits = 3 * np.random.default_rng(seed).normal(size=(2, 16)).astype(np.float32)
+    scaled = scale_logits(jnp.array(logits), jnp.array([0.7, 0.7]))
+    out = np.asarray(drop_unlikely(scaled, jnp.array([min_p, 0.0], jnp.float32)))
+    likely = np.exp(np.float64(logits[0]) / 0.7)
+    assert np.isfinite(out[0]).tolist() == (likely >= np.float32(min_p) * likely.max()).tolist()
+    np.testing.assert_array_equal(out[1], scaled[1])
+
+
 def test_tokens_as_likely_as_the_last_one_kept_are_kept():
     logits = jnp.array([[1.0, 2.0, 1.0, 0.0]])
     assert np.isfinite(restrict(logits, jnp.array([2]), jnp.array([1.0]))).tolist() == [
@@ -53,16 +65,26 @@ def rows_of(params, seeds, vocab_size=8):
     )
 
 
-choose = jax.jit(sample)
+@jax.jit
+def choose(logits, rows, positions):
+    none = jnp.zeros(len(logits), jnp.int32)
+    history = History.empty(*logits.shape)
+    return sample(logits, rows, history, generated=none, positions=positions, running=none == 0)
 
 
 def test_frequencies_follow_the_restricted_softmax():
     logits = np.array([2.0, 1.0, 0.5, 0.0, -1.0, -1.5, -2.0, -9.0], np.float32)
     count = 4000
-    for params in (SamplingParams(0.7), SamplingParams(1.5, top_k=4), SamplingParams(1.0, top_p=0.8)):
+    for params in (
+        SamplingParams(0.7),
+        SamplingParams(1.5, top_k=4),
+        SamplingParams(1.0, top_p=0.8),
+        SamplingParams(1.0, top_k=-1, min_p=0.2),
+    ):
         rows = rows_of([params] * count, list(range(count)))
         tokens, finite = choose(jnp.tile(logits, (count, 1)), rows, jnp.full(count, 17))
-        kept = kept_by_numpy(logits / params.temperature, params.top_k, params.top_p)
+        kept = kept_by_numpy(logits / params.temperature, max(params.top_k, 0), params.top_p)
+        kept = [token for token in kept if logits[token] >= logits.max() + np.log(params.min_p or 1e-9)]
         expected = np.zeros(8)
         expected[kept] = np.exp(logits[kept] / params.temperature)
         frequencies = np.bincount(np.asarray(tokens), minlength=8) / count
@@ -97,11 +119,19 @@ def test_a_row_that_is_not_finite_is_flagged_alone():
         assert finite.tolist() == [False, False, False, True]
 
 
-@pytest.mark.parametrize("temperature", [1e-4, 1e30])
+@pytest.mark.parametrize("temperature", [1e-6, 1e-4, 1e30])
 def test_extreme_temperatures_stay_finite_or_nothing(temperature):
     logits = jnp.array([[1e4, -1e4, 9e3]])
     scaled = np.asarray(scale_logits(logits, jnp.array([temperature], jnp.float32)))
     assert not np.isnan(scaled).any() and scaled[0, 0] == 0
+
+
+@pytest.mark.parametrize("temperature", [1e-6, 1e-300])
+def test_a_tiny_temperature_is_greedy_but_for_ties(temperature):
+    logits = jnp.tile(jnp.array([[1e4, 9e3, -1e4, 1e4]]), (64, 1))
+    rows = rows_of([SamplingParams(temperature)] * 64, list(range(64)), 4)
+    tokens, finite = choose(logits, rows, jnp.zeros(64, int))
+    assert finite.all() and set(tokens.tolist()) == {0, 3}
 
 
 def test_rows_hold_the_stop_tokens():
