@@ -66,7 +66,7 @@ def generation_defaults(folder: str | Path) -> GenerationDefaults:
     way. Stop tokens are read with the model's config, and ``max_length`` gives way to the number of new
     tokens.
 
-    - folder: a folder, or an id on the hub, that may have a ``generation_config.json``; without one, the defaults are greedy.
+    - folder: a folder, or an id on the hub; without a ``generation_config.json`` in it, they are greedy.
 
     Returns the parameters, the number of new tokens, and what of the file cannot be followed.
 

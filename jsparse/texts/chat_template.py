@@ -9,6 +9,7 @@ from typing import Any, TypeAlias
 
 from tokenizers import AddedToken
 
+from jsparse.hub import model_folder
 from jsparse.texts.chat_messages import cut, mark_end, plain, read_mappings, read_messages
 from jsparse.texts.control_tokens import ControlTokens, Encoded, assistant_mask, remove_marks
 from jsparse.texts.jinja_sandbox import MAX_SOURCE, CompiledTemplate, compile_template
@@ -200,7 +201,7 @@ def load_chat_template(model: str | Path) -> ChatTemplate:
     ``tokenizer_config.json``, one template or a list of named ones; ``chat_template.json``, the old file of
     multimodal models. ``tokenizer.json`` is read when a prompt is first encoded.
 
-    - model: the folder.
+    - model: the folder, or an id on the hub.
 
     Returns a `ChatTemplate`. Raises FileNotFoundError if there is no such folder or no template in it, and
     ValueError, which names the file, for a template or a configuration that cannot be read.
@@ -215,11 +216,7 @@ def load_chat_template(model: str | Path) -> ChatTemplate:
     '<|user|>Hello'
     >>> folder.cleanup()
     """
-    directory = Path(model)
-    if not directory.is_dir():
-        raise FileNotFoundError(
-            f"{directory} is not a folder; chat templates are read from a checkpoint's folder"
-        )
+    directory = model_folder(model)
     config = _read_json(directory / "tokenizer_config.json")
     templates = {
         name: compile_template(source, file) for name, (source, file) in _sources(directory, config).items()
