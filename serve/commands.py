@@ -4,99 +4,66 @@ What needs jax is imported once the options are parsed, so that --help answers a
 """
 
 import dataclasses
+import json
 import sys
 import time
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-import jsparse
+from jsparse.models.choices import Dtype
 from jsparse.models.mesh_config import MeshConfig
 from jsparse.models.shipped import shipped_model
 from jsparse.plan.memory_fraction import DEFAULT_MEMORY_FRACTION
 from jsparse.reports.console import DefaultsToShipped, check_can_write, parse, write_json
-from jsparse.serve.config import CacheConfig, Policy
+from jsparse.serve.config import CacheConfig
+from jsparse.serve.options import CacheOptions, SamplingOptions
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+
+    from jsparse.models import Llama
+    from jsparse.serve.prompts import Prompt
+    from jsparse.serve.sampling import SamplingParams
+else:
+    Llama = Prompt = SamplingParams = Tokenizer = Any
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class CacheOptions:
-    """What the cache keeps and reads. It is dense unless --budget, --pattern or --policy makes it sparse."""
-
-    budget: int | None = None
-    """Tokens of the cache that a retrieval head reads per step, in whole pages; all of them by default."""
-    policy: Policy = "lserve"
-    """What chooses those tokens; with "streaming" every head streams, with "quest" none."""
-    page_size: int | None = None
-    """Tokens per page of the cache: 64 by default, and 16 for Quest."""
-    kv_bits: Literal[8, 4] | None = None
-    """Keep pages as codes of this many bits; by default in the model's dtype."""
-    pattern: Path | None = None
-    """A head pattern (DuoAttention's full_attention_heads.tsv): the heads with its lowest scores stream."""
-    sparsity: float | None = None
-    """With --pattern: the fraction of the KV heads that stream; half of them unless given."""
-    sink: int | None = None
-    """First tokens that a streaming head keeps; 128 unless given."""
-    window: int | None = None
-    """Recent tokens that a streaming head keeps; 256 unless given."""
-    prefill_window: int | None = None
-    """Recent tokens that a streaming head sees within the prompt; those of --window unless given."""
-
-    def __post_init__(self):
-        if self.pattern is None and self.sparsity is not None:
-            raise ValueError("--sparsity says how many heads of a --pattern stream, and none is given")
-        for name in ("sink", "window", "prefill_window"):
-            if self.pattern is None and self.policy != "streaming" and getattr(self, name) is not None:
-                option = name.replace("_", "-")
-                raise ValueError(
-                    f"--{option} is for streaming heads: give a --pattern, or --policy streaming"
-                )
-        if self.pattern is not None and self.policy in ("dense", "streaming", "quest"):
-            raise ValueError(f"--policy {self.policy} does not ask which heads of a --pattern stream")
-        if self.policy in ("dense", "streaming") and self.budget is not None:
-            raise ValueError(f"--policy {self.policy} chooses no pages, so a --budget means nothing to it")
-        if self.policy in ("quest", "mean", "oracle", "random") and self.budget is None:
-            raise ValueError(
-                f"--policy {self.policy} chooses what is read within a --budget, and none is given"
-            )
-
-    def cache(self) -> CacheConfig:
-        """The cache that the options describe. Raises ValueError, before any model is loaded."""
-        names = ("policy", "budget", "page_size", "kv_bits", "prefill_window")
-        given = {name: getattr(self, name) for name in names}
-        given |= {name: getattr(self, name) for name in ("sink", "window") if getattr(self, name) is not None}
-        if self.pattern is not None:
-            sparsity = 0.5 if self.sparsity is None else self.sparsity
-            given["streaming_heads"] = jsparse.HeadPattern.load(self.pattern).threshold(sparsity)
-        return CacheConfig(**given)
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class GenerateCommand(CacheOptions):
+class GenerateCommand(SamplingOptions, CacheOptions):
     """Print the continuation of a prompt as it is generated; tokens per second go to stderr.
 
-    The cache is dense unless --budget, --pattern or --policy makes it sparse.
+    The cache is dense unless --budget, --pattern or --policy makes it sparse. Without a prompt, the text is read
+    from standard input.
     """
 
     model: DefaultsToShipped = shipped_model()
     """A Hugging Face folder with config.json, safetensors and tokenizer.json, or an id on the Hub:
     org/name or org/name@revision."""
+    dtype: Dtype | None = None
+    """Dtype of the weights; what the model's config.json says unless given."""
     prompt: str | None = None
-    """The text to continue."""
+    """The text to continue. Special tokens written in it are those tokens."""
     prompt_file: Path | None = None
-    """A UTF-8 file with the text to continue."""
-    max_new_tokens: int = 64
-    """Stop after this many tokens, or at the model's end-of-sequence token."""
-    temperature: float = 0.0
-    """0 takes the most likely token."""
-    top_k: int = 0
-    """Sample among the k most likely tokens only; 0 for all."""
-    top_p: float = 1.0
-    """Sample among the fewest most likely tokens whose probabilities sum to at least this."""
-    seed: int = 0
-    """Seed of the sampling."""
+    """A UTF-8 file with the text to continue; "-" is standard input."""
+    messages: Path | None = None
+    """A JSON file with a conversation, a list of {"role": ..., "content": ...}, that the model's chat template
+    renders; "-" is standard input."""
+    prompts: Path | None = None
+    """A file with a JSON object per line, {"prompt": ...} or {"messages": ...}; "-" is standard input. Results
+    are printed as JSON lines."""
+    n: int = 1
+    """Samples per prompt; more than one are printed as JSON lines."""
+    batch_size: int = 8
+    """With --prompts: how many are continued at once."""
 
     def __post_init__(self):
-        if (self.prompt is None) == (self.prompt_file is None):
-            raise ValueError("exactly one of --prompt and --prompt-file must be given")
+        ways = ("prompt", "prompt_file", "messages", "prompts")
+        given = [name for name in ways if getattr(self, name) is not None]
+        if len(given) > 1 or (not given and sys.stdin.isatty()):
+            options = ", ".join("--" + name.replace("_", "-") for name in ways)
+            raise ValueError(f"one of {options} must be given, or a text on standard input")
+        if self.batch_size < 1:
+            raise ValueError(f"--batch-size must be at least 1, not {self.batch_size}")
         super().__post_init__()
 
 
@@ -126,37 +93,106 @@ class PlanGenerateCommand(CacheOptions):
 
 def generate(options: list[str]) -> None:
     command = parse(GenerateCommand, "generate", options)
+    import jax.numpy as jnp
     import numpy as np
-    from tokenizers.decoders import DecodeStream
 
-    from jsparse.models import Llama, load_tokenizer, reorder_heads
-    from jsparse.serve.generation import stream
-    from jsparse.serve.sampling import SamplingParams
-    from jsparse.texts.tokenizer import prompt_ids
+    from jsparse.models import Llama, load_chat_template, load_config, load_tokenizer, reorder_heads
 
     cache = command.cache()  # first: its errors come before the model is loaded
-    sampling = SamplingParams(temperature=command.temperature, top_k=command.top_k, top_p=command.top_p)
-    prompt = _read_text(command.prompt_file) if command.prompt_file else command.prompt or ""
-    tokenizer = load_tokenizer(command.model)
-    model = Llama.from_pretrained(command.model)
+    sampling, max_new, notes = command.sampling(command.model)
+    sampling = dataclasses.replace(sampling, n=command.n)
+    prompts = _read_prompts(command)
+    config, tokenizer = load_config(command.model), load_tokenizer(command.model)
+    talks = any(prompt.text is None for prompt in prompts)
+    template = load_chat_template(command.model) if talks else None
+    ids = [prompt.encode(tokenizer, template) for prompt in prompts]
+    for one, prompt in zip(ids, prompts, strict=True):
+        if max(one) >= config.vocab_size:
+            raise ValueError(
+                f"{prompt.place} has token id {max(one)}, but the model's vocabulary has {config.vocab_size} "
+                f"entries: the tokenizer of {command.model} is another model's"
+            )
+    for note in notes:
+        print(f"jsparse: {note}", file=sys.stderr)
+    model = Llama.from_pretrained(command.model, dtype=command.dtype and jnp.dtype(command.dtype))
     if cache.streaming_heads is not None:
         model, streams = reorder_heads(model, np.array(cache.streaming_heads))
         cache = dataclasses.replace(cache, streaming_heads=streams)
+    if command.prompts is None and command.n == 1:
+        _print_as_it_comes(command, model, tokenizer, ids[0], max_new, sampling, cache)
+    else:
+        _print_lines(command, model, tokenizer, ids, max_new, sampling, cache)
 
-    ids = prompt_ids(tokenizer, prompt)
-    text = DecodeStream(ids=ids, skip_special_tokens=True)  # holds back incomplete characters
+
+def _read_prompts(command: GenerateCommand) -> list[Prompt]:
+    from jsparse.serve.prompts import Prompt, read_conversation, read_prompts, read_text
+
+    if command.prompts is not None:
+        return read_prompts(command.prompts)
+    if command.messages is not None:
+        return [read_conversation(command.messages)]
+    if command.prompt is not None:
+        return [Prompt(text=command.prompt)]
+    return [read_text(command.prompt_file or Path("-"))]
+
+
+def _print_as_it_comes(
+    command: GenerateCommand,
+    model: Llama,
+    tokenizer: Tokenizer,
+    ids: list[int],
+    max_new: int,
+    sampling: SamplingParams,
+    cache: CacheConfig,
+) -> None:
+    """Print one text token by token, and its speed on stderr."""
+    from jsparse.serve.generation import stream
+
     arrivals = [time.perf_counter()]
     reason = None
-    for event in stream(model, [ids], command.max_new_tokens, sampling, cache, seed=command.seed):
+    for event in stream(model, [ids], max_new, sampling, cache, command.seed, tokenizer):
         reason = event.finish_reason
         if event.token is None:
             raise FloatingPointError(
                 f"the logits of {command.model} are not finite after {len(arrivals) - 1} tokens"
             )
         arrivals.append(time.perf_counter())
-        print(text.step(tokenizer, event.token) or "", end="", flush=True)
+        print(event.text, end="", flush=True)
     print()
     _report_speed(arrivals, len(ids), str(reason))
+
+
+def _print_lines(
+    command: GenerateCommand,
+    model: Llama,
+    tokenizer: Tokenizer,
+    ids: list[list[int]],
+    max_new: int,
+    sampling: SamplingParams,
+    cache: CacheConfig,
+) -> None:
+    """Print a JSON object per sample, those of one prompt after another, batch by batch."""
+    from jsparse.integers import cdiv, power_of_two_from
+    from jsparse.serve.generation import generate
+
+    # One capacity for all batches, so that they compile once.
+    page, _ = cache.page_sizes()
+    capacity = power_of_two_from(cdiv(max(map(len, ids)) + max_new, page)) * page
+    cache = dataclasses.replace(cache, capacity=cache.capacity or capacity)
+    for start in range(0, len(ids), command.batch_size):
+        batch = ids[start : start + command.batch_size]
+        result = generate(model, batch, max_new, sampling, cache, command.seed, tokenizer)
+        assert result.texts is not None
+        for i, (text, tokens, reason) in enumerate(
+            zip(result.texts, result.tokens, result.finish_reasons, strict=True)
+        ):
+            number, sample = divmod(i, command.n)
+            line = (
+                {"prompt": start + number, "sample": sample} if command.n > 1 else {"prompt": start + number}
+            )
+            line |= {"text": text, "finish_reason": reason}
+            line |= {"prompt_tokens": len(batch[number]), "new_tokens": len(tokens)}
+            print(json.dumps(line, ensure_ascii=False), flush=True)
 
 
 def _report_speed(arrivals: list[float], prompt_tokens: int, reason: str) -> None:
@@ -169,13 +205,6 @@ def _report_speed(arrivals: list[float], prompt_tokens: int, reason: str) -> Non
         else ""
     )
     print(f"{len(arrivals) - 1} tokens{rate}; ended by {reason}", file=sys.stderr)
-
-
-def _read_text(file: Path) -> str:
-    try:
-        return file.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"prompt_file: {file} is not UTF-8 text: {error}") from error
 
 
 def plan_generate(options: list[str]) -> int:

@@ -95,6 +95,7 @@ def test_what_is_compiled_is_kept(tmp_path):
         kept.append({file: file.stat().st_size for file in (tmp_path / "compiled").rglob("*-cache")})
         assert done.stderr.count(b"\n") == 2 and b"Warning" not in done.stderr, done.stderr.decode()
         if len(kept) == 2:  # nothing is compiled again; then one file is damaged
-            assert kept[0] == kept[1] != {}
+            # What took about a tenth of a second to compile may be kept the second time only.
+            assert kept[0] and kept[0].items() <= kept[1].items()
             next(iter(kept[0])).write_bytes(b"damaged")
     assert len(set(texts)) == 1

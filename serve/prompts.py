@@ -1,0 +1,101 @@
+"""What users ask to be continued: a text, a conversation, or a file with many of them."""
+
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from tokenizers import Tokenizer
+
+from jsparse.texts.chat_template import ChatTemplate
+from jsparse.texts.tokenizer import prompt_ids
+
+_ALLOWED = '{"prompt": "..."} or {"messages": [...]}, with "tools" beside messages if there are any'
+
+
+class Prompt(NamedTuple):
+    """A text, or a conversation whose next turn is the model's."""
+
+    text: str | None = None
+    messages: Sequence[Any] = ()
+    tools: Sequence[Any] | None = None
+    place: str = "prompt"  # for errors
+
+    def encode(self, tokenizer: Tokenizer, template: ChatTemplate | None) -> list[int]:
+        """The tokens that the model continues. Raises ValueError, naming the place."""
+        try:
+            if self.text is not None:
+                ids = prompt_ids(tokenizer, self.text)
+            else:
+                assert template is not None
+                ids = template.encode(self.messages, tools=self.tools)
+        except ValueError as error:
+            raise ValueError(f"{self.place}: {error}") from error
+        if not ids:
+            raise ValueError(f"{self.place}: the text has no tokens; give at least one")
+        return ids
+
+
+def read_text(file: Path) -> Prompt:
+    """The text of a UTF-8 file, or of standard input if its name is "-"."""
+    return Prompt(text=_read(file, "prompt_file"), place=f"prompt_file: {file}")
+
+
+def read_conversation(file: Path) -> Prompt:
+    """The conversation in a JSON file ("-" for standard input): a list of messages, or an object with them.
+
+    Raises ValueError, naming the file, for anything else.
+    """
+    place = f"messages: {file}"
+    content = _parse(_read(file, "messages"), place)
+    return _prompt({"messages": content} if isinstance(content, list) else content, place)
+
+
+def read_prompts(file: Path) -> list[Prompt]:
+    """The prompts of a file with one JSON object per line ("-" for standard input): texts or conversations.
+
+    Raises ValueError, naming file and line, for anything else, and for a file without a line.
+    """
+    lines = _read(file, "prompts").splitlines()
+    prompts = []
+    for number, line in enumerate(lines, start=1):
+        place = f"prompts: {file}, line {number}"
+        prompts.append(_prompt(_parse(line, place), place))
+    if not prompts:
+        raise ValueError(f"prompts: {file} is empty; a line is {_ALLOWED}")
+    return prompts
+
+
+def _prompt(content: Any, place: str) -> Prompt:
+    if not isinstance(content, dict):
+        raise ValueError(f"{place} holds {_short(content)}; allowed is {_ALLOWED}")
+    if content.keys() == {"prompt"}:
+        if not isinstance(content["prompt"], str):
+            raise ValueError(f"{place}: prompt must be a string, not {_short(content['prompt'])}")
+        return Prompt(text=content["prompt"], place=place)
+    if "messages" not in content or content.keys() - {"messages", "tools"}:
+        raise ValueError(f"{place} has the fields {sorted(content)}; allowed is {_ALLOWED}")
+    for name in content:
+        if not isinstance(content[name], list):
+            raise ValueError(f"{place}: {name} must be a list, not {_short(content[name])}")
+    return Prompt(messages=content["messages"], tools=content.get("tools"), place=place)
+
+
+def _read(file: Path, option: str) -> str:
+    content = sys.stdin.buffer.read() if str(file) == "-" else file.read_bytes()
+    try:
+        return content.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{option}: {file} is not UTF-8 text: {error}") from error
+
+
+def _parse(text: str, place: str) -> Any:
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{place} is not valid JSON ({error}); allowed is {_ALLOWED}") from error
+
+
+def _short(value: Any) -> str:
+    return json.dumps(value)[:50]
