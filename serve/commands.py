@@ -5,10 +5,12 @@ What needs jax is imported once the options are parsed, so that --help answers a
 
 import dataclasses
 import json
+import os
+import stat
 import sys
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, TextIO
 
 from jsparse.models.choices import Dtype
 from jsparse.models.mesh_config import MeshConfig
@@ -32,8 +34,7 @@ else:
 class GenerateCommand(SamplingOptions, CacheOptions):
     """Print the continuation of a prompt as it is generated; tokens per second go to stderr.
 
-    The cache is dense unless --budget, --pattern or --policy makes it sparse. Without a prompt, the text is read
-    from standard input.
+    The cache is dense unless --budget, --pattern or --policy makes it sparse. A text may also come from a pipe.
     """
 
     model: DefaultsToShipped = shipped_model()
@@ -49,8 +50,8 @@ class GenerateCommand(SamplingOptions, CacheOptions):
     """A JSON file with a conversation, a list of {"role": ..., "content": ...}, that the model's chat template
     renders; "-" is standard input."""
     prompts: Path | None = None
-    """A file with a JSON object per line, {"prompt": ...} or {"messages": ...}; "-" is standard input. Results
-    are printed as JSON lines."""
+    """A file with a JSON object per line, {"prompt": ...} or {"messages": ...}; "-" is standard input. The
+    results are JSON lines too."""
     n: int = 1
     """Samples per prompt; more than one are printed as JSON lines."""
     batch_size: int = 8
@@ -59,9 +60,11 @@ class GenerateCommand(SamplingOptions, CacheOptions):
     def __post_init__(self):
         ways = ("prompt", "prompt_file", "messages", "prompts")
         given = [name for name in ways if getattr(self, name) is not None]
-        if len(given) > 1 or (not given and sys.stdin.isatty()):
-            options = ", ".join("--" + name.replace("_", "-") for name in ways)
-            raise ValueError(f"one of {options} must be given, or a text on standard input")
+        if len(given) > 1 or (not given and not _is_piped(sys.stdin)):
+            raise ValueError(
+                "exactly one of --prompt and --prompt-file must be given, or of --messages and --prompts; "
+                "a text may also come from a pipe"
+            )
         if self.batch_size < 1:
             raise ValueError(f"--batch-size must be at least 1, not {self.batch_size}")
         super().__post_init__()
@@ -122,6 +125,15 @@ def generate(options: list[str]) -> None:
         _print_as_it_comes(command, model, tokenizer, ids[0], max_new, sampling, cache)
     else:
         _print_lines(command, model, tokenizer, ids, max_new, sampling, cache)
+
+
+def _is_piped(stream: TextIO) -> bool:
+    """Whether a text comes from a pipe or a file: nobody is asked to type one."""
+    try:
+        mode = os.fstat(stream.fileno()).st_mode
+    except (OSError, ValueError, AttributeError):  # closed, or no file at all
+        return False
+    return stat.S_ISFIFO(mode) or stat.S_ISREG(mode)
 
 
 def _read_prompts(command: GenerateCommand) -> list[Prompt]:
@@ -187,9 +199,8 @@ def _print_lines(
             zip(result.texts, result.tokens, result.finish_reasons, strict=True)
         ):
             number, sample = divmod(i, command.n)
-            line = (
-                {"prompt": start + number, "sample": sample} if command.n > 1 else {"prompt": start + number}
-            )
+            line: dict[str, Any] = {"prompt": start + number}
+            line |= {"sample": sample} if command.n > 1 else {}
             line |= {"text": text, "finish_reason": reason}
             line |= {"prompt_tokens": len(batch[number]), "new_tokens": len(tokens)}
             print(json.dumps(line, ensure_ascii=False), flush=True)
