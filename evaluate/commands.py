@@ -13,6 +13,7 @@ import numpy as np
 from jsparse.evaluate.scoreboard_config import ScoreboardConfig
 from jsparse.evaluate.speed.options import DecodeBench, PrefillBench
 from jsparse.hub import pinned_model
+from jsparse.models.choices import Dtype
 from jsparse.models.shipped import shipped_model
 from jsparse.reports.console import DefaultsToShipped, check_can_write, parse, print_table, write_json
 from jsparse.texts.corpus import standard_library_files
@@ -32,6 +33,8 @@ class EvaluateCommand:
     model: DefaultsToShipped = shipped_model()
     """A Hugging Face folder with config.json, safetensors and tokenizer.json, or an id on the Hub:
     org/name or org/name@revision."""
+    dtype: Dtype | None = None
+    """Dtype of the weights; what the model's config.json says unless given."""
     data: tuple[Path, ...] = ()
     """UTF-8 text files, each one document; they are joined and scored as one sequence. With neither --data
     nor --passkeys: held-out modules of this Python's standard library."""
@@ -104,7 +107,7 @@ def evaluate(options: list[str]) -> None:
     for length in (*(command.contexts if command.data else ()), *command.passkey_lengths):
         note_length(config, length)
         mask_for(length)  # raises, before the model is loaded, where a pattern does not fit
-    model = Llama.from_pretrained(command.model)
+    model = Llama.from_pretrained(command.model, dtype=command.dtype)
     if of_library:
         print(
             f"data: {len(command.data)} held-out modules of Python {platform.python_version()}'s standard "

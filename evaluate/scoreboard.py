@@ -68,7 +68,7 @@ def run_scoreboard(config: ScoreboardConfig) -> list[Row]:
     texts = {task: task_examples(config, material, task, length) for task in config.tasks}
     grid = grid_examples(config, material, length) if on_grid else {}
 
-    model = Llama.from_pretrained(config.model)
+    model = Llama.from_pretrained(config.model, dtype=config.dtype)
     rows: list[Row] = []
     for task, examples in texts.items():
         started = time.perf_counter()

@@ -4,6 +4,7 @@ import dataclasses
 from pathlib import Path
 
 from jsparse.evaluate.methods import METHODS
+from jsparse.models.choices import Dtype
 from jsparse.models.shipped import shipped_model
 from jsparse.reports.console import DefaultsToShipped
 from jsparse.texts.tasks import TASKS
@@ -23,6 +24,8 @@ class ScoreboardConfig:
     model: DefaultsToShipped = shipped_model()
     """A Hugging Face folder with config.json, safetensors and tokenizer.json, or an id on the Hub:
     org/name or org/name@revision."""
+    dtype: Dtype | None = None
+    """Dtype of the weights; what the model's config.json says unless given."""
     pattern: Path | None = None
     """A head pattern (default: full_attention_heads.tsv in the model's folder, if there is one). Without it,
     methods that need a pattern are left out."""

@@ -4,6 +4,7 @@ import dataclasses
 from pathlib import Path
 
 from jsparse.evaluate.methods import PAGE
+from jsparse.models.choices import Dtype
 from jsparse.models.shipped import shipped_model
 from jsparse.reports.console import DefaultsToShipped
 
@@ -19,6 +20,8 @@ class ShippedDemoConfig:
     model: DefaultsToShipped = shipped_model()
     """A Hugging Face folder or an id on the Hub; its full_attention_heads.tsv, if there is one, says which
     heads stream."""
+    dtype: Dtype | None = None
+    """Dtype of the weights; what the model's config.json says unless given."""
     output: Path | None = None
     """Write every number and a plot into this folder (needs the extra plot). An earlier demo's files
     there are replaced; any other folder is refused."""

@@ -67,7 +67,8 @@ def run_shipped_demo(config: ShippedDemoConfig) -> dict:
         prepare_output(config.output)
     console, started = Console(stderr=True), time.perf_counter()
     _, held_out_files = standard_library_files()
-    model, tokenizer = Llama.from_pretrained(config.model), load_tokenizer(config.model)
+    model = Llama.from_pretrained(config.model, dtype=config.dtype)
+    tokenizer = load_tokenizer(config.model)
     end = end_token(config.model, tokenizer, llama)
     documents = read_documents(held_out_files, tokenizer, eos_token_id=end, vocab_size=llama.vocab_size)
 

@@ -7,6 +7,7 @@ This is the only module that knows every room. A room is imported only when one 
 import contextlib
 import dataclasses
 import importlib
+import logging
 import os
 import sys
 import textwrap
@@ -116,6 +117,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     reader of stdout has gone (``| head``), the code is that of SIGPIPE.
     """
     options = list(sys.argv[1:] if arguments is None else arguments)
+    _show_notes()
     try:
         try:
             return _checked(options)
@@ -125,6 +127,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
         with contextlib.suppress(OSError, ValueError):  # where stdout is no file
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 128 + 13
+
+
+def _show_notes() -> None:
+    """Let what jsparse logs be lines like its errors; other libraries configure logging to their taste."""
+    logger = logging.getLogger("jsparse")
+    if not logger.handlers:
+        handler = logging.StreamHandler()
+        handler.setFormatter(logging.Formatter("jsparse: %(message)s"))
+        logger.addHandler(handler)
+        logger.propagate = False
 
 
 def _checked(options: list[str]) -> int:

@@ -96,6 +96,7 @@ def load_parameters(
     _check_tensors(directory, stored, parts)
     if dtype is None:
         dtype = _stored_dtype(directory, fields, [stored[name] for name in shapes if name not in packed])
+    dtype = jnp.dtype(dtype)
     if config.tie_word_embeddings and _HEAD in stored:
         _check_tied(directory, stored)
 

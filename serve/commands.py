@@ -10,7 +10,7 @@ import stat
 import sys
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, TextIO
+from typing import TYPE_CHECKING, Any, Literal
 
 from jsparse.models.choices import Dtype
 from jsparse.models.mesh_config import MeshConfig
@@ -34,7 +34,7 @@ else:
 class GenerateCommand(SamplingOptions, CacheOptions):
     """Print the continuation of a prompt as it is generated; tokens per second go to stderr.
 
-    The cache is dense unless --budget, --pattern or --policy makes it sparse. A text may also come from a pipe.
+    The cache is dense unless --budget, --pattern or --policy makes it sparse. A text may come from a pipe too.
     """
 
     model: DefaultsToShipped = shipped_model()
@@ -47,8 +47,8 @@ class GenerateCommand(SamplingOptions, CacheOptions):
     prompt_file: Path | None = None
     """A UTF-8 file with the text to continue; "-" is standard input."""
     messages: Path | None = None
-    """A JSON file with a conversation, a list of {"role": ..., "content": ...}, that the model's chat template
-    renders; "-" is standard input."""
+    """A JSON file with a conversation, a list of {"role": ..., "content": ...}, which the model's own chat
+    template renders; "-" is standard input."""
     prompts: Path | None = None
     """A file with a JSON object per line, {"prompt": ...} or {"messages": ...}; "-" is standard input. The
     results are JSON lines too."""
@@ -60,7 +60,7 @@ class GenerateCommand(SamplingOptions, CacheOptions):
     def __post_init__(self):
         ways = ("prompt", "prompt_file", "messages", "prompts")
         given = [name for name in ways if getattr(self, name) is not None]
-        if len(given) > 1 or (not given and not _is_piped(sys.stdin)):
+        if len(given) > 1 or (not given and not _is_piped()):
             raise ValueError(
                 "exactly one of --prompt and --prompt-file must be given, or of --messages and --prompts; "
                 "a text may also come from a pipe"
@@ -96,7 +96,6 @@ class PlanGenerateCommand(CacheOptions):
 
 def generate(options: list[str]) -> None:
     command = parse(GenerateCommand, "generate", options)
-    import jax.numpy as jnp
     import numpy as np
 
     from jsparse.models import Llama, load_chat_template, load_config, load_tokenizer, reorder_heads
@@ -117,7 +116,7 @@ def generate(options: list[str]) -> None:
             )
     for note in notes:
         print(f"jsparse: {note}", file=sys.stderr)
-    model = Llama.from_pretrained(command.model, dtype=command.dtype and jnp.dtype(command.dtype))
+    model = Llama.from_pretrained(command.model, dtype=command.dtype)
     if cache.streaming_heads is not None:
         model, streams = reorder_heads(model, np.array(cache.streaming_heads))
         cache = dataclasses.replace(cache, streaming_heads=streams)
@@ -127,10 +126,10 @@ def generate(options: list[str]) -> None:
         _print_lines(command, model, tokenizer, ids, max_new, sampling, cache)
 
 
-def _is_piped(stream: TextIO) -> bool:
-    """Whether a text comes from a pipe or a file: nobody is asked to type one."""
+def _is_piped() -> bool:
+    """Whether standard input is a pipe or a file: nobody is asked to type a text."""
     try:
-        mode = os.fstat(stream.fileno()).st_mode
+        mode = os.fstat(sys.stdin.fileno()).st_mode
     except (OSError, ValueError, AttributeError):  # closed, or no file at all
         return False
     return stat.S_ISFIFO(mode) or stat.S_ISREG(mode)

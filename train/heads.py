@@ -82,7 +82,7 @@ def learn_heads(config: HeadsConfig, *, progress: bool = True) -> HeadsResult:
     asked = f"context={config.context}"
     check_length(model_config, config.context, asked, "finetune extends a model's context")
     passkeys = _passkeys(config, model_config)
-    model = Llama.from_pretrained(config.model, dtype=config.dtype and jnp.dtype(config.dtype))
+    model = Llama.from_pretrained(config.model, dtype=config.dtype)
     if model.embed_tokens.embedding[...].dtype == jnp.float16:
         raise ValueError(
             f"dtype must be float32 or bfloat16, for {config.model} is stored as float16, which overflows"

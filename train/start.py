@@ -40,7 +40,7 @@ def load_start(
 
     Raises ValueError for weights that are stored as float16, which overflows, if no dtype is given.
     """
-    model = Llama.from_pretrained(config.model, dtype=config.dtype and jnp.dtype(config.dtype), mesh=mesh)
+    model = Llama.from_pretrained(config.model, dtype=config.dtype, mesh=mesh)
     if model.norm.scale[...].dtype == jnp.float16:
         raise ValueError(
             f"dtype must be float32 or bfloat16, for {config.model} is stored as float16, which overflows"

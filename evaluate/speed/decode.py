@@ -32,7 +32,7 @@ def bench_decode(config: DecodeBench) -> list[DecodeRow]:
         for context in config.contexts
     }
     config.output.mkdir(parents=True, exist_ok=True)
-    model = load_model(config.model)
+    model = load_model(config.model, config.dtype)
     about, shape = describe_model(config.model, model), split_model(model)[0].shape
     table = bytes_table(shape, sink=config.sink, window=config.window)
     rows: list[DecodeRow] = []

@@ -11,6 +11,7 @@ import numpy as np
 from jaxtyping import Bool
 
 from jsparse.integers import cdiv, is_integer, require_integer
+from jsparse.models.choices import Dtype
 from jsparse.serve.config import CacheConfig, Policy
 
 if TYPE_CHECKING:
@@ -33,6 +34,8 @@ class ServingBench:
     model: Path | None = None
     """A Hugging Face folder or an id on the Hub; by default a Llama of 32.5 million random weights in 8
     layers of 2 KV heads."""
+    dtype: Dtype | None = None
+    """Dtype of the weights; what the model's config.json says unless given, and float32 for random ones."""
     sparsity: float = 0.5
     """The fraction of the KV heads of each layer that stream (its last ones), in the caches where some do."""
     sink: int = 128

@@ -33,7 +33,7 @@ def bench_prefill(config: PrefillBench) -> list[PrefillRow]:
         for context in config.contexts
     }
     config.output.mkdir(parents=True, exist_ok=True)
-    model = load_model(config.model)
+    model = load_model(config.model, config.dtype)
     about = describe_model(config.model, model)
     rows: list[PrefillRow] = []
     for context, of_variant in layouts.items():

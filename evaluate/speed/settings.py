@@ -2,12 +2,14 @@
 
 from pathlib import Path
 
+import jax.numpy as jnp
 from flax import nnx
 
 from jsparse.evaluate.speed.options import check_integers as check_integers
 from jsparse.evaluate.speed.options import check_list as check_list
 from jsparse.evaluate.speed.options import last_heads_stream as last_heads_stream
 from jsparse.models import Llama, LlamaConfig, load_config
+from jsparse.models.choices import Dtype
 from jsparse.models.positions import check_length
 
 # The model if no checkpoint is given: 32.5 million parameters, few enough for the cache to matter.
@@ -34,7 +36,7 @@ def model_config(folder: Path | None, contexts: tuple[int, ...], new_tokens: int
     return config
 
 
-def load_model(folder: Path | None) -> Llama:
+def load_model(folder: Path | None, dtype: Dtype | None) -> Llama:
     if folder is None:
-        return Llama(RANDOM_LLAMA, rngs=nnx.Rngs(0))
-    return Llama.from_pretrained(folder)
+        return Llama(RANDOM_LLAMA, rngs=nnx.Rngs(0), dtype=jnp.dtype(dtype or "float32"))
+    return Llama.from_pretrained(folder, dtype=dtype)
