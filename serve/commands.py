@@ -34,7 +34,7 @@ else:
 class GenerateCommand(SamplingOptions, CacheOptions):
     """Print the continuation of a prompt as it is generated; tokens per second go to stderr.
 
-    The cache is dense unless --budget, --pattern or --policy makes it sparse. A text may come from a pipe too.
+    The cache is dense unless --budget, --pattern or --policy makes it sparse. Text may come from a pipe too.
     """
 
     model: DefaultsToShipped = shipped_model()
