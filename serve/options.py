@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import jsparse
+from jsparse.masks.head_pattern import learned_sizes
 from jsparse.serve.config import CacheConfig, Policy
 
 if TYPE_CHECKING:
@@ -29,13 +30,16 @@ class CacheOptions:
     kv_bits: Literal[8, 4] | None = None
     """Keep pages as codes of this many bits; by default in the model's dtype."""
     pattern: Path | None = None
-    """A head pattern (DuoAttention's full_attention_heads.tsv): the heads with its lowest scores stream."""
+    """A head pattern, DuoAttention's full_attention_heads.tsv or the folder that has it: the heads with its
+    lowest scores stream."""
     sparsity: float | None = None
     """With --pattern: the fraction of the KV heads that stream; half of them unless given."""
     sink: int | None = None
-    """First tokens that a streaming head keeps; 128 unless given."""
+    """First tokens that a streaming head keeps. Unless given: what the config.json in the folder of --pattern
+    says, or 128."""
     window: int | None = None
-    """Recent tokens that a streaming head keeps; 256 unless given."""
+    """Recent tokens that a streaming head keeps. Unless given: what the config.json in the folder of --pattern
+    says, or 256."""
     prefill_window: int | None = None
     """Recent tokens that a streaming head sees within the prompt; those of --window unless given."""
 
@@ -61,6 +65,8 @@ class CacheOptions:
         """The cache that the options describe. Raises ValueError, before any model is loaded."""
         names = ("policy", "budget", "page_size", "kv_bits", "prefill_window")
         given = {name: getattr(self, name) for name in names}
+        if self.pattern is not None and self.pattern.is_dir():
+            given |= learned_sizes(self.pattern)
         given |= {name: getattr(self, name) for name in ("sink", "window") if getattr(self, name) is not None}
         if self.pattern is not None:
             sparsity = 0.5 if self.sparsity is None else self.sparsity

@@ -1,11 +1,14 @@
 """Head patterns: which KV heads of each layer keep every key, and which only stream."""
 
 import dataclasses
+import json
 import os
 from pathlib import Path
 
 import numpy as np
 from jaxtyping import Bool, Float
+
+from jsparse.integers import require_integer
 
 PATTERN_FILE = "full_attention_heads.tsv"  # the name that DuoAttention gives it, in a folder
 
@@ -71,13 +74,15 @@ class HeadPattern:
         Gates are meant to lie in [0, 1], and learned ones lie a little outside: they load as they are, and
         :meth:`threshold` clips them. A number outside [-10, 10] is not a gate.
 
-        - path: the file.
+        - path: the file, or a folder with a file of DuoAttention's name.
 
-        Raises ValueError, naming the file and the line, for an entry that is not a finite number or not a
+        Raises FileNotFoundError if there is none, and ValueError, naming the file and the line, for an entry that is not a finite number or not a
         gate, and for a line that differs in length from the first.
         """
+        path = Path(path)
+        path = path / PATTERN_FILE if path.is_dir() else path
         rows: list[list[float]] = []
-        for number, line in enumerate(Path(path).read_text().splitlines(), start=1):
+        for number, line in enumerate(path.read_text().splitlines(), start=1):
             if not line.strip():
                 continue
             row = [_gate(text, f"{path}, line {number}") for text in line.strip().split("\t")]
@@ -94,6 +99,29 @@ class HeadPattern:
         """Write a file from which :meth:`load` reads exactly the same numbers."""
         lines = ("\t".join(repr(float(score)) for score in row) for row in self.scores)
         Path(path).write_text("".join(line + "\n" for line in lines))
+
+
+def learned_sizes(folder: Path) -> dict[str, int]:
+    """The sink and the window with which a folder's pattern was learned, as its config.json says.
+
+    DuoAttention calls them ``sink_size`` and ``recent_size``. Returns those that are there, under our names.
+
+    Raises ValueError, naming the file, for what is no JSON object or no integer.
+    """
+    file = folder / "config.json"
+    if not file.is_file():
+        return {}
+    try:
+        fields = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{file} cannot be read: {error}") from error
+    if not isinstance(fields, dict):
+        raise ValueError(f"{file} must hold a JSON object, not {type(fields).__name__}")
+    sizes = {"sink": fields.get("sink_size"), "window": fields.get("recent_size")}
+    for name, value in sizes.items():
+        if value is not None:
+            require_integer(f"{file}: the {name}", value, least=0)
+    return {name: value for name, value in sizes.items() if value is not None}
 
 
 def _gate(text: str, place: str) -> float:

@@ -3,7 +3,8 @@
 import numpy as np
 import pytest
 
-from jsparse.masks.head_pattern import HeadPattern
+from jsparse.masks.head_pattern import HeadPattern, learned_sizes
+from jsparse.serve.options import CacheOptions
 
 
 def test_threshold_takes_the_lowest_scores_of_the_whole_model():
@@ -82,3 +83,21 @@ def test_scores_must_be_finite():
 def test_sparsity_must_be_a_fraction(sparsity):
     with pytest.raises(ValueError, match="sparsity"):
         HeadPattern([[1.0]]).threshold(sparsity)
+
+
+def test_a_folder_as_duo_attention_publishes_it(tmp_path):
+    pattern = HeadPattern([[0.1, 0.9], [1.0, 0.0]])
+    pattern.save(tmp_path / "full_attention_heads.tsv")
+    (tmp_path / "config.json").write_text('{"sink_size": 64, "recent_size": 512, "lr": 0.02}')
+    np.testing.assert_array_equal(HeadPattern.load(tmp_path).scores, pattern.scores)
+    assert learned_sizes(tmp_path) == {"sink": 64, "window": 512}
+    options = CacheOptions(pattern=tmp_path)
+    assert (options.cache().sink, options.cache().window) == (64, 512)
+    assert CacheOptions(pattern=tmp_path, sink=32).cache().sink == 32
+    assert CacheOptions(pattern=tmp_path / "full_attention_heads.tsv").cache().window == 256
+    (tmp_path / "config.json").write_text('{"sink_size": "64"}')
+    with pytest.raises(ValueError, match="config.json: the sink must be an integer >= 0, not '64'"):
+        learned_sizes(tmp_path)
+    (tmp_path / "full_attention_heads.tsv").unlink()
+    with pytest.raises(FileNotFoundError, match="full_attention_heads.tsv"):
+        HeadPattern.load(tmp_path)
