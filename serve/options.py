@@ -35,11 +35,11 @@ class CacheOptions:
     sparsity: float | None = None
     """With --pattern: the fraction of the KV heads that stream; half of them unless given."""
     sink: int | None = None
-    """First tokens that a streaming head keeps. Unless given: what the config.json in the folder of --pattern
-    says, or 128."""
+    """First tokens that a streaming head keeps. Unless given: what a config.json beside --pattern
+    says if that is a folder, or 128."""
     window: int | None = None
-    """Recent tokens that a streaming head keeps. Unless given: what the config.json in the folder of --pattern
-    says, or 256."""
+    """Recent tokens that a streaming head keeps. Unless given: what a config.json beside --pattern
+    says if that is a folder, or 256."""
     prefill_window: int | None = None
     """Recent tokens that a streaming head sees within the prompt; those of --window unless given."""
 
