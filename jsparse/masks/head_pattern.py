@@ -76,8 +76,8 @@ class HeadPattern:
 
         - path: the file, or a folder with a file of DuoAttention's name.
 
-        Raises FileNotFoundError if there is none, and ValueError, naming the file and the line, for an entry that is not a finite number or not a
-        gate, and for a line that differs in length from the first.
+        Raises FileNotFoundError if there is none, and ValueError, naming the file and the line, for an entry
+        that is not a finite number or not a gate, and for a line that differs in length from the first.
         """
         path = Path(path)
         path = path / PATTERN_FILE if path.is_dir() else path
