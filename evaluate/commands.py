@@ -87,7 +87,6 @@ def evaluate(options: list[str]) -> None:
     from jsparse.evaluate.plots import check_can_plot, plot_evaluation
     from jsparse.models import Llama, load_config, load_tokenizer
     from jsparse.models.patterns import load_pattern, shifted_pattern
-    from jsparse.models.positions import note_length
 
     of_library = not command.data and not command.passkeys
     if of_library:
@@ -105,7 +104,6 @@ def evaluate(options: list[str]) -> None:
         return None if pattern is None else pattern.masks(config, length)
 
     for length in (*(command.contexts if command.data else ()), *command.passkey_lengths):
-        note_length(config, length)
         mask_for(length)  # raises, before the model is loaded, where a pattern does not fit
     model = Llama.from_pretrained(command.model, dtype=command.dtype)
     if of_library:
@@ -141,10 +139,13 @@ def _perplexities(command: EvaluateCommand, model, tokenizer, mask_for) -> list:
     """Perplexity at each of --contexts, printed as a table."""
     from jsparse.evaluate.perplexity import perplexity_by_context
     from jsparse.models.end_token import end_token
+    from jsparse.models.positions import note_length
 
     config = model.config
     end = end_token(command.model, tokenizer, config)
     documents = read_documents(command.data, tokenizer, eos_token_id=end, vocab_size=config.vocab_size)
+    for context in command.contexts:
+        note_length(config, context)
     names = ("scoring", "stride", "last", "batch_size", "max_windows")
     results = perplexity_by_context(
         model,
@@ -162,7 +163,10 @@ def _perplexities(command: EvaluateCommand, model, tokenizer, mask_for) -> list:
 def _passkeys(command: EvaluateCommand, model, tokenizer, mask_for) -> list:
     """How many passkeys were found at each length and depth, printed as a table."""
     from jsparse.evaluate.passkeys import evaluate_passkeys
+    from jsparse.models.positions import note_length
 
+    for length in command.passkey_lengths:
+        note_length(model.config, length)
     given = {name: getattr(command, name) for name in ("depths", "samples")}
     results = evaluate_passkeys(
         model,

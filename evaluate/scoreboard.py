@@ -23,7 +23,7 @@ from jsparse.models import (
     plain_text_tokenizer,
     text_encoder,
 )
-from jsparse.models.positions import check_length, positions_of
+from jsparse.models.positions import describe, note_length, positions_of
 from jsparse.reports.console import check_can_write, write_json
 from jsparse.serve.config import CacheConfig
 from jsparse.serve.layout import layout_of
@@ -50,9 +50,9 @@ def run_scoreboard(config: ScoreboardConfig) -> list[Row]:
         check_can_draw(config.output)
     llama, tokenizer = load_config(config.model), plain_text_tokenizer(load_tokenizer(config.model))
     length = config.length or positions_of(llama).certain
-    if length < 1:
-        raise ValueError(f"length={length} must be at least 1")
-    check_length(llama, length, f"length={length}", "choose a shorter one")
+    if not 0 < length <= positions_of(llama).most:
+        raise ValueError(f"length={length} must be from 1 to the model's {describe(llama)}")
+    note_length(llama, length)
     material = read_material(tokenizer, config.haystack or standard_library_files()[1], llama.vocab_size)
     streams = streaming_heads(config)
     entries = make_entries(config.methods, token_budgets(config.budgets, length), streams)

@@ -29,10 +29,11 @@ else:
 
         @property
         def attention(self) -> Any:
-            return importlib.import_module("jsparse.attention").attention
+            return vars(self).get("_attention") or importlib.import_module("jsparse.attention").attention
 
         @attention.setter
         def attention(self, value: Any) -> None:
-            """The import system sets the module here."""
+            if not isinstance(value, types.ModuleType):  # which the import system sets
+                vars(self)["_attention"] = value
 
     sys.modules[__name__].__class__ = _Face

@@ -11,7 +11,7 @@ import logging
 import os
 import sys
 import textwrap
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from importlib.metadata import version
 
 from jsparse.extras import MissingExtra
@@ -117,10 +117,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     reader of stdout has gone (``| head``), the code is that of SIGPIPE.
     """
     options = list(sys.argv[1:] if arguments is None else arguments)
-    _show_notes()
     try:
         try:
-            return _checked(options)
+            with _notes_shown():
+                return _checked(options)
         finally:
             sys.stdout.flush()  # a broken pipe shows here, not while Python shuts down
     except BrokenPipeError:
@@ -129,14 +129,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 128 + 13
 
 
-def _show_notes() -> None:
-    """Let what jsparse logs be lines like its errors; other libraries configure logging to their taste."""
-    logger = logging.getLogger("jsparse")
-    if not logger.handlers:
-        handler = logging.StreamHandler()
-        handler.setFormatter(logging.Formatter("jsparse: %(message)s"))
-        logger.addHandler(handler)
-        logger.propagate = False
+@contextlib.contextmanager
+def _notes_shown() -> Iterator[None]:
+    """What jsparse logs becomes lines like its errors, however other libraries configure logging."""
+    logger, handler = logging.getLogger("jsparse"), logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("jsparse: %(message)s"))
+    logger.addHandler(handler)
+    logger.propagate = False
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+        logger.propagate = True
 
 
 def _checked(options: list[str]) -> int:

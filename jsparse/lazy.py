@@ -27,6 +27,8 @@ def lazy_face(package: str, file: str) -> tuple[Callable[[str], Any], Callable[[
     modules = _typed_imports(Path(file).read_text(encoding="utf-8"))
 
     def get(name: str) -> Any:
+        if name == "__all__":  # for `from jsparse.masks import *`
+            return sorted(modules)
         if name in modules:
             value = getattr(importlib.import_module(modules[name]), name)
         else:

@@ -235,8 +235,8 @@ class LlamaConfig:
             return settled
         if has.certain < has.most:
             raise ValueError(
-                f"length={length} is more than the {describe(self)}, and whether the factor is within "
-                f"max_position_embeddings or on top of it is not said: give positions (--positions), "
+                f"length={length} is more than the model's {describe(self)}, and config.json does not say "
+                "if the factor is within max_position_embeddings or on top: give positions (--positions), "
                 f"{has.certain} if it is within and {has.most} if it is on top"
             )
         growth = -(-length // has.certain)

@@ -71,6 +71,8 @@ def _find(source: Path) -> dict[str, TorchTensor]:
     existing = [name for name in (SINGLE, INDEX) if (source / name).exists()]
     if existing:
         raise ValueError(f"{source} has {existing[0]} already; it loads as it is")
+    if (source / _INDEX).is_file() and (source / _SINGLE).is_file():
+        raise ValueError(f"{source} has both {_SINGLE} and {_INDEX}; remove the one that is out of date")
     if (source / _INDEX).is_file():
         index = source / _INDEX
         return read_indexed(source, index, read_index(index), ".bin", read_torch_header)

@@ -94,7 +94,7 @@ def fields_from_hf(fields: Mapping[str, Any]) -> dict[str, Any]:
     values["max_sequence_length"] = sequence_length_from_hf(
         fields.get("max_sequence_length"), rope.kind, rope.factor, values["max_position_embeddings"]
     )
-    values["max_position_embeddings"] = _ordinary_positions(fields, values["max_position_embeddings"])
+    values["max_position_embeddings"] = _ordinary_positions(fields, values["max_position_embeddings"], rope)
     values["eos_token_ids"] = token_ids(
         values.pop("eos_token_id", fields.get("eos_token_id")), "eos_token_id"
     )
@@ -125,7 +125,7 @@ def token_ids(value: Any, name: str) -> tuple[int, ...]:
     return tuple(ids)
 
 
-def _ordinary_positions(fields, max_position_embeddings):
+def _ordinary_positions(fields, max_position_embeddings, rope):
     """How many positions attend as usual: dual chunk attention is another one beyond its original length."""
     entry = fields.get("dual_chunk_attention_config")
     if entry in (None, {}):
@@ -137,6 +137,11 @@ def _ordinary_positions(fields, max_position_embeddings):
             f"ordinary attention, not {entry!r}"
         )
     require_size("dual_chunk_attention_config.original_max_position_embeddings", original)
+    if rope.kind != "default":
+        raise ValueError(
+            f"dual_chunk_attention_config beside a RoPE of type {rope.kind!r} is not supported: it must be "
+            "'default'"
+        )
     return min(max_position_embeddings, original)
 
 

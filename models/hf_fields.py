@@ -35,7 +35,7 @@ _INERT_VALUES: dict[str, tuple[Any, ...]] = {
 # sampling, and how the weights are stored. pretraining_tp only reorders a sum.
 _INERT = frozenset(
     """
-    attn_implementation attention_implementation max_window_layers pretraining_tp chunk_size_feed_forward
+    max_window_layers pretraining_tp chunk_size_feed_forward
     n_positions n_ctx original_max_position_embeddings tie_encoder_decoder cross_attention_hidden_size
     output_attentions output_hidden_states output_logits output_router_logits prefill_chunk_size
     num_beam_groups no_repeat_ngram_size encoder_no_repeat_ngram_size epsilon_cutoff penalty_alpha
@@ -43,8 +43,8 @@ _INERT = frozenset(
     """.split()
 )
 _INERT_NAME = re.compile(
-    r"^_|flash|dropout|pdrop|drop_rate|init|aux_loss|loss_coef|token_id|^max_|(model|context|seq|sequence)_.*len"
-    r"|impl|fp32"
+    r"^_|flash|dropout|pdrop|drop_rate|(^|_)init(ializer)?(_|$)|aux_loss|loss_coef|token_id|_implementation|_fp32"
+    r"|^max_(position|seq|len|new_tokens|batch|window_layers)|(model|context|seq|sequence)_.*len"
 )
 
 # The parts of the computation, as words of a field's name.

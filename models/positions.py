@@ -90,17 +90,21 @@ def describe(config: PositionFields) -> str:
 
     >>> from jsparse.models import LlamaConfig
     >>> describe(LlamaConfig.tiny())
-    '64 positions, by max_position_embeddings=64'
+    'max_position_embeddings=64'
+    >>> describe(LlamaConfig.tiny(rope=RopeConfig(kind="linear", factor=8.0)))
+    '512 positions (max_position_embeddings=64 x linear factor 8)'
     """
     rope, has = config.rope, positions_of(config)
-    source = f"max_position_embeddings={config.max_position_embeddings}"
+    written = f"max_position_embeddings={config.max_position_embeddings}"
     if rope.kind == "yarn":
-        source = f"YaRN: {rope.original_max_position_embeddings} x factor {rope.factor:g}"
-    elif config.max_sequence_length is not None:
-        source = f"max_sequence_length={config.max_sequence_length}"
-    elif has.most > has.certain:
-        source += f" x linear factor {rope.factor:g}"
-    return f"{has.most} positions, by {source}"
+        return (
+            f"{has.most} positions (YaRN: {rope.original_max_position_embeddings} x factor {rope.factor:g})"
+        )
+    if config.max_sequence_length is not None and has.most != config.max_position_embeddings:
+        return f"max_sequence_length={config.max_sequence_length}"
+    if has.most > has.certain:
+        return f"{has.most} positions ({written} x linear factor {rope.factor:g})"
+    return written
 
 
 @functools.cache

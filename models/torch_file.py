@@ -252,6 +252,10 @@ def _call(function, arguments, file):
     if name == "torch._utils _rebuild_parameter" and len(arguments) == 3:
         return _require(arguments[0], TorchTensor, "a parameter")
     if name == "torch._utils _rebuild_tensor_v2" and len(arguments) in (6, 7):
+        if len(arguments) == 7 and arguments[6]:
+            raise ValueError(
+                "a tensor is stored negated or conjugated; save it with .resolve_neg().resolve_conj()"
+            )
         return _tensor(file, *arguments[:4])
     raise ValueError(f"it calls {name!r} with {len(arguments)} arguments")
 
@@ -264,6 +268,11 @@ def _tensor(file, storage, offset, shape, strides) -> TorchTensor:
         raise ValueError(f"a tensor has {len(shape)} dimensions and {len(strides)} strides")
     tensor = TorchTensor(file, storage, _size(offset), shape, strides)
     # An expanded tensor repeats its elements, and could ask for any amount of memory.
+    if tensor.offset + tensor.extent <= storage.count < math.prod(shape):
+        raise ValueError(
+            f"a tensor of shape {list(shape)} repeats the {storage.count} elements of its storage; save "
+            "it with .contiguous()"
+        )
     if max(tensor.offset + tensor.extent, math.prod(shape)) > storage.count:
         raise ValueError(
             f"a tensor of shape {list(shape)}, strides {list(strides)} and offset {tensor.offset} reaches "

@@ -7,7 +7,7 @@ import jax
 import numpy as np
 from tokenizers import Tokenizer
 
-from jsparse.integers import power_of_two_from
+from jsparse.integers import is_integer, power_of_two_from
 from jsparse.models import Llama
 from jsparse.serve import loop
 from jsparse.serve.config import CacheConfig
@@ -186,7 +186,7 @@ class Batch:
 
         Raises ValueError for other ``steps``.
         """
-        if not 1 <= steps <= loop.MAX_STEPS:
+        if not is_integer(steps) or not 1 <= steps <= loop.MAX_STEPS:
             raise ValueError(f"steps must be from 1 to {loop.MAX_STEPS}, not {steps!r}")
         if not self._prompts:
             return []

@@ -115,7 +115,10 @@ class SamplingOptions:
         }
         base, most, notes = SamplingParams(), None, []
         if self.generation_config == "auto":
-            base, most, unfollowed = generation_defaults(model)
+            try:
+                base, most, unfollowed = generation_defaults(model)
+            except ValueError as error:
+                raise ValueError(f"{error} (--generation-config none leaves the file aside)") from error
             notes += unfollowed
         sampling = dataclasses.replace(base, **given)
         if given_by_file := _shown(base, given):
@@ -123,7 +126,7 @@ class SamplingOptions:
         unused = [name for name in ("top_k", "top_p", "min_p") if name in given and not sampling.temperature]
         if unused:
             notes.append(f"the temperature is 0, so {', '.join(unused)} change nothing")
-        return sampling, self.max_new_tokens or most or 64, notes
+        return sampling, self.max_new_tokens or most or max(64, sampling.min_tokens), notes
 
 
 def _shown(base: SamplingParams, given: dict[str, Any]) -> str:

@@ -33,7 +33,7 @@ class Prompt(NamedTuple):
         except ValueError as error:
             raise ValueError(f"{self.place}: {error}") from error
         if not ids:
-            raise ValueError(f"{self.place}: the text has no tokens; give at least one")
+            raise ValueError(f"{self.place}: the text is empty, it has no tokens; give at least one")
         return ids
 
 
@@ -57,13 +57,13 @@ def read_prompts(file: Path) -> list[Prompt]:
 
     Raises ValueError, naming file and line, for anything else, and for a file without a line.
     """
-    lines = _read(file, "prompts").splitlines()
+    lines = _read(file, "prompts").removesuffix("\n").split("\n")  # JSON may have other line separators
     prompts = []
+    if lines == [""]:
+        raise ValueError(f"prompts: {file} is empty; a line is {_ALLOWED}")
     for number, line in enumerate(lines, start=1):
         place = f"prompts: {file}, line {number}"
         prompts.append(_prompt(_parse(line, place), place))
-    if not prompts:
-        raise ValueError(f"prompts: {file} is empty; a line is {_ALLOWED}")
     return prompts
 
 
@@ -85,7 +85,7 @@ def _prompt(content: Any, place: str) -> Prompt:
 def _read(file: Path, option: str) -> str:
     content = sys.stdin.buffer.read() if str(file) == "-" else file.read_bytes()
     try:
-        return content.decode("utf-8")
+        return content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise ValueError(f"{option}: {file} is not UTF-8 text: {error}") from error
 
@@ -94,7 +94,8 @@ def _parse(text: str, place: str) -> Any:
     try:
         return json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{place} is not valid JSON ({error}); allowed is {_ALLOWED}") from error
+        reason = f"{error.msg} at character {error.pos}" if isinstance(error, json.JSONDecodeError) else error
+        raise ValueError(f"{place} is not valid JSON ({reason}); allowed is {_ALLOWED}") from error
 
 
 def _short(value: Any) -> str:

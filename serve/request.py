@@ -41,6 +41,7 @@ def check_requests(
     if not is_integer(max_new_tokens) or max_new_tokens < 1:
         raise ValueError(f"max_new_tokens must be an integer >= 1, not {max_new_tokens!r}")
     sampling = _one_each("sampling", sampling, SamplingParams, len(prompts))
+    sampling = [_stopping_at_special_tokens(params, tokenizer) for params in sampling]
     for params in sampling:
         _check_sampling(params, model.vocab_size, max_new_tokens, tokenizer)
     seeds = _one_each("seed", seed, int | np.integer, len(prompts))
@@ -66,6 +67,27 @@ def _check_sampling(params: SamplingParams, vocab_size: int, max_new_tokens: int
         raise ValueError(f"min_tokens={params.min_tokens} must be at most max_new_tokens={max_new_tokens}")
     if params.stop and tokenizer is None:
         raise ValueError(f"stop={params.stop!r} is text, which needs a tokenizer, and none is given")
+    for string in params.stop:
+        for token, name in _special_tokens(tokenizer).items():
+            if name in string:
+                raise ValueError(
+                    f"stop has {string!r}, but the special token {name!r} has no text; stop at it with "
+                    f"stop_token_ids=[{token}]"
+                )
+
+
+def _stopping_at_special_tokens(params: SamplingParams, tokenizer) -> SamplingParams:
+    """Stop strings that are special tokens, which have no text, as stop tokens."""
+    if tokenizer is None or not params.stop:
+        return params
+    ids = tuple(token for token, name in _special_tokens(tokenizer).items() if name in params.stop)
+    stop = tuple(string for string in params.stop if tokenizer.token_to_id(string) not in ids)
+    return dataclasses.replace(params, stop=stop, stop_token_ids=(*params.stop_token_ids, *ids))
+
+
+def _special_tokens(tokenizer: tokenizers.Tokenizer) -> dict[int, str]:
+    added = tokenizer.get_added_tokens_decoder()
+    return {token: one.content for token, one in added.items() if one.special}
 
 
 def check_ids(name: str, tokens: np.ndarray, vocab_size: int) -> None:

@@ -12,6 +12,7 @@ from jsparse.integers import is_integer, require_integer
 from jsparse.serve.logprobs import MAX_LOGPROBS
 
 _LEAST_TEMPERATURE = 1e-30  # a smaller one may be 0 in float32; nothing but a tie survives either
+_MOST_TEMPERATURE = 1e30
 MAX_BIASES = 1024
 MAX_STOP_STRINGS = 16
 MAX_SAMPLES = 128
@@ -37,7 +38,7 @@ class SamplingParams:
     - logit_bias: what is added to the logits of some ids, from -100 to 100; of at most 1024 ids.
     - min_tokens: no token or string ends the sequence before this many new tokens.
     - stop: strings that end the sequence, at most 16. The text ends before the first of them that is
-      complete. ``generate`` needs a tokenizer then.
+      complete. ``generate`` needs a tokenizer then. One that is a special token counts as its id.
     - n: samples per prompt, at most 128. Sample ``i`` has the prompt's seed plus ``i``, as in vLLM. Each
       takes a row and pages of its own. Those of temperature 0 are all equal.
     - logprobs: return the log-probability of each new token, and of this many most likely ones, at most 20;
@@ -201,7 +202,10 @@ class RowParams:
         def padded(values: Sequence[int], dtype: type) -> np.ndarray:
             return np.array([*values, *[0] * (batch - len(values))], dtype)
 
-        temperatures = [params.temperature and max(params.temperature, _LEAST_TEMPERATURE) for params in rows]
+        temperatures = [
+            params.temperature and min(max(params.temperature, _LEAST_TEMPERATURE), _MOST_TEMPERATURE)
+            for params in rows
+        ]
         return cls(
             temperature=np.array(temperatures, np.float32),
             top_k=np.array([max(params.top_k, 0) for params in rows], np.int32),

@@ -102,9 +102,13 @@ def test_what_generation_config_says_is_taken_and_shown(run, model):
         ('{"prompt": "a", "messages": []}', "line 1 has the fields"),
         ("[1]", r"line 1 holds \[1\]"),
         ("{", "line 1 is not valid JSON"),
+        (
+            '{"prompt": "a"}\n\n{"prompt": "b"}',
+            r"line 2 is not valid JSON \(Expecting value at character 0\)",
+        ),
         ('{"messages": "hi"}', "line 1: messages must be a list"),
         ('{"messages": [{"content": "hi"}]}', r"line 1: messages\[0\].*role"),
-        ('{"prompt": ""}', "line 1: the text has no tokens"),
+        ('{"prompt": ""}', "line 1: the text is empty"),
         (b"\xff", "is not UTF-8 text"),
     ],
 )

@@ -79,7 +79,7 @@ def learn_heads(config: HeadsConfig, *, progress: bool = True) -> HeadsResult:
     require_new_folder(config.output_folder)
     config = dataclasses.replace(config, model=pinned_model(config.model))
     model_config = load_config(config.model)
-    asked = f"context={config.context}"
+    asked = f"context={config.context} tokens"
     check_length(model_config, config.context, asked, "finetune extends a model's context")
     passkeys = _passkeys(config, model_config)
     model = Llama.from_pretrained(config.model, dtype=config.dtype)

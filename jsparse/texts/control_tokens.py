@@ -69,11 +69,14 @@ def marker(names: Collection[str]) -> Callable[[str], str]:
     # A tokenizer can have thousands of them, but they begin alike. One alternative for each would be slow.
     starts = "|".join(sorted({re.escape(name[:2]) for name in names})) or "(?!)"
     start = re.compile(f"(?={starts})", re.IGNORECASE)
+    heads = tuple({name[:6] for name in names})  # of which few texts have more than a beginning
 
     def spans(text: str) -> Iterator[tuple[int, int]]:
         done = 0
         for match in start.finditer(text):
             at = match.start()
+            if not text[at : at + 6].casefold().startswith(heads):
+                continue
             length = next((n for n in lengths if text[at : at + n].casefold() in names), None)
             if length is not None and at >= done:
                 done = at + length

@@ -28,6 +28,7 @@ BUDGET_PER_CHARACTER = 64  # and this for each character of the messages, which 
 NODE = 64
 SECONDS = 5.0
 MAX_BITS = 20_000  # of an integer
+MAX_ARGUMENT = 1000  # characters; real templates split at and strip less than 50
 
 
 class LimitExceeded(Exception):
@@ -150,7 +151,7 @@ def modulo(left: Any, right: Any) -> Any:
         numbers += [left.count("*") * abs(value) for value in values if isinstance(value, int)]
         escaped = 5 if isinstance(left, Markup) else 1
         budget.spend(len(left) + sum(numbers) + escaped * left.count("%") * size(right, budget.left))
-        if re.search(r"%[^%a-zA-Z]*[ra]", left):
+        if re.search(r"%(\([^)]*\))?[^%a-zA-Z(]*[hlL]?[ra]", left.replace("%%", "")):
             raise ValueError(
                 "%r and %a, which write a value as Python does, cannot be used in a chat template"
             )
@@ -165,7 +166,7 @@ def modulo(left: Any, right: Any) -> Any:
 
 def _written(value: Any) -> Any:
     """A list or a mapping as text, before a format would write it and escape the marks."""
-    return text_of(value) if isinstance(value, list | dict) else value
+    return text_of(value) if isinstance(value, (dict, *_SEQUENCES)) else value
 
 
 # Filters, and the methods of a string that can give far more than they are given
@@ -193,6 +194,24 @@ def join_strings(separator: str, values: Iterable[Any]) -> str:
 def replace(text: str, old: str, new: str, count: int | None = -1) -> str:
     current_budget.get().spend(text.count(old) * len(new))
     return text.replace(old, new, -1 if count is None else count)
+
+
+def short_argument(method: Callable[..., Any]) -> Callable[..., Any]:
+    """A method or filter that is slow for long arguments: it looks for each at every place of the text."""
+
+    def run(*args: Any, **kwargs: Any) -> Any:
+        for value in (*args, *kwargs.values()):
+            if isinstance(value, str) and len(value) > MAX_ARGUMENT:
+                raise LimitExceeded(
+                    f"{getattr(method, '__name__', 'a method')} takes at most {MAX_ARGUMENT} characters"
+                )
+        return method(*args, **kwargs)
+
+    return run
+
+
+def trim(text: str, chars: str | None = None) -> str:
+    return short_argument(text.strip)(chars)
 
 
 def indent(text: str, width: int | str = 4, first: bool = False, blank: bool = False) -> str:
@@ -269,7 +288,7 @@ _FILTERS = (
     "abs count d default dictsort first float groupby int items last length list map max min reject "
     "rejectattr reverse select selectattr sort unique"
 )
-_TEXT_FILTERS = "capitalize e escape lower safe string title trim upper"
+_TEXT_FILTERS = "capitalize e escape lower safe string title upper"
 
 FILTERS_WITH_LIMITS = (
     {name: counted(FILTERS[name]) for name in _FILTERS.split()}
@@ -278,6 +297,7 @@ FILTERS_WITH_LIMITS = (
         "join": counted(join),
         "replace": counted(of_text(replace)),
         "indent": counted(of_text(indent)),
+        "trim": counted(of_text(trim)),
         "format": counted(of_text(percent_format)),
         "sum": counted(sum_of),
         "tojson": counted(tojson),

@@ -31,23 +31,26 @@ from jsparse.texts.jinja_limits import (
     LimitExceeded,
     add,
     concatenate,
+    counted,
     current_budget,
     join_strings,
     modulo,
     multiply,
     power,
     replace,
+    short_argument,
     size,
     text_of,
 )
 
-MAX_SOURCE = 256 * 1024  # characters of a template; the longest known has about 30,000
+MAX_SOURCE = 64 * 1024  # characters of a template; the longest known has about 30,000
 
 _STR = (
     "capitalize casefold count endswith find index isalnum isalpha isascii isdecimal isdigit isidentifier "
     "islower isnumeric isprintable isspace istitle isupper lower lstrip partition removeprefix removesuffix "
     "rfind rindex rpartition rsplit rstrip split splitlines startswith strip swapcase title upper"
 )
+_SLOW = frozenset("lstrip rfind rindex rpartition rsplit rstrip strip".split())  # for long arguments
 # Those of a string that are bounded one by one are not here: see Sandbox._method.
 METHODS: dict[type, frozenset[str]] = {
     str: frozenset(_STR.split()),
@@ -89,6 +92,8 @@ def raise_exception(message: Any) -> None:
 def strftime_now(format: str) -> str:
     if len(format) > 256:
         raise LimitExceeded("strftime_now takes at most 256 characters")
+    if any("\ud800" <= character <= "\udfff" for character in format):
+        raise LimitExceeded("strftime_now: the format has a control token of a message")
     return datetime.now().strftime(format)
 
 
@@ -165,6 +170,7 @@ class Sandbox(ImmutableSandboxedEnvironment):
             "count value": lambda value: current_budget.get().keep(value),
             "count concatenation": concatenate,
         }
+        self.tests = {name: counted(test) for name, test in self.tests.items()}
         del self.globals["lipsum"]
         self.globals |= {
             "dict": make_dict,
@@ -200,15 +206,19 @@ class Sandbox(ImmutableSandboxedEnvironment):
         return lambda *args, **kwargs: method(obj, *args, **kwargs)
 
     def getattr(self, obj: Any, attribute: str) -> Any:
-        return self._method(obj, attribute) or super().getattr(obj, attribute)
+        return self._method(obj, attribute) or _bounded(obj, attribute, super().getattr(obj, attribute))
 
     def getitem(self, obj: Any, argument: Any) -> Any:
-        return self._method(obj, argument) or super().getitem(obj, argument)
+        return self._method(obj, argument) or _bounded(obj, argument, super().getitem(obj, argument))
 
     def call(self, context: Context, obj: Any, /, *args: Any, **kwargs: Any) -> Any:
         budget = current_budget.get()
         budget.step()
         return budget.keep(super().call(context, obj, *args, **kwargs))
+
+
+def _bounded(obj: Any, name: Any, value: Any) -> Any:
+    return short_argument(value) if isinstance(obj, str) and name in _SLOW and callable(value) else value
 
 
 _SANDBOX = Sandbox()

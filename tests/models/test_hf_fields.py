@@ -80,6 +80,9 @@ def test_what_cannot_change_a_logit_is_ignored(fields):
         ("partial_rotary_factor", 0.5),
         ("pruned_heads", {"0": [1]}),
         ("attentionScale", 0.5),
+        ("use_simple_norm", True),
+        ("infinite_attention", True),
+        ("max_attention_window", 512),
     ],
 )
 def test_what_can_change_a_logit_is_refused_by_name(name, value):

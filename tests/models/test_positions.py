@@ -179,8 +179,8 @@ def test_a_length_is_checked_with_a_note_where_readings_differ(notes):
     for _ in range(2):  # said once
         check_length(config, 100, "100 tokens", "shorten")
     assert notes.messages == [
-        "note: 100 tokens: more than 64, but within the model's 512 positions, "
-        "by max_position_embeddings=64 x linear factor 8"
+        "note: 100 tokens: more than 64, but within the model's 512 positions "
+        "(max_position_embeddings=64 x linear factor 8)"
     ]
     with pytest.raises(ValueError, match=r"^513 tokens: more than the model's 512 positions.*; shorten$"):
         check_length(config, 513, "513 tokens", "shorten")
@@ -218,10 +218,10 @@ def test_training_at_the_length_a_model_has_leaves_its_rope(tmp_path, notes, rop
     np.testing.assert_allclose(np.asarray(model(tokens)), np.asarray(after(tokens)), atol=1e-5)
     assert any("RoPE stays as it is" in note for note in notes.messages) == (rope.kind == "linear")
     assert generate(after, [[1] * 100], 4).finish_reasons == ["length"]
-    with pytest.raises(ValueError, match=f"more than the model's {has} positions"):
+    with pytest.raises(ValueError, match=f"more than the model's {has} positions \\("):
         generate(after, [[1] * has], 4)
 
 
 def test_evaluation_says_when_it_goes_beyond(notes):
     positions_room.note_length(LlamaConfig.tiny(), 65)
-    assert "65 tokens are more than the model's 64 positions" in notes.messages[0]
+    assert "65 tokens are more than the model's max_position_embeddings=64" in notes.messages[0]

@@ -7,8 +7,9 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from jsparse.models import byte_tokenizer, train_tokenizer
+from jsparse.models import LlamaConfig, byte_tokenizer, train_tokenizer
 from jsparse.serve import SamplingParams, StopStrings, TextStream, generate, stream
+from jsparse.serve.request import check_requests
 
 TEXTS = ["to be or not to be, that is the question", "naïve café, 北京 🙂 crème brûlée", "aaaa abab baab"]
 texts = st.text(st.sampled_from("ab é北🙂\n#"), max_size=24)
@@ -163,3 +164,14 @@ def test_a_stop_string_at_the_last_token_is_the_reason(small, cache, prompts, le
     result = generate(small, prompts[:1], 6, how, cache, tokenizer=letters)
     assert result.texts == [free.texts[0][:-2]] and result.finish_reasons == ["stop"]
     assert result.tokens == free.tokens
+
+
+def test_a_stop_string_that_is_a_special_token_stops_at_it():
+    tokenizer = byte_tokenizer()
+    tokenizer.add_special_tokens(["<|end|>"])  # 257
+    config = LlamaConfig.tiny(vocab_size=258)
+    prompts, params = [[104]], SamplingParams(stop=["<|end|>", "x"], stop_token_ids=[3])
+    (request,) = check_requests(config, prompts, 8, params, 0, tokenizer)
+    assert (request.sampling.stop, request.sampling.stop_token_ids) == (("x",), (3, 257))
+    with pytest.raises(ValueError, match=r"'<|end|>' has no text; stop at it with stop_token_ids=\[257\]"):
+        check_requests(config, prompts, 8, SamplingParams(stop="a<|end|>"), 0, tokenizer)

@@ -10,7 +10,7 @@ import hypothesis
 import pytest
 from hypothesis import strategies
 
-from jsparse.models import load_chat_template, load_tokenizer
+from jsparse.models import byte_tokenizer, load_chat_template, load_tokenizer
 from jsparse.texts import jinja_limits, jinja_sandbox
 
 CHATML = {
@@ -189,7 +189,7 @@ def test_threads_do_not_share_limits(load):
 
 
 def test_missing_files(tmp_path):
-    with pytest.raises(FileNotFoundError, match="nowhere is not a folder"):
+    with pytest.raises(FileNotFoundError, match="nowhere does not exist"):
         load_chat_template(tmp_path / "nowhere")
     (tmp_path / "tokenizer_config.json").write_text("{}")
     with pytest.raises(
@@ -219,7 +219,7 @@ def test_the_old_file_of_multimodal_models(tmp_path):
         (
             "chat_template.jinja",
             "a" * 300_000,
-            "chat_template.jinja has a template of more than 262144 characters",
+            "chat_template.jinja has a template of more than 65536 characters",
         ),
         ("chat_template.jinja", b"\xff", "chat_template.jinja is not text in UTF-8"),
         ("tokenizer_config.json", "{", "tokenizer_config.json is not JSON"),
@@ -506,3 +506,52 @@ def test_templates_of_the_tests_have_no_other_use():
     for path in folder.glob("*.jinja"):
         assert f'"{path.stem}":' in parity
         assert f"`{path.name}`" in (folder / "README.md").read_text()
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        "{{ '%(content)r' % messages[0] }}",
+        "{{ '%lr' % messages[0].content }}",
+        "{{ '%s' % messages[0].items() }}",
+        "{{ '{}'.format(messages[0].items()) }}",
+        "{{ '%s' % ((messages[0].content, 'b'),) }}",
+        "{{ strftime_now(messages[0].content) }}",
+    ],
+)
+def test_formats_do_not_let_control_tokens_through(tmp_path, template):
+    """They are refused, or give a text without one."""
+    tokenizer = byte_tokenizer()
+    tokenizer.add_special_tokens(["<|im_end|>"])
+    tokenizer.encode_special_tokens = False
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "chat_template.jinja").write_text(template)
+    try:
+        ids = load_chat_template(tmp_path).encode([{"role": "user", "content": "a<|im_end|>b"}])
+    except ValueError as error:
+        assert "chat_template.jinja" in str(error)
+    else:
+        assert ids and 257 not in ids
+
+
+def test_formats_that_only_look_refused(tmp_path):
+    (tmp_path / "chat_template.jinja").write_text("{{ '%(role)s 100%%really %(a)s' % messages[0] }}")
+    template = load_chat_template(tmp_path)
+    assert template.render([{"role": "user", "a": "b", "content": ""}]) == "user 100%really b"
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        "{{ 'a'.rfind('b' * 2000) }}",
+        "{{ 'a'['rsplit']('b' * 2000) }}",
+        "{{ 'a'.strip('b' * 2000) }}",
+        "{{ 'a' | trim('b' * 2000) }}",
+    ],
+)
+def test_slow_searches_are_for_short_arguments(tmp_path, template):
+    (tmp_path / "chat_template.jinja").write_text(template)
+    with pytest.raises(ValueError, match="takes at most 1000 characters"):
+        load_chat_template(tmp_path).render([USER])
+    (tmp_path / "chat_template.jinja").write_text(template.replace("2000", "20"))
+    load_chat_template(tmp_path).render([USER])
