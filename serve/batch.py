@@ -1,6 +1,7 @@
 """Sequences that are decoded together; each may join or leave at any time."""
 
 import dataclasses
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
@@ -15,7 +16,7 @@ from jsparse.serve.layout import CacheLayout, check_fit, layout_of
 from jsparse.serve.logprobs import Scores, TokenLogprobs, on_host, token_logprobs
 from jsparse.serve.pages import PageAllocator
 from jsparse.serve.request import Request, check_requests
-from jsparse.serve.sampling import GREEDY, RowParams
+from jsparse.serve.sampling import GREEDY, RowParams, SamplingParams
 from jsparse.serve.state import (
     FINISH_REASONS,
     RUNNING,
@@ -44,12 +45,12 @@ class TokenEvent(_Event):
       Those follow one another.
     - token: its id; None for an error.
     - finish_reason: None unless the sequence ends here, otherwise as in :class:`GenerateResult`.
-    - text: what may be printed now, if there is a tokenizer; None without one.
+    - text: what may be printed now; "" without a tokenizer.
     - logprobs: of the token, if ``SamplingParams.logprobs`` asks for it.
     - prompt_logprobs: of the prompt's tokens, with the first new token, if asked for; None for the first.
     """
 
-    text: str | None = None
+    text: str = ""
     logprobs: TokenLogprobs | None = None
     prompt_logprobs: list[TokenLogprobs | None] | None = None
 
@@ -112,8 +113,8 @@ class Batch:
         self,
         prompts,
         max_new_tokens: int = 64,
-        sampling=GREEDY,
-        seed=0,
+        sampling: SamplingParams | Sequence[SamplingParams] = GREEDY,
+        seed: int | Sequence[int] = 0,
     ) -> list[TokenEvent]:
         """Adds prompts, and generates the first token of each. The arguments are those of ``generate``.
 

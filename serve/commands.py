@@ -193,7 +193,6 @@ def _print_lines(
     for start in range(0, len(ids), command.batch_size):
         batch = ids[start : start + command.batch_size]
         result = generate(model, batch, max_new, sampling, cache, command.seed, tokenizer)
-        assert result.texts is not None
         for i, (text, tokens, reason) in enumerate(
             zip(result.texts, result.tokens, result.finish_reasons, strict=True)
         ):

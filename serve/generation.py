@@ -57,8 +57,7 @@ class GenerateResult:
     - finish_reasons: one per sequence: "stop" (a stop token or a stop string came), "length"
       (``max_new_tokens`` came) or "error" (the logits were not finite; the tokens before that are kept).
     - stats: times and counts.
-    - texts: one per sequence, cut before the stop string and without special tokens, or None if no tokenizer
-      was given.
+    - texts: one per sequence, cut before a stop string, without special tokens; none without a tokenizer.
     - logprobs: for each sequence those of its new tokens, or None if its parameters do not ask for them.
     - prompt_logprobs: for each sequence those of its prompt's tokens, the first of which has None; or None.
     """
@@ -66,7 +65,7 @@ class GenerateResult:
     tokens: list[list[int]]
     finish_reasons: list[str]
     stats: GenerateStats
-    texts: list[str] | None = None
+    texts: Sequence[str] = ()
     logprobs: Sequence[list[TokenLogprobs] | None] = ()
     prompt_logprobs: Sequence[list[TokenLogprobs | None] | None] = ()
 
@@ -135,7 +134,7 @@ def generate(
             decoded_tokens=new_tokens - sum(map(bool, tokens)),
             cache_bytes=batch.cache_bytes,
         ),
-        texts=None if tokenizer is None else ["".join(event.text or "" for event in row) for row in of_each],
+        texts=[] if tokenizer is None else ["".join(event.text for event in row) for row in of_each],
         logprobs=[
             None
             if request.sampling.logprobs is None

@@ -141,7 +141,8 @@ def _empty_rows(layout: CacheLayout, shape: ModelShape, rows: int, *, prefill: b
     table = jnp.full((rows, layout.pages_of(layout.capacity)), layout.num_pages, jnp.int32)  # no page
     history = History.empty(rows, layout.vocab_size)
     scores = Scores.zeros(rows, MAX_STEPS, layout.vocab_size)
-    return DecodeState(tuple(layers), table, *(jnp.zeros(rows, jnp.int32) for _ in range(5)), history, scores)
+    zeros = [jnp.zeros(rows, jnp.int32) for _ in range(5)]  # one each, for they are donated
+    return DecodeState(tuple(layers), table, *zeros, history=history, scores=scores)
 
 
 def _list_shape(layout: CacheLayout, selection: Selection, kv_heads: int, group: int) -> tuple[int, int]:

@@ -41,7 +41,6 @@ def run(model, capfd):
 def test_a_conversation_is_rendered_by_the_models_template(run, model, tmp_path):
     ids = load_chat_template(model).encode(HELLO)
     expected = generate(Llama.from_pretrained(model), [ids], 6, tokenizer=byte_tokenizer()).texts
-    assert expected is not None
     for content in (HELLO, {"messages": HELLO}):
         (tmp_path / "talk.json").write_text(json.dumps(content))
         out, err = run("--messages", str(tmp_path / "talk.json"))

@@ -2,6 +2,7 @@
 
 import json
 import math
+from typing import Any
 
 import numpy as np
 import pytest
@@ -119,7 +120,13 @@ def folder(tmp_path_factory, save_tiny_model):
     return folder
 
 
-SMALL = {"evaluation_tokens": 1024, "prompt_tokens": 300, "new_tokens": 10, "budget": 128, "samples": 1}
+SMALL: dict[str, Any] = {
+    "evaluation_tokens": 1024,
+    "prompt_tokens": 300,
+    "new_tokens": 10,
+    "budget": 128,
+    "samples": 1,
+}
 
 
 @pytest.mark.slow

@@ -276,7 +276,9 @@ def _named(value: Any, file: str) -> dict[str, tuple[str, str]]:
     if isinstance(value, str):
         return {"default": (value, file)}
     entries = value if isinstance(value, list) else []
-    texts = [(e.get("name"), e.get("template")) for e in entries if isinstance(e, dict)]
+    texts: list[tuple[Any, Any]] = [
+        (e.get("name"), e.get("template")) for e in entries if isinstance(e, dict)
+    ]
     if len(texts) != len(entries) or not texts or not all(isinstance(t, str) for pair in texts for t in pair):
         raise ValueError(f"{file} must be a text, or a list of objects with the texts `name` and `template`")
     return {name: (source, f"{file} {name!r}") for name, source in texts}

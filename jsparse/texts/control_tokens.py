@@ -251,5 +251,6 @@ def _with_secret_names(
         AddedToken(names[id], normalized=False, special=True) if id in names else token for id, token in added
     ]
     copy.add_tokens(tokens)
-    ids = {copy.token_to_id(t.content): id for (id, _), t in zip(added, tokens, strict=True)}
+    new_ids = [copy.token_to_id(token.content) for token in tokens]
+    ids = {new: id for new, (id, _) in zip(new_ids, added, strict=True) if new is not None}
     return copy, ids, names

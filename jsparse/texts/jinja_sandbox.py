@@ -121,7 +121,7 @@ class Generation(Extension):
 class _Instrument(NodeTransformer):
     """Puts a count where jinja2 would build or repeat something without asking the environment."""
 
-    def _counted(self, node: nodes.Expr, how: str) -> nodes.Expr:
+    def _counted(self, node: Any, how: str) -> Any:
         return nodes.Filter(node, how, [], [], None, None).set_lineno(node.lineno)
 
     def _repeated(self, node: Any) -> nodes.Node:
@@ -240,7 +240,7 @@ class CompiledTemplate:
         try:
             pieces = []
             # Not template.render: it rewrites tracebacks, which executes code.
-            for piece in self.template.root_render_func(self.template.new_context(variables)):
+            for piece in self.template.root_render_func(self.template.new_context(dict(variables))):
                 budget.spend(len(piece))
                 pieces.append(piece)
             return "".join(pieces)

@@ -21,7 +21,7 @@ FIRST, SECOND = "a" * 40, "b" * 40
 
 
 @pytest.fixture(scope="module")
-def files(tmp_path_factory, save_tiny_model) -> dict[str, bytes]:
+def files(tmp_path_factory, save_tiny_model):
     """What a repository holds, with files that must not be fetched."""
     folder = tmp_path_factory.mktemp("repository")
     save_tiny_model(folder)
@@ -30,7 +30,7 @@ def files(tmp_path_factory, save_tiny_model) -> dict[str, bytes]:
     return found | dict.fromkeys((*never, "original/model.safetensors", "README.md"), b"not read")
 
 
-def refused(model, *parts: str, error=FileNotFoundError, **options) -> None:
+def refused(model, *parts: str, error: type[Exception] = FileNotFoundError, **options) -> None:
     """model_folder fails with one line that has all the parts."""
     with pytest.raises(error) as caught:
         model_folder(model, **options)
@@ -81,7 +81,8 @@ def test_what_is_no_id(model, hub_cache):
     "model", ["o/n", "Org_1/a.b-c_D.2", "org/name@v1.0", "org/name@refs/pr/1", "1/2@0+x"]
 )
 def test_what_is_an_id(model, hub_cache):
-    assert "@".join(filter(None, split_id(model))) == model
+    found = split_id(model)
+    assert found is not None and "@".join(filter(None, found)) == model
     refused(model, str(hub_cache), "HF_HUB_OFFLINE")
 
 
@@ -216,6 +217,7 @@ def hub(files):
         commits = {FIRST: files, SECOND: files | {"generation_config.json": b"{}"}}
         refs = {"main": FIRST}
         asked = []
+        address = ""
 
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), ThisHub)
     thread = threading.Thread(target=server.serve_forever)

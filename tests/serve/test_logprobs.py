@@ -50,7 +50,9 @@ def test_prompts_are_scored_over_all_chunks(small, cache, prompts, uncached, top
     result = generate(small, prompts, 5, sampling, cache)
     assert result.prompt_logprobs[0] is None and result.prompt_logprobs[2] is None
     for row in (1, 3):  # 8 and 50 tokens, in chunks of 16
-        first, *rest = result.prompt_logprobs[row]
+        scores = result.prompt_logprobs[row]
+        assert scores is not None
+        first, *rest = scores
         assert first is None
         assert_scores(rest, log_softmax(uncached(small, prompts[row]))[:-1], prompts[row][1:], top)
     assert result.tokens == generate(small, prompts, 5, cache=cache).tokens
@@ -71,7 +73,8 @@ def test_rows_that_come_later_get_their_own_scores(small, cache, prompts):
         events += batch.step(5)
     mine = [event for event in events if event.prompt == 2]
     assert [event.token for event in mine] == alone.tokens[0]
-    for event, one in zip(mine, alone.logprobs[0], strict=True):
+    for event, one in zip(mine, alone.logprobs[0] or (), strict=True):
+        assert event.logprobs is not None
         assert [token for token, _ in event.logprobs.top] == [token for token, _ in one.top]
         np.testing.assert_allclose(event.logprobs.logprob, one.logprob, atol=1e-5)
     assert all(event.logprobs is None for event in events if event.prompt != 2)

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import hashlib
+from typing import Any
 
 import jax
 import numpy as np
@@ -96,12 +97,13 @@ def test_no_parameter_compiles_anything(small, cache, prompts, compilations):
     generate(small, prompts[:1], 3, SamplingParams(prompt_logprobs=1), cache)
     generate(small, prompts[:2], 3, cache=cache)
     compilations.clear()
-    for fields in (
+    several: tuple[dict[str, Any], ...] = (
         {"min_p": 0.1, "temperature": 1e-6, "top_k": -1},
         {"repetition_penalty": 1.2, "presence_penalty": 0.5, "frequency_penalty": -0.5},
         {"logit_bias": dict.fromkeys(range(40), 1.0), "min_tokens": 2},
         {"logprobs": 20, "n": 2},
-    ):
+    )
+    for fields in several:
         generate(small, prompts[:2], 3, SamplingParams(**fields), cache)
     generate(small, prompts[:1], 3, SamplingParams(prompt_logprobs=7, logprobs=0), cache)
     assert not compilations

@@ -1,5 +1,7 @@
 """The transforms of sampling against the logits processors of transformers, in torch float64."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -37,7 +39,7 @@ def by_transformers(logits, processors, ids=None):
 
 def assert_same_distribution(ours, theirs):
     """The same tokens are left, and logits agree but for a constant per row."""
-    ours = np.float64(np.asarray(ours))
+    ours = np.asarray(ours, np.float64)
     np.testing.assert_array_equal(np.isfinite(ours), np.isfinite(theirs))
     for mine, other in zip(ours, theirs, strict=True):
         left = np.isfinite(mine)
@@ -114,12 +116,13 @@ def test_greedy_generation_with_penalties_and_a_least_length(tmp_path, save_tiny
     ours, prompt = Llama.from_pretrained(tmp_path), [72, 101, 108, 108, 111, 108, 108]
     theirs = transformers.LlamaForCausalLM.from_pretrained(tmp_path, dtype=torch.float64)
     end = generate(ours, [prompt], 24, SamplingParams(ignore_eos=True)).tokens[0][4]
-    for fields in (
+    several: tuple[dict[str, Any], ...] = (
         {},
         {"repetition_penalty": 1.2},
         {"min_tokens": 12},
         {"repetition_penalty": 0.9, "min_tokens": 7},
-    ):
+    )
+    for fields in several:
         new = generate(ours, [prompt], 24, SamplingParams(stop_token_ids=[end], **fields)).tokens[0]
         expected = theirs.generate(
             torch.tensor([prompt]),
