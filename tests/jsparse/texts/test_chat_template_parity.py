@@ -1,12 +1,15 @@
 """The oracle of chat templates: transformers' apply_chat_template. Run with ``-s`` for the table."""
 
 import json
+from typing import Any
 
 import hypothesis
 import pytest
+from flax import nnx
 from hypothesis import strategies
 
-from jsparse.models import load_chat_template
+from jsparse.models import Llama, LlamaConfig, RopeConfig, load_chat_template, load_tokenizer
+from jsparse.serve import generate
 
 pytest.importorskip("jinja2")
 transformers = pytest.importorskip(
@@ -240,3 +243,53 @@ def test_the_same_file_is_read(files, save_chat_model, tmp_path):
             if name is not None and name not in theirs.chat_template:
                 expected = "raises"  # here too
             assert outcome(ours.render, [USER], tools=tools, name=name) == expected
+
+
+SHAPES: dict[str, dict[str, Any]] = {
+    "llama-3": {
+        "rope": RopeConfig(
+            kind="llama3",
+            theta=500000.0,
+            factor=8.0,
+            low_freq_factor=1.0,
+            high_freq_factor=4.0,
+            original_max_position_embeddings=64,
+        )
+    },
+    "mistral-v0.3-tools": {"model_type": "mistral", "rope": RopeConfig(theta=1e6)},
+    "qwen3": {"model_type": "qwen3", "head_dim": 16, "rope": RopeConfig(theta=1e6)},
+}
+
+
+@pytest.mark.parametrize("family", SHAPES)
+def test_greedy_answers_to_a_conversation(tmp_path, save_chat_model, family):
+    """From messages to text, with the model's own template, its end token and its config."""
+    torch = pytest.importorskip("torch", reason="the oracle needs torch, from the extra `parity`")
+    folder = save_chat_model(tmp_path / "model", family, **FAMILIES[family])
+    tokenizer = load_tokenizer(folder)
+    eos = tokenizer.token_to_id(FAMILIES[family]["special"][1])
+    config = LlamaConfig.tiny(
+        vocab_size=tokenizer.get_vocab_size(),
+        max_position_embeddings=512,
+        initializer_range=0.3,
+        eos_token_ids=(eos,),
+        **SHAPES[family],
+    )
+    model = Llama(config, rngs=nnx.Rngs(1))
+    model.save_pretrained(folder)
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64)
+    their_tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    template = load_chat_template(folder)
+    talk = [dict(USER)]
+    for _ in range(2):
+        ids = template.encode(talk)
+        answer = generate(model, [ids], 24, tokenizer=tokenizer)
+        prompt = their_tokenizer.apply_chat_template(talk, add_generation_prompt=True, return_tensors="pt")
+        prompt = prompt["input_ids"]
+        new = theirs.generate(prompt, max_new_tokens=24, do_sample=False, pad_token_id=0)[
+            0, prompt.shape[1] :
+        ]
+        assert answer.tokens[0] == new.tolist()
+        # Alone, transformers' text has no space before its first word; ours goes on from the prompt.
+        assert answer.texts[0].lstrip() == their_tokenizer.decode(new, skip_special_tokens=True).lstrip()
+        talk += [{"role": "assistant", "content": answer.texts[0]}, {"role": "user", "content": "Why?"}]
