@@ -1,4 +1,4 @@
-"""Nothing from a checkpoint's folder is executed: what is opened and run while one is loaded and talked to."""
+"""Nothing from a checkpoint is executed: what is opened and run while one is loaded and talked to."""
 
 import json
 import os
