@@ -63,6 +63,13 @@ def test_a_file_of_prompts(run, model, tmp_path):
     assert [row["prompt_tokens"] for row in rows[::2]] == [len(one) for one in ids]
 
 
+def test_lines_end_at_line_feeds_alone(run, tmp_path):
+    """JSON may hold other separators of lines as they are."""
+    (tmp_path / "prompts.jsonl").write_text('{"prompt": "a\u2028b\u0085c"}\r\n', encoding="utf-8")
+    (line,) = run("--prompts", str(tmp_path / "prompts.jsonl")).out.splitlines()
+    assert json.loads(line)["prompt_tokens"] == len("a\u2028b\u0085c".encode())
+
+
 @pytest.mark.parametrize("options", [["--prompt-file", "-"], []])
 def test_standard_input(run, monkeypatch, tmp_path, options):
     expected, _ = run("--prompt", "to be")

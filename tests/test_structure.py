@@ -1,6 +1,7 @@
 """The rooms import one way only, always by their full names, and all of them are packed."""
 
 import ast
+import importlib
 import shutil
 import subprocess
 import sys
@@ -264,3 +265,15 @@ def test_the_wheel_holds_every_module_and_the_license(tmp_path):
         path if path.startswith("jsparse/") else f"jsparse/{path}" for path in sources
     )
     assert any(name.endswith("licenses/LICENSE") for name in zipfile.ZipFile(wheel).namelist())
+
+
+def test_public_names_are_there_for_a_star_and_can_be_replaced(monkeypatch):
+    names: dict[str, object] = {}
+    exec("from jsparse import *", names)
+    assert names["BlockMask"] is jsparse.BlockMask and "sys" not in names
+    importlib.import_module("jsparse.attention")
+    attention = jsparse.attention
+    with monkeypatch.context() as patch:
+        patch.setattr(jsparse, "attention", len)
+        assert jsparse.attention is len
+    assert jsparse.attention is attention and attention.__name__ == "attention"

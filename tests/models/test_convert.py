@@ -227,6 +227,24 @@ def test_damaged_archives(tmp_path):
         read_torch_header(file)
 
 
+def test_tensors_that_are_not_what_their_bytes_say(tmp_path):
+    ones = np.ones(2, np.float32)
+    negated, repeated = whole(ones), Tensor(Storage(ones), 0, (4,), (0,))
+    negated.arguments = (*negated.arguments, {"neg": True})
+    for tensor, message in ((negated, "stored negated"), (repeated, r"shape \[4\] repeats the 2 elements")):
+        save_torch(tmp_path / "x", {"w": tensor})
+        with pytest.raises(ValueError, match=message):
+            read_torch_header(tmp_path / "x")
+
+
+def test_one_of_two_sets_of_weights_is_out_of_date(tmp_path):
+    (tmp_path / "config.json").write_text("{}")
+    for name in ("pytorch_model.bin", "pytorch_model.bin.index.json"):
+        (tmp_path / name).write_text("{}")
+    with pytest.raises(ValueError, match="has both pytorch_model.bin and pytorch_model.bin.index.json"):
+        convert(ConvertConfig(model=tmp_path, output=tmp_path / "out"))
+
+
 # Files that want to run something
 
 

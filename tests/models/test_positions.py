@@ -225,3 +225,9 @@ def test_training_at_the_length_a_model_has_leaves_its_rope(tmp_path, notes, rop
 def test_evaluation_says_when_it_goes_beyond(notes):
     positions_room.note_length(LlamaConfig.tiny(), 65)
     assert "65 tokens are more than the model's max_position_embeddings=64" in notes.messages[0]
+
+
+def test_dual_chunk_attention_is_for_an_ordinary_rope():
+    """Else the limit would be lost: YaRN does not count from max_position_embeddings."""
+    with pytest.raises(ValueError, match="dual_chunk_attention_config beside a RoPE of type 'linear'"):
+        from_hf(dual_chunk_attention_config={"original_max_position_embeddings": 64}, rope_scaling=LINEAR)

@@ -149,7 +149,7 @@ def test_what_does_not_fit_is_refused_and_the_others_go_on(small, requests, alon
         run.batch.add_prompts([[1] * 60], 5)
     with pytest.raises(ValueError, match=r"prompts\[1\] is empty"):
         run.batch.add_prompts([[1], []], 5)
-    for steps in (0, 33):
+    for steps in (0, 33, True):
         with pytest.raises(ValueError, match=f"steps must be from 1 to 32, not {steps}"):
             run.batch.step(steps)
     assert run.batch.state is before and (run.batch.running, run.batch.free_pages) == (2, free)

@@ -139,3 +139,10 @@ def test_rows_hold_the_stop_tokens():
     rows = RowParams.of(params, [1, 2], [9, 9], batch=3, vocab_size=8, eos_token_ids=(3,))
     assert [np.flatnonzero(row).tolist() for row in rows.stops[:2]] == [[1, 3, 5], [2]]
     assert rows.max_new.tolist() == [9, 9, 0] and rows.seed.tolist() == [1, 2, 0]
+
+
+def test_temperatures_beyond_float32_are_kept_within_it():
+    rows = RowParams.of(
+        [SamplingParams(temperature=1e39), SamplingParams()], [0, 0], [1, 1], batch=2, vocab_size=4
+    )
+    assert np.isfinite(rows.temperature).all() and rows.temperature[0] > 1e20 and rows.temperature[1] == 0

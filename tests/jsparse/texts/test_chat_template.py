@@ -555,3 +555,15 @@ def test_slow_searches_are_for_short_arguments(tmp_path, template):
         load_chat_template(tmp_path).render([USER])
     (tmp_path / "chat_template.jinja").write_text(template.replace("2000", "20"))
     load_chat_template(tmp_path).render([USER])
+
+
+def test_tests_that_a_filter_applies_are_counted(tmp_path, monkeypatch):
+    """A search for each of many values would take long, as one step."""
+    monkeypatch.setattr(jinja_limits, "BUDGET", 64 * jinja_limits.NODE)
+    monkeypatch.setattr(jinja_limits, "BUDGET_PER_CHARACTER", 0)
+    template = "{{ range(LENGTH) | select('in', range(0)) | first is defined }}"
+    (tmp_path / "chat_template.jinja").write_text(template.replace("LENGTH", "20"))
+    assert load_chat_template(tmp_path).render([USER]) == "False"
+    (tmp_path / "chat_template.jinja").write_text(template.replace("LENGTH", "99"))
+    with pytest.raises(ValueError, match="rendering builds more than"):
+        load_chat_template(tmp_path).render([USER])
