@@ -157,3 +157,25 @@ def test_a_model_without_a_template_cannot_talk(run, model, tmp_path):
         assert "chat_template" in run("--messages", str(tmp_path / "talk.json"), code=2).err
     finally:
         (model / "away").rename(template)
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["generate", "--prompt", "hi"],
+        ["evaluate", "--contexts", "64"],
+        ["scoreboard", "--tasks", "needle", "--methods", "dense", "--grid-methods", "--samples", "1"],
+        ["bench", "decode", "--model", "{model}", "--output", "{folder}", "--contexts", "64"],
+        ["bench", "prefill", "--model", "{model}", "--output", "{folder}", "--contexts", "64"],
+        ["demo"],
+    ],
+    ids=" ".join,
+)
+def test_the_dtype_reaches_the_weights(model, tmp_path, monkeypatch, capfd, command):
+    def load(cls, directory, *, dtype=None, mesh=None):
+        raise ValueError(f"weights in {dtype}")
+
+    monkeypatch.setattr(Llama, "from_pretrained", classmethod(load))
+    words = [word.format(model=model, folder=tmp_path / "out") for word in command]
+    assert main([*words, "--dtype", "bfloat16"]) == 2
+    assert "weights in bfloat16" in capfd.readouterr().err

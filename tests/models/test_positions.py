@@ -13,6 +13,7 @@ from jsparse.models import positions as positions_room
 from jsparse.models.positions import Positions, check_length, positions_of
 from jsparse.serve import generate
 from jsparse.train import FinetuneConfig, finetune
+from jsparse.train.start import extended_config
 
 SIZES: dict[str, Any] = {
     "model_type": "llama",
@@ -220,6 +221,15 @@ def test_training_at_the_length_a_model_has_leaves_its_rope(tmp_path, notes, rop
     assert generate(after, [[1] * 100], 4).finish_reasons == ["length"]
     with pytest.raises(ValueError, match=f"more than the model's {has} positions \\("):
         generate(after, [[1] * has], 4)
+
+
+def test_fine_tuning_beyond_both_readings_needs_to_be_told():
+    config = from_hf(max_position_embeddings=64, rope_scaling=LINEAR)
+    run = FinetuneConfig(model="a", data=["b"], output="c", context=1024)
+    with pytest.raises(ValueError, match="--positions"):
+        extended_config(run, config)
+    told = dataclasses.replace(run, positions=512)
+    assert extended_config(told, config).rope.factor == 16.0
 
 
 def test_evaluation_says_when_it_goes_beyond(notes):
