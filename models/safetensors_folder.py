@@ -18,6 +18,8 @@ import numpy as np
 import safetensors
 import safetensors.numpy
 
+from jsparse.json_object import parse_json_object
+
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 PICKLES = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
@@ -307,10 +309,4 @@ def _parse_json(text, file):
             raise ValueError(f"keys are there twice: {', '.join(twice)}")
         return dict(pairs)
 
-    try:
-        parsed = json.loads(text, object_pairs_hook=refuse_duplicates)
-    except (ValueError, RecursionError) as error:  # JSON and UTF-8 errors are ValueErrors too
-        raise ValueError(f"{file} cannot be read: {error}") from error
-    if not isinstance(parsed, dict):
-        raise ValueError(f"{file} must hold a JSON object, not {type(parsed).__name__}")
-    return parsed
+    return parse_json_object(text, file, refuse_duplicates)

@@ -1,7 +1,6 @@
 """Head patterns: which KV heads of each layer keep every key, and which only stream."""
 
 import dataclasses
-import json
 import os
 from pathlib import Path
 
@@ -9,6 +8,7 @@ import numpy as np
 from jaxtyping import Bool, Float
 
 from jsparse.integers import require_integer
+from jsparse.json_object import read_json_object
 
 PATTERN_FILE = "full_attention_heads.tsv"  # the name that DuoAttention gives it, in a folder
 
@@ -111,12 +111,7 @@ def learned_sizes(folder: Path) -> dict[str, int]:
     file = folder / "config.json"
     if not file.is_file():
         return {}
-    try:
-        fields = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{file} cannot be read: {error}") from error
-    if not isinstance(fields, dict):
-        raise ValueError(f"{file} must hold a JSON object, not {type(fields).__name__}")
+    fields = read_json_object(file)
     sizes = {"sink": fields.get("sink_size"), "window": fields.get("recent_size")}
     for name, value in sizes.items():
         if value is not None:

@@ -182,8 +182,6 @@ class ChatTemplate:
     @functools.cached_property
     def _control_tokens(self) -> ControlTokens:
         tokenizer = load_tokenizer(self.directory)
-        tokenizer.no_truncation()
-        tokenizer.no_padding()
         known = {token.content for token in tokenizer.get_added_tokens_decoder().values()}
         tokenizer.add_tokens([token for token in self.added_tokens if token.content not in known])
         return ControlTokens(tokenizer)

@@ -1,7 +1,6 @@
 """Tokenizers: a checkpoint's, one of plain bytes that needs no training, and one trained on texts."""
 
 import itertools
-import json
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,6 +9,7 @@ import tokenizers
 from tokenizers import AddedToken, decoders, models, pre_tokenizers, trainers
 
 from jsparse.hub import model_folder
+from jsparse.json_object import read_json_object
 
 END_OF_TEXT = "<|endoftext|>"
 
@@ -47,15 +47,7 @@ def load_tokenizer(directory: str | Path) -> tokenizers.Tokenizer:
 def _settings(directory: Path, name: str = "tokenizer_config.json") -> dict[str, Any]:
     """The fields of a file beside tokenizer.json; none if there is no such file."""
     path = directory / name
-    if not path.is_file():
-        return {}
-    try:
-        settings = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} cannot be read: {error}") from error
-    if not isinstance(settings, dict):
-        raise ValueError(f"{path} must hold a JSON object, not {type(settings).__name__}")
-    return settings
+    return read_json_object(path) if path.is_file() else {}
 
 
 def _read_as_sentencepiece(tokenizer: tokenizers.Tokenizer, settings: dict[str, Any]) -> None:
