@@ -56,8 +56,8 @@ class Storage:
 class Tensor:
     """A part of a storage, as torch pickles it."""
 
-    def __init__(self, storage, offset, shape, strides, is_parameter=False):
-        self.arguments = (storage, offset, shape, strides, False, collections.OrderedDict())
+    def __init__(self, storage, offset, shape, strides, is_parameter=False, metadata=()):
+        self.arguments = (storage, offset, shape, strides, False, collections.OrderedDict(), *metadata)
         self.is_parameter = is_parameter
 
 
@@ -229,8 +229,8 @@ def test_damaged_archives(tmp_path):
 
 def test_tensors_that_are_not_what_their_bytes_say(tmp_path):
     ones = np.ones(2, np.float32)
-    negated, repeated = whole(ones), Tensor(Storage(ones), 0, (4,), (0,))
-    negated.arguments = (*negated.arguments, {"neg": True})
+    negated = Tensor(Storage(ones), 0, (2,), (1,), metadata=({"neg": True},))
+    repeated = Tensor(Storage(ones), 0, (4,), (0,))
     for tensor, message in ((negated, "stored negated"), (repeated, r"shape \[4\] repeats the 2 elements")):
         save_torch(tmp_path / "x", {"w": tensor})
         with pytest.raises(ValueError, match=message):
