@@ -14,10 +14,11 @@ import tokenizers
 
 from jsparse.extras import require_extra
 from jsparse.integers import power_of_two_from
-from jsparse.models import Llama, load_tokenizer, reorder_heads
+from jsparse.models import Llama, load_tokenizer
 from jsparse.models.positions import positions_of
 from jsparse.serve.config import CacheConfig
 from jsparse.serve.generation import stream
+from jsparse.serve.head_order import streaming_heads_last
 from jsparse.serve.logits import decode_logits
 from jsparse.serve.sampling import SamplingParams
 from jsparse.texts.tokenizer import prompt_ids
@@ -96,7 +97,7 @@ class JsparseLM(_Base):
             if value < 1:
                 raise ValueError(f"{name} must be at least 1, not {value}")
         self.tokenizer = load_tokenizer(model)
-        self.model, self.cache = _ordered(Llama.from_pretrained(model, dtype=dtype), cache)
+        self.model, self.cache = streaming_heads_last(Llama.from_pretrained(model, dtype=dtype), cache)
         config = self.model.config
         has = positions_of(config)
         most = min(cache.capacity or has.most, has.most)
@@ -168,14 +169,6 @@ class JsparseLM(_Base):
                 "prefix_token_id=None must be given for texts without a context: the model has no bos or eos"
             )
         return self.prefix_token_id
-
-
-def _ordered(model: Llama, cache: CacheConfig) -> tuple[Llama, CacheConfig]:
-    """The model with its streaming heads last in each layer, where there are any, and the cache for it."""
-    if cache.streaming_heads is None:
-        return model, cache
-    model, streams = reorder_heads(model, np.array(cache.streaming_heads))
-    return model, dataclasses.replace(cache, streaming_heads=streams)
 
 
 def _warn_of_cut(before: list[int], after: list[int]) -> None:

@@ -97,6 +97,10 @@ _JSPARSE = _Command(
             help="generate text from a prompt, with a dense or a sparse KV cache",
             function="serve.commands:generate",
         ),
+        "chat": _Command(
+            help="talk to a model in the terminal, with a cache that is kept between turns",
+            function="serve.chat_command:chat",
+        ),
         "scoreboard": _SCOREBOARD,
         "plan": _PLAN,
         "bench": _BENCH,

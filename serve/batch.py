@@ -12,6 +12,7 @@ from jsparse.integers import is_integer, power_of_two_from
 from jsparse.models import Llama
 from jsparse.serve import loop
 from jsparse.serve.config import CacheConfig
+from jsparse.serve.kept_prompt import KeptPrompt, prefill_and_keep
 from jsparse.serve.layout import CacheLayout, check_fit, layout_of
 from jsparse.serve.logprobs import Scores, TokenLogprobs, on_host, token_logprobs
 from jsparse.serve.pages import PageAllocator
@@ -66,6 +67,8 @@ class Batch:
     - model: what generates.
     - cache: a :class:`CacheConfig` with ``capacity`` and ``batch`` given.
     - tokenizer: that of the model, for events with text, and for stop strings.
+    - keeps_prompt: with one row, keep the pages of the newest prompt. If the next one begins with them, it is
+      computed from there on, and only then.
 
     Raises ValueError if ``cache`` lacks one of these or does not fit the model.
 
@@ -80,7 +83,14 @@ class Batch:
     ([0, 0, 1, 0, 1], 2)
     """
 
-    def __init__(self, model: Llama, cache: CacheConfig | CacheLayout, tokenizer: Tokenizer | None = None):
+    def __init__(
+        self,
+        model: Llama,
+        cache: CacheConfig | CacheLayout,
+        tokenizer: Tokenizer | None = None,
+        *,
+        keeps_prompt: bool = False,
+    ):
         config = model.config
         self.config = config
         self.tokenizer = tokenizer
@@ -95,6 +105,11 @@ class Batch:
         self._requests: dict[int, Request] = {}  # of each row in use
         self._texts: dict[int, TextStream] = {}  # of each row in use, if there is a tokenizer
         self._next = 0
+        if keeps_prompt and (self.layout.batch > 1 or any(self.layout.estimates)):
+            raise ValueError("keeps_prompt=True is for a cache with batch=1 and without prefill_estimate")
+        self._keeps_prompt = keeps_prompt
+        self._kept: KeptPrompt | None = None
+        self.reused_tokens = 0  # of the newest prompt, whose pages were kept
 
     @property
     def running(self) -> int:
@@ -130,14 +145,21 @@ class Batch:
         layout = self.layout
         lengths, max_new = [len(r.prompt) for r in requests], [r.max_new for r in requests]
         free = [row for row in range(layout.batch) if row not in self._prompts]
-        check_fit(layout, self.config, lengths, max_new, free_rows=len(free), free_pages=self.free_pages)
+        free_pages = self.free_pages + len(self._kept_pages())
+        check_fit(layout, self.config, lengths, max_new, free_rows=len(free), free_pages=free_pages)
         rows = free[: len(requests)]
+        scored = any(r.sampling.prompt_logprobs is not None for r in requests)
+        if scored or (self._kept is not None and not self._kept.begins(requests[0].prompt)):
+            self._keep(None)
+        shared = self._kept_pages()
+        self._allocator.share(shared)
         # A power of two of rows: another number of prompts seldom compiles again.
         width = min(layout.batch, power_of_two_from(len(requests)))
         table = np.full((width, layout.pages_of(layout.capacity)), layout.num_pages, np.int32)  # no page
         for i, row in enumerate(rows):
             count = layout.pages_of(lengths[i] + max_new[i])
-            self._pages[row], self._prompts[row] = self._allocator.allocate(count), self._next + i
+            self._pages[row] = [*shared, *self._allocator.allocate(count - len(shared))]
+            self._prompts[row] = self._next + i
             table[i, :count] = self._pages[row]
             request = self._requests[row] = requests[i]
             if self.tokenizer is not None:
@@ -162,11 +184,15 @@ class Batch:
         joining = new_prefill_state(layout, self.structure.shape, width)
         joining = with_pool(dataclasses.replace(joining, page_table=table), pool_of(self.state))
         prompts = [r.prompt for r in requests]
-        arguments = self.structure, self.params, joining, prompts, layout
-        if any(r.sampling.prompt_logprobs is not None for r in requests):
-            joining, hidden, prompt_scores = loop.scored_prefill(*arguments)
+        model, prompt_scores = (self.structure, self.params), None
+        self.reused_tokens = 0 if self._kept is None else len(self._kept.tokens)
+        if scored:
+            joining, hidden, prompt_scores = loop.scored_prefill(*model, joining, prompts, layout)
+        elif self._keeps_prompt:
+            joining, hidden, kept = prefill_and_keep(*model, joining, prompts[0], layout, self._kept)
+            self._keep(kept)
         else:
-            (joining, hidden), prompt_scores = loop.prefill(*arguments), None
+            joining, hidden = loop.prefill(*model, joining, prompts, layout)
         joining, tokens = loop.first_token(self.structure, self.params, joining, hidden, params)
         finish = np.asarray(joining.finish)[: len(rows)]
         scores = self._scores(joining, rows, slice(len(rows)))
@@ -261,6 +287,15 @@ class Batch:
         event = TokenEvent(self._prompts[row], token, "stop" if stream.stopped else reason)
         event.text = text
         return event
+
+    def _kept_pages(self) -> tuple[int, ...]:
+        return () if self._kept is None else self._kept.pages
+
+    def _keep(self, kept: KeptPrompt | None) -> None:
+        """Replaces what is kept, and owns its pages."""
+        old, self._kept = self._kept_pages(), kept
+        self._allocator.share(self._kept_pages())
+        self._allocator.release(old)
 
     def _release(self, row: int) -> None:
         del self._prompts[row], self._requests[row]

@@ -96,9 +96,8 @@ class PlanGenerateCommand(CacheOptions):
 
 def generate(options: list[str]) -> None:
     command = parse(GenerateCommand, "generate", options)
-    import numpy as np
-
-    from jsparse.models import Llama, load_chat_template, load_config, load_tokenizer, reorder_heads
+    from jsparse.models import Llama, load_chat_template, load_config, load_tokenizer
+    from jsparse.serve.head_order import streaming_heads_last
 
     cache = command.cache()  # first: its errors come before the model is loaded
     sampling, max_new, notes = command.sampling(command.model)
@@ -107,19 +106,10 @@ def generate(options: list[str]) -> None:
     config, tokenizer = load_config(command.model), load_tokenizer(command.model)
     talks = any(prompt.text is None for prompt in prompts)
     template = load_chat_template(command.model) if talks else None
-    ids = [prompt.encode(tokenizer, template) for prompt in prompts]
-    for one, prompt in zip(ids, prompts, strict=True):
-        if max(one) >= config.vocab_size:
-            raise ValueError(
-                f"{prompt.place} has token id {max(one)}, but the model's vocabulary has {config.vocab_size} "
-                f"entries: the tokenizer of {command.model} is another model's"
-            )
+    ids = [prompt.encode(tokenizer, template, config.vocab_size) for prompt in prompts]
     for note in notes:
         print(f"jsparse: {note}", file=sys.stderr)
-    model = Llama.from_pretrained(command.model, dtype=command.dtype)
-    if cache.streaming_heads is not None:
-        model, streams = reorder_heads(model, np.array(cache.streaming_heads))
-        cache = dataclasses.replace(cache, streaming_heads=streams)
+    model, cache = streaming_heads_last(Llama.from_pretrained(command.model, dtype=command.dtype), cache)
     if command.prompts is None and command.n == 1:
         _print_as_it_comes(command, model, tokenizer, ids[0], max_new, sampling, cache)
     else:

@@ -103,8 +103,11 @@ class SamplingOptions:
     generation_config: Literal["auto", "none"] = "auto"
     """Whether the model's generation_config.json says what is not given. Its stop tokens count either way."""
 
-    def sampling(self, model: Path) -> tuple[SamplingParams, int, list[str]]:
-        """The parameters, the most new tokens, and notes for the user on where they come from."""
+    def sampling(self, model: Path, most: int = 64) -> tuple[SamplingParams, int, list[str]]:
+        """The parameters, the most new tokens, and notes for the user on where they come from.
+
+        - most: new tokens where neither options nor the model say so.
+        """
         from jsparse.serve.generation_defaults import generation_defaults
         from jsparse.serve.sampling import SamplingParams
 
@@ -113,10 +116,10 @@ class SamplingOptions:
             for field in dataclasses.fields(SamplingParams)
             if getattr(self, field.name, None) not in (None, ())
         }
-        base, most, notes = SamplingParams(), None, []
+        base, said, notes = SamplingParams(), None, []
         if self.generation_config == "auto":
             try:
-                base, most, unfollowed = generation_defaults(model)
+                base, said, unfollowed = generation_defaults(model)
             except ValueError as error:
                 raise ValueError(f"{error} (--generation-config none leaves the file aside)") from error
             notes += unfollowed
@@ -126,7 +129,7 @@ class SamplingOptions:
         unused = [name for name in ("top_k", "top_p", "min_p") if name in given and not sampling.temperature]
         if unused:
             notes.append(f"the temperature is 0, so {', '.join(unused)} change nothing")
-        return sampling, self.max_new_tokens or most or max(64, sampling.min_tokens), notes
+        return sampling, self.max_new_tokens or said or max(most, sampling.min_tokens), notes
 
 
 def _shown(base: SamplingParams, given: dict[str, Any]) -> str:

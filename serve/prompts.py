@@ -22,8 +22,8 @@ class Prompt(NamedTuple):
     tools: Sequence[Any] | None = None
     place: str = "prompt"  # for errors
 
-    def encode(self, tokenizer: Tokenizer, template: ChatTemplate | None) -> list[int]:
-        """The tokens that the model continues. Raises ValueError, naming the place."""
+    def encode(self, tokenizer: Tokenizer, template: ChatTemplate | None, vocab_size: int) -> list[int]:
+        """The tokens that a model with ``vocab_size`` embeddings continues. ValueErrors name the place."""
         try:
             if self.text is not None:
                 ids = prompt_ids(tokenizer, self.text)
@@ -34,6 +34,11 @@ class Prompt(NamedTuple):
             raise ValueError(f"{self.place}: {error}") from error
         if not ids:
             raise ValueError(f"{self.place}: the text is empty, it has no tokens; give at least one")
+        if max(ids) >= vocab_size:
+            raise ValueError(
+                f"{self.place} has token id {max(ids)}, but the model's vocabulary has {vocab_size} entries: "
+                "the tokenizer beside it is another model's"
+            )
         return ids
 
 

@@ -1,0 +1,190 @@
+"""``jsparse chat``: its options, and a conversation in the terminal.
+
+What needs jax is imported once the options are parsed, so that --help answers at once.
+"""
+
+import contextlib
+import dataclasses
+import functools
+import signal
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from jsparse.models.choices import Dtype
+from jsparse.models.shipped import shipped_model
+from jsparse.reports.console import DefaultsToShipped, parse
+from jsparse.serve.options import CacheOptions, SamplingOptions
+
+if TYPE_CHECKING:
+    from jsparse.serve.chat import Chat
+else:
+    Chat = Any
+
+_MOST = 1024  # new tokens of an answer
+_MOST_OF_TEXT = 64  # where nothing tells an answer's end
+_BLOCK = '"""'
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ChatCommand(SamplingOptions, CacheOptions):
+    """Talk to a model in the terminal; /help lists what it understands beside messages.
+
+    What the model says is printed as it comes, and the cache is kept between turns. A model without a chat
+    template continues the text so far, to which what you type is added. Text may come from a pipe too, with
+    a message in each line.
+    """
+
+    model: DefaultsToShipped = shipped_model()
+    """A Hugging Face folder with config.json, safetensors and tokenizer.json, or an id on the Hub:
+    org/name or org/name@revision."""
+    dtype: Dtype | None = None
+    """Dtype of the weights; what the model's config.json says unless given."""
+    system: str | None = None
+    """The system prompt."""
+    messages: Path | None = None
+    """A conversation to go on with, as /save writes it: a JSON list of {"role": ..., "content": ...}."""
+    max_new_tokens: int | None = None
+    """The most tokens of an answer. Unless given: what the model says, or 1024; 64 without a chat
+    template."""
+
+    def __post_init__(self):
+        if self.system is not None and self.messages is not None:
+            raise ValueError("--system begins a conversation and --messages continues one: give one of them")
+        super().__post_init__()
+
+
+def chat(options: list[str]) -> None:
+    command = parse(ChatCommand, "chat", options)
+    talk = _load(command)
+    interactive = sys.stdin.isatty() and sys.stdout.isatty()
+    if interactive:
+        _tell("type a message, or /help; Ctrl-D ends")
+    if talk.messages and talk.messages[-1]["role"] == "user":
+        _print_answer(talk, talk.answer, interactive)
+    for line in _lines(interactive):
+        if line.strip() in ("/exit", "/quit"):
+            return
+        try:
+            if line.startswith("/") and not line.startswith("//"):
+                _tell(talk.follow(line))
+            elif line.strip():
+                say = functools.partial(talk.say, line.removeprefix("/"))
+                _print_answer(talk, say, interactive)
+        except BrokenPipeError:
+            raise
+        except (ValueError, OSError) as error:
+            if not interactive:
+                raise
+            _tell(f"error: {error}")
+
+
+def _load(command: ChatCommand) -> Chat:
+    """The model and the conversation so far. Whatever is wrong with the options comes before the weights."""
+    from jsparse.models import Llama, load_chat_template, load_config, load_tokenizer
+    from jsparse.serve.chat import Chat, check_messages
+    from jsparse.serve.conversation import Conversation
+    from jsparse.serve.head_order import streaming_heads_last
+    from jsparse.serve.prompts import Prompt, read_conversation
+
+    cache = command.cache()
+    config, tokenizer = load_config(command.model), load_tokenizer(command.model)
+    try:
+        template = load_chat_template(command.model)
+    except FileNotFoundError:
+        template = None  # a base model
+        _tell("the model has no chat template: what you type is added to the text, which it continues")
+    sampling, most, notes = command.sampling(command.model, _MOST_OF_TEXT if template is None else _MOST)
+    for note in notes:
+        _tell(note)
+    prompt = Prompt(place="the conversation")
+    if command.messages is not None:
+        prompt = read_conversation(command.messages)
+    elif command.system is not None:
+        if template is None:
+            raise ValueError("--system: the model has no chat template, so it takes no system prompt")
+        prompt = prompt._replace(messages=[{"role": "system", "content": command.system}])
+    check_messages(prompt, template)
+    model, cache = streaming_heads_last(Llama.from_pretrained(command.model, dtype=command.dtype), cache)
+    return Chat(
+        Conversation(model, cache, tokenizer),
+        config,
+        tokenizer,
+        template,
+        prompt,
+        max_new_tokens=most,
+        sampling=sampling,
+        seed=command.seed,
+        file=command.messages,
+    )
+
+
+def _print_answer(
+    talk: Chat, answer: Callable[[Callable[[], bool]], Iterator[str]], interactive: bool
+) -> None:
+    with _interrupts() as stopped:
+        for part in answer(stopped):
+            print(part, end="", flush=True)
+        print()
+        if stopped() and not interactive:
+            raise KeyboardInterrupt
+    turn = talk.turns[-1]
+    if turn.finish_reason == "length" and talk.template is not None:
+        _tell(f"the answer was cut after {turn.new_tokens} tokens (--max-new-tokens allows more)")
+
+
+@contextlib.contextmanager
+def _interrupts() -> Iterator[Callable[[], bool]]:
+    """Whether Ctrl-C was pressed. Only a second one interrupts at once: what was computed is lost then."""
+    pressed = []
+
+    def handle(signum, frame):
+        if pressed:
+            raise KeyboardInterrupt
+        pressed.append(signum)
+
+    before = signal.signal(signal.SIGINT, handle)
+    try:
+        yield lambda: bool(pressed)
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def _lines(interactive: bool) -> Iterator[str]:
+    """What the user types, message by message, until the end of the input."""
+    if interactive:
+        with contextlib.suppress(ImportError):  # absent on some systems
+            import readline  # noqa: F401, input() then has a history
+    while True:
+        try:
+            line = _line("> ", interactive)
+            if line.startswith(_BLOCK):
+                line = _block(line.removeprefix(_BLOCK), interactive)
+            yield line
+        except EOFError:
+            if interactive:
+                print()
+            return
+        except KeyboardInterrupt:
+            if not interactive:
+                raise
+            print()  # drops what was typed
+
+
+def _line(prompt: str, interactive: bool) -> str:
+    return input(prompt if interactive else "")
+
+
+def _block(line: str, interactive: bool) -> str:
+    """The lines up to the one that ends with the mark that began them."""
+    lines = [line]
+    while not lines[-1].rstrip().endswith(_BLOCK):
+        lines.append(_line("... ", interactive))
+    return "\n".join(lines).rstrip().removesuffix(_BLOCK)
+
+
+def _tell(text: str) -> None:
+    """Print for the user, beside the conversation."""
+    for line in text.splitlines():
+        print(f"jsparse: {line}", file=sys.stderr, flush=True)

@@ -1,0 +1,90 @@
+"""The cache of a conversation: it grows with it, and each turn computes only what is new."""
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+
+from tokenizers import Tokenizer
+
+from jsparse.integers import cdiv, power_of_two_from
+from jsparse.models import Llama
+from jsparse.models.positions import positions_of
+from jsparse.serve.batch import Batch, TokenEvent
+from jsparse.serve.config import CacheConfig
+from jsparse.serve.layout import CacheLayout, plan_cache
+from jsparse.serve.request import check_requests
+from jsparse.serve.sampling import GREEDY, SamplingParams
+
+_LEAST_CAPACITY = 2048  # so that the first turns compile once
+
+
+class Conversation:
+    """Answers prompts, each of which most often begins with the one before: the turns of a conversation.
+
+    The answers are those of ``stream``, up to rounding: a prompt that begins otherwise is computed anew.
+
+    - model, tokenizer: what answers.
+    - cache: as for ``stream``; its ``batch`` is 1. Without ``capacity`` it has room for 2048 tokens, or for a
+      power of two of pages that the longest turn so far needs. A larger cache begins empty.
+
+    >>> from flax import nnx
+    >>> from jsparse.models import LlamaConfig, byte_tokenizer
+    >>> model = Llama(LlamaConfig.tiny(vocab_size=300, max_position_embeddings=256), rngs=nnx.Rngs(0))
+    >>> talk = Conversation(model, CacheConfig(policy="dense"), byte_tokenizer())
+    >>> prompt = list(range(100))
+    >>> answer = [event.token for event in talk.answer(prompt, max_new_tokens=3)]
+    >>> answer += [event.token for event in talk.answer([*prompt, *answer, 7], max_new_tokens=3)]
+    >>> len(answer), talk.reused_tokens
+    (6, 64)
+    """
+
+    def __init__(self, model: Llama, cache: CacheConfig, tokenizer: Tokenizer):
+        self._model, self._tokenizer = model, tokenizer
+        self._cache = dataclasses.replace(cache, batch=1)
+        self._batch: Batch | None = None
+
+    @property
+    def reused_tokens(self) -> int:
+        """How many tokens of the last prompt were in the cache already."""
+        return 0 if self._batch is None else self._batch.reused_tokens
+
+    @property
+    def cache_bytes(self) -> int:
+        return 0 if self._batch is None else self._batch.cache_bytes
+
+    def answer(
+        self,
+        prompt: Sequence[int],
+        max_new_tokens: int,
+        sampling: SamplingParams = GREEDY,
+        seed: int = 0,
+    ) -> Iterator[TokenEvent]:
+        """``stream`` for one prompt. If the iterator is closed early, the answer ends there.
+
+        Raises what ``stream`` raises, when the first token is asked for, and ValueError for ``n`` > 1.
+        """
+        config = self._model.config
+        if sampling.n > 1:
+            raise ValueError(f"n={sampling.n}, but a turn of a conversation has one answer")
+        [request] = check_requests(config, [prompt], max_new_tokens, sampling, seed, self._tokenizer)
+        layout = self._layout(len(request.prompt), request.max_new)
+        if self._batch is None or self._batch.layout.capacity < layout.capacity:
+            self._batch = None  # its memory is free before the larger cache takes its own
+            self._batch = Batch(self._model, layout, self._tokenizer, keeps_prompt=True)
+        batch = self._batch
+        events = batch.add([request])
+        number = events[0].prompt
+        try:
+            yield from events
+            while batch.running:
+                yield from batch.step()
+        finally:
+            if batch.running:
+                batch.remove(number)
+
+    def _layout(self, length: int, max_new: int) -> CacheLayout:
+        config, cache = self._model.config, self._cache
+        if cache.capacity is None:
+            page, _ = cache.page_sizes()
+            least = max(length + max_new, min(_LEAST_CAPACITY, positions_of(config).most))
+            cache = dataclasses.replace(cache, capacity=power_of_two_from(cdiv(least, page)) * page)
+        return plan_cache(cache, config, [length], [max_new])

@@ -1,0 +1,248 @@
+"""``jsparse chat``: what a conversation in the terminal prints, keeps and saves."""
+
+import io
+import json
+import os
+import pty
+import re
+import select
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+from flax import nnx
+
+from jsparse.__main__ import main
+from jsparse.models import Llama, LlamaConfig, byte_tokenizer, load_chat_template, load_tokenizer
+from jsparse.serve import generate
+
+TEMPLATE = (
+    "{% for message in messages %}"
+    "{% if message.role == 'critic' %}{{ raise_exception('no critics') }}{% endif %}"
+    "<|{{ message.role }}|>{{ message.content }}<|end|>{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("chat") / "model"
+    tokenizer = byte_tokenizer()
+    tokenizer.add_special_tokens(["<|user|>", "<|assistant|>", "<|end|>", "<|system|>"])
+    config = LlamaConfig.tiny(
+        vocab_size=261, max_position_embeddings=256, initializer_range=0.5, eos_token_ids=(259,)
+    )
+    Llama(config, rngs=nnx.Rngs(27)).save_pretrained(folder)
+    tokenizer.save(str(folder / "tokenizer.json"))
+    (folder / "chat_template.jinja").write_text(TEMPLATE)
+    return folder
+
+
+@pytest.fixture
+def chat(folder, capfd, monkeypatch):
+    def chat(text, *options, model=folder, code=0):
+        monkeypatch.setattr(sys, "stdin", io.StringIO(text))
+        assert main(["chat", "--model", str(model), *options]) == code
+        return capfd.readouterr()
+
+    return chat
+
+
+@pytest.fixture(scope="module")
+def answers(folder):
+    """The conversation that these messages of a user lead to."""
+    model, tokenizer, template = (
+        load(folder) for load in (Llama.from_pretrained, load_tokenizer, load_chat_template)
+    )
+
+    def answers(*texts, most=8, messages=()):
+        messages = list(messages)
+        for text in texts:
+            messages.append({"role": "user", "content": text})
+            ids = template.encode(messages)
+            answer = generate(model, [ids], most, tokenizer=tokenizer).texts[0]
+            messages.append({"role": "assistant", "content": answer})
+        return messages
+
+    return answers
+
+
+def spoken(messages):
+    return "".join(message["content"] + "\n" for message in messages if message["role"] == "assistant")
+
+
+def test_each_line_is_answered_after_those_before(chat, answers, tmp_path):
+    out, err = chat(
+        f"hello\n\nand you?\n//slash\n/save {tmp_path}/talk.json\n/save {tmp_path}/talk.json\n",
+        "--max-new-tokens",
+        "8",
+    )
+    messages = answers("hello", "and you?", "/slash")
+    assert out == spoken(messages)
+    assert json.loads((tmp_path / "talk.json").read_text()) == messages
+    assert err.count(f"jsparse: wrote 6 messages to {tmp_path}/talk.json\n") == 2
+
+
+def test_a_saved_conversation_goes_on(chat, answers, tmp_path):
+    before, file = answers("hello"), tmp_path / "talk.json"
+    file.write_text(json.dumps(before))
+    options = ["--messages", str(file), "--max-new-tokens", "8"]
+    out, _ = chat("why?\n/save " + str(file), *options)
+    after = answers("why?", messages=before)
+    assert out == spoken(after[2:]) and json.loads(file.read_text()) == after
+    tools = [{"type": "function", "function": {"name": "add"}}]
+    file.write_text(json.dumps({"messages": after[:3], "tools": tools}))  # the last one is the user's
+    out, _ = chat(f"/save {file}\n", *options)
+    assert out == spoken(after[2:]) and json.loads(file.read_text()) == {"messages": after, "tools": tools}
+
+
+def test_a_system_prompt(chat, answers):
+    system = {"role": "system", "content": "be short"}
+    expected = spoken(answers("hello", messages=[system]))
+    most = ["--max-new-tokens", "8"]
+    assert chat("hello\n", "--system", "be short", *most)[0] == expected
+    assert chat("/system be short\nhello\n", *most)[0] == expected
+    assert chat("hello\n/reset\nhello\n", "--system", "be short", *most)[0] == 2 * expected
+    without = chat("/system\nhello\n/reset\nhello\n", "--system", "be short", *most)[0]
+    assert without == 2 * spoken(answers("hello")) != 2 * expected
+
+
+def test_messages_of_several_lines(chat, answers):
+    assert chat('"""one\n two"""\n', "--max-new-tokens", "8")[0] == spoken(answers("one\n two"))
+    assert chat('"""\none\n"""\n', "--max-new-tokens", "8")[0] == spoken(answers("\none\n"))
+
+
+def test_it_ends_where_the_model_does(chat, answers):
+    [_, answer] = answers("hello", most=200)
+    assert 0 < len(answer["content"].encode()) < 199  # by its end token
+    out, err = chat("hello\n")
+    assert out == answer["content"] + "\n" and "cut" not in err
+    out, err = chat("hello\n", "--max-new-tokens", "3")
+    assert "jsparse: the answer was cut after 3 tokens (--max-new-tokens allows more)" in err
+    stop = answer["content"][4:6]
+    assert chat("hello\n", "--stop", stop)[0] == answer["content"].partition(stop)[0] + "\n"
+
+
+def test_exit_ends_it(chat, answers):
+    out, _ = chat("hello\n/exit\nhello\n", "--max-new-tokens", "8")
+    assert out == spoken(answers("hello"))
+
+
+def test_stats_tell_what_the_cache_had(chat):
+    """The second prompt has the first one, of which all but the last page is in the cache."""
+    _, err = chat("x" * 100 + "\nhi\n/stats\n", "--max-new-tokens", "2")
+    assert re.search(
+        r"answer 1: prompt of 103 tokens, 0 of them in the cache; [\d.]+ s to the first of ", err
+    )
+    assert re.search(r"answer 2: prompt of \d+ tokens, 64 of them in the cache; ", err)
+    assert re.search(r"cache of [\d.]+ MiB; the model's max_position_embeddings=256\n", err)
+
+
+def test_a_conversation_may_fill_the_context(chat, answers):
+    """An answer gets the room that is left, and a message that leaves none is refused."""
+    text = "x" * 250
+    out, err = chat(text + "\n", "--min-tokens", "5")
+    assert len(out.encode()) <= 3 * 4 and "cut after 3 tokens" in err
+    _, err = chat(text + "xxx\n", code=2)
+    assert "the conversation has 256 tokens, which leaves no room for an answer within the model's" in err
+    assert "max_position_embeddings=256; /reset begins anew" in err
+
+
+def test_a_base_model_goes_on_with_the_text(chat, capfd, tmp_path):
+    out, err = chat(f"import os\n  def f(\n/save {tmp_path}/text.json", model="models/small")
+    assert "what you type is added to the text" in err and "cut" not in err
+    main(["generate", "--model", "models/small", "--prompt", "import os"])
+    first = capfd.readouterr().out
+    main(["generate", "--model", "models/small", "--prompt", f"import os{first[:-1]}  def f("])
+    assert out == first + capfd.readouterr().out
+    saved = json.loads((tmp_path / "text.json").read_text())
+    assert [message["role"] for message in saved] == ["user", "assistant", "user", "assistant"]
+    _, err = chat("/system be short\n", model="models/small", code=2)
+    assert "the model has no chat template, so it takes no system prompt" in err
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("/sav x\n", "/sav is no command; commands are /system, /reset, /save, /stats, /help and /exit"),
+        ("/save\n", "/save takes the name of a file"),
+        ("/save chat_template.jinja\n", "chat_template.jinja exists already, and is not this conversation's"),
+        ("/save nowhere/talk.json\n", "nowhere/talk.json"),
+    ],
+)
+def test_lines_that_cannot_be_followed(chat, folder, monkeypatch, text, message):
+    monkeypatch.chdir(folder)
+    assert message in chat(text, code=2)[1]
+
+
+def test_bad_options(chat, folder, tmp_path):
+    file = tmp_path / "talk.json"
+    for content, message in [
+        ([{"role": "critic", "content": "bad"}, {"role": "user", "content": "x"}], "no critics"),
+        ([{"content": "x"}], "messages[0].role must be a text"),
+        ({"prompt": "x"}, "no messages"),
+    ]:
+        file.write_text(json.dumps(content))
+        out, err = chat("hi\n", "--messages", str(file), code=2)
+        assert out == "" and message in err and (message == "no critics" or str(file) in err)
+    file.write_text(json.dumps([{"role": "user", "content": ["parts"]}]))
+    assert (
+        "messages[0].content must be a text for a model without"
+        in chat("", "--messages", str(file), model="models/small", code=2)[1]
+    )
+    with pytest.raises(SystemExit):
+        main(["chat", "--model", str(folder), "--messages", str(file), "--system", "be short"])
+    assert (
+        "min_tokens=9 must be at most max_new_tokens=4"
+        in (chat("hi\n", "--min-tokens", "9", "--max-new-tokens", "4", code=2)[1])
+    )
+
+
+class Terminal:
+    """A process in a terminal of its own."""
+
+    def __init__(self, *arguments):
+        self.ours, theirs = pty.openpty()
+        command = [sys.executable, "-m", "jsparse", *arguments]
+        env = os.environ | {"TERM": "dumb"}
+        self.process = subprocess.Popen(
+            command, stdin=theirs, stdout=theirs, stderr=theirs, env=env, start_new_session=True
+        )
+        os.close(theirs)
+
+    def type(self, text):
+        os.write(self.ours, text.encode())
+
+    def until(self, pattern, seconds=120):
+        """What it prints, up to a pattern."""
+        text, end = "", time.monotonic() + seconds
+        while not re.search(pattern, text):
+            assert select.select([self.ours], [], [], max(0, end - time.monotonic()))[0], text
+            text += os.read(self.ours, 4096).decode(errors="replace")
+        return text
+
+
+def test_in_a_terminal(folder):
+    """Errors and Ctrl-C do not end the conversation."""
+    endless = ["--max-new-tokens", "100000", "--temperature", "1"]
+    terminal = Terminal("chat", "--model", "models/small", *endless)
+    terminal.until("/help; Ctrl-D ends.*\n> ")
+    terminal.type("/nothing\n")
+    terminal.until("jsparse: error: /nothing is no command.*\n> ")
+    terminal.type("import os\n")
+    terminal.until("import os\r\n[^>]{40}")  # in the middle of an answer
+    terminal.process.send_signal(signal.SIGINT)
+    terminal.until("\n> ")
+    terminal.type("and\n")
+    terminal.until("and\r\n[^>]{40}")
+    terminal.process.send_signal(signal.SIGINT)
+    terminal.until("\n> ")
+    terminal.type("/stats\n")
+    stats = terminal.until("MiB.*\n> ")
+    assert [int(n) < 2000 for n in re.findall(r"first of (\d+) new", stats)] == [True, True]
+    terminal.process.send_signal(signal.SIGINT)  # at the prompt, it drops the line
+    terminal.until("\n> ")
+    terminal.type("\x04")
+    assert terminal.process.wait(30) == 0
