@@ -55,9 +55,10 @@ class ChatCommand(SamplingOptions, CacheOptions):
         super().__post_init__()
 
 
-def chat(options: list[str]) -> None:
+def chat(options: list[str]) -> int:
+    """Returns 2 if a line from a pipe could not be answered or followed; in a terminal, the user saw it."""
     command = parse(ChatCommand, "chat", options)
-    talk = _load(command)
+    talk, failed = _load(command), False
     interactive = sys.stdin.isatty() and sys.stdout.isatty()
     if interactive:
         _tell("type a message, or /help; Ctrl-D ends")
@@ -65,19 +66,19 @@ def chat(options: list[str]) -> None:
         _print_answer(talk, talk.answer, interactive)
     for line in _lines(interactive):
         if line.strip() in ("/exit", "/quit"):
-            return
+            break
         try:
             if line.startswith("/") and not line.startswith("//"):
-                _tell(talk.follow(line))
+                print(talk.follow(line), file=sys.stderr, flush=True)
             elif line.strip():
                 say = functools.partial(talk.say, line.removeprefix("/"))
                 _print_answer(talk, say, interactive)
         except BrokenPipeError:
             raise
         except (ValueError, OSError) as error:
-            if not interactive:
-                raise
-            _tell(f"error: {error}")
+            _tell(f"error: {' '.join(str(error).split())}")
+            failed = True
+    return 2 if failed and not interactive else 0
 
 
 def _load(command: ChatCommand) -> Chat:
@@ -87,6 +88,7 @@ def _load(command: ChatCommand) -> Chat:
     from jsparse.serve.conversation import Conversation
     from jsparse.serve.head_order import streaming_heads_last
     from jsparse.serve.prompts import Prompt, read_conversation
+    from jsparse.serve.request import check_requests
 
     cache = command.cache()
     config, tokenizer = load_config(command.model), load_tokenizer(command.model)
@@ -106,6 +108,7 @@ def _load(command: ChatCommand) -> Chat:
             raise ValueError("--system: the model has no chat template, so it takes no system prompt")
         prompt = prompt._replace(messages=[{"role": "system", "content": command.system}])
     check_messages(prompt, template)
+    check_requests(config, [[0]], most, sampling, command.seed, tokenizer)
     model, cache = streaming_heads_last(Llama.from_pretrained(command.model, dtype=command.dtype), cache)
     return Chat(
         Conversation(model, cache, tokenizer),
@@ -186,5 +189,4 @@ def _block(line: str, interactive: bool) -> str:
 
 def _tell(text: str) -> None:
     """Print for the user, beside the conversation."""
-    for line in text.splitlines():
-        print(f"jsparse: {line}", file=sys.stderr, flush=True)
+    print(f"jsparse: {text}", file=sys.stderr, flush=True)

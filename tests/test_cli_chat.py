@@ -82,7 +82,7 @@ def test_each_line_is_answered_after_those_before(chat, answers, tmp_path):
     messages = answers("hello", "and you?", "/slash")
     assert out == spoken(messages)
     assert json.loads((tmp_path / "talk.json").read_text()) == messages
-    assert err.count(f"jsparse: wrote 6 messages to {tmp_path}/talk.json\n") == 2
+    assert err.count(f"wrote 6 messages to {tmp_path}/talk.json\n") == 2
 
 
 def test_a_saved_conversation_goes_on(chat, answers, tmp_path):
@@ -169,12 +169,15 @@ def test_a_base_model_goes_on_with_the_text(chat, capfd, tmp_path):
         ("/sav x\n", "/sav is no command; commands are /system, /reset, /save, /stats, /help and /exit"),
         ("/save\n", "/save takes the name of a file"),
         ("/save chat_template.jinja\n", "chat_template.jinja exists already, and is not this conversation's"),
-        ("/save nowhere/talk.json\n", "nowhere/talk.json"),
+        ("/save nowhere/talk.json\n", "'nowhere/talk.json'"),
     ],
 )
-def test_lines_that_cannot_be_followed(chat, folder, monkeypatch, text, message):
+def test_lines_that_cannot_be_followed(chat, folder, answers, monkeypatch, text, message):
+    """The conversation goes on, and the exit code tells."""
     monkeypatch.chdir(folder)
-    assert message in chat(text, code=2)[1]
+    out, err = chat(text + "hello\n", "--max-new-tokens", "8", code=2)
+    assert f"jsparse: error: {message}" in err.replace("[Errno 2] No such file or directory: ", "")
+    assert out == spoken(answers("hello"))
 
 
 def test_bad_options(chat, folder, tmp_path):
