@@ -5,6 +5,7 @@ import shutil
 from pathlib import Path
 
 from jsparse.checks import require_new_folder
+from jsparse.hub import advise_download, model_folder, split_id
 from jsparse.models.safetensors_folder import (
     INDEX,
     PICKLES,
@@ -53,11 +54,12 @@ def convert(config: ConvertConfig) -> list[str]:
     Returns the names of what was not copied: other weights, hidden files, and folders.
 
     Raises FileNotFoundError for a folder without config.json or such weights; FileExistsError for an output
-    that is not empty; ValueError for weights that are safetensors already, and for files that hold anything
-    but a state dict.
+    that is not empty; ValueError for an id on the Hugging Face Hub, for weights that are safetensors already,
+    and for files that hold anything but a state dict.
     """
-    source, output = Path(config.model), Path(config.output)
+    output = Path(config.output)
     require_new_folder(output)
+    source = _local_folder(config.model)
     if not (source / "config.json").is_file():
         raise FileNotFoundError(f"{source} is not a checkpoint folder: it has no config.json")
     tensors = _find(source)
@@ -65,6 +67,17 @@ def convert(config: ConvertConfig) -> list[str]:
         sizes = {name: tensor.nbytes for name, tensor in tensors.items()}
         write_tensors(staging, sizes, lambda name: read_torch_tensor(tensors[name]), config.max_shard_bytes)
         return _copy_others(source, staging, {tensor.file.name for tensor in tensors.values()})
+
+
+def _local_folder(model: str | Path) -> Path:
+    given = split_id(model)
+    if given is None:
+        return model_folder(model)
+    raise ValueError(
+        f"model={model} is an id on the Hugging Face Hub, and pickled weights are never fetched from there; "
+        f"{advise_download(*given)} does it, and then --model is FOLDER. A model that has safetensors loads "
+        "by its id as it is"
+    )
 
 
 def _find(source: Path) -> dict[str, TorchTensor]:

@@ -432,6 +432,24 @@ def test_a_single_pth(source, tiny_model, tmp_path):
         convert(ConvertConfig(model=source, output=tmp_path / "newer"))
 
 
+def test_an_id_is_downloaded_first(source, hub_cache, store_snapshot, tiny_model, tmp_path, capsys):
+    """Pickles are never fetched, but a cache may have them from another library."""
+    commit = "a" * 40
+    files = {file.name: file.read_bytes() for file in source.iterdir()}
+    snapshot = store_snapshot(hub_cache, "org/name", commit, files, main=commit)
+    for model, at in (("org/name", ""), ("org/name@v2", " --revision v2")):
+        assert main(["convert", "--model", model, "--output", str(tmp_path / "new")]) == 2
+        err = capsys.readouterr().err
+        assert f"model={model} is an id" in err and err.count("\n") == 1
+        assert f"`hf download org/name{at} --local-dir FOLDER` does it, and then --model is FOLDER" in err
+    with pytest.raises(
+        FileNotFoundError, match=f"hf download org/name --revision {commit} .*jsparse convert"
+    ):
+        Llama.from_pretrained("org/name")
+    convert(ConvertConfig(model=snapshot, output=tmp_path / "new"))
+    assert_converted(tmp_path / "new", tiny_model)
+
+
 def test_refused_folders(source, tmp_path):
     def refused(error, message):
         with pytest.raises(error, match=message):
