@@ -103,7 +103,7 @@ class SamplingOptions:
     generation_config: Literal["auto", "none"] = "auto"
     """Whether the model's generation_config.json says what is not given. Its stop tokens count either way."""
 
-    def sampling(self, model: Path) -> tuple[SamplingParams, int, list[str]]:
+    def sampling(self, model: str | Path) -> tuple[SamplingParams, int, list[str]]:
         """The parameters, the most new tokens, and notes for the user on where they come from."""
         from jsparse.serve.generation_defaults import generation_defaults
         from jsparse.serve.sampling import SamplingParams
