@@ -130,7 +130,16 @@ class Batch:
         layout = self.layout
         lengths, max_new = [len(r.prompt) for r in requests], [r.max_new for r in requests]
         free = [row for row in range(layout.batch) if row not in self._prompts]
-        check_fit(layout, self.config, lengths, max_new, free_rows=len(free), free_pages=self.free_pages)
+        numbers = [request.number for request in requests]
+        check_fit(
+            layout,
+            self.config,
+            lengths,
+            max_new,
+            numbers,
+            free_rows=len(free),
+            free_pages=self.free_pages,
+        )
         rows = free[: len(requests)]
         # A power of two of rows: another number of prompts seldom compiles again.
         width = min(layout.batch, power_of_two_from(len(requests)))

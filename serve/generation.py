@@ -182,8 +182,12 @@ def _start(
     cache = DENSE if cache is None else cache
     if not isinstance(cache, CacheConfig):
         raise TypeError(f"cache must be a CacheConfig or None, not {cache!r}")
-    lengths = [len(request.prompt) for request in requests]
-    layout = plan_cache(cache, model.config, lengths, [request.max_new for request in requests])
+    lengths, max_new = (
+        [len(request.prompt) for request in requests],
+        [request.max_new for request in requests],
+    )
+    numbers = [request.number for request in requests]
+    layout = plan_cache(cache, model.config, lengths, max_new, numbers)
     return requests, Batch(model, layout, tokenizer)
 
 
