@@ -90,7 +90,7 @@ _JSPARSE = _Command(
             help="learn which KV heads need the whole context (DuoAttention)", function="train.commands:heads"
         ),
         "convert": _Command(
-            help="write a model in pytorch_model.bin with safetensors, without unpickling it",
+            help="write a model in pytorch_model.bin, or an adapter, with safetensors, without unpickling it",
             function="models.commands:convert",
         ),
         "generate": _Command(

@@ -12,6 +12,10 @@ from typing import Any
 from jsparse.hub import split_id
 from jsparse.integers import require_integer
 
+CONFIG = "adapter_config.json"
+WEIGHTS = "adapter_model.safetensors"
+LONGLORA_WEIGHTS = "trainable_params.safetensors"  # where LongLoRA has embeddings and norms
+
 # Fields that change the mathematics, or the base's weights before anything is added to them, and the values
 # with which they do not.
 _INERT_VALUES: dict[str, tuple[Any, ...]] = {
@@ -95,6 +99,15 @@ class AdapterConfig:
             fields["revision"] = revision
         # Only where it is needed: an older PEFT does not know it.
         return fields | {"ensure_weight_tying": True} if self.tied else fields
+
+
+def pickled(name: str) -> str:
+    """The name that such weights have where torch.save wrote them.
+
+    >>> pickled(WEIGHTS)
+    'adapter_model.bin'
+    """
+    return name.replace(".safetensors", ".bin")
 
 
 def _rank(value: Any) -> int:
