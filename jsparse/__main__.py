@@ -78,7 +78,8 @@ _JSPARSE = _Command(
             help="extend a model's context with LongLoRA, or train it", function="train.commands:finetune"
         ),
         "merge": _Command(
-            help="write what a run has learned so far as a model, or as an adapter for PEFT",
+            help="write what a run has learned so far as a model, or as an adapter for PEFT; or an adapter "
+            "and its base as a model",
             function="train.commands:merge",
         ),
         "evaluate": _Command(

@@ -7,10 +7,12 @@ import dataclasses
 import math
 import re
 from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
 from typing import Any
 
 from jsparse.hub import split_id
 from jsparse.integers import require_integer
+from jsparse.models.safetensors_folder import read_json
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
@@ -99,6 +101,31 @@ class AdapterConfig:
             fields["revision"] = revision
         # Only where it is needed: an older PEFT does not know it.
         return fields | {"ensure_weight_tying": True} if self.tied else fields
+
+
+def named_base(directory: Path) -> str | None:
+    """The base model that a folder's ``adapter_config.json`` names: a folder or an id; None if none."""
+    fields = read_json(directory / CONFIG)
+    base, revision = fields.get("base_model_name_or_path"), fields.get("revision")
+    if not isinstance(base, str) or not base:
+        return None
+    given = split_id(base)
+    return f"{base}@{revision}" if revision and given is not None and given[1] is None else base
+
+
+def refuse_adapter(model: str | Path, directory: Path) -> None:
+    """Raise FileNotFoundError, with what makes a model of it, if ``directory`` holds an adapter.
+
+    ``model`` is what was given for the directory.
+    """
+    if not (directory / CONFIG).is_file():
+        return
+    base = named_base(directory)
+    option, named = (" --model BASE", f"which its {CONFIG} does not name") if base is None else ("", base)
+    raise FileNotFoundError(
+        f"{model} is an adapter, and no model; jsparse merge --run {model} --output NEW_FOLDER{option} "
+        f"makes a model of it and its base, {named}"
+    )
 
 
 def pickled(name: str) -> str:

@@ -79,3 +79,28 @@ def test_a_plan_of_an_id_needs_only_its_config(
         expected = f"nothing is estimated: {LlamaConfig.tiny().vocab_size}\n"
         assert failure(capfd, here, command, model).endswith(expected)
     assert "org/other is no folder here" in failure(capfd, here, command, "org/other")
+
+
+@pytest.mark.parametrize("command", [command for command in COMMANDS if command not in ("convert", "demo")])
+def test_an_adapter_is_no_model_but_names_its_base(command, here, hub_cache, store_snapshot, capfd):
+    config = '{"base_model_name_or_path": "org/name", "revision": "v1"}'
+    (here / "adapter").mkdir()
+    (here / "adapter" / "adapter_config.json").write_text(config)
+    small = {"adapter_config.json": config.encode()}
+    store_snapshot(hub_cache, "org/adapter", COMMIT, small, main=COMMIT)
+    for model in ("adapter", f"org/adapter@{COMMIT}"):
+        expected = (
+            f"{model} is an adapter, and no model; jsparse merge --run {model} --output NEW_FOLDER "
+            "makes a model of it and its base, org/name@v1"
+        )
+        assert expected in failure(capfd, here, command, model)
+
+
+def test_an_adapter_with_the_config_of_its_model(here, files, capfd):
+    (here / "adapter").mkdir()
+    for name in ("config.json", "tokenizer.json"):
+        (here / "adapter" / name).write_bytes(files[name])
+    (here / "adapter" / "adapter_config.json").write_text("{}")
+    (here / "adapter" / "adapter_model.safetensors").write_bytes(b"")
+    expected = "adapter --output NEW_FOLDER --model BASE makes a model of it and its base, which its"
+    assert expected in failure(capfd, here, "generate", "adapter")
