@@ -50,7 +50,7 @@ def run_scoreboard(config: ScoreboardConfig) -> list[Row]:
     if config.output is not None:
         check_can_draw(config.output)
     config = dataclasses.replace(config, model=pinned_model(config.model))
-    of_model = {"model": _model_name(config.model)}
+    of_model: Row = {"model": _model_name(config.model)}
     llama, tokenizer = load_config(config.model), plain_text_tokenizer(load_tokenizer(config.model))
     length = config.length or positions_of(llama).certain
     if not 0 < length <= positions_of(llama).most:

@@ -455,8 +455,8 @@ def adapter(tiny_model, tmp_path):
     """A LongLoRA folder, as PEFT wrote its adapter before safetensors; and the same model in memory."""
     tuned = nnx.clone(tiny_model)
     add_lora(tuned, rank=2, alpha=4, rngs=nnx.Rngs(1), targets=("q_proj",))
-    for layer in tuned.layers:
-        layer.self_attn.q_proj.lora_b[...] += 0.1
+    for _, parameter in nnx.to_flat_state(nnx.state(tuned, LoRAParam)):
+        parameter[...] = parameter[...] + 0.1
     tuned.norm.scale[...] += 1
     save_adapter(tuned, tmp_path / "plain", base="base", trained=LoRAParam)
     folder = tmp_path / "adapter"
