@@ -113,7 +113,9 @@ def prefilled(model: Llama, questions: Sequence[Question], layout: CacheLayout) 
     """A batch whose rows hold the contexts, with pages for the rest of the questions too."""
     batch = Batch(model, layout)
     greedy = SamplingParams(ignore_eos=True)
-    events = batch.add([Request(q.context, len(q.tail) + q.new_tokens, greedy, 0) for q in questions])
+    events = batch.add(
+        [Request(q.context, len(q.tail) + q.new_tokens, greedy, 0, i) for i, q in enumerate(questions)]
+    )
     if any(event.finish_reason == "error" for event in events):
         raise FloatingPointError("logits are not finite after a prompt")
     return batch

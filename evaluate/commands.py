@@ -125,7 +125,7 @@ def _pinned(config: Any) -> Any:
     """The settings with the commit of a model that is given by its id: results name it."""
     if config.model is None:
         return config
-    return dataclasses.replace(config, model=Path(pinned_model(config.model)))
+    return dataclasses.replace(config, model=pinned_model(config.model))
 
 
 def _of_standard_library(command: EvaluateCommand) -> EvaluateCommand:

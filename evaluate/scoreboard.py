@@ -14,7 +14,7 @@ from jsparse.evaluate.answers import Question, greedy_answers
 from jsparse.evaluate.methods import METHODS, PAGE, Heads
 from jsparse.evaluate.scoreboard_config import ScoreboardConfig as ScoreboardConfig
 from jsparse.evaluate.scoreboard_report import GRID, Row, check_can_draw, write_figures
-from jsparse.hub import model_folder
+from jsparse.hub import model_folder, pinned_model
 from jsparse.masks.head_pattern import PATTERN_FILE, HeadPattern
 from jsparse.models import (
     Llama,
@@ -24,6 +24,7 @@ from jsparse.models import (
     text_encoder,
 )
 from jsparse.models.positions import describe, note_length, positions_of
+from jsparse.models.shipped import shipped_model
 from jsparse.reports.console import check_can_write, write_json
 from jsparse.serve.config import CacheConfig
 from jsparse.serve.layout import layout_of
@@ -37,10 +38,10 @@ Entries = dict[tuple[str, int | None], CacheConfig]  # by method and budget
 def run_scoreboard(config: ScoreboardConfig) -> list[Row]:
     """The scores of each task by each method at each of its budgets, then those of the needle grid.
 
-    Each row is a dictionary with ``task``, ``method``, ``budget`` (tokens, None where the method has none),
-    ``length``, ``score``, ``low``, ``high``, ``samples`` and ``seed_scores`` (of each seed alone); ``task``
-    is "needle_grid" in the rows of the grid, which also have a ``depth``. The files that ``config`` names are
-    written.
+    Each row is a dictionary with ``model`` (with the commit of an id), ``task``, ``method``, ``budget``
+    (tokens, None where the method has none), ``length``, ``score``, ``low``, ``high``, ``samples`` and
+    ``seed_scores`` (of each seed alone); ``task`` is "needle_grid" in the rows of the grid, which also have a
+    ``depth``. The files that ``config`` names are written.
 
     Raises, before weights are read, ValueError or OSError where settings do not fit one another or the model;
     FloatingPointError where logits are not finite.
@@ -48,6 +49,8 @@ def run_scoreboard(config: ScoreboardConfig) -> list[Row]:
     check_can_write(config.json, "json")
     if config.output is not None:
         check_can_draw(config.output)
+    config = dataclasses.replace(config, model=pinned_model(config.model))
+    of_model: Row = {"model": _model_name(config.model)}
     llama, tokenizer = load_config(config.model), plain_text_tokenizer(load_tokenizer(config.model))
     length = config.length or positions_of(llama).certain
     if not 0 < length <= positions_of(llama).most:
@@ -74,7 +77,7 @@ def run_scoreboard(config: ScoreboardConfig) -> list[Row]:
         started = time.perf_counter()
         for (method, budget), scores in _scores(config, model, tokenizer, examples, entries).items():
             by_seed = np.reshape(scores, (config.seeds, config.samples)).mean(axis=1).tolist()
-            rows.append(_row(task, method, budget, length, scores) | {"seed_scores": by_seed})
+            rows.append(of_model | _row(task, method, budget, length, scores) | {"seed_scores": by_seed})
         _done(config, rows, f"{task} at {length} tokens", started)
     for grid_length, by_depth in grid.items():
         started = time.perf_counter()
@@ -82,7 +85,7 @@ def run_scoreboard(config: ScoreboardConfig) -> list[Row]:
         for (method, budget), scores in _scores(config, model, tokenizer, examples, on_grid).items():
             cells = np.reshape(scores, (len(config.depths), config.grid_samples))
             for depth, cell in zip(config.depths, cells, strict=True):
-                row = _row(GRID, method, budget, grid_length, cell)
+                row = of_model | _row(GRID, method, budget, grid_length, cell)
                 rows.append(row | {"seed_scores": [row["score"]], "depth": depth})
         _done(config, rows, f"needle grid at {grid_length} tokens", started)
     if str(config.json) == "-":
@@ -90,6 +93,11 @@ def run_scoreboard(config: ScoreboardConfig) -> list[Row]:
     if config.output is not None:
         write_figures(rows, config.output)
     return rows
+
+
+def _model_name(model: str | Path) -> str:
+    """The name that a model has in the rows: nothing of this machine for the one in the package."""
+    return "the shipped model" if Path(model) == shipped_model() else str(model)
 
 
 def _scores(

@@ -6,7 +6,6 @@ and which caches still find what was said far back. Every number is measured in 
 
 import dataclasses
 import time
-from pathlib import Path
 
 import numpy as np
 from rich.console import Console
@@ -39,7 +38,7 @@ TASKS = ("needle", "recall")
 
 def run_shipped_demo(config: ShippedDemoConfig) -> dict:
     """Measure, print the tables, and return every number (``demo.json`` in the output folder, if any)."""
-    config = dataclasses.replace(config, model=Path(pinned_model(config.model)))
+    config = dataclasses.replace(config, model=pinned_model(config.model))
     llama = load_config(config.model)
     length = positions_of(llama).certain
     if config.prompt_tokens + config.new_tokens > length:

@@ -78,7 +78,8 @@ _JSPARSE = _Command(
             help="extend a model's context with LongLoRA, or train it", function="train.commands:finetune"
         ),
         "merge": _Command(
-            help="write what a run has learned so far as a model, or as an adapter for PEFT",
+            help="write what a run has learned so far as a model, or as an adapter for PEFT; or an adapter "
+            "and its base as a model",
             function="train.commands:merge",
         ),
         "evaluate": _Command(
@@ -90,7 +91,7 @@ _JSPARSE = _Command(
             help="learn which KV heads need the whole context (DuoAttention)", function="train.commands:heads"
         ),
         "convert": _Command(
-            help="write a model in pytorch_model.bin with safetensors, without unpickling it",
+            help="write a model in pytorch_model.bin, or an adapter, with safetensors, without unpickling it",
             function="models.commands:convert",
         ),
         "generate": _Command(

@@ -91,6 +91,16 @@ def split_id(model: str | Path) -> tuple[str, str | None] | None:
     return None if "--" in repository or ".." in str(model) else (repository, revision)
 
 
+def advise_download(repository: str, revision: str | None) -> str:
+    """The command that fetches all files of a revision, those that are never fetched here too.
+
+    >>> advise_download("org/name", "main")
+    '`hf download org/name --revision main --local-dir FOLDER`'
+    """
+    at = "" if revision is None else f" --revision {revision}"
+    return f"`hf download {repository}{at} --local-dir FOLDER`"
+
+
 def _read_id(model: str | Path) -> tuple[str, str | None] | None:
     """As :func:`split_id`, but what neither exists nor is an id is refused."""
     given = split_id(model)
@@ -153,7 +163,8 @@ def _fetch_weights(repository: str, folder: Path) -> None:
         raise FileNotFoundError(
             f"{name} has no {', '.join(missing)} in {folder}: the cache is incomplete, and is filled without "
             "HF_HUB_OFFLINE and with a network; or the repository has only pickled weights, which can run "
-            "code and are not fetched"
+            f"code and are not fetched: {advise_download(repository, folder.name)} fetches them, and jsparse "
+            "convert --model FOLDER --output NEW_FOLDER writes safetensors"
         )
 
 

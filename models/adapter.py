@@ -15,8 +15,12 @@ from jax.sharding import NamedSharding
 
 from jsparse.hub import model_folder
 from jsparse.models.adapter_config import (
+    CONFIG,
+    LONGLORA_WEIGHTS,
+    WEIGHTS,
     AdapterConfig,
     find_named,
+    pickled,
     short_names,
     targets_among,
     whole_among,
@@ -37,9 +41,6 @@ from jsparse.models.safetensors_folder import (
 )
 from jsparse.models.sharding import put
 
-CONFIG = "adapter_config.json"
-WEIGHTS = "adapter_model.safetensors"
-LONGLORA_WEIGHTS = "trainable_params.safetensors"  # where LongLoRA has embeddings and norms
 _PREFIX = "base_model.model."  # of every tensor in PEFT's file; then comes its name in transformers
 _EMBEDDING, _HEAD = "model.embed_tokens", "lm_head"  # the modules' names in transformers
 _DTYPES = ("F32", "F16", "BF16")
@@ -222,7 +223,7 @@ def _lora_shapes(linears: Mapping[str, Linear], rank: int) -> dict[str, tuple[in
 def _check_folder(directory: Path) -> None:
     if directory.exists() and not directory.is_dir():
         raise NotADirectoryError(f"directory {directory} is a file")
-    others = (SINGLE, INDEX, LONGLORA_WEIGHTS, _pickled(LONGLORA_WEIGHTS), _pickled(WEIGHTS))
+    others = (SINGLE, INDEX, LONGLORA_WEIGHTS, pickled(LONGLORA_WEIGHTS), pickled(WEIGHTS))
     found = [name for name in others if (directory / name).exists()]
     if found:
         raise ValueError(f"directory {directory} has other weights ({', '.join(found)}); give another folder")
@@ -307,18 +308,13 @@ def _extended(directory: Path, config: LlamaConfig) -> LlamaConfig:
     return dataclasses.replace(config, **{name: getattr(stored, name) for name in _OWN})
 
 
-def _pickled(name: str) -> str:
-    return name.replace(".safetensors", ".bin")
-
-
 def _find_tensors(directory: Path) -> dict[str, StoredTensor]:
     """All tensors of an adapter by their names in transformers, from the headers alone."""
     for name in (WEIGHTS, LONGLORA_WEIGHTS):
-        pickled = _pickled(name)
-        if (directory / pickled).is_file() and not (directory / name).is_file():
+        if (directory / pickled(name)).is_file() and not (directory / name).is_file():
             raise FileNotFoundError(
-                f"{directory / pickled} is a pickle file, which can run code and is not opened; allowed is "
-                f"{name}: safetensors.torch.save_file(torch.load({pickled!r}, weights_only=True), {name!r})"
+                f"{directory / pickled(name)} is a pickle file, which can run code and is not opened; "
+                f"allowed is {name}: jsparse convert --model {directory} --output NEW_FOLDER writes it"
             )
     if not (directory / WEIGHTS).is_file():
         raise FileNotFoundError(f"{directory} has no {WEIGHTS}")

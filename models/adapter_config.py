@@ -7,10 +7,16 @@ import dataclasses
 import math
 import re
 from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
 from typing import Any
 
 from jsparse.hub import split_id
 from jsparse.integers import require_integer
+from jsparse.models.safetensors_folder import read_json
+
+CONFIG = "adapter_config.json"
+WEIGHTS = "adapter_model.safetensors"
+LONGLORA_WEIGHTS = "trainable_params.safetensors"  # where LongLoRA has embeddings and norms
 
 # Fields that change the mathematics, or the base's weights before anything is added to them, and the values
 # with which they do not.
@@ -95,6 +101,40 @@ class AdapterConfig:
             fields["revision"] = revision
         # Only where it is needed: an older PEFT does not know it.
         return fields | {"ensure_weight_tying": True} if self.tied else fields
+
+
+def named_base(directory: Path) -> str | None:
+    """The base model that a folder's ``adapter_config.json`` names: a folder or an id; None if none."""
+    fields = read_json(directory / CONFIG)
+    base, revision = fields.get("base_model_name_or_path"), fields.get("revision")
+    if not isinstance(base, str) or not base:
+        return None
+    given = split_id(base)
+    return f"{base}@{revision}" if revision and given is not None and given[1] is None else base
+
+
+def refuse_adapter(model: str | Path, directory: Path) -> None:
+    """Raise FileNotFoundError, with what makes a model of it, if ``directory`` holds an adapter.
+
+    ``model`` is what was given for the directory.
+    """
+    if not (directory / CONFIG).is_file():
+        return
+    base = named_base(directory)
+    option, named = (" --model BASE", f"which its {CONFIG} does not name") if base is None else ("", base)
+    raise FileNotFoundError(
+        f"{model} is an adapter, and no model; jsparse merge --run {model} --output NEW_FOLDER{option} "
+        f"makes a model of it and its base, {named}"
+    )
+
+
+def pickled(name: str) -> str:
+    """The name that such weights have where torch.save wrote them.
+
+    >>> pickled(WEIGHTS)
+    'adapter_model.bin'
+    """
+    return name.replace(".safetensors", ".bin")
 
 
 def _rank(value: Any) -> int:

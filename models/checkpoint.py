@@ -11,6 +11,7 @@ import numpy as np
 from flax import nnx
 
 from jsparse.hub import model_folder
+from jsparse.models.adapter_config import refuse_adapter
 from jsparse.models.config import LlamaConfig
 from jsparse.models.hf_config import token_ids
 from jsparse.models.packed_weights import FLOATS, PackedWeight, Part
@@ -46,8 +47,9 @@ _SHARD_NAME = re.compile(r"model-\d{5}-of-\d{5}\.safetensors")
 
 def load_config(directory: str | Path) -> LlamaConfig:
     """The config of a Hugging Face folder or id; ``generation_config.json`` overrides its stop tokens."""
-    directory = model_folder(directory)
+    given, directory = directory, model_folder(directory)
     if not (directory / "config.json").is_file():
+        refuse_adapter(given, directory)
         raise FileNotFoundError(f"{directory} is not a checkpoint folder: it has no config.json")
     try:
         config = LlamaConfig.from_hf(read_json(directory / "config.json"))
@@ -83,7 +85,9 @@ def load_parameters(
     and ValueError that names, in one message, every tensor that is missing, unexpected, misshapen or of a
     dtype other than float32, float16 and bfloat16; ValueError for a quantization that we cannot read.
     """
-    directory = model_folder(directory, weights=True)
+    given, directory = directory, model_folder(directory, weights=True)
+    if not any(directory.glob("model*.safetensors*")):
+        refuse_adapter(given, directory)
     if dtype is not None and jnp.dtype(dtype) not in _DTYPES.values():
         raise ValueError(f"dtype must be float32, float16, bfloat16 or None, not {jnp.dtype(dtype).name}")
     fields = read_json(directory / "config.json")

@@ -1,10 +1,15 @@
-"""A checkpoint that torch.save wrote, as a folder of safetensors; nothing of it is unpickled."""
+"""A checkpoint or an adapter that torch.save wrote, in safetensors; nothing of it is unpickled."""
 
 import dataclasses
 import shutil
+from collections.abc import Collection
 from pathlib import Path
 
+import safetensors.numpy
+
 from jsparse.checks import require_new_folder
+from jsparse.hub import advise_download, model_folder, split_id
+from jsparse.models.adapter_config import CONFIG, LONGLORA_WEIGHTS, WEIGHTS, pickled
 from jsparse.models.safetensors_folder import (
     INDEX,
     PICKLES,
@@ -20,12 +25,13 @@ from jsparse.models.safetensors_folder import (
 from jsparse.models.torch_file import TorchTensor, read_torch_header, read_torch_tensor
 
 _SINGLE, _INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
+_ADAPTER = (WEIGHTS, LONGLORA_WEIGHTS)
 _OTHER_WEIGHTS = (*PICKLES, ".safetensors", ".msgpack", ".h5", ".ot", ".onnx", ".gguf")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ConvertConfig:
-    """Write a model whose weights torch.save wrote (pytorch_model.bin) with safetensors instead.
+    """Write in safetensors what torch.save wrote: a model's pytorch_model.bin or an adapter_model.bin.
 
     No code in the files can run: they are not unpickled.
 
@@ -34,11 +40,12 @@ class ConvertConfig:
     """
 
     model: str | Path
-    """A folder with config.json and pytorch_model.bin, its shards, or one .pth or .pt."""
+    """A folder with config.json and pytorch_model.bin, its shards, or one .pth or .pt; or an adapter's, with
+    adapter_config.json and adapter_model.bin, and LongLoRA's trainable_params.bin."""
     output: str | Path
     """A new folder."""
     max_shard_bytes: int = 5_000_000_000
-    """The most that one file of the output holds, unless a single tensor is larger."""
+    """The most that one file of the output holds, unless a single tensor is larger; adapters are one file."""
 
     def __post_init__(self):
         if self.max_shard_bytes < 1:
@@ -46,18 +53,22 @@ class ConvertConfig:
 
 
 def convert(config: ConvertConfig) -> list[str]:
-    """Write the folder. Tensors keep names and dtypes; the other files are copied, config.json last.
+    """Write the folder. Tensors keep names and dtypes; the other files are copied, and last the config.json,
+    or the adapter_config.json of an adapter.
 
     - config: from where, and to where.
 
     Returns the names of what was not copied: other weights, hidden files, and folders.
 
-    Raises FileNotFoundError for a folder without config.json or such weights; FileExistsError for an output
-    that is not empty; ValueError for weights that are safetensors already, and for files that hold anything
-    but a state dict.
+    Raises FileNotFoundError for a folder without either, or without such weights; FileExistsError for an
+    output that is not empty; ValueError for an id on the Hugging Face Hub, for weights that are safetensors
+    already, and for files that hold anything but a state dict.
     """
-    source, output = Path(config.model), Path(config.output)
+    output = Path(config.output)
     require_new_folder(output)
+    source = _local_folder(config.model)
+    if is_adapter(source):
+        return _convert_adapter(source, output)
     if not (source / "config.json").is_file():
         raise FileNotFoundError(f"{source} is not a checkpoint folder: it has no config.json")
     tensors = _find(source)
@@ -65,6 +76,39 @@ def convert(config: ConvertConfig) -> list[str]:
         sizes = {name: tensor.nbytes for name, tensor in tensors.items()}
         write_tensors(staging, sizes, lambda name: read_torch_tensor(tensors[name]), config.max_shard_bytes)
         return _copy_others(source, staging, {tensor.file.name for tensor in tensors.values()})
+
+
+def is_adapter(folder: str | Path) -> bool:
+    """Whether a folder holds an adapter, and no model, to convert."""
+    folder = Path(folder)
+    has_pickle = any((folder / pickled(name)).is_file() for name in _ADAPTER)
+    return (folder / CONFIG).is_file() and (has_pickle or not (folder / "config.json").is_file())
+
+
+def _convert_adapter(source: Path, output: Path) -> list[str]:
+    names = [name for name in _ADAPTER if (source / pickled(name)).is_file() and not (source / name).exists()]
+    if not names and (source / WEIGHTS).exists():
+        raise ValueError(f"{source} has {WEIGHTS} already; it loads as it is")
+    if not names:
+        raise FileNotFoundError(f"{source} has no {pickled(WEIGHTS)}")
+    headers = {name: read_torch_header(inside(source, pickled(name), ".bin")) for name in names}
+    kept = {name for name in _ADAPTER if (source / name).is_file()}
+    with written_whole(output, last=CONFIG) as staging:
+        for name, tensors in headers.items():
+            arrays = {tensor: read_torch_tensor(stored) for tensor, stored in tensors.items()}
+            safetensors.numpy.save_file(arrays, staging / name, metadata={"format": "pt"})
+        return _copy_others(source, staging, {pickled(name) for name in names}, kept)
+
+
+def _local_folder(model: str | Path) -> Path:
+    given = split_id(model)
+    if given is None:
+        return model_folder(model)
+    raise ValueError(
+        f"model={model} is an id on the Hugging Face Hub, and pickled weights are never fetched from there; "
+        f"{advise_download(*given)} does it, and then --model is FOLDER. A model that has safetensors loads "
+        "by its id as it is"
+    )
 
 
 def _find(source: Path) -> dict[str, TorchTensor]:
@@ -88,12 +132,14 @@ def _find(source: Path) -> dict[str, TorchTensor]:
     raise FileNotFoundError(f"{source} has neither {_SINGLE}, nor its shards, nor one .pth or .pt{found}")
 
 
-def _copy_others(source: Path, staging: Path, converted: set[str]) -> list[str]:
+def _copy_others(source: Path, staging: Path, converted: set[str], kept: Collection[str] = ()) -> list[str]:
+    """Copy all files but those converted, and weights only if ``kept``; returns the names of what is left."""
     left = []
     for file in sorted(source.iterdir()):
         if file.name in (_INDEX, *converted):
             continue
-        if not file.is_file() or file.suffix in _OTHER_WEIGHTS or file.name.startswith("."):
+        is_other = file.suffix in _OTHER_WEIGHTS and file.name not in kept
+        if not file.is_file() or is_other or file.name.startswith("."):
             left.append(file.name)
         else:
             shutil.copyfile(inside(source, file.name, ""), staging / file.name)

@@ -145,8 +145,9 @@ class Batch:
         layout = self.layout
         lengths, max_new = [len(r.prompt) for r in requests], [r.max_new for r in requests]
         free = [row for row in range(layout.batch) if row not in self._prompts]
+        numbers = [request.number for request in requests]
         free_pages = self.free_pages + len(self._kept_pages())
-        check_fit(layout, self.config, lengths, max_new, free_rows=len(free), free_pages=free_pages)
+        check_fit(layout, self.config, lengths, max_new, numbers, free_rows=len(free), free_pages=free_pages)
         rows = free[: len(requests)]
         scored = any(r.sampling.prompt_logprobs is not None for r in requests)
         if scored or (self._kept is not None and not self._kept.begins(requests[0].prompt)):

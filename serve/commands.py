@@ -74,7 +74,7 @@ class GenerateCommand(SamplingOptions, CacheOptions):
 class PlanGenerateCommand(CacheOptions):
     """What generation needs on each device, for prompts of one length. No weights are read."""
 
-    model: Path
+    model: str | Path
     """A folder with the model's config.json, or an id on the Hugging Face Hub; no weights are fetched."""
     prompt_tokens: int
     """Tokens per prompt."""

@@ -182,8 +182,9 @@ def _start(
     cache = DENSE if cache is None else cache
     if not isinstance(cache, CacheConfig):
         raise TypeError(f"cache must be a CacheConfig or None, not {cache!r}")
-    lengths = [len(request.prompt) for request in requests]
-    layout = plan_cache(cache, model.config, lengths, [request.max_new for request in requests])
+    lengths, max_new = [len(r.prompt) for r in requests], [r.max_new for r in requests]
+    numbers = [r.number for r in requests]
+    layout = plan_cache(cache, model.config, lengths, max_new, numbers)
     return requests, Batch(model, layout, tokenizer)
 
 

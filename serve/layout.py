@@ -69,8 +69,16 @@ class CacheLayout:
         return cdiv(tokens, self.page_size)
 
 
-def plan_cache(cache: CacheConfig, model: LlamaConfig, lengths: list[int], max_new: list[int]) -> CacheLayout:
+def plan_cache(
+    cache: CacheConfig,
+    model: LlamaConfig,
+    lengths: list[int],
+    max_new: list[int],
+    numbers: list[int] | None = None,
+) -> CacheLayout:
     """The layout that serves prompts of ``lengths`` with ``max_new`` new tokens each, all at once.
+
+    ``numbers`` are those of the prompts, which samples of one prompt share; by default they count from 0.
 
     Raises ValueError, with the arithmetic, if something does not fit.
     """
@@ -79,7 +87,7 @@ def plan_cache(cache: CacheConfig, model: LlamaConfig, lengths: list[int], max_n
     capacity = cache.capacity or power_of_two_from(cdiv(longest, page)) * page
     batch = cache.batch or power_of_two_from(len(lengths))
     layout = layout_of(dataclasses.replace(cache, capacity=capacity, batch=batch), model)
-    check_fit(layout, model, lengths, max_new, free_rows=layout.batch, free_pages=layout.num_pages)
+    check_fit(layout, model, lengths, max_new, numbers, free_rows=layout.batch, free_pages=layout.num_pages)
     return layout
 
 
@@ -111,15 +119,21 @@ def check_fit(
     model: LlamaConfig,
     lengths: list[int],
     max_new: list[int],
+    numbers: list[int] | None = None,
     *,
     free_rows: int,
     free_pages: int,
 ) -> None:
-    """Raises ValueError, with the arithmetic, if requests are too long, too many, or need too many pages."""
+    """Raises ValueError, with the arithmetic, if requests are too long, too many, or need too many pages.
+
+    ``numbers`` are those of :func:`plan_cache`.
+    """
+    numbers = list(range(len(lengths))) if numbers is None else numbers
+    counted = "" if len(set(numbers)) == len(numbers) else ", each sample counted as one"
     needed = [length + new for length, new in zip(lengths, max_new, strict=True)]
     longest = max(range(len(needed)), key=needed.__getitem__)
     request = (
-        f"prompt {longest} has {lengths[longest]} tokens, "
+        f"prompt {numbers[longest]} has {lengths[longest]} tokens, "
         f"with max_new_tokens={max_new[longest]} {needed[longest]}"
     )
     if needed[longest] > layout.capacity:
@@ -130,13 +144,15 @@ def check_fit(
     check_length(model, needed[longest], request, "shorten them, or extend the model's context")
     if len(lengths) > free_rows:
         free = "" if free_rows == layout.batch else f", of which {free_rows} are free"
-        raise ValueError(f"{len(lengths)} prompts are more than the cache's batch={layout.batch} rows{free}")
+        raise ValueError(
+            f"{len(lengths)} prompts are more than the cache's batch={layout.batch} rows{free}{counted}"
+        )
     pages = sum(map(layout.pages_of, needed))
     if pages > free_pages:
         free = "" if free_pages == layout.num_pages else f", of which {free_pages} are free"
         raise ValueError(
             f"{len(lengths)} prompts with their new tokens need {pages} pages of {layout.page_size}: "
-            f"more than num_pages={layout.num_pages}{free}"
+            f"more than num_pages={layout.num_pages}{free}{counted}"
         )
 
 

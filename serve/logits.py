@@ -49,7 +49,7 @@ def decode_logits(
         check_ids(name, tokens, model.config.vocab_size)
     layout = plan_cache(DENSE if cache is None else cache, model.config, [len(prompt)], [len(continuation)])
     batch = Batch(model, layout)
-    batch.add([Request(prompt.astype(np.int32), len(continuation), SamplingParams(ignore_eos=True), 0)])
+    batch.add([Request(prompt.astype(np.int32), len(continuation), SamplingParams(ignore_eos=True), 0, 0)])
     tokens = continuation.astype(np.int32)
     return np.asarray(
         _forced(batch.structure, batch.params, batch.state, tokens, selections=layout.selections)

@@ -103,7 +103,7 @@ class SamplingOptions:
     generation_config: Literal["auto", "none"] = "auto"
     """Whether the model's generation_config.json says what is not given. Its stop tokens count either way."""
 
-    def sampling(self, model: Path, most: int = 64) -> tuple[SamplingParams, int, list[str]]:
+    def sampling(self, model: str | Path, most: int = 64) -> tuple[SamplingParams, int, list[str]]:
         """The parameters, the most new tokens, and notes for the user on where they come from.
 
         - most: new tokens where neither options nor the model say so.

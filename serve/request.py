@@ -15,12 +15,13 @@ from jsparse.serve.sampling import SamplingParams
 
 
 class Request(NamedTuple):
-    """One prompt, and how it is to be continued."""
+    """One sample of a prompt, and how it is to be continued."""
 
     prompt: np.ndarray  # int32
     max_new: int
     sampling: SamplingParams
     seed: int
+    number: int  # of the prompt in its call: its samples share it
 
     @property
     def prompt_hash(self) -> int:
@@ -49,8 +50,8 @@ def check_requests(
         if not is_integer(one) or not 0 <= one < 2**32:
             raise ValueError(f"seed must be an integer from 0 to 2**32 - 1, not {one!r}")
     return [
-        Request(prompt, int(max_new_tokens), dataclasses.replace(params, n=1), (int(one) + i) % 2**32)
-        for prompt, params, one in zip(prompts, sampling, seeds, strict=True)
+        Request(prompt, int(max_new_tokens), dataclasses.replace(params, n=1), (int(one) + i) % 2**32, number)
+        for number, (prompt, params, one) in enumerate(zip(prompts, sampling, seeds, strict=True))
         for i in range(params.n)
     ]
 

@@ -53,9 +53,8 @@ def chat(folder, capfd, monkeypatch):
 @pytest.fixture(scope="module")
 def answers(folder):
     """The conversation that these messages of a user lead to."""
-    model, tokenizer, template = (
-        load(folder) for load in (Llama.from_pretrained, load_tokenizer, load_chat_template)
-    )
+    model, tokenizer = Llama.from_pretrained(folder), load_tokenizer(folder)
+    template = load_chat_template(folder)
 
     def answers(*texts, most=8, messages=()):
         messages = list(messages)

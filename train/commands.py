@@ -104,7 +104,10 @@ def merge(options: list[str]) -> None:
     from jsparse.train.export import merge as merge_run
 
     step = merge_run(config)
-    print(f"{config.output}: the {'adapter' if config.adapter else 'model'} of step {step}")
+    if step is None:
+        print(f"{config.output}: the model of the adapter and its base")
+    else:
+        print(f"{config.output}: the {'adapter' if config.adapter else 'model'} of step {step}")
 
 
 def plan_finetune(options: list[str]) -> int:

@@ -11,8 +11,18 @@ import numpy as np
 from flax import nnx
 
 from jsparse.checks import require_new_folder
-from jsparse.hub import pinned_model
-from jsparse.models import Llama, has_lora, load_config, load_tokenizer, merge_lora, save_adapter
+from jsparse.hub import model_folder, pinned_model, split_id
+from jsparse.models import (
+    Llama,
+    has_lora,
+    load_adapter,
+    load_config,
+    load_tokenizer,
+    merge_lora,
+    save_adapter,
+)
+from jsparse.models.adapter_config import CONFIG as ADAPTER_CONFIG
+from jsparse.models.adapter_config import named_base
 from jsparse.models.end_token import also_ends_at, end_token
 from jsparse.models.patterns import AttentionPattern, save_pattern
 from jsparse.models.sharding import MeshConfig
@@ -68,19 +78,23 @@ def _gathered(model: Llama) -> Llama:
     return nnx.merge(graphdef, whole)
 
 
-def merge(merging: MergeConfig) -> int:
+def merge(merging: MergeConfig) -> int | None:
     """Write a Hugging Face folder with the adapters merged, or an adapter.
 
-    - merging: the run, and what to write where.
+    - merging: the run or the adapter, and what to write where.
 
-    Returns the step of the checkpoint that was taken.
+    Returns the step of the checkpoint that was taken; None for an adapter.
 
-    Raises FileNotFoundError for a run without checkpoints or without that step; ValueError for a base model
-    that is not the run's, and for an adapter of a run that trained all weights; FileExistsError for an output
-    folder that is not empty.
+    Raises FileNotFoundError for a run without checkpoints or without that step, and for a base that is not
+    there; ValueError for a base model that is not the run's, for an adapter of a run that trained all
+    weights, and for one that does not fit its base; FileExistsError for an output folder that is not empty.
     """
     output = Path(merging.output)
     require_new_folder(output)
+    adapter = Path(merging.run) if split_id(merging.run) is None else model_folder(merging.run, weights=True)
+    if (adapter / ADAPTER_CONFIG).is_file():
+        _merge_adapter(merging, adapter, output)
+        return None
     folder = checkpoint_folder(Path(merging.run))
     with open_checkpoints(folder, writable=False) as checkpoints:
         steps = checkpoints.steps()
@@ -107,6 +121,31 @@ def merge(merging: MergeConfig) -> int:
     else:
         export_model(config, model, AttentionPattern.from_json(json.dumps(run["attention"])), output)
     return step
+
+
+def _merge_adapter(merging: MergeConfig, adapter: Path, output: Path) -> None:
+    """Write the model of an adapter and its base, with the adapter's tokenizer, or else the base's."""
+    if merging.step is not None:
+        raise ValueError(
+            f"step={merging.step} is of a run's checkpoints, but run={merging.run} is an adapter"
+        )
+    if merging.adapter:
+        raise ValueError(f"run={merging.run} is an adapter already; leave --adapter away")
+    base = named_base(adapter) if merging.model is None else merging.model
+    if base is None:
+        raise ValueError(f"{adapter / ADAPTER_CONFIG} names no base: --model must say where it is")
+    try:
+        model = Llama.from_pretrained(base)
+    except FileNotFoundError as error:
+        if merging.model is not None:
+            raise
+        named = f"{adapter / ADAPTER_CONFIG} names it as the base; --model says where else it is"
+        raise FileNotFoundError(f"{error}. {named}") from error
+    load_adapter(model, adapter)
+    merge_lora(model)
+    output.mkdir(parents=True, exist_ok=True)
+    copy_tokenizer(adapter if (adapter / "tokenizer.json").is_file() else model_folder(base), output)
+    model.save_pretrained(output)
 
 
 def run_config(run: dict, *, model: str | Path | None = None) -> FinetuneConfig:

@@ -31,7 +31,7 @@ class ServingBench:
 
     output: Path
     """A new folder for the results."""
-    model: Path | None = None
+    model: str | Path | None = None
     """A Hugging Face folder or an id on the Hub; by default a Llama of 32.5 million random weights in 8
     layers of 2 KV heads."""
     dtype: Dtype | None = None

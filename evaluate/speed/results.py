@@ -57,10 +57,10 @@ class PrefillRow:
     cache_bytes: int
 
 
-def describe_model(folder: Path | None, model: Llama) -> dict[str, Any]:
+def describe_model(folder: str | Path | None, model: Llama) -> dict[str, Any]:
     config = model.config
     return {
-        "name": "Llama with random weights" if folder is None else folder.name,
+        "name": "Llama with random weights" if folder is None else Path(folder).name,
         "parameters": sum(x.size for x in jax.tree.leaves(nnx.state(model, nnx.Param))),
         "dtype": model.embed_tokens.embedding[...].dtype.name,
         "layers": config.num_hidden_layers,

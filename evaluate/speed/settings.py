@@ -24,7 +24,7 @@ RANDOM_LLAMA = LlamaConfig(
 )
 
 
-def model_config(folder: Path | None, contexts: tuple[int, ...], new_tokens: int) -> LlamaConfig:
+def model_config(folder: str | Path | None, contexts: tuple[int, ...], new_tokens: int) -> LlamaConfig:
     """The configuration of a checkpoint, or of the random model, without weights.
 
     Raises ValueError if a context and ``new_tokens`` after it exceed the model's positions.
@@ -36,7 +36,7 @@ def model_config(folder: Path | None, contexts: tuple[int, ...], new_tokens: int
     return config
 
 
-def load_model(folder: Path | None, dtype: Dtype | None) -> Llama:
+def load_model(folder: str | Path | None, dtype: Dtype | None) -> Llama:
     if folder is None:
         return Llama(RANDOM_LLAMA, rngs=nnx.Rngs(0), dtype=jnp.dtype(dtype or "float32"))
     return Llama.from_pretrained(folder, dtype=dtype)

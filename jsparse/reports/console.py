@@ -14,7 +14,8 @@ from rich.table import Table
 Config = TypeVar("Config")
 
 # A --model whose default is the model in the package: --help then shows that, and no path of this machine.
-DefaultsToShipped = Annotated[Path, tyro.conf.arg(help_behavior_hint="(default: the shipped model)")]
+# It is text as it was typed, for a Path would drop what tells the folder ./org/name from an id on the hub.
+DefaultsToShipped = Annotated[str | Path, tyro.conf.arg(help_behavior_hint="(default: the shipped model)")]
 
 
 def parse(config: type[Config], name: str, options: list[str], description: str | None = None) -> Config:

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import shutil
+from pathlib import Path
 
 import jax.numpy as jnp
 import numpy as np
@@ -198,12 +199,13 @@ def test_every_method_answers_every_task_at_every_budget(settings, perfect, tmp_
     budgets = {name: [128, 192] if method.budgeted else [None] for name, method in METHODS.items()}
     assert keys == [(task, name, budget) for task in TASKS for name in METHODS for budget in budgets[name]]
     for row in table:
-        assert set(row) == set("task method budget length score low high samples seed_scores".split())
+        assert set(row) == set("model task method budget length score low high samples seed_scores".split())
         assert row["length"] == 320 and row["samples"] == 4 and len(row["seed_scores"]) == 2
         assert 0 <= row["low"] <= row["score"] <= row["high"] <= 1
         if METHODS[row["method"]].budgeted and row["method"] != "streaming":
             assert row["score"] == (row["budget"] == 192)
     grid = [row for row in rows if row["task"] == GRID]
+    assert {row["model"] for row in rows} == {str(config.model)}
     assert len(grid) == len(config.grid_methods) * 2 * 2
     assert {(row["length"], row["depth"]) for row in grid} == {(n, d) for n in (160, 320) for d in (0.0, 1.0)}
     assert all(row["score"] == (row["method"] == "dense" or row["budget"] is None) for row in grid[:2])
@@ -254,11 +256,21 @@ def test_the_model_answers_for_itself_and_a_method_is_one_entry(settings, monkey
     assert mine == lserve | {"method": "mine"} and dense["budget"] is None
 
 
+def test_rows_name_the_commit_of_an_id(settings, perfect, hub_cache, store_snapshot):
+    config, commit = settings(tasks=("needle",), grid_methods=()), "a" * 40
+    files = {file.name: file.read_bytes() for file in Path(config.model).iterdir() if file.is_file()}
+    store_snapshot(hub_cache, "org/name", commit, files, main=commit)
+    rows = run_scoreboard(dataclasses.replace(config, model="org/name"))
+    assert {row["model"] for row in rows} == {f"org/name@{commit}"}
+    assert board._model_name(str(shipped_model())) == "the shipped model"
+
+
 def test_without_a_pattern_its_methods_are_left_out(settings, perfect, tmp_path, capsys):
     config = settings(tasks=("needle",), grid_methods=())
     shutil.copytree(config.model, tmp_path / "model")
     (tmp_path / "model" / "full_attention_heads.tsv").unlink()
     rows = run_scoreboard(dataclasses.replace(config, model=tmp_path / "model"))
+    assert {row["model"] for row in rows} == {str(tmp_path / "model")}
     heads = {"right-heads", "wrong-heads", "lserve-heads"}
     assert {row["method"] for row in rows} == set(METHODS) - heads
     assert "right-heads, wrong-heads, lserve-heads left out" in capsys.readouterr().err

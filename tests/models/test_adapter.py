@@ -385,7 +385,8 @@ def test_pickles_are_never_opened(name, tiny_config, folder):
         (folder / WEIGHTS).unlink()
     pickled = name.replace(".safetensors", ".bin")
     (folder / pickled).write_bytes(pickle.dumps(Bomb()))
-    refused(tiny_config, folder, FileNotFoundError, pickled, f"allowed is {name}", "save_file(torch.load(")
+    advice = f"jsparse convert --model {folder} --output NEW_FOLDER writes it"
+    refused(tiny_config, folder, FileNotFoundError, pickled, f"allowed is {name}", advice)
 
 
 def test_missing_and_damaged_files(tiny_config, folder):

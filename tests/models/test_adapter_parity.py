@@ -9,6 +9,7 @@ from flax import nnx
 
 from jsparse.models import Llama, LlamaConfig, LoRAParam, add_lora, merge_lora
 from jsparse.models.adapter import load_adapter, save_adapter
+from jsparse.models.convert import ConvertConfig, convert
 
 torch = pytest.importorskip("torch", reason="the oracle needs torch, from the extra `parity`")
 transformers = pytest.importorskip(
@@ -137,6 +138,16 @@ def test_we_read_pefts(variant, fields, tmp_path):
     assert_close(ours, logits(theirs))
     merge_lora(model)
     assert_close(model(TOKENS), logits(theirs.merge_and_unload()))
+
+
+def test_a_pickle_of_pefts_converts(tmp_path):
+    model = make_base(tmp_path / "base")
+    theirs = make_theirs(tmp_path / "base", tmp_path / "new", target_modules=["q_proj"])
+    theirs.save_pretrained(tmp_path / "old", safe_serialization=False)
+    assert (tmp_path / "old" / "adapter_model.bin").is_file()
+    convert(ConvertConfig(model=tmp_path / "old", output=tmp_path / "adapter"))
+    load_adapter(model, tmp_path / "adapter")
+    assert_close(model(TOKENS), logits(theirs))
 
 
 def test_we_refuse_what_would_compute_something_else(tmp_path):

@@ -21,7 +21,7 @@ import safetensors.numpy
 from flax import nnx
 
 from jsparse.__main__ import main
-from jsparse.models import Llama
+from jsparse.models import Llama, LoRAParam, add_lora, load_adapter, save_adapter
 from jsparse.models.convert import ConvertConfig, convert
 from jsparse.models.torch_file import read_torch_header, read_torch_tensor
 
@@ -430,6 +430,83 @@ def test_a_single_pth(source, tiny_model, tmp_path):
     shutil.copy(source / "model.pth", source / "other.pt")
     with pytest.raises(FileNotFoundError, match="which of model.pth, other.pt is meant"):
         convert(ConvertConfig(model=source, output=tmp_path / "newer"))
+
+
+def test_an_id_is_downloaded_first(source, hub_cache, store_snapshot, tiny_model, tmp_path, capsys):
+    """Pickles are never fetched, but a cache may have them from another library."""
+    commit = "a" * 40
+    files = {file.name: file.read_bytes() for file in source.iterdir()}
+    snapshot = store_snapshot(hub_cache, "org/name", commit, files, main=commit)
+    for model, at in (("org/name", ""), ("org/name@v2", " --revision v2")):
+        assert main(["convert", "--model", model, "--output", str(tmp_path / "new")]) == 2
+        err = capsys.readouterr().err
+        assert f"model={model} is an id" in err and err.count("\n") == 1
+        assert f"`hf download org/name{at} --local-dir FOLDER` does it, and then --model is FOLDER" in err
+    with pytest.raises(
+        FileNotFoundError, match=f"hf download org/name --revision {commit} .*jsparse convert"
+    ):
+        Llama.from_pretrained("org/name")
+    convert(ConvertConfig(model=snapshot, output=tmp_path / "new"))
+    assert_converted(tmp_path / "new", tiny_model)
+
+
+@pytest.fixture
+def adapter(tiny_model, tmp_path):
+    """A LongLoRA folder, as PEFT wrote its adapter before safetensors; and the same model in memory."""
+    tuned = nnx.clone(tiny_model)
+    add_lora(tuned, rank=2, alpha=4, rngs=nnx.Rngs(1), targets=("q_proj",))
+    for _, parameter in nnx.to_flat_state(nnx.state(tuned, LoRAParam)):
+        parameter[...] = parameter[...] + 0.1
+    tuned.norm.scale[...] += 1
+    save_adapter(tuned, tmp_path / "plain", base="base", trained=LoRAParam)
+    folder = tmp_path / "adapter"
+    folder.mkdir()
+    shutil.copy(tmp_path / "plain" / "adapter_config.json", folder)
+    arrays = safetensors.numpy.load_file(tmp_path / "plain" / "adapter_model.safetensors")
+    save_torch(folder / "adapter_model.bin", {name: whole(array) for name, array in arrays.items()})
+    beside = {"model.norm.weight": whole(np.asarray(tuned.norm.scale[...]))}
+    save_torch(folder / "trainable_params.bin", beside)
+    return folder, tuned
+
+
+def test_an_adapter(adapter, tiny_model, tmp_path, capsys):
+    folder, tuned = adapter
+    (folder / "tokenizer.json").write_text("{}")
+    base = nnx.clone(tiny_model)
+    with pytest.raises(FileNotFoundError, match=f"jsparse convert --model {folder} --output NEW_FOLDER"):
+        load_adapter(base, folder)
+    assert main(["convert", "--model", str(folder), "--output", str(tmp_path / "new")]) == 0
+    assert capsys.readouterr().out == f"{tmp_path / 'new'}: the adapter in safetensors\n"
+    names = [
+        "adapter_config.json",
+        *(f"{name}.safetensors" for name in ("adapter_model", "trainable_params")),
+    ]
+    assert sorted(file.name for file in (tmp_path / "new").iterdir()) == [
+        *names[:2],
+        "tokenizer.json",
+        names[2],
+    ]
+    load_adapter(base, tmp_path / "new")
+    theirs = dict(nnx.to_flat_state(nnx.state(tuned)))
+    for path, variable in nnx.to_flat_state(nnx.state(base)):
+        assert jnp.array_equal(theirs[path][...], variable[...]), path
+    assert main(["convert", "--model", str(tmp_path / "new"), "--output", str(tmp_path / "newer")]) == 2
+    assert "adapter_model.safetensors already; it loads as it is" in capsys.readouterr().err
+
+
+def test_an_adapter_that_is_in_safetensors_in_part(adapter, tmp_path):
+    folder, _ = adapter
+    shutil.copy(tmp_path / "plain" / "adapter_model.safetensors", folder)
+    (folder / "config.json").write_text("{}")
+    assert convert(ConvertConfig(model=folder, output=tmp_path / "new")) == ["adapter_model.bin"]
+    files = {file.name: file.read_bytes() for file in (tmp_path / "new").iterdir()}
+    assert files["adapter_model.safetensors"] == (folder / "adapter_model.safetensors").read_bytes()
+    assert "trainable_params.safetensors" in files and files["config.json"] == b"{}"
+    for file in folder.glob("*.*"):
+        if file.suffix in (".bin", ".safetensors") or file.name == "config.json":
+            file.unlink()
+    with pytest.raises(FileNotFoundError, match="has no adapter_model.bin"):
+        convert(ConvertConfig(model=folder, output=tmp_path / "newer"))
 
 
 def test_refused_folders(source, tmp_path):

@@ -104,6 +104,28 @@ def test_parameters_that_do_not_fit_the_request(model, cache, sampling, message)
             call(model, [[1]], 8, sampling, cache)
 
 
+def test_samples_that_do_not_fit_are_said_to_be_samples(model, cache):
+    few = dataclasses.replace(cache, num_pages=20)
+    n = SamplingParams(n=2)
+    for prompts, new, options, message in (
+        (
+            [[1], [2], [3]],
+            8,
+            cache,
+            "6 prompts are more than the cache's batch=4 rows, each sample counted as one",
+        ),
+        (
+            [[1] * 70],
+            20,
+            few,
+            "2 prompts with .* need 24 pages of 8: more than num_pages=20, each sample counted",
+        ),
+        ([[1], [2] * 120], 9, cache, "prompt 1 has 120 tokens, with max_new_tokens=9 129: more than"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            generate(model, prompts, new, n, options)
+
+
 def test_a_tokenizer_of_another_library(model, cache, unchecked_types):
     with pytest.raises(TypeError, match="tokenizer must be a tokenizers.Tokenizer or None, not 'gpt2'"):
         generate(model, [[1]], 8, cache=cache, tokenizer="gpt2")  # type: ignore[arg-type]

@@ -1,6 +1,8 @@
 """``jsparse merge``: what a run has learned, as a model and as an adapter."""
 
 import importlib.util
+import json
+from pathlib import Path
 from unittest import mock
 
 import jax
@@ -77,6 +79,50 @@ def test_transformers_reads_the_merged_model_to_the_same_logits(run):
     with torch.no_grad():
         expected = theirs(torch.from_numpy(TOKENS.astype(np.int64))).logits.numpy()
     np.testing.assert_allclose(logits(Llama.from_pretrained(run)), expected, atol=1e-4)
+
+
+def test_an_adapter_merges_into_the_base_that_it_names(
+    config, run, hub_cache, store_snapshot, tmp_path, capsys, monkeypatch
+):
+    commit = "a" * 40
+    merge(MergeConfig(run=run, output=tmp_path / "adapter", adapter=True))
+    settings = tmp_path / "adapter" / "adapter_config.json"
+    (tmp_path / "adapter" / "tokenizer.json").unlink()  # then the base's is copied
+
+    def rename(**fields):
+        settings.write_text(json.dumps(json.loads(settings.read_text()) | fields))
+
+    def merged(name, *options, adapter=str(tmp_path / "adapter"), code=0):
+        options = ["--run", adapter, "--output", str(tmp_path / name), *options]
+        assert main(["merge", *options]) == code
+        out, err = capsys.readouterr()
+        if code == 0:
+            assert out == f"{tmp_path / name}: the model of the adapter and its base\n"
+            model = Llama.from_pretrained(tmp_path / name)
+            np.testing.assert_allclose(logits(model), logits(Llama.from_pretrained(run)), atol=2e-5)
+            assert model.config.rope.kind == "yarn" and (tmp_path / name / "tokenizer.json").is_file()
+        else:
+            assert not (tmp_path / name).exists() and err.count("\n") == 1
+        return err
+
+    merged("of a folder")
+    of_base, of_adapter = (
+        {file.name: file.read_bytes() for file in folder.iterdir()}
+        for folder in (Path(config.model), tmp_path / "adapter")
+    )
+    store_snapshot(hub_cache, "org/name", commit, of_base, main="b" * 40)
+    store_snapshot(hub_cache, "org/adapter", commit, of_adapter, main=commit)
+    rename(base_model_name_or_path="org/name", revision=commit)
+    merged("of an id")
+    merged("by id", adapter="org/adapter")
+    rename(base_model_name_or_path="./nowhere", revision=None)
+    err = merged("new", code=2)
+    assert "./nowhere does not exist" in err and f"{settings} names it as the base" in err
+    merged("of another folder", "--model", str(config.model))
+    rename(base_model_name_or_path=None)
+    assert f"{settings} names no base: --model must" in merged("new", code=2)
+    assert "step=2 is of a run's checkpoints" in merged("new", "--step", "2", code=2)
+    assert "is an adapter already" in merged("new", "--adapter", code=2)
 
 
 def test_what_cannot_be_merged(config, run, tmp_path):
