@@ -1,7 +1,7 @@
 """The cache of a conversation: it grows with it, and each turn computes only what is new."""
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 
 from tokenizers import Tokenizer
 
@@ -57,8 +57,8 @@ class Conversation:
         max_new_tokens: int,
         sampling: SamplingParams = GREEDY,
         seed: int = 0,
-    ) -> Iterator[TokenEvent]:
-        """``stream`` for one prompt. If the iterator is closed early, the answer ends there.
+    ) -> Generator[TokenEvent, None, None]:
+        """``stream`` for one prompt. If the generator is closed early, the answer ends there.
 
         Raises what ``stream`` raises, when the first token is asked for, and ValueError for ``n`` > 1.
         """
