@@ -20,7 +20,7 @@ def load_tokenizer(directory: str | Path) -> tokenizers.Tokenizer:
     It never truncates or pads: a length that was saved in the file, as transformers does after a call with
     padding, belongs to that call. ``add_bos_token`` and ``add_eos_token`` of ``tokenizer_config.json`` say
     nothing beside a tokenizer.json, which has its own; ``legacy`` and ``add_prefix_space`` count for a
-    ``LlamaTokenizer`` made by SentencePiece.
+    ``LlamaTokenizer`` made by SentencePiece, but not for a Mistral model's.
 
     Raises FileNotFoundError if there is none (older checkpoints have only ``tokenizer.model``), and
     ValueError if it cannot be read.
@@ -39,7 +39,8 @@ def load_tokenizer(directory: str | Path) -> tokenizers.Tokenizer:
     tokenizer.no_padding()
     settings = _settings(path.parent)
     declared = str(settings.get("tokenizer_class", "")).removesuffix("Fast")
-    if declared == "LlamaTokenizer" and "ByteLevel" not in tokenizer.to_str():
+    is_mistral = _settings(path.parent, "config.json").get("model_type") == "mistral"
+    if declared == "LlamaTokenizer" and not is_mistral and "ByteLevel" not in tokenizer.to_str():
         _read_as_sentencepiece(tokenizer, settings)
     return tokenizer
 

@@ -115,6 +115,9 @@ def sentencepiece_like(normalizer, pre_tokenizer):
     saved["added_tokens"] = [token for token in saved["added_tokens"] if token["id"] < 3]
     tokenizer = tokenizers.Tokenizer.from_str(json.dumps(saved))
     tokenizer.normalizer, tokenizer.pre_tokenizer = normalizer, pre_tokenizer
+    tokenizer.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", left=1)]
+    )
     tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
     return tokenizer
 
@@ -152,11 +155,12 @@ SETTINGS = [
     "declared", ["LlamaTokenizer", "LlamaTokenizerFast", "PreTrainedTokenizerFast", None]
 )
 @pytest.mark.parametrize("kind", KINDS)
-def test_ids_are_those_of_transformers(tmp_path, kind, declared):
+@pytest.mark.parametrize("model_type", ["llama", "mistral"])
+def test_ids_are_those_of_transformers(tmp_path, model_type, kind, declared):
     transformers = pytest.importorskip("transformers", reason="needs transformers, from the extra `parity`")
     eos = "<|eot|>" if kind == "Llama 3" else "</s>"
     KINDS[kind].save(str(tmp_path / "tokenizer.json"))
-    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": model_type}))
     for settings in SETTINGS:
         fields = {"bos_token": "<s>", "eos_token": eos, "unk_token": "<unk>"} | settings
         if kind == "Llama 3":
