@@ -84,9 +84,9 @@ def find_tensors(directory: Path) -> dict[str, StoredTensor]:
     name that file only: nobody can know which of two sets of weights is meant. (transformers takes the
     single file and does not look at the index.)
 
-    Raises FileNotFoundError for no weights, pickled weights (they are never opened) and missing shards;
-    ValueError for two sets of weights, file names that lead out of the folder, a name that is there twice,
-    and an index that disagrees with its shards.
+    Raises FileNotFoundError for no weights, pickled weights (they are never opened), links that lead nowhere
+    and missing shards; ValueError for two sets of weights, file names that lead out of the folder, a name
+    that is there twice, and an index that disagrees with its shards.
     """
     single, index = directory / SINGLE, directory / INDEX
     if index.exists():
@@ -98,6 +98,11 @@ def find_tensors(directory: Path) -> dict[str, StoredTensor]:
         return read_indexed(directory, index, weight_map, ".safetensors", read_header)
     if single.exists():
         return read_header(inside(directory, SINGLE))
+    lost = sorted(path.name for path in directory.glob("*.safetensors") if not path.exists())
+    if lost:
+        raise FileNotFoundError(
+            f"{directory}: {lost[0]} is a link to a file that does not exist; download it again"
+        )
     shards = complete_set(directory, "model", ".safetensors")
     if shards:
         return merged((inside(directory, name) for name in shards), read_header)
