@@ -286,7 +286,7 @@ def _block(value, name):
     numbers = value.split("x") if isinstance(value, str) else value  # "128x128" in old files
     try:
         rows, columns = map(int, numbers)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         rows = columns = 0
     if rows < 1 or columns < 1:
         raise ValueError(f"quantization_config.{name} must be two integers > 0, not {value!r}")

@@ -229,7 +229,7 @@ def read_header(file: Path) -> dict[str, StoredTensor]:
             for name, entry in header.items()
         }
         end = begin + max((int(entry["data_offsets"][1]) for entry in header.values()), default=0)
-    except (KeyError, IndexError, TypeError, ValueError) as error:
+    except (KeyError, IndexError, TypeError, ValueError, OverflowError) as error:
         raise ValueError(f"{file} has a malformed safetensors header: {error!r}") from error
     if end > size:
         raise ValueError(f"{file} is cut short: it has {size} of {end} bytes; download it again")

@@ -477,6 +477,7 @@ def test_groups_of_layers(plain):
         (GPTQ | {"dynamic": {"+:.*up_proj": {"bits": 8}}}, "dynamic=.*up_proj"),
         (FP8 | {"fmt": "e5m2"}, "fmt='e5m2'"),
         (FP8 | {"weight_block_size": [128]}, "weight_block_size"),
+        (FP8 | {"weight_block_size": [float("inf"), 128]}, "weight_block_size"),
         (MODELOPT | {"quant_algo": "NVFP4"}, "quant_algo='NVFP4' is not supported for modelopt"),
         (compressed("marlin-24"), "format='marlin-24' of config_groups.group_0.*pack-quantized"),
         (compressed("pack-quantized", symmetric=None), "symmetric=None"),
