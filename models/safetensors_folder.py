@@ -18,6 +18,7 @@ import numpy as np
 import safetensors
 import safetensors.numpy
 
+from jsparse.git_lfs import pointer_hint
 from jsparse.json_object import parse_json_object
 
 SINGLE = "model.safetensors"
@@ -241,8 +242,8 @@ def not_weights(file: Path, kind: str) -> str:
     size = file.stat().st_size
     with file.open("rb") as stream:
         start = stream.read(200).lstrip()
-    if start.startswith(b"version https://git-lfs"):
-        return f"{file} is a pointer of git-lfs, not the weights; in its repository, git lfs pull brings them"
+    if hint := pointer_hint(start):
+        return f"{file} has no weights: {hint}"
     if start[:1] == b"<":
         return f"{file} is a web page, not the weights; download the file itself again"
     return f"{file} is not a {kind}, or is cut short at {size} bytes; download it again"

@@ -8,6 +8,7 @@ from typing import Any
 import tokenizers
 from tokenizers import AddedToken, decoders, models, pre_tokenizers, trainers
 
+from jsparse.git_lfs import pointer_hint
 from jsparse.hub import model_folder
 from jsparse.json_object import read_json_object
 
@@ -34,7 +35,8 @@ def load_tokenizer(directory: str | Path) -> tokenizers.Tokenizer:
     try:
         tokenizer = tokenizers.Tokenizer.from_file(str(path))
     except Exception as error:  # the library raises bare Exception
-        raise ValueError(f"{path} is not a tokenizer: {error}") from error
+        hint = pointer_hint(path.read_bytes())
+        raise ValueError(f"{path} is not a tokenizer: {hint or error}") from error
     tokenizer.no_truncation()
     tokenizer.no_padding()
     settings = _settings(path.parent)

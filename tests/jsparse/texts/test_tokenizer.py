@@ -101,6 +101,17 @@ def test_the_end_token_is_the_tokenizers(tmp_path):
         eos_token_id(tmp_path, tokenizer)
 
 
+def test_a_pointer_of_git_lfs(tmp_path):
+    pointer = "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 17209920\n"
+    (tmp_path / "tokenizer.json").write_text(pointer)
+    with pytest.raises(ValueError, match="tokenizer.json is not a tokenizer: .*git lfs pull"):
+        load_tokenizer(tmp_path)
+    byte_tokenizer().save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "tokenizer_config.json").write_text(pointer)
+    with pytest.raises(ValueError, match="tokenizer_config.json cannot be read: .*git lfs pull"):
+        load_tokenizer(tmp_path)
+
+
 TEXTS = ["to be or not to be", "hello world  and two spaces", "12 é\n\n end"] * 20
 
 
