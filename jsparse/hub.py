@@ -172,8 +172,10 @@ def _missing_weights(folder: Path) -> list[str]:
     """The safetensors that an index names and the folder lacks; without an index, whether there are any."""
     index = folder / "model.safetensors.index.json"
     if not index.is_file():
-        return [] if any(folder.glob("*.safetensors")) else ["*.safetensors"]
-    shards = set(re.findall(r'"([^"/\\]+\.safetensors)"', index.read_text(encoding="utf-8")))
+        found = any(file.is_file() for file in folder.glob("*.safetensors"))  # and not a link to nowhere
+        return [] if found else ["*.safetensors"]
+    text = index.read_text(encoding="utf-8", errors="replace")  # whoever reads all of it says what is wrong
+    shards = set(re.findall(r'"([^"/\\]+\.safetensors)"', text))
     return sorted(shard for shard in shards if not (folder / shard).is_file())
 
 

@@ -5,6 +5,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from jsparse.git_lfs import pointer_hint
+
 
 def read_json_object(file: Path) -> dict[str, Any]:
     """The object in a JSON file. Raises ValueError, naming the file, for anything else in it."""
@@ -21,7 +23,7 @@ def parse_json_object(
     try:
         parsed = json.loads(text, object_pairs_hook=pairs_hook)
     except (ValueError, RecursionError) as error:  # JSON and UTF-8 errors are ValueErrors too
-        raise ValueError(f"{file} cannot be read: {error}") from error
+        raise ValueError(f"{file} cannot be read: {pointer_hint(text) or error}") from error
     if not isinstance(parsed, dict):
         raise ValueError(f"{file} must hold a JSON object, not {type(parsed).__name__}")
     return parsed

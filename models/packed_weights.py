@@ -114,7 +114,9 @@ def gptq(shape: Shape, bits: int, group_size: int, *, symmetric: bool, zeros_les
     def decode(arrays):
         if np.any(arrays.get("bias", 0)):
             raise ValueError("bias is not 0, and the config says that there is none")
-        of_input = arrays.get("g_idx", np.arange(inputs) // group)
+        order = arrays.get("g_idx")
+        # all 0 is what it is filled with while there is no order
+        of_input = order if order is not None and order.any() else np.arange(inputs) // group
         codes = unpack(arrays["qweight"].T, bits)
         return _scaled(codes, arrays["scales"].T, zeros(arrays["qzeros"]).T, of_input, np.arange(outputs))
 

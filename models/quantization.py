@@ -29,7 +29,7 @@ SCALAR = ((), (1,), (1, 1))  # how one scale for a whole matrix may be stored
 # Scales for rounding activations, keys and values while computing, which is not done: they change no weight.
 ACTIVATION_SCALES = re.compile(
     r".*\.(input_scale|input_zero_point|output_scale|output_zero_point|activation_scale"
-    r"|k_scale|v_scale|q_scale|k_zero_point|v_zero_point|q_zero_point)"
+    r"|k_scale|v_scale|kv_scale|q_scale|k_zero_point|v_zero_point|q_zero_point)"
 )
 
 
@@ -286,7 +286,7 @@ def _block(value, name):
     numbers = value.split("x") if isinstance(value, str) else value  # "128x128" in old files
     try:
         rows, columns = map(int, numbers)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         rows = columns = 0
     if rows < 1 or columns < 1:
         raise ValueError(f"quantization_config.{name} must be two integers > 0, not {value!r}")

@@ -8,6 +8,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 ROPE_KINDS = ("default", "linear", "llama3", "yarn")
+_LARGEST = 1e18  # far above any field of a model, and below what its products cannot hold
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,8 +51,10 @@ class RopeConfig:
             value = getattr(self, field.name)
             if field.name in ("kind", "truncate") or value is None:
                 continue
-            if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-                raise ValueError(f"the RoPE field {field.name} must be a finite number, not {value!r}")
+            if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) <= _LARGEST:
+                raise ValueError(
+                    f"the RoPE field {field.name} must be a number of at most {_LARGEST:g}, not {value!r}"
+                )
         if not isinstance(self.truncate, bool):
             raise ValueError(f"the RoPE field truncate must be true or false, not {self.truncate!r}")
         if not self.theta > 1:

@@ -18,6 +18,7 @@ import numpy as np
 import safetensors
 import safetensors.numpy
 
+from jsparse.git_lfs import pointer_hint
 from jsparse.json_object import parse_json_object
 
 SINGLE = "model.safetensors"
@@ -84,9 +85,9 @@ def find_tensors(directory: Path) -> dict[str, StoredTensor]:
     name that file only: nobody can know which of two sets of weights is meant. (transformers takes the
     single file and does not look at the index.)
 
-    Raises FileNotFoundError for no weights, pickled weights (they are never opened) and missing shards;
-    ValueError for two sets of weights, file names that lead out of the folder, a name that is there twice,
-    and an index that disagrees with its shards.
+    Raises FileNotFoundError for no weights, pickled weights (they are never opened), links that lead nowhere
+    and missing shards; ValueError for two sets of weights, file names that lead out of the folder, a name
+    that is there twice, and an index that disagrees with its shards.
     """
     single, index = directory / SINGLE, directory / INDEX
     if index.exists():
@@ -98,6 +99,11 @@ def find_tensors(directory: Path) -> dict[str, StoredTensor]:
         return read_indexed(directory, index, weight_map, ".safetensors", read_header)
     if single.exists():
         return read_header(inside(directory, SINGLE))
+    lost = sorted(path.name for path in directory.glob("*.safetensors") if not path.exists())
+    if lost:
+        raise FileNotFoundError(
+            f"{directory}: {lost[0]} is a link to a file that does not exist; download it again"
+        )
     shards = complete_set(directory, "model", ".safetensors")
     if shards:
         return merged((inside(directory, name) for name in shards), read_header)
@@ -224,7 +230,7 @@ def read_header(file: Path) -> dict[str, StoredTensor]:
             for name, entry in header.items()
         }
         end = begin + max((int(entry["data_offsets"][1]) for entry in header.values()), default=0)
-    except (KeyError, IndexError, TypeError, ValueError) as error:
+    except (KeyError, IndexError, TypeError, ValueError, OverflowError) as error:
         raise ValueError(f"{file} has a malformed safetensors header: {error!r}") from error
     if end > size:
         raise ValueError(f"{file} is cut short: it has {size} of {end} bytes; download it again")
@@ -236,8 +242,8 @@ def not_weights(file: Path, kind: str) -> str:
     size = file.stat().st_size
     with file.open("rb") as stream:
         start = stream.read(200).lstrip()
-    if start.startswith(b"version https://git-lfs"):
-        return f"{file} is a pointer of git-lfs, not the weights; in its repository, git lfs pull brings them"
+    if hint := pointer_hint(start):
+        return f"{file} has no weights: {hint}"
     if start[:1] == b"<":
         return f"{file} is a web page, not the weights; download the file itself again"
     return f"{file} is not a {kind}, or is cut short at {size} bytes; download it again"

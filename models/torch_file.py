@@ -6,10 +6,12 @@ here has only the instructions that a state dict needs. It imports nothing: a na
 the tables below and is otherwise refused, and the three functions that may be called are written here.
 """
 
+import contextlib
 import dataclasses
 import math
 import pickletools
 import zipfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -84,16 +86,12 @@ def read_torch_header(file: Path) -> dict[str, TorchTensor]:
     Raises ValueError for a file that is not an archive of ``torch.save``, for anything in its pickle that a
     state dict does not need, and for tensors that reach out of their storages.
     """
-    try:
-        with zipfile.ZipFile(file) as archive:
-            members = {info.filename: info for info in archive.infolist()}
-            folder = _folder_of(file, members)
-            order = f"{folder}/byteorder"
-            if order in members and _read_member(file, archive, members[order]) != b"little":
-                raise ValueError(f"{file} is not little-endian; save it again on a usual machine")
-            program = _read_member(file, archive, members[f"{folder}/data.pkl"])
-    except zipfile.BadZipFile as error:
-        raise ValueError(_not_an_archive(file)) from error
+    members = _members(file)
+    folder = _folder_of(file, members)
+    order = members.get(f"{folder}/byteorder")
+    if order is not None and _read_small(file, order) != b"little":
+        raise ValueError(f"{file} is not little-endian; save it again on a usual machine")
+    program = _read_small(file, members[f"{folder}/data.pkl"])
     try:
         tensors = _run(program, file, folder)
     except (ValueError, KeyError, IndexError, TypeError) as error:
@@ -113,15 +111,40 @@ def read_torch_header(file: Path) -> dict[str, TorchTensor]:
 def read_torch_tensor(tensor: TorchTensor) -> np.ndarray:
     """The values, contiguous; only this tensor's part of a shared storage is read."""
     dtype = tensor.storage.dtype
-    try:
-        with zipfile.ZipFile(tensor.file) as archive, archive.open(tensor.storage.member) as stream:
-            stream.seek(tensor.offset * dtype.itemsize)
-            data = stream.read(tensor.extent * dtype.itemsize)
-        flat = np.frombuffer(data, dtype, tensor.extent)
-    except (zipfile.BadZipFile, EOFError, ValueError) as error:
-        raise ValueError(f"{tensor.file} cannot be read: {error}") from error
+    data = _read(
+        tensor.file, tensor.storage.member, tensor.offset * dtype.itemsize, tensor.extent * dtype.itemsize
+    )
     strides = [stride * dtype.itemsize for stride in tensor.strides]
-    return np.lib.stride_tricks.as_strided(flat, tensor.shape, strides, writeable=False).copy(order="C")
+    with _damage_named(tensor.file):
+        flat = np.frombuffer(data, dtype, tensor.extent)
+        return np.lib.stride_tricks.as_strided(flat, tensor.shape, strides, writeable=False).copy(order="C")
+
+
+def _members(file) -> dict[str, zipfile.ZipInfo]:
+    """What the archive lists, by name."""
+    with file.open("rb") as stream, _damage_named(file):
+        try:
+            return {info.filename: info for info in zipfile.ZipFile(stream).infolist()}
+        except zipfile.BadZipFile as error:
+            raise ValueError(_not_an_archive(file)) from error
+
+
+def _read(file, member, start=0, size=-1) -> bytes:
+    """Bytes of a member, by default all."""
+    with file.open("rb") as stream, _damage_named(file), zipfile.ZipFile(stream).open(member) as opened:
+        opened.seek(start)
+        return opened.read(size)
+
+
+@contextlib.contextmanager
+def _damage_named(file) -> Iterator[None]:
+    """ValueError that names the file, for whatever else zipfile and NumPy raise over one that is damaged."""
+    try:
+        yield
+    except (ValueError, OSError, EOFError, RuntimeError, OverflowError, zipfile.BadZipFile) as error:
+        if str(file) in str(error):
+            raise
+        raise ValueError(f"{file} cannot be read: {error or 'it is cut short'}") from error
 
 
 def _folder_of(file, members) -> str:
@@ -137,13 +160,13 @@ def _is_stored(info) -> bool:
     return info.compress_type == zipfile.ZIP_STORED and not is_encrypted
 
 
-def _read_member(file, archive, info) -> bytes:
+def _read_small(file, info) -> bytes:
     if not _is_stored(info) or info.file_size > _MAX_PICKLE_BYTES:
         raise ValueError(
             f"{file} is refused: {info.filename} has {info.file_size} bytes, or is compressed; torch.save "
             f"writes at most {_MAX_PICKLE_BYTES} plain ones for a state dict"
         )
-    return archive.read(info)
+    return _read(file, info.filename)
 
 
 def _not_an_archive(file) -> str:

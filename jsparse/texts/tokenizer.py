@@ -8,6 +8,7 @@ from typing import Any
 import tokenizers
 from tokenizers import AddedToken, decoders, models, pre_tokenizers, trainers
 
+from jsparse.git_lfs import pointer_hint
 from jsparse.hub import model_folder
 from jsparse.json_object import read_json_object
 
@@ -20,7 +21,7 @@ def load_tokenizer(directory: str | Path) -> tokenizers.Tokenizer:
     It never truncates or pads: a length that was saved in the file, as transformers does after a call with
     padding, belongs to that call. ``add_bos_token`` and ``add_eos_token`` of ``tokenizer_config.json`` say
     nothing beside a tokenizer.json, which has its own; ``legacy`` and ``add_prefix_space`` count for a
-    ``LlamaTokenizer`` made by SentencePiece.
+    ``LlamaTokenizer`` made by SentencePiece, but not for a Mistral model's.
 
     Raises FileNotFoundError if there is none (older checkpoints have only ``tokenizer.model``), and
     ValueError if it cannot be read.
@@ -34,12 +35,14 @@ def load_tokenizer(directory: str | Path) -> tokenizers.Tokenizer:
     try:
         tokenizer = tokenizers.Tokenizer.from_file(str(path))
     except Exception as error:  # the library raises bare Exception
-        raise ValueError(f"{path} is not a tokenizer: {error}") from error
+        hint = pointer_hint(path.read_bytes())
+        raise ValueError(f"{path} is not a tokenizer: {hint or error}") from error
     tokenizer.no_truncation()
     tokenizer.no_padding()
     settings = _settings(path.parent)
     declared = str(settings.get("tokenizer_class", "")).removesuffix("Fast")
-    if declared == "LlamaTokenizer" and "ByteLevel" not in tokenizer.to_str():
+    is_mistral = _settings(path.parent, "config.json").get("model_type") == "mistral"
+    if declared == "LlamaTokenizer" and not is_mistral and "ByteLevel" not in tokenizer.to_str():
         _read_as_sentencepiece(tokenizer, settings)
     return tokenizer
 

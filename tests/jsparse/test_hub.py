@@ -106,6 +106,21 @@ def test_a_cache_without_the_weights(hub_cache, store_snapshot, files):
         Llama.from_pretrained("org/name")
 
 
+def test_a_cache_whose_links_lead_nowhere(hub_cache, store_snapshot, files):
+    snapshot = store_snapshot(hub_cache, "org/name", FIRST, files, main=FIRST)
+    for name in ("model.safetensors", "consolidated.safetensors"):
+        (snapshot / name).resolve().unlink()
+    with pytest.raises(FileNotFoundError, match="no .*safetensors in .*the cache is incomplete"):
+        Llama.from_pretrained("org/name")
+
+
+def test_a_damaged_index_is_named(hub_cache, store_snapshot, files):
+    damaged = files | {"model.safetensors.index.json": b"\xff"}
+    snapshot = store_snapshot(hub_cache, "org/name", FIRST, damaged, main=FIRST)
+    with pytest.raises(ValueError, match=f"{snapshot}/model.safetensors.index.json cannot be read"):
+        Llama.from_pretrained("org/name")
+
+
 def test_the_extra_is_missing(hub_cache, monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     refused("org/name", r"pip install -e '.[hub]'", error=MissingExtra)

@@ -229,6 +229,7 @@ def test_config_that_cannot_be_represented(saved):
         lambda raw: struct.pack("<Q", 1 << 60) + raw[8:],
         lambda raw: raw[:8] + b"]" + raw[9:],
         lambda raw: raw.replace(b'"dtype"', b'"dtypo"', 1),
+        lambda raw: raw.replace(b"[32,32]", b"[1e999]", 1),  # JSON's way to infinity
     ],
 )
 def test_damaged_file(damage, saved):

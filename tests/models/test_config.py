@@ -74,6 +74,11 @@ def test_rope_spellings(fields, rope):
         ({"rope_scaling": {"type": "linear", "factor": 0.5}}, "factor.*>= 1.*0.5"),
         ({"rope_scaling": {"type": "linear", "factor": "4"}}, "factor.*number.*'4'"),
         ({"rope_scaling": {"type": "linear", "factor": float("nan")}}, "factor.*nan"),
+        ({"rope_scaling": {"type": "linear", "factor": 10**400}}, "factor.*1000"),
+        (
+            {"rope_scaling": {"type": "linear", "factor": 1e308}, "max_sequence_length": 64},
+            "factor.*1e[+]308",
+        ),
         (
             {"rope_scaling": {"type": "linear", "factor": 2.0, "beta_fast": 32}},
             "'linear' does not read.*beta_fast",

@@ -227,6 +227,32 @@ def test_damaged_archives(tmp_path):
         read_torch_header(file)
 
 
+@pytest.mark.parametrize("change", [0xFF, 0x80, 0x20, 0x01])
+def test_a_damaged_byte_is_an_error_that_names_the_file_or_changes_nothing(change, tmp_path):
+    file, values = tmp_path / "x", np.arange(6, dtype=np.float32)
+    save_torch(file, {"w": whole(values)})
+    raw = file.read_bytes()
+    for at in range(len(raw)):
+        file.write_bytes(raw[:at] + bytes([raw[at] ^ change]) + raw[at + 1 :])
+        try:
+            tensors = {name: read_torch_tensor(tensor) for name, tensor in read_torch_header(file).items()}
+        except ValueError as error:
+            assert str(file) in str(error), at
+        else:
+            assert list(tensors) == ["w"] and np.array_equal(tensors["w"], values), at
+
+
+@pytest.mark.parametrize(
+    ("shape", "strides"), [((1, 2), (2**61, 1)), ((0, 2**61), (1, 1))], ids=["stride", "shape"]
+)
+def test_sizes_that_no_array_can_have(shape, strides, tmp_path):
+    file = tmp_path / "x"
+    save_torch(file, {"w": Tensor(Storage(np.ones(2, np.float32)), 0, shape, strides)})
+    with pytest.raises(ValueError, match="cannot be read") as caught:
+        read_torch_tensor(read_torch_header(file)["w"])
+    assert str(file) in str(caught.value)
+
+
 def test_tensors_that_are_not_what_their_bytes_say(tmp_path):
     ones = np.ones(2, np.float32)
     negated = Tensor(Storage(ones), 0, (2,), (1,), metadata=({"neg": True},))

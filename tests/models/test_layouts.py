@@ -171,6 +171,14 @@ def test_other_content(content, named, saved):
     refused(saved, ValueError, str(saved / SINGLE), named)
 
 
+def test_links_that_lead_nowhere(saved):
+    for name in (SINGLE, "model-00001-of-00001.safetensors"):
+        (saved / SINGLE).unlink(missing_ok=True)
+        (saved / name).symlink_to("gone")
+        (saved / "pytorch_model.bin").touch()
+        refused(saved, FileNotFoundError, f"{saved}: {name} is a link to a file that does not exist")
+
+
 def test_a_download_that_stopped(saved):
     raw = (saved / SINGLE).read_bytes()
     (saved / SINGLE).write_bytes(raw[: len(raw) - 100])

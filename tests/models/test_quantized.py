@@ -391,7 +391,7 @@ def test_dtypes(plain):
 def test_what_does_not_change_a_weight_is_passed_over(plain):
     folder = quantize(plain, FP8 | {"weight_block_size": None}, float8)
     scale = np.ones((), np.float32)
-    names = ("mlp.up_proj.input_scale", "self_attn.k_proj.k_scale", "self_attn.v_scale")
+    names = ("mlp.up_proj.input_scale", "self_attn.k_proj.k_scale", "self_attn.v_scale", "self_attn.kv_scale")
     edit(folder, lambda t: t.update({f"model.layers.0.{name}": scale.copy() for name in names}))
     assert_same(folder, plain)
     edit(folder, lambda t: t.update({"model.layers.0.mlp.up_proj.pre_quant_scale": scale.copy()}))
@@ -419,6 +419,13 @@ def test_a_bias_of_zeros_as_autogptq_writes_it(plain):
     edit(folder, lambda t: t[name].__setitem__(3, 0.5))
     with pytest.raises(ValueError, match="layers.1.self_attn.q_proj: bias is not 0"):
         Llama.from_pretrained(folder)
+
+
+def test_an_order_of_zeros_is_none(plain):
+    """As in files of GPTQ-for-LLaMa, which never filled it in unless it followed the activations."""
+    folder = quantize(plain, GPTQ, gptq)
+    edit(folder, lambda t: [array.fill(0) for name, array in t.items() if name.endswith("g_idx")])
+    assert_same(folder, plain)
 
 
 def test_groups_of_layers(plain):
@@ -470,6 +477,7 @@ def test_groups_of_layers(plain):
         (GPTQ | {"dynamic": {"+:.*up_proj": {"bits": 8}}}, "dynamic=.*up_proj"),
         (FP8 | {"fmt": "e5m2"}, "fmt='e5m2'"),
         (FP8 | {"weight_block_size": [128]}, "weight_block_size"),
+        (FP8 | {"weight_block_size": [float("inf"), 128]}, "weight_block_size"),
         (MODELOPT | {"quant_algo": "NVFP4"}, "quant_algo='NVFP4' is not supported for modelopt"),
         (compressed("marlin-24"), "format='marlin-24' of config_groups.group_0.*pack-quantized"),
         (compressed("pack-quantized", symmetric=None), "symmetric=None"),

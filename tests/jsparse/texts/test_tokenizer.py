@@ -101,6 +101,17 @@ def test_the_end_token_is_the_tokenizers(tmp_path):
         eos_token_id(tmp_path, tokenizer)
 
 
+def test_a_pointer_of_git_lfs(tmp_path):
+    pointer = "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 17209920\n"
+    (tmp_path / "tokenizer.json").write_text(pointer)
+    with pytest.raises(ValueError, match="tokenizer.json is not a tokenizer: .*git lfs pull"):
+        load_tokenizer(tmp_path)
+    byte_tokenizer().save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "tokenizer_config.json").write_text(pointer)
+    with pytest.raises(ValueError, match="tokenizer_config.json cannot be read: .*git lfs pull"):
+        load_tokenizer(tmp_path)
+
+
 TEXTS = ["to be or not to be", "hello world  and two spaces", "12 é\n\n end"] * 20
 
 
@@ -115,6 +126,9 @@ def sentencepiece_like(normalizer, pre_tokenizer):
     saved["added_tokens"] = [token for token in saved["added_tokens"] if token["id"] < 3]
     tokenizer = tokenizers.Tokenizer.from_str(json.dumps(saved))
     tokenizer.normalizer, tokenizer.pre_tokenizer = normalizer, pre_tokenizer
+    tokenizer.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", left=1)]
+    )
     tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
     return tokenizer
 
@@ -152,11 +166,12 @@ SETTINGS = [
     "declared", ["LlamaTokenizer", "LlamaTokenizerFast", "PreTrainedTokenizerFast", None]
 )
 @pytest.mark.parametrize("kind", KINDS)
-def test_ids_are_those_of_transformers(tmp_path, kind, declared):
+@pytest.mark.parametrize("model_type", ["llama", "mistral"])
+def test_ids_are_those_of_transformers(tmp_path, model_type, kind, declared):
     transformers = pytest.importorskip("transformers", reason="needs transformers, from the extra `parity`")
     eos = "<|eot|>" if kind == "Llama 3" else "</s>"
     KINDS[kind].save(str(tmp_path / "tokenizer.json"))
-    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": model_type}))
     for settings in SETTINGS:
         fields = {"bos_token": "<s>", "eos_token": eos, "unk_token": "<unk>"} | settings
         if kind == "Llama 3":
