@@ -11,7 +11,7 @@ from typing import Any
 
 # Fields that would change the mathematics, and the values with which they do not.
 _INERT_VALUES: dict[str, tuple[Any, ...]] = {
-    "hidden_act": ("silu",),
+    "hidden_act": ("silu", "swish"),  # two names of one function
     "attention_dropout": (0, None),
     "hidden_dropout": (0, None),
     "partial_rotary_factor": (1, None),
@@ -70,7 +70,8 @@ def check_unread(fields: Mapping[str, Any], known: set[str], model_type: str) ->
         if name in known:
             continue
         if name in _INERT_VALUES:
-            if value not in _INERT_VALUES[name]:
+            switched_off = name == "sliding_window" and fields.get("use_sliding_window") is False
+            if value not in _INERT_VALUES[name] and not switched_off:
                 allowed = " or ".join(repr(allowed) for allowed in _INERT_VALUES[name])
                 problems.append(f"{name}={value!r} is not supported (allowed: {allowed})")
         elif may_matter(name, value):

@@ -50,6 +50,8 @@ def test_a_full_dump_of_the_base_class_changes_nothing():
         {"resid_pdrop": 0.1, "output_router_logits": True, "router_aux_loss_coef": 0.001},
         {"unsloth_version": "2024.9", "transformers.js_config": {"dtype": "q4"}, "_commit_hash": "x"},
         {"rope_scaling": {"type": "default", "finetuned": True}},
+        {"hidden_act": "swish"},
+        {"sliding_window": 4096, "use_sliding_window": False},
     ],
 )
 def test_what_cannot_change_a_logit_is_ignored(fields):
