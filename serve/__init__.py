@@ -12,8 +12,8 @@ if TYPE_CHECKING:
     from jsparse.serve.generation import GenerateStats as GenerateStats
     from jsparse.serve.generation import generate as generate
     from jsparse.serve.generation import stream as stream
-    from jsparse.serve.generation_defaults import GenerationDefaults as GenerationDefaults
-    from jsparse.serve.generation_defaults import generation_defaults as generation_defaults
+    from jsparse.serve.generation_file import GenerationDefaults as GenerationDefaults
+    from jsparse.serve.generation_file import generation_defaults as generation_defaults
     from jsparse.serve.logits import decode_logits as decode_logits
     from jsparse.serve.logprobs import TokenLogprobs as TokenLogprobs
     from jsparse.serve.sampling import SamplingParams as SamplingParams

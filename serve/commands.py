@@ -50,8 +50,8 @@ class GenerateCommand(SamplingOptions, CacheOptions):
     """A JSON file with a conversation, a list of {"role": ..., "content": ...}, which the model's own chat
     template renders; "-" is standard input."""
     prompts: Path | None = None
-    """A file with a JSON object per line, {"prompt": ...} or {"messages": ...}; "-" is standard input. The
-    results are JSON lines too."""
+    """A file with a JSON object per line, {"prompt": ...} or {"messages": ...}, with an "id" if you like; "-"
+    is standard input. The results are JSON lines too, with the number of the prompt, from 0, and its id."""
     n: int = 1
     """Samples per prompt; more than one are printed as JSON lines."""
     batch_size: int = 8
@@ -113,7 +113,8 @@ def generate(options: list[str]) -> None:
     if command.prompts is None and command.n == 1:
         _print_as_it_comes(command, model, tokenizer, ids[0], max_new, sampling, cache)
     else:
-        _print_lines(command, model, tokenizer, ids, max_new, sampling, cache)
+        names = [prompt.id for prompt in prompts]
+        _print_lines(command, model, tokenizer, ids, names, max_new, sampling, cache)
 
 
 def _is_piped() -> bool:
@@ -168,6 +169,7 @@ def _print_lines(
     model: Llama,
     tokenizer: Tokenizer,
     ids: list[list[int]],
+    names: list[str | int | None],
     max_new: int,
     sampling: SamplingParams,
     cache: CacheConfig,
@@ -188,6 +190,7 @@ def _print_lines(
         ):
             number, sample = divmod(i, command.n)
             line: dict[str, Any] = {"prompt": start + number}
+            line |= {"id": names[start + number]} if names[start + number] is not None else {}
             line |= {"sample": sample} if command.n > 1 else {}
             line |= {"text": text, "finish_reason": reason}
             line |= {"prompt_tokens": len(batch[number]), "new_tokens": len(tokens)}

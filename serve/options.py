@@ -5,7 +5,9 @@ What needs jax is imported late: the command line lists these options without it
 
 import dataclasses
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import tyro
 
 import jsparse
 from jsparse.masks.head_pattern import learned_sizes
@@ -94,8 +96,8 @@ class SamplingOptions:
     """Taken from the logits of tokens that were generated, as often as they were."""
     min_tokens: int | None = None
     """Generate at least this many tokens."""
-    stop: tuple[str, ...] = ()
-    """Strings that end the text, which is cut before them."""
+    stop: Annotated[tuple[tuple[str, ...], ...], tyro.conf.UseAppendAction] = ()
+    """Strings that end the text, which is cut before them, taken as they are: $'\\n' is a newline in bash."""
     max_new_tokens: int | None = None
     """Stop after this many tokens, if the model does not stop before; 64 unless the model says otherwise."""
     seed: int = 0
@@ -108,7 +110,7 @@ class SamplingOptions:
 
         - most: new tokens where neither options nor the model say so.
         """
-        from jsparse.serve.generation_defaults import generation_defaults
+        from jsparse.serve.generation_file import generation_defaults
         from jsparse.serve.sampling import SamplingParams
 
         given = {
@@ -116,6 +118,8 @@ class SamplingOptions:
             for field in dataclasses.fields(SamplingParams)
             if getattr(self, field.name, None) not in (None, ())
         }
+        if self.stop:
+            given["stop"] = tuple(string for strings in self.stop for string in strings)
         base, said, notes = SamplingParams(), None, []
         if self.generation_config == "auto":
             try:
@@ -125,16 +129,24 @@ class SamplingOptions:
             notes += unfollowed
         sampling = dataclasses.replace(base, **given)
         if given_by_file := _shown(base, given):
-            notes.append(f"{given_by_file} from generation_config.json (--generation-config none for greedy)")
-        unused = [name for name in ("top_k", "top_p", "min_p") if name in given and not sampling.temperature]
+            notes.append(
+                f"{given_by_file} from generation_config.json, which --generation-config none ignores"
+            )
+        unused = [name for name in _DRAWN if name in given and not sampling.temperature]
         if unused:
-            notes.append(f"the temperature is 0, so {', '.join(unused)} change nothing")
-        return sampling, self.max_new_tokens or said or max(most, sampling.min_tokens), notes
+            notes.append(f"without effect at temperature 0: {', '.join(unused)}")
+        if self.max_new_tokens is not None:
+            return sampling, self.max_new_tokens, notes
+        return sampling, said or max(most, sampling.min_tokens), notes
+
+
+_DRAWN = ("top_k", "top_p", "min_p")  # without effect on what is not drawn
 
 
 def _shown(base: SamplingParams, given: dict[str, Any]) -> str:
-    """The parameters that a file sets and that no option replaces."""
-    fields = [field for field in dataclasses.fields(base) if field.name not in given]
+    """The parameters that a file sets, that no option replaces, and that have an effect."""
+    without = {*given, *(_DRAWN if not given.get("temperature", base.temperature) else ())}
+    fields = [field for field in dataclasses.fields(base) if field.name not in without]
     plain = type(base)()
     return ", ".join(
         f"{field.name} {getattr(base, field.name)}"

@@ -11,7 +11,10 @@ from tokenizers import Tokenizer
 from jsparse.texts.chat_template import ChatTemplate
 from jsparse.texts.tokenizer import prompt_ids
 
-_ALLOWED = '{"prompt": "..."} or {"messages": [...]}, with "tools" beside messages if there are any'
+_ALLOWED = (
+    '{"prompt": "..."} or {"messages": [...]}, with "tools" beside messages if there are any, and an "id" if '
+    "its results are to have it"
+)
 
 
 class Prompt(NamedTuple):
@@ -21,6 +24,7 @@ class Prompt(NamedTuple):
     messages: Sequence[Any] = ()
     tools: Sequence[Any] | None = None
     place: str = "prompt"  # for errors
+    id: str | int | None = None  # whatever the user calls it
 
     def encode(self, tokenizer: Tokenizer, template: ChatTemplate | None, vocab_size: int) -> list[int]:
         """The tokens that a model with ``vocab_size`` embeddings continues. ValueErrors name the place."""
@@ -43,8 +47,11 @@ class Prompt(NamedTuple):
 
 
 def read_text(file: Path) -> Prompt:
-    """The text of a UTF-8 file, or of standard input if its name is "-"."""
-    return Prompt(text=_read(file, "prompt_file"), place=f"prompt_file: {file}")
+    """The text of a UTF-8 file, or of standard input if its name is "-". ValueError if there is none."""
+    text = _read(file, "prompt_file")
+    if not text:
+        raise ValueError(f"prompt_file: {'standard input' if str(file) == '-' else file} is empty")
+    return Prompt(text=text, place=f"prompt_file: {file}")
 
 
 def read_conversation(file: Path) -> Prompt:
@@ -60,35 +67,44 @@ def read_conversation(file: Path) -> Prompt:
 def read_prompts(file: Path) -> list[Prompt]:
     """The prompts of a file with one JSON object per line ("-" for standard input): texts or conversations.
 
-    Raises ValueError, naming file and line, for anything else, and for a file without a line.
+    Blank lines are skipped. Raises ValueError, naming file and line, for anything else, and for a file
+    without a prompt.
     """
-    lines = _read(file, "prompts").removesuffix("\n").split("\n")  # JSON may have other line separators
+    lines = _read(file, "prompts").split("\n")  # and not splitlines: JSON may have other separators in it
     prompts = []
-    if lines == [""]:
-        raise ValueError(f"prompts: {file} is empty; a line is {_ALLOWED}")
     for number, line in enumerate(lines, start=1):
-        place = f"prompts: {file}, line {number}"
-        prompts.append(_prompt(_parse(line, place), place))
+        if line.strip():
+            place = f"prompts: {file}, line {number}"
+            prompts.append(_prompt(_parse(line, place), place))
+    if not prompts:
+        raise ValueError(f"prompts: {file} is empty; a line is {_ALLOWED}")
     return prompts
 
 
 def _prompt(content: Any, place: str) -> Prompt:
     if not isinstance(content, dict):
         raise ValueError(f"{place} holds {_short(content)}; allowed is {_ALLOWED}")
-    if content.keys() == {"prompt"}:
+    fields = content.keys() - {"id"}
+    if fields != {"prompt"} and ("messages" not in fields or fields - {"messages", "tools"}):
+        raise ValueError(f"{place} has the fields {sorted(content)}; allowed is {_ALLOWED}")
+    name = content.get("id")
+    if name is not None and (isinstance(name, bool) or not isinstance(name, str | int)):
+        raise ValueError(f"{place}: id must be a string or an integer, not {_short(name)}")
+    if "prompt" in fields:
         if not isinstance(content["prompt"], str):
             raise ValueError(f"{place}: prompt must be a string, not {_short(content['prompt'])}")
-        return Prompt(text=content["prompt"], place=place)
-    if "messages" not in content or content.keys() - {"messages", "tools"}:
-        raise ValueError(f"{place} has the fields {sorted(content)}; allowed is {_ALLOWED}")
-    for name in content:
-        if not isinstance(content[name], list):
-            raise ValueError(f"{place}: {name} must be a list, not {_short(content[name])}")
-    return Prompt(messages=content["messages"], tools=content.get("tools"), place=place)
+        return Prompt(text=content["prompt"], place=place, id=name)
+    for field in sorted(fields):
+        if not isinstance(content[field], list):
+            raise ValueError(f"{place}: {field} must be a list, not {_short(content[field])}")
+    return Prompt(messages=content["messages"], tools=content.get("tools"), place=place, id=name)
 
 
 def _read(file: Path, option: str) -> str:
-    content = sys.stdin.buffer.read() if str(file) == "-" else file.read_bytes()
+    try:
+        content = sys.stdin.buffer.read() if str(file) == "-" else file.read_bytes()
+    except OSError as error:
+        raise type(error)(f"{option}: {file} cannot be read: {error.strerror}") from error
     try:
         return content.decode("utf-8-sig")
     except UnicodeDecodeError as error:

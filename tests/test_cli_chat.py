@@ -1,5 +1,6 @@
 """``jsparse chat``: what a conversation in the terminal prints, keeps and saves."""
 
+import functools
 import io
 import json
 import os
@@ -13,10 +14,23 @@ import time
 
 import pytest
 from flax import nnx
+from tokenizers import Tokenizer, decoders, pre_tokenizers
+from tokenizers.models import WordLevel
 
 from jsparse.__main__ import main
-from jsparse.models import Llama, LlamaConfig, byte_tokenizer, load_chat_template, load_tokenizer
-from jsparse.serve import generate
+from jsparse.models import (
+    Llama,
+    LlamaConfig,
+    byte_tokenizer,
+    load_chat_template,
+    load_config,
+    load_tokenizer,
+)
+from jsparse.serve import CacheConfig, SamplingParams, generate
+from jsparse.serve.chat import Chat
+from jsparse.serve.chat_command import _print_answer
+from jsparse.serve.conversation import Conversation
+from jsparse.serve.prompts import Prompt
 
 TEMPLATE = (
     "{% for message in messages %}"
@@ -202,6 +216,54 @@ def test_bad_options(chat, folder, tmp_path):
     )
 
 
+def test_an_answer_that_the_user_ends(folder, capfd):
+    """One Ctrl-C ends the answer, of which the conversation keeps what there is; another ends the program."""
+    tokenizer, config = load_tokenizer(folder), load_config(folder)
+    talk = Chat(
+        Conversation(Llama.from_pretrained(folder), CacheConfig(policy="dense"), tokenizer),
+        config,
+        tokenizer,
+        load_chat_template(folder),
+        Prompt(),
+        max_new_tokens=100,
+        sampling=SamplingParams(ignore_eos=True),
+        seed=0,
+    )
+
+    def pressed(times, stopped):
+        for number, part in enumerate(talk.say("hello", stopped), start=1):
+            yield part
+            for _ in range(times if number == 4 else 0):
+                os.kill(os.getpid(), signal.SIGINT)
+
+    before = signal.getsignal(signal.SIGINT)
+    _print_answer(talk, functools.partial(pressed, 1), interactive=True)
+    assert [turn.new_tokens for turn in talk.turns] == [4 + 1] and talk.turns[0].finish_reason is None
+    assert talk.messages[1]["content"] + "\n" == capfd.readouterr().out
+    for times, interactive in ((2, True), (1, False)):
+        with pytest.raises(KeyboardInterrupt):
+            _print_answer(talk, functools.partial(pressed, times), interactive=interactive)
+    assert signal.getsignal(signal.SIGINT) is before
+
+
+def test_the_space_before_an_answer_is_not_part_of_it(chat, tmp_path):
+    """SentencePiece's words begin with one, which the text of a message by itself does not have."""
+    words = {"<s>": 0, "</s>": 1} | {f"\u2581{word}": 2 + n for n, word in enumerate("to be or not".split())}
+    tokenizer = Tokenizer(WordLevel(words, unk_token="<s>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first")
+    tokenizer.decoder = decoders.Metaspace(prepend_scheme="first")
+    tokenizer.add_special_tokens(["<s>", "</s>"])
+    config = LlamaConfig.tiny(vocab_size=len(words), initializer_range=0.5, eos_token_ids=(1,))
+    Llama(config, rngs=nnx.Rngs(0)).save_pretrained(tmp_path)
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "chat_template.jinja").write_text("{% for m in messages %}<s>{{ m.content }}{% endfor %}<s>")
+    out, _ = chat(f"to be\n/save {tmp_path}/talk.json", "--max-new-tokens", "4", model=tmp_path)
+    ids = load_chat_template(tmp_path).encode([{"role": "user", "content": "to be"}])
+    tokens = generate(Llama.from_pretrained(tmp_path), [ids], 4).tokens[0]
+    assert tokens[0] > 1 and out == tokenizer.decode(tokens) + "\n"
+    assert json.loads((tmp_path / "talk.json").read_text())[1]["content"] == out[:-1]
+
+
 class Terminal:
     """A process in a terminal of its own."""
 
@@ -242,8 +304,7 @@ def test_in_a_terminal(folder):
     terminal.process.send_signal(signal.SIGINT)
     terminal.until("\n> ")
     terminal.type("/stats\n")
-    stats = terminal.until("MiB.*\n> ")
-    assert [int(n) < 2000 for n in re.findall(r"first of (\d+) new", stats)] == [True, True]
+    assert len(re.findall(r"first of \d+ new", terminal.until("MiB.*\n> "))) == 2
     terminal.process.send_signal(signal.SIGINT)  # at the prompt, it drops the line
     terminal.until("\n> ")
     terminal.type("\x04")

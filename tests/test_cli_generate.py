@@ -48,13 +48,14 @@ def test_a_conversation_is_rendered_by_the_models_template(run, model, tmp_path)
 
 
 def test_a_file_of_prompts(run, model, tmp_path):
-    lines = [{"prompt": "to be"}, {"messages": HELLO}, {"prompt": "or not to be"}]
-    (tmp_path / "prompts.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    lines = [{"prompt": "to be", "id": "a"}, {"messages": HELLO}, {"prompt": "or not to be", "id": 7}]
+    (tmp_path / "prompts.jsonl").write_text("\n\n".join(map(json.dumps, lines)) + "\n\n")
     out, _ = run(
         "--prompts", str(tmp_path / "prompts.jsonl"), "--batch-size", "2", "--n", "2", "--temperature", "1"
     )
     rows = [json.loads(line) for line in out.splitlines()]
     assert [(row["prompt"], row["sample"]) for row in rows] == [(i, j) for i in range(3) for j in range(2)]
+    assert [row.get("id") for row in rows[::2]] == ["a", None, 7]
     ids = [list(b"to be"), load_chat_template(model).encode(HELLO), list(b"or not to be")]
     expected = generate(
         Llama.from_pretrained(model), ids, 6, SamplingParams(temperature=1, n=2), tokenizer=byte_tokenizer()
@@ -93,10 +94,10 @@ def test_what_generation_config_says_is_taken_and_shown(run, model):
         assert len({plain, drawn, other}) == 3
         assert run("--prompt", "hi", "--generation-config", "none").out == plain
         out, err = run("--prompt", "hi", "--temperature", "0")
-        assert out == plain and "the temperature is 0" not in err
+        assert out == plain and "temperature" not in err and "top_p" not in err
     finally:
         file.write_text(stored)
-    assert "the temperature is 0, so top_p change nothing" in run("--prompt", "hi", "--top-p", "0.5").err
+    assert "without effect at temperature 0: top_p" in run("--prompt", "hi", "--top-p", "0.5").err
 
 
 @pytest.mark.parametrize(
@@ -108,10 +109,9 @@ def test_what_generation_config_says_is_taken_and_shown(run, model):
         ('{"prompt": "a", "messages": []}', "line 1 has the fields"),
         ("[1]", r"line 1 holds \[1\]"),
         ("{", "line 1 is not valid JSON"),
-        (
-            '{"prompt": "a"}\n\n{"prompt": "b"}',
-            r"line 2 is not valid JSON \(Expecting value at character 0\)",
-        ),
+        ('{"prompt": "a"}\n\n{"prompt": b}', r"line 3 is not valid JSON \(Expecting value at character 11\)"),
+        ("\n \n", "prompts: .* is empty"),
+        ('{"prompt": "a", "id": 1.5}', "line 1: id must be a string or an integer, not 1.5"),
         ('{"messages": "hi"}', "line 1: messages must be a list"),
         ('{"messages": [{"content": "hi"}]}', r"line 1: messages\[0\].*role"),
         ('{"prompt": ""}', "line 1: the text is empty"),
@@ -134,6 +134,8 @@ def test_bad_prompts_are_named(run, tmp_path, content, named):
         (["--prompt", "a", "--repetition-penalty", "0"], "repetition_penalty must be"),
         (["--prompt", "a", "--stop", *"abcdefghijklmnopq"], "stop must have at most 16 strings"),
         (["--prompt", "a", "--n", "0"], "n must be an integer from 1"),
+        (["--prompt-file", "nothing"], "prompt_file: nothing cannot be read: No such file or directory"),
+        (["--messages", "."], "messages: . cannot be read: Is a directory"),
     ],
 )
 def test_bad_options_are_named(run, options, named):
@@ -179,3 +181,27 @@ def test_the_dtype_reaches_the_weights(model, tmp_path, monkeypatch, capfd, comm
     words = [word.format(model=model, folder=tmp_path / "out") for word in command]
     assert main([*words, "--dtype", "bfloat16"]) == 2
     assert "weights in bfloat16" in capfd.readouterr().err
+
+
+def test_stop_strings_add_up(run):
+    """Several after one --stop, or each after its own."""
+    text = run("--prompt", "to be", "--max-new-tokens", "40").out[:-1]
+    cut = {stop: text.index(stop) for stop in (text[9], text[14])}
+    expected = text[: min(cut.values())] + "\n"
+    for stops in (["--stop", *cut], [word for stop in cut for word in ("--stop", stop)]):
+        assert run("--prompt", "to be", "--max-new-tokens", "40", *stops).out == expected
+    assert run("--prompt", "to be", "--max-new-tokens", "40", *[*stops[2:], *stops[:2]]).out == expected
+
+
+def test_no_new_tokens_are_refused(run):
+    assert (
+        "max_new_tokens must be an integer >= 1, not 0"
+        in run("--prompt", "a", "--max-new-tokens", "0", code=2).err
+    )
+
+
+def test_an_empty_pipe_is_no_prompt(run, monkeypatch, tmp_path):
+    (tmp_path / "text").write_text("")
+    with (tmp_path / "text").open("rb") as file:
+        monkeypatch.setattr("sys.stdin", io.TextIOWrapper(file))
+        assert "prompt_file: standard input is empty" in run(code=2).err

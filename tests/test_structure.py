@@ -2,6 +2,7 @@
 
 import ast
 import importlib
+import importlib.util
 import shutil
 import subprocess
 import sys
@@ -277,3 +278,11 @@ def test_public_names_are_there_for_a_star_and_can_be_replaced(monkeypatch):
         patch.setattr(jsparse, "attention", len)
         assert jsparse.attention is len
     assert jsparse.attention is attention and attention.__name__ == "attention"
+
+
+@pytest.mark.parametrize("room", ["", ".masks", ".models", ".serve", ".evaluate", ".train"])
+def test_no_module_hides_a_public_name(room):
+    """Importing a module makes it an attribute of its package, in place of a name that is the same."""
+    names = importlib.import_module(f"jsparse{room}").__all__
+    hidden = [name for name in names if importlib.util.find_spec(f"jsparse{room}.{name}") is not None]
+    assert hidden == ([] if room else ["attention"])  # jsparse/__init__.py sees to that one
