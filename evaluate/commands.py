@@ -50,7 +50,8 @@ class EvaluateCommand:
     last: int | None = None
     """For --scoring last: tokens that each window scores."""
     max_windows: int | None = None
-    """Score only this many windows of each context. Unless given: all; 64 for the standard library."""
+    """Score only this many windows of each context, which are then not the same tokens. Unless given: all; 64
+    for the standard library."""
     batch_size: int = 1
     """Windows, or texts with passkeys, per batch."""
     passkeys: bool = False
