@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from jsparse import PooledBlocks
 from jsparse.models import Llama, LlamaConfig, byte_tokenizer
-from jsparse.serve import Batch, CacheConfig, SamplingParams, conversation, generate
+from jsparse.serve import Batch, CacheConfig, SamplingParams, conversation, generate, loop
 from jsparse.serve.conversation import Conversation
 from jsparse.serve.kept_prompt import _pieces
 
@@ -108,6 +108,26 @@ def test_an_answer_that_ends_early_gives_its_pages_back(talker):
     assert talk.reused_tokens == 128
 
 
+@pytest.mark.parametrize("where", ["prefill", "first_token", "decode_steps"])
+def test_an_answer_that_breaks_off_leaves_the_next_one_whole(talker, monkeypatch, where):
+    """Ctrl-C, or no memory: the call that it hits was given the cache for good."""
+    talk = Conversation(talker, SPARSE, byte_tokenizer())
+    prompt = np.random.default_rng(6).integers(0, 200, 150).tolist()
+    prompt += said(talk.answer(prompt, 5, GREEDY))
+
+    call = getattr(loop, where)
+
+    def broken(*arguments, **named):
+        call(*arguments, **named)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, where, broken)
+        with pytest.raises(KeyboardInterrupt):
+            said(talk.answer(prompt, 20, GREEDY))
+    assert said(talk.answer(prompt, 20, GREEDY)) == generate(talker, [prompt], 20, GREEDY, SPARSE).tokens[0]
+
+
 def test_later_turns_compile_nothing(talker, compilations):
     talk = Conversation(talker, SPARSE, byte_tokenizer())
     prompt = np.random.default_rng(4).integers(0, 200, 140).tolist()
@@ -155,6 +175,8 @@ def test_bad_input(talker):
         with pytest.raises(ValueError, match=message):
             said(talk.answer(prompt, most, sampling))
     assert len(said(talk.answer([1] * 1019, 5, GREEDY))) == 5
+    with pytest.raises(ValueError, match="streaming_heads"):  # before the first turn
+        Conversation(talker, dataclasses.replace(SPARSE, streaming_heads=[[True]]), byte_tokenizer())
 
 
 @settings(deadline=None)
