@@ -72,7 +72,7 @@ def test_every_turn_is_what_generate_gives(talker, name):
         reused.append((len(prompt), talk.reused_tokens))
         prompt += answer[:-1] if turn == 1 else answer  # a template may leave out the end
     # All but the last page or so of the prompt before; the fourth turn needs a larger cache, an empty one.
-    unit = 192 if name == "odd pages" else 64
+    unit = 72 if name == "odd pages" else 64
     lengths = [length for length, _ in reused]
     kept = [0, *((length - 1) // unit * unit for length in lengths[:-1])]
     assert [count for _, count in reused] == [*kept[:3], 0] and any(kept[1:3])
