@@ -126,7 +126,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             with _notes_shown():
                 return _checked(options)
         finally:
-            sys.stdout.flush()  # a broken pipe shows here, not while Python shuts down
+            if sys.stdout is not None:  # closed
+                sys.stdout.flush()  # a broken pipe shows here, not while Python shuts down
     except BrokenPipeError:
         with contextlib.suppress(OSError, ValueError):  # where stdout is no file
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -57,26 +57,45 @@ class ChatCommand(SamplingOptions, CacheOptions):
 
 def chat(options: list[str]) -> None:
     command = parse(ChatCommand, "chat", options)
+    if sys.stdin is None or sys.stdout is None:
+        raise ValueError("a conversation needs standard input and output, and one of them is closed")
     talk = _load(command)
-    interactive = sys.stdin.isatty() and sys.stdout.isatty()
+    interactive = _in_terminal()
     if interactive:
         _tell("type a message, or /help; Ctrl-D ends")
     if talk.messages and talk.messages[-1]["role"] == "user":
-        _print_answer(talk, talk.answer, interactive)
+        with _errors(interactive):
+            _print_answer(talk, talk.answer, interactive)
     for line in _lines(interactive):
         if line.strip() in ("/exit", "/quit"):
             return
-        try:
+        with _errors(interactive):
             if line.startswith("/") and not line.startswith("//"):
                 _tell(talk.follow(line))
             elif line.strip():
                 say = functools.partial(talk.say, line.removeprefix("/"))
                 _print_answer(talk, say, interactive)
-        except BrokenPipeError:
+
+
+def _in_terminal() -> bool:
+    return sys.stdin.isatty() and sys.stdout.isatty()
+
+
+@contextlib.contextmanager
+def _errors(interactive: bool) -> Iterator[None]:
+    """In a terminal, an error or a second Ctrl-C ends what was asked for and not the conversation."""
+    try:
+        yield
+    except BrokenPipeError:
+        raise
+    # A RuntimeError is jax's, where memory is short.
+    except (ValueError, OSError, FloatingPointError, RuntimeError, KeyboardInterrupt) as error:
+        if not interactive:
             raise
-        except (ValueError, OSError) as error:
-            if not interactive:
-                raise
+        if isinstance(error, KeyboardInterrupt):
+            print()
+            _tell("interrupted: the answer is dropped")
+        else:
             _tell(f"error: {error}")
 
 
@@ -87,6 +106,7 @@ def _load(command: ChatCommand) -> Chat:
     from jsparse.serve.conversation import Conversation
     from jsparse.serve.head_order import streaming_heads_last
     from jsparse.serve.prompts import Prompt, read_conversation
+    from jsparse.serve.request import check_requests
 
     cache = command.cache()
     config, tokenizer = load_config(command.model), load_tokenizer(command.model)
@@ -106,6 +126,7 @@ def _load(command: ChatCommand) -> Chat:
             raise ValueError("--system: the model has no chat template, so it takes no system prompt")
         prompt = prompt._replace(messages=[{"role": "system", "content": command.system}])
     check_messages(prompt, template)
+    check_requests(config, [[0]], most, sampling, command.seed, tokenizer)
     model, cache = streaming_heads_last(Llama.from_pretrained(command.model, dtype=command.dtype), cache)
     return Chat(
         Conversation(model, cache, tokenizer),
@@ -136,7 +157,7 @@ def _print_answer(
 
 @contextlib.contextmanager
 def _interrupts() -> Iterator[Callable[[], bool]]:
-    """Whether Ctrl-C was pressed. Only a second one interrupts at once: what was computed is lost then."""
+    """Whether Ctrl-C was pressed. Only a second one interrupts at once: the answer is lost then."""
     pressed = []
 
     def handle(signum, frame):
@@ -180,7 +201,12 @@ def _block(line: str, interactive: bool) -> str:
     """The lines up to the one that ends with the mark that began them."""
     lines = [line]
     while not lines[-1].rstrip().endswith(_BLOCK):
-        lines.append(_line("... ", interactive))
+        try:
+            lines.append(_line("... ", interactive))
+        except EOFError:
+            if interactive:
+                raise
+            raise ValueError(f"the input ends within a message that began with {_BLOCK}") from None
     return "\n".join(lines).rstrip().removesuffix(_BLOCK)
 
 

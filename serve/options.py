@@ -129,7 +129,11 @@ class SamplingOptions:
         unused = [name for name in ("top_k", "top_p", "min_p") if name in given and not sampling.temperature]
         if unused:
             notes.append(f"the temperature is 0, so {', '.join(unused)} change nothing")
-        return sampling, self.max_new_tokens or said or max(most, sampling.min_tokens), notes
+        if self.max_new_tokens is not None:
+            most = self.max_new_tokens
+        else:
+            most = said or max(most, sampling.min_tokens)
+        return sampling, most, notes
 
 
 def _shown(base: SamplingParams, given: dict[str, Any]) -> str:
