@@ -1,7 +1,7 @@
 """The cache of a conversation: it grows with it, and each turn computes only what is new."""
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 
 from tokenizers import Tokenizer
 
@@ -60,10 +60,10 @@ class Conversation:
         max_new_tokens: int,
         sampling: SamplingParams = GREEDY,
         seed: int = 0,
-    ) -> Iterator[TokenEvent]:
+    ) -> Generator[TokenEvent, None, None]:
         """``stream`` for one prompt. If the iterator is closed early, the answer ends there.
 
-        After an error or an interrupt in the middle of an answer, the next one begins with an empty cache.
+        After an answer that breaks off, or whose iterator is left open, the next begins with an empty cache.
 
         Raises what ``stream`` raises, when the first token is asked for, and ValueError for ``n`` > 1.
         """
@@ -72,10 +72,10 @@ class Conversation:
             raise ValueError(f"n={sampling.n}, but a turn of a conversation has one answer")
         [request] = check_requests(config, [prompt], max_new_tokens, sampling, seed, self._tokenizer)
         layout = self._layout(len(request.prompt), request.max_new)
-        if self._batch is None or self._batch.layout.capacity < layout.capacity:
-            self._batch = None  # its memory is free before the larger cache takes its own
-            self._batch = Batch(self._model, layout, self._tokenizer, keeps_prompt=True)
-        batch = self._batch
+        batch = self._batch  # it still runs if the answer before was left in the middle
+        if batch is None or batch.running or batch.layout.capacity < layout.capacity:
+            self._batch = batch = None  # its memory is free before the larger cache takes its own
+            self._batch = batch = Batch(self._model, layout, self._tokenizer, keeps_prompt=True)
         try:
             events = batch.add([request])
             number = events[0].prompt

@@ -54,9 +54,8 @@ def chat(folder, capfd, monkeypatch):
 @pytest.fixture(scope="module")
 def answers(folder):
     """The conversation that these messages of a user lead to."""
-    model, tokenizer, template = (
-        load(folder) for load in (Llama.from_pretrained, load_tokenizer, load_chat_template)
-    )
+    model, tokenizer = Llama.from_pretrained(folder), load_tokenizer(folder)
+    template = load_chat_template(folder)
 
     def answers(*texts, most=8, messages=()):
         messages = list(messages)
@@ -234,6 +233,24 @@ def test_errors_and_interrupts_leave_a_conversation_in_a_terminal(chat, answers,
     assert json.loads(file.read_text()) == answers("hello", "why?") and "> " in out
     errors = re.findall("jsparse: (error: .{20}|interrupted)", err)
     assert errors == ["error: the conversation has", "interrupted", "error: RESOURCE_EXHAUSTED: "]
+
+
+def test_an_interrupt_while_an_answer_is_printed(chat, answers, monkeypatch, tmp_path):
+    flushes = []
+
+    def interrupted_print(*texts, flush=False, **named):
+        if flush and "file" not in named:
+            flushes.append(texts)
+            if len(flushes) == 3:
+                raise KeyboardInterrupt
+        print(*texts, flush=flush, **named)
+
+    monkeypatch.setattr(chat_command, "print", interrupted_print, raising=False)
+    long = "x" * 100
+    text = f"{long}\n{long}\n/stats\n/save {tmp_path}/talk.json"
+    _, err = chat(text, "--max-new-tokens", "8", terminal=True)
+    assert json.loads((tmp_path / "talk.json").read_text()) == answers(long)
+    assert "answer 1: prompt of 103 tokens, 64 of them in the cache" in err
 
 
 def test_logits_that_are_not_finite(folder, chat, tmp_path):

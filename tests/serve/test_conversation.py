@@ -128,11 +128,22 @@ def test_an_answer_that_breaks_off_leaves_the_next_one_whole(talker, monkeypatch
     assert said(talk.answer(prompt, 20, GREEDY)) == generate(talker, [prompt], 20, GREEDY, SPARSE).tokens[0]
 
 
+def test_an_answer_that_is_left_in_the_middle(talker):
+    """The next one begins with an empty cache, and both are whole."""
+    talk = Conversation(talker, SPARSE, byte_tokenizer())
+    prompt = np.random.default_rng(7).integers(0, 200, 150).tolist()
+    left = talk.answer(prompt, 20, GREEDY)
+    begun = [next(left), next(left)]
+    answer = said(talk.answer(prompt, 20, GREEDY))
+    assert answer == said([*begun, *left]) and talk.reused_tokens == 0
+
+
 def test_later_turns_compile_nothing(talker, compilations):
     talk = Conversation(talker, SPARSE, byte_tokenizer())
     prompt = np.random.default_rng(4).integers(0, 200, 140).tolist()
     for _ in range(2):
         prompt += said(talk.answer(prompt, 5, GREEDY))
+    assert talk._batch is not None
     jax.block_until_ready(talk._batch.state.lengths)
     compilations.clear()
     for length in (1, 20, 17):
