@@ -127,7 +127,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             with _notes_shown():
                 return _checked(options)
         finally:
-            sys.stdout.flush()  # a broken pipe shows here, not while Python shuts down
+            with contextlib.suppress(AttributeError):  # of None, where stdout is closed
+                sys.stdout.flush()  # a broken pipe shows here, not while Python shuts down
     except BrokenPipeError:
         with contextlib.suppress(OSError, ValueError):  # where stdout is no file
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

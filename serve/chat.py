@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import json
+import os
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -26,7 +27,7 @@ HELP = '''\
 /exit         end; so does Ctrl-D
 """           begins and ends a message of several lines
 //            begins a message that begins with /
-Ctrl-C        ends an answer'''
+Ctrl-C        ends an answer; pressed again, drops it at once'''
 
 
 class Turn(NamedTuple):
@@ -179,7 +180,7 @@ class Chat:
     def _save(self, rest: str) -> str:
         if not rest:
             raise ValueError("/save takes the name of a file")
-        path = Path(rest).expanduser()
+        path = Path(os.path.expanduser(rest))  # noqa: PTH111, it leaves an unknown ~name alone
         if path.exists() and path.resolve() not in self._own_files:
             raise ValueError(f"{path} exists already, and is not this conversation's")
         content = self.messages

@@ -58,27 +58,53 @@ class ChatCommand(SamplingOptions, CacheOptions):
 def chat(options: list[str]) -> int:
     """Returns 2 if a line from a pipe could not be answered or followed; in a terminal, the user saw it."""
     command = parse(ChatCommand, "chat", options)
-    talk, failed = _load(command), False
-    interactive = sys.stdin.isatty() and sys.stdout.isatty()
+    if sys.stdin is None or sys.stdout is None:
+        raise ValueError("a conversation needs standard input and output, and one of them is closed")
+    talk = _load(command)
+    interactive = _in_terminal()
     if interactive:
         _tell("type a message, or /help; Ctrl-D ends")
+    failed = False
     if talk.messages and talk.messages[-1]["role"] == "user":
-        _print_answer(talk, talk.answer, interactive)
+        failed = not _done(lambda: _print_answer(talk, talk.answer, interactive), interactive)
     for line in _lines(interactive):
-        if line.strip() in ("/exit", "/quit"):
+        if line.split()[:1] in (["/exit"], ["/quit"]):
             break
-        try:
-            if line.startswith("/") and not line.startswith("//"):
-                print(talk.follow(line), file=sys.stderr, flush=True)
-            elif line.strip():
-                say = functools.partial(talk.say, line.removeprefix("/"))
-                _print_answer(talk, say, interactive)
-        except BrokenPipeError:
-            raise
-        except (ValueError, OSError) as error:
-            _tell(f"error: {' '.join(str(error).split())}")
-            failed = True
+        failed |= not _done(lambda line=line: _take(talk, line, interactive), interactive)
     return 2 if failed and not interactive else 0
+
+
+def _take(talk: Chat, line: str, interactive: bool) -> None:
+    """Do what a line says, or answer it."""
+    if line.startswith("/") and not line.startswith("//"):
+        print(talk.follow(line), file=sys.stderr, flush=True)
+    elif line.strip():
+        _print_answer(talk, functools.partial(talk.say, line.removeprefix("/")), interactive)
+
+
+def _in_terminal() -> bool:
+    return sys.stdin.isatty() and sys.stdout.isatty()
+
+
+def _done(act: Callable[[], None], interactive: bool) -> bool:
+    """Whether it could be done. An error, or a second Ctrl-C, does not end the conversation."""
+    try:
+        act()
+        return True
+    except BrokenPipeError:
+        raise
+    except (ValueError, OSError) as error:
+        _tell(f"error: {' '.join(str(error).split())}")
+    except (FloatingPointError, RuntimeError) as error:  # the latter is jax's, where memory is short
+        if not interactive:
+            raise
+        _tell(f"error: {error}")
+    except KeyboardInterrupt:
+        if not interactive:
+            raise
+        print()
+        _tell("interrupted: the answer is dropped")
+    return False
 
 
 def _load(command: ChatCommand) -> Chat:
@@ -139,7 +165,7 @@ def _print_answer(
 
 @contextlib.contextmanager
 def _interrupts() -> Iterator[Callable[[], bool]]:
-    """Whether Ctrl-C was pressed. Only a second one interrupts at once: what was computed is lost then."""
+    """Whether Ctrl-C was pressed. Only a second one interrupts at once: the answer is lost then."""
     pressed = []
 
     def handle(signum, frame):
@@ -183,7 +209,12 @@ def _block(line: str, interactive: bool) -> str:
     """The lines up to the one that ends with the mark that began them."""
     lines = [line]
     while not lines[-1].rstrip().endswith(_BLOCK):
-        lines.append(_line("... ", interactive))
+        try:
+            lines.append(_line("... ", interactive))
+        except EOFError:
+            if interactive:
+                raise
+            raise ValueError(f"the input ends within a message that began with {_BLOCK}") from None
     return "\n".join(lines).rstrip().removesuffix(_BLOCK)
 
 

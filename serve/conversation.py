@@ -26,6 +26,8 @@ class Conversation:
     - cache: as for ``stream``; its ``batch`` is 1. Without ``capacity`` it has room for 2048 tokens, or for a
       power of two of pages that the longest turn so far needs. A larger cache begins empty.
 
+    Raises ValueError for a cache that does not fit the model.
+
     >>> from flax import nnx
     >>> from jsparse.models import LlamaConfig, byte_tokenizer
     >>> model = Llama(LlamaConfig.tiny(vocab_size=300, max_position_embeddings=256), rngs=nnx.Rngs(0))
@@ -41,6 +43,7 @@ class Conversation:
         self._model, self._tokenizer = model, tokenizer
         self._cache = dataclasses.replace(cache, batch=1)
         self._batch: Batch | None = None
+        self._layout(1, 1)  # raises
 
     @property
     def reused_tokens(self) -> int:
@@ -60,6 +63,8 @@ class Conversation:
     ) -> Generator[TokenEvent, None, None]:
         """``stream`` for one prompt. If the generator is closed early, the answer ends there.
 
+        After an answer that breaks off, or that is left open, the next begins with an empty cache.
+
         Raises what ``stream`` raises, when the first token is asked for, and ValueError for ``n`` > 1.
         """
         config = self._model.config
@@ -67,19 +72,23 @@ class Conversation:
             raise ValueError(f"n={sampling.n}, but a turn of a conversation has one answer")
         [request] = check_requests(config, [prompt], max_new_tokens, sampling, seed, self._tokenizer)
         layout = self._layout(len(request.prompt), request.max_new)
-        if self._batch is None or self._batch.layout.capacity < layout.capacity:
-            self._batch = None  # its memory is free before the larger cache takes its own
-            self._batch = Batch(self._model, layout, self._tokenizer, keeps_prompt=True)
-        batch = self._batch
-        events = batch.add([request])
-        number = events[0].prompt
+        batch = self._batch  # it still runs if the answer before was left in the middle
+        if batch is None or batch.running or batch.layout.capacity < layout.capacity:
+            self._batch = batch = None  # its memory is free before the larger cache takes its own
+            self._batch = batch = Batch(self._model, layout, self._tokenizer, keeps_prompt=True)
         try:
+            events = batch.add([request])
+            number = events[0].prompt
             yield from events
             while batch.running:
                 yield from batch.step()
-        finally:
+        except GeneratorExit:  # closed
             if batch.running:
                 batch.remove(number)
+            raise
+        except BaseException:
+            self._batch = None  # the call that broke off was given its arrays for good
+            raise
 
     def _layout(self, length: int, max_new: int) -> CacheLayout:
         config, cache = self._model.config, self._cache

@@ -1,7 +1,6 @@
 """What a prompt leaves in the cache for the next one that begins like it, as turns of a conversation do."""
 
 import dataclasses
-import math
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -15,7 +14,7 @@ from jsparse.serve import loop
 from jsparse.serve.layout import CacheLayout
 from jsparse.serve.state import DecodeState, ModelStructure, pool_of, with_pool
 
-_SHORT = 64  # tokens of a short chunk: computing fewer at once saves little time
+_SHORT = 64  # tokens of a short chunk, in whole pages: computing fewer at once saves little time
 
 
 class KeptPrompt(NamedTuple):
@@ -67,7 +66,7 @@ def prefill_and_keep(
 
 def _short_chunk(layout: CacheLayout) -> int:
     """The tokens of a short chunk, in whole pages: a prompt is kept up to a multiple of it."""
-    return math.lcm(layout.page_size, _SHORT)
+    return layout.pages_of(_SHORT) * layout.page_size
 
 
 def _pieces(start: int, end: int, short: int, long: int) -> Iterator[tuple[int, int, int]]:

@@ -1,5 +1,6 @@
 """``jsparse chat``: what a conversation in the terminal prints, keeps and saves."""
 
+import contextlib
 import functools
 import io
 import json
@@ -26,7 +27,7 @@ from jsparse.models import (
     load_config,
     load_tokenizer,
 )
-from jsparse.serve import CacheConfig, SamplingParams, generate
+from jsparse.serve import Batch, CacheConfig, SamplingParams, chat_command, generate
 from jsparse.serve.chat import Chat
 from jsparse.serve.chat_command import _print_answer
 from jsparse.serve.conversation import Conversation
@@ -56,8 +57,9 @@ def folder(tmp_path_factory):
 
 @pytest.fixture
 def chat(folder, capfd, monkeypatch):
-    def chat(text, *options, model=folder, code=0):
+    def chat(text, *options, model=folder, code=0, terminal=False):
         monkeypatch.setattr(sys, "stdin", io.StringIO(text))
+        monkeypatch.setattr(chat_command, "_in_terminal", lambda: terminal)
         assert main(["chat", "--model", str(model), *options]) == code
         return capfd.readouterr()
 
@@ -138,6 +140,12 @@ def test_it_ends_where_the_model_does(chat, answers):
     assert chat("hello\n", "--stop", stop)[0] == answer["content"].partition(stop)[0] + "\n"
 
 
+def test_a_message_of_several_lines_that_does_not_end(chat):
+    out, err = chat('"""one\ntwo\n', code=2)
+    assert out == "" and 'the input ends within a message that began with """' in err
+    chat('"""one\ntwo\n', terminal=True)  # Ctrl-D ends the conversation there too
+
+
 def test_exit_ends_it(chat, answers):
     out, _ = chat("hello\n/exit\nhello\n", "--max-new-tokens", "8")
     assert out == spoken(answers("hello"))
@@ -183,6 +191,7 @@ def test_a_base_model_goes_on_with_the_text(chat, capfd, tmp_path):
         ("/save\n", "/save takes the name of a file"),
         ("/save chat_template.jinja\n", "chat_template.jinja exists already, and is not this conversation's"),
         ("/save nowhere/talk.json\n", "'nowhere/talk.json'"),
+        ("/save ~nobody-of-this-name/talk.json\n", "'~nobody-of-this-name/talk.json'"),
     ],
 )
 def test_lines_that_cannot_be_followed(chat, folder, answers, monkeypatch, text, message):
@@ -210,10 +219,79 @@ def test_bad_options(chat, folder, tmp_path):
     )
     with pytest.raises(SystemExit):
         main(["chat", "--model", str(folder), "--messages", str(file), "--system", "be short"])
-    assert (
-        "min_tokens=9 must be at most max_new_tokens=4"
-        in (chat("hi\n", "--min-tokens", "9", "--max-new-tokens", "4", code=2)[1])
-    )
+    # Before the weights, and before the first message.
+    for options, message in [
+        (["--min-tokens", "9", "--max-new-tokens", "4"], "min_tokens=9 must be at most max_new_tokens=4"),
+        (["--max-new-tokens", "0"], "max_new_tokens must be an integer >= 1, not 0"),
+        (["--seed", "-1"], "seed must be an integer from 0"),
+    ]:
+        assert message in chat("", *options, code=2)[1]
+
+
+def test_errors_and_interrupts_leave_a_conversation_in_a_terminal(chat, answers, monkeypatch, tmp_path):
+    """What an answer that broke off has done to the cache is forgotten."""
+    add, step, calls = Batch.add, Batch.step, []
+
+    def breaking(method, at, error):
+        def call(self, *arguments):
+            events = method(self, *arguments)  # the state before is gone
+            calls.append(method)
+            if calls.count(method) == at:
+                raise error
+            return events
+
+        return call
+
+    monkeypatch.setattr(Batch, "add", breaking(add, 2, RuntimeError("RESOURCE_EXHAUSTED: no memory")))
+    monkeypatch.setattr(Batch, "step", breaking(step, 3, KeyboardInterrupt()))
+    file = tmp_path / "talk.json"
+    file.write_text(json.dumps([{"role": "user", "content": "x" * 300}]))
+    options = ["--messages", str(file), "--max-new-tokens", "8"]
+    out, err = chat("/reset\nhello\nhello\nhello\nwhy?\n/save " + str(file), *options, terminal=True)
+    assert json.loads(file.read_text()) == answers("hello", "why?") and "> " in out
+    errors = re.findall("jsparse: (error: .{20}|interrupted)", err)
+    assert errors == ["error: the conversation has", "interrupted", "error: RESOURCE_EXHAUSTED: "]
+
+
+def test_an_interrupt_while_an_answer_is_printed(chat, answers, monkeypatch, tmp_path):
+    flushes = []
+
+    def interrupted_print(*texts, flush=False, **named):
+        if flush and "file" not in named:
+            flushes.append(texts)
+            if len(flushes) == 3:
+                raise KeyboardInterrupt
+        print(*texts, flush=flush, **named)
+
+    monkeypatch.setattr(chat_command, "print", interrupted_print, raising=False)
+    long = "x" * 100
+    text = f"{long}\n{long}\n/stats\n/save {tmp_path}/talk.json"
+    _, err = chat(text, "--max-new-tokens", "8", terminal=True)
+    assert json.loads((tmp_path / "talk.json").read_text()) == answers(long)
+    assert "answer 1: prompt of 103 tokens, 64 of them in the cache" in err
+
+
+def test_logits_that_are_not_finite(folder, chat, tmp_path):
+    model = Llama.from_pretrained(folder)
+    assert model.lm_head is not None
+    model.lm_head.kernel[...] *= float("nan")
+    model.save_pretrained(tmp_path)
+    for name in ("tokenizer.json", "chat_template.jinja"):
+        (tmp_path / name).write_text((folder / name).read_text())
+    message = "error: the logits are not finite after 0 tokens\n"
+    assert chat("hello\nhello\n", model=tmp_path, code=2)[1].count(message) == 1
+    assert chat("hello\nhello\n", model=tmp_path, terminal=True)[1].count(message) == 2
+
+
+def test_closed_files(folder):
+    """As a shell's <&- and >&- leave them."""
+    command = [sys.executable, "-m", "jsparse", "chat", "--model", str(folder), "--max-new-tokens", "1"]
+
+    for redirection in ("<&-", ">&-"):
+        shell = ["sh", "-c", f'echo hello | "$@" {redirection}', "sh", *command]
+        closed = subprocess.run(shell, capture_output=True, text=True, check=False)
+        assert closed.returncode == 2
+        assert closed.stderr.startswith("jsparse: error: a conversation needs standard input and output")
 
 
 def test_an_answer_that_the_user_ends(folder, capfd):
@@ -238,7 +316,7 @@ def test_an_answer_that_the_user_ends(folder, capfd):
 
     before = signal.getsignal(signal.SIGINT)
     _print_answer(talk, functools.partial(pressed, 1), interactive=True)
-    assert [turn.new_tokens for turn in talk.turns] == [4 + 1] and talk.turns[0].finish_reason is None
+    assert [turn.new_tokens for turn in talk.turns] == [4] and talk.turns[0].finish_reason is None
     assert talk.messages[1]["content"] + "\n" == capfd.readouterr().out
     for times, interactive in ((2, True), (1, False)):
         with pytest.raises(KeyboardInterrupt):
@@ -254,7 +332,7 @@ def test_the_space_before_an_answer_is_not_part_of_it(chat, tmp_path):
     tokenizer.decoder = decoders.Metaspace(prepend_scheme="first")
     tokenizer.add_special_tokens(["<s>", "</s>"])
     config = LlamaConfig.tiny(vocab_size=len(words), initializer_range=0.5, eos_token_ids=(1,))
-    Llama(config, rngs=nnx.Rngs(0)).save_pretrained(tmp_path)
+    Llama(config, rngs=nnx.Rngs(1)).save_pretrained(tmp_path)
     tokenizer.save(str(tmp_path / "tokenizer.json"))
     (tmp_path / "chat_template.jinja").write_text("{% for m in messages %}<s>{{ m.content }}{% endfor %}<s>")
     out, _ = chat(f"to be\n/save {tmp_path}/talk.json", "--max-new-tokens", "4", model=tmp_path)
@@ -278,6 +356,14 @@ class Terminal:
 
     def type(self, text):
         os.write(self.ours, text.encode())
+
+    def interrupt_until(self, pattern):
+        """Press Ctrl-C until a pattern comes: between its prompt and its wait, input() does not notice."""
+        for _ in range(60):
+            self.process.send_signal(signal.SIGINT)
+            with contextlib.suppress(AssertionError):
+                return self.until(pattern, seconds=2)
+        raise AssertionError(pattern)
 
     def until(self, pattern, seconds=120):
         """What it prints, up to a pattern."""
@@ -305,7 +391,7 @@ def test_in_a_terminal(folder):
     terminal.until("\n> ")
     terminal.type("/stats\n")
     assert len(re.findall(r"first of \d+ new", terminal.until("MiB.*\n> "))) == 2
-    terminal.process.send_signal(signal.SIGINT)  # at the prompt, it drops the line
-    terminal.until("\n> ")
+    terminal.type("a line that")
+    terminal.interrupt_until("\n> ")  # at the prompt, it drops the line
     terminal.type("\x04")
     assert terminal.process.wait(30) == 0

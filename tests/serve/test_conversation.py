@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from jsparse import PooledBlocks
 from jsparse.models import Llama, LlamaConfig, byte_tokenizer
-from jsparse.serve import Batch, CacheConfig, SamplingParams, conversation, generate
+from jsparse.serve import Batch, CacheConfig, SamplingParams, conversation, generate, loop
 from jsparse.serve.conversation import Conversation
 from jsparse.serve.kept_prompt import _pieces
 
@@ -71,7 +71,7 @@ def test_every_turn_is_what_generate_gives(talker, name):
         reused.append((len(prompt), talk.reused_tokens))
         prompt += answer[:-1] if turn == 1 else answer  # a template may leave out the end
     # All but the last page or so of the prompt before; the fourth turn needs a larger cache, an empty one.
-    unit = 192 if name == "odd pages" else 64
+    unit = 72 if name == "odd pages" else 64
     lengths = [length for length, _ in reused]
     kept = [0, *((length - 1) // unit * unit for length in lengths[:-1])]
     assert [count for _, count in reused] == [*kept[:3], 0] and any(kept[1:3])
@@ -105,6 +105,36 @@ def test_an_answer_that_ends_early_gives_its_pages_back(talker):
     prompt = [*prompt, *begun, 5]
     assert said(talk.answer(prompt, 30, GREEDY)) == generate(talker, [prompt], 30, GREEDY, SPARSE).tokens[0]
     assert talk.reused_tokens == 128
+
+
+@pytest.mark.parametrize("where", ["prefill", "first_token", "decode_steps"])
+def test_an_answer_that_breaks_off_leaves_the_next_one_whole(talker, monkeypatch, where):
+    """Ctrl-C, or no memory: the call that it hits was given the cache for good."""
+    talk = Conversation(talker, SPARSE, byte_tokenizer())
+    prompt = np.random.default_rng(6).integers(0, 200, 150).tolist()
+    prompt += said(talk.answer(prompt, 5, GREEDY))
+
+    call = getattr(loop, where)
+
+    def broken(*arguments, **named):
+        call(*arguments, **named)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, where, broken)
+        with pytest.raises(KeyboardInterrupt):
+            said(talk.answer(prompt, 20, GREEDY))
+    assert said(talk.answer(prompt, 20, GREEDY)) == generate(talker, [prompt], 20, GREEDY, SPARSE).tokens[0]
+
+
+def test_an_answer_that_is_left_in_the_middle(talker):
+    """The next one begins with an empty cache, and both are whole."""
+    talk = Conversation(talker, SPARSE, byte_tokenizer())
+    prompt = np.random.default_rng(7).integers(0, 200, 150).tolist()
+    left = talk.answer(prompt, 20, GREEDY)
+    begun = [next(left), next(left)]
+    answer = said(talk.answer(prompt, 20, GREEDY))
+    assert answer == said([*begun, *left]) and talk.reused_tokens == 0
 
 
 def test_later_turns_compile_nothing(talker, compilations):
@@ -153,6 +183,8 @@ def test_bad_input(talker):
         with pytest.raises(ValueError, match=message):
             said(talk.answer(prompt, most, sampling))
     assert len(said(talk.answer([1] * 1019, 5, GREEDY))) == 5
+    with pytest.raises(ValueError, match="streaming_heads"):  # before the first turn
+        Conversation(talker, dataclasses.replace(SPARSE, streaming_heads=[[True]]), byte_tokenizer())
 
 
 @settings(deadline=None)
