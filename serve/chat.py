@@ -38,7 +38,7 @@ class Turn(NamedTuple):
     new_tokens: int
     first_seconds: float  # until the first token
     rate: float | None  # tokens per second after the second one, for which the first call compiles
-    finish_reason: str | None  # None if the user ended it
+    finish_reason: str | None  # None if the user ended it, "full" if the model has no more positions
 
 
 def check_messages(prompt: Prompt, template: ChatTemplate | None) -> None:
@@ -63,7 +63,7 @@ class Chat:
     - config, tokenizer, template: the model's. Without a template the messages are one text, which is
       continued.
     - prompt: the messages so far, and the tools if there are any.
-    - max_new_tokens, sampling, seed: of each answer, as of ``generate``.
+    - max_new_tokens, sampling, seed: of each answer, as of ``generate``; later answers have later seeds.
     - file: where the messages are from; /save may write it.
     """
 
@@ -81,11 +81,18 @@ class Chat:
         file: Path | None = None,
     ):
         self.messages = list(prompt.messages)
-        self.turns: list[Turn] = []
+        self.turns: list[Turn] = []  # of this conversation
+        self._answers = 0  # of all
         self._conversation, self._config = conversation, config
         self._tokenizer, self.template, self._prompt = tokenizer, template, prompt
         self._most, self._sampling, self._seed = max_new_tokens, sampling, seed
         self._own_files = set() if file is None else {file.resolve()}
+
+    def warm_up(self) -> None:
+        """Compile what short turns need, so that the first answer need not wait for it."""
+        room = positions_of(self._config).most - 2
+        for _ in self._conversation.answer([0] * min(65, room), 2):  # one token more than what is kept
+            pass
 
     def say(self, text: str, stopped: Callable[[], bool] = lambda: False) -> Iterator[str]:
         """Adds a message of the user, and yields the model's answer as it comes, which is added too.
@@ -109,7 +116,9 @@ class Chat:
         arrivals: list[float] = []
         parts: list[str] = []
         reason = None
-        with contextlib.closing(self._conversation.answer(ids, most, sampling, self._seed)) as events:
+        seed = (self._seed + self._answers) % 2**32  # the same question again need not have the same answer
+        self._answers += 1
+        with contextlib.closing(self._conversation.answer(ids, most, sampling, seed)) as events:
             for event in events:
                 arrivals.append(time.perf_counter())
                 if event.token is None:
@@ -122,6 +131,8 @@ class Chat:
                 if stopped():
                     break
         self.messages = [*messages, {"role": "assistant", "content": "".join(parts)}]
+        if reason == "length" and most < self._most:
+            reason = "full"
         first, *later = arrivals
         rate = (len(later) - 1) / (later[-1] - later[0]) if len(later) > 1 else None
         reused = self._conversation.reused_tokens
@@ -130,16 +141,16 @@ class Chat:
     def follow(self, command: str) -> str:
         """What to tell the user after a line that begins with "/". Raises ValueError or OSError."""
         name, _, rest = command.partition(" ")
-        known = {
-            "/system": self._set_system,
-            "/reset": self._reset,
-            "/save": self._save,
-            "/stats": self._stats,
-            "/help": lambda rest: HELP,
-        }
-        if name not in known:
-            raise ValueError(f"{name} is no command; commands are {', '.join(known)} and /exit")
-        return known[name](rest.strip())
+        rest = rest.strip()
+        taking = {"/system": self._set_system, "/save": self._save}
+        alone = {"/reset": self._reset, "/stats": self._stats, "/help": lambda: HELP}
+        if name in taking:
+            return taking[name](rest)
+        if name not in alone:
+            raise ValueError(f"{name} is no command; commands are {', '.join([*taking, *alone])} and /exit")
+        if rest:
+            raise ValueError(f"{name} takes nothing, not {rest!r}")
+        return alone[name]()
 
     def _encode(self, messages: list[Any]) -> list[int]:
         if self.template is not None:
@@ -173,8 +184,8 @@ class Chat:
     def _system(self) -> list[Any]:
         return [message for message in self.messages[:1] if message["role"] == "system"]
 
-    def _reset(self, rest: str) -> str:
-        self.messages = self._system()
+    def _reset(self) -> str:
+        self.messages, self.turns = self._system(), []
         return "the conversation begins anew"
 
     def _save(self, rest: str) -> str:
@@ -190,7 +201,7 @@ class Chat:
         self._own_files.add(path.resolve())
         return f"wrote {len(self.messages)} messages to {path}"
 
-    def _stats(self, rest: str) -> str:
+    def _stats(self) -> str:
         lines = []
         for number, turn in enumerate(self.turns, start=1):
             rate = "" if turn.rate is None else f", {turn.rate:.1f} tokens/s after the second"
@@ -199,4 +210,5 @@ class Chat:
                 f"the cache; {turn.first_seconds:.2f} s to the first of {turn.new_tokens} new tokens{rate}"
             )
         cache = f"{self._conversation.cache_bytes / 2**20:.1f} MiB"
-        return "\n".join([*lines, f"cache of {cache}; the model's {describe(self._config)}"])
+        seed = f"; seed {self._seed}" if self._sampling.temperature else ""
+        return "\n".join([*lines, f"cache of {cache}; the model's {describe(self._config)}{seed}"])

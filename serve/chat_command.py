@@ -6,6 +6,7 @@ What needs jax is imported once the options are parsed, so that --help answers a
 import contextlib
 import dataclasses
 import functools
+import secrets
 import signal
 import sys
 from collections.abc import Callable, Iterator
@@ -14,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from jsparse.models.choices import Dtype
 from jsparse.models.shipped import shipped_model
-from jsparse.reports.console import DefaultsToShipped, parse
+from jsparse.reports.console import DefaultsToShipped, for_terminal, parse
 from jsparse.serve.options import CacheOptions, SamplingOptions
 
 if TYPE_CHECKING:
@@ -45,6 +46,8 @@ class ChatCommand(SamplingOptions, CacheOptions):
     """The system prompt."""
     messages: Path | None = None
     """A conversation to go on with, as /save writes it: a JSON list of {"role": ..., "content": ...}."""
+    seed: int | None = None
+    """Seed of the sampling; another one each time unless given. /stats tells it."""
     max_new_tokens: int | None = None
     """The most tokens of an answer. Unless given: what the model says, or 1024; 64 without a chat
     template."""
@@ -63,6 +66,9 @@ def chat(options: list[str]) -> int:
     talk = _load(command)
     interactive = _in_terminal()
     if interactive:
+        talk.warm_up()
+        if talk.messages:
+            _tell(f"the conversation has {len(talk.messages)} messages so far")
         _tell("type a message, or /help; Ctrl-D ends")
     failed = False
     if talk.messages and talk.messages[-1]["role"] == "user":
@@ -76,6 +82,10 @@ def chat(options: list[str]) -> int:
 
 def _take(talk: Chat, line: str, interactive: bool) -> None:
     """Do what a line says, or answer it."""
+    try:
+        line.encode()
+    except UnicodeEncodeError:
+        raise ValueError(f"the line {line!r} is not UTF-8 text") from None
     if line.startswith("/") and not line.startswith("//"):
         print(talk.follow(line), file=sys.stderr, flush=True)
     elif line.strip():
@@ -134,7 +144,8 @@ def _load(command: ChatCommand) -> Chat:
             raise ValueError("--system: the model has no chat template, so it takes no system prompt")
         prompt = prompt._replace(messages=[{"role": "system", "content": command.system}])
     check_messages(prompt, template)
-    check_requests(config, [[0]], most, sampling, command.seed, tokenizer)
+    seed = secrets.randbelow(2**32) if command.seed is None else command.seed
+    check_requests(config, [[0]], most, sampling, seed, tokenizer)
     model, cache = streaming_heads_last(Llama.from_pretrained(command.model, dtype=command.dtype), cache)
     return Chat(
         Conversation(model, cache, tokenizer),
@@ -144,7 +155,7 @@ def _load(command: ChatCommand) -> Chat:
         prompt,
         max_new_tokens=most,
         sampling=sampling,
-        seed=command.seed,
+        seed=seed,
         file=command.messages,
     )
 
@@ -154,12 +165,16 @@ def _print_answer(
 ) -> None:
     with _interrupts() as stopped:
         for part in answer(stopped):
-            print(part, end="", flush=True)
+            print(for_terminal(part) if interactive else part, end="", flush=True)
         print()
         if stopped() and not interactive:
             raise KeyboardInterrupt
     turn = talk.turns[-1]
-    if turn.finish_reason == "length" and talk.template is not None:
+    if turn.finish_reason == "full":
+        _tell(
+            "the answer was cut where the model's context ends; /reset begins anew, /save keeps what there is"
+        )
+    elif turn.finish_reason == "length" and talk.template is not None:
         _tell(f"the answer was cut after {turn.new_tokens} tokens (--max-new-tokens allows more)")
 
 

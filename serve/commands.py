@@ -16,7 +16,7 @@ from jsparse.models.choices import Dtype
 from jsparse.models.mesh_config import MeshConfig
 from jsparse.models.shipped import shipped_model
 from jsparse.plan.memory_fraction import DEFAULT_MEMORY_FRACTION
-from jsparse.reports.console import DefaultsToShipped, check_can_write, parse, write_json
+from jsparse.reports.console import DefaultsToShipped, check_can_write, for_terminal, parse, write_json
 from jsparse.serve.config import CacheConfig
 from jsparse.serve.options import CacheOptions, SamplingOptions
 
@@ -159,7 +159,7 @@ def _print_as_it_comes(
                 f"the logits of {command.model} are not finite after {len(arrivals) - 1} tokens"
             )
         arrivals.append(time.perf_counter())
-        print(event.text, end="", flush=True)
+        print(for_terminal(event.text) if sys.stdout.isatty() else event.text, end="", flush=True)
     print()
     _report_speed(arrivals, len(ids), str(reason))
 

@@ -27,6 +27,7 @@ from jsparse.models import (
     load_config,
     load_tokenizer,
 )
+from jsparse.reports.console import for_terminal
 from jsparse.serve import Batch, CacheConfig, SamplingParams, chat_command, generate
 from jsparse.serve.chat import Chat
 from jsparse.serve.chat_command import _print_answer
@@ -146,9 +147,33 @@ def test_a_message_of_several_lines_that_does_not_end(chat):
     chat('"""one\ntwo\n', terminal=True)  # Ctrl-D ends the conversation there too
 
 
-def test_exit_ends_it(chat, answers):
-    out, _ = chat("hello\n/exit\nhello\n", "--max-new-tokens", "8")
+@pytest.mark.parametrize("command", ["/exit", "/quit", " /exit now"])
+def test_exit_ends_it(chat, answers, command):
+    out, _ = chat(f"hello\n{command}\nhello\n", "--max-new-tokens", "8")
     assert out == spoken(answers("hello"))
+
+
+def test_later_answers_have_later_seeds(chat, folder):
+    """Without --seed, every conversation has its own."""
+    sampled, text = ["--max-new-tokens", "8", "--temperature", "1"], "hello\n/reset\nhello\n/stats\n"
+    out, err = chat(text, *sampled, "--seed", "4294967295")
+    model, tokenizer = Llama.from_pretrained(folder), load_tokenizer(folder)
+    ids = load_chat_template(folder).encode([{"role": "user", "content": "hello"}])
+    how = SamplingParams(temperature=1)
+    texts = [
+        generate(model, [ids], 8, how, seed=seed, tokenizer=tokenizer).texts[0] for seed in (2**32 - 1, 0)
+    ]
+    assert out == "".join(text + "\n" for text in texts) and texts[0] != texts[1]
+    assert err.count("answer 1: ") == 1 and "answer 2" not in err and "; seed 4294967295\n" in err
+    assert len({re.findall("seed [0-9]+", chat(text, *sampled)[1])[0] for _ in range(2)}) == 2
+
+
+def test_what_a_terminal_would_obey_is_not_printed(chat, answers):
+    [_, answer] = answers("hello", most=200)
+    controls = set(map(chr, range(32))) - set("\n\t\r")
+    assert controls & set(answer["content"]) and chat("hello\n")[0] == answer["content"] + "\n"
+    shown = chat("hello\n", terminal=True)[0]
+    assert answer["content"][:2] in shown and not controls & set(shown)
 
 
 def test_stats_tell_what_the_cache_had(chat):
@@ -165,7 +190,7 @@ def test_a_conversation_may_fill_the_context(chat, answers):
     """An answer gets the room that is left, and a message that leaves none is refused."""
     text = "x" * 250
     out, err = chat(text + "\n", "--min-tokens", "5")
-    assert len(out.encode()) <= 3 * 4 and "cut after 3 tokens" in err
+    assert len(out.encode()) <= 3 * 4 and "the answer was cut where the model's context ends; /reset" in err
     _, err = chat(text + "xxx\n", code=2)
     assert "the conversation has 256 tokens, which leaves no room for an answer within the model's" in err
     assert "max_position_embeddings=256; /reset begins anew" in err
@@ -187,7 +212,10 @@ def test_a_base_model_goes_on_with_the_text(chat, capfd, tmp_path):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("/sav x\n", "/sav is no command; commands are /system, /reset, /save, /stats, /help and /exit"),
+        ("/sav x\n", "/sav is no command; commands are /system, /save, /reset, /stats, /help and /exit"),
+        ("/help me\n", "/help takes nothing, not 'me'"),
+        ("/reset all\n", "/reset takes nothing, not 'all'"),
+        ("caf\udce9\n", "the line 'caf\\udce9' is not UTF-8 text"),
         ("/save\n", "/save takes the name of a file"),
         ("/save chat_template.jinja\n", "chat_template.jinja exists already, and is not this conversation's"),
         ("/save nowhere/talk.json\n", "'nowhere/talk.json'"),
@@ -229,7 +257,7 @@ def test_bad_options(chat, folder, tmp_path):
 
 
 def test_errors_and_interrupts_leave_a_conversation_in_a_terminal(chat, answers, monkeypatch, tmp_path):
-    """What an answer that broke off has done to the cache is forgotten."""
+    """What an answer that broke off has done to the cache is forgotten. The first calls are the warm-up's."""
     add, step, calls = Batch.add, Batch.step, []
 
     def breaking(method, at, error):
@@ -242,8 +270,8 @@ def test_errors_and_interrupts_leave_a_conversation_in_a_terminal(chat, answers,
 
         return call
 
-    monkeypatch.setattr(Batch, "add", breaking(add, 2, RuntimeError("RESOURCE_EXHAUSTED: no memory")))
-    monkeypatch.setattr(Batch, "step", breaking(step, 3, KeyboardInterrupt()))
+    monkeypatch.setattr(Batch, "add", breaking(add, 3, RuntimeError("RESOURCE_EXHAUSTED: no memory")))
+    monkeypatch.setattr(Batch, "step", breaking(step, 4, KeyboardInterrupt()))
     file = tmp_path / "talk.json"
     file.write_text(json.dumps([{"role": "user", "content": "x" * 300}]))
     options = ["--messages", str(file), "--max-new-tokens", "8"]
@@ -317,7 +345,7 @@ def test_an_answer_that_the_user_ends(folder, capfd):
     before = signal.getsignal(signal.SIGINT)
     _print_answer(talk, functools.partial(pressed, 1), interactive=True)
     assert [turn.new_tokens for turn in talk.turns] == [4] and talk.turns[0].finish_reason is None
-    assert talk.messages[1]["content"] + "\n" == capfd.readouterr().out
+    assert for_terminal(talk.messages[1]["content"]) + "\n" == capfd.readouterr().out
     for times, interactive in ((2, True), (1, False)):
         with pytest.raises(KeyboardInterrupt):
             _print_answer(talk, functools.partial(pressed, times), interactive=interactive)

@@ -69,6 +69,18 @@ def as_json(content: Any) -> str:
     return json.dumps(content, indent=1) + "\n"
 
 
+_CONTROLS = {code: "\ufffd" for code in (*range(32), *range(127, 160)) if chr(code) not in "\n\t"}
+
+
+def for_terminal(text: str) -> str:
+    """Text without the characters that a terminal would obey: a model may write anything.
+
+    >>> for_terminal("red: \\x1b[31m")
+    'red: �[31m'
+    """
+    return text.translate(_CONTROLS)
+
+
 def short_count(count: int) -> str:
     """A number of tokens, in short: 1024 is 1k.
 
