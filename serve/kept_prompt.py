@@ -14,15 +14,16 @@ from jsparse.serve import loop
 from jsparse.serve.layout import CacheLayout
 from jsparse.serve.state import DecodeState, ModelStructure, pool_of, with_pool
 
+_OPEN = 16  # tokens at the end of a prompt that the next one may have otherwise: how an answer was to begin
 _SHORT = 64  # tokens of a short chunk, in whole pages: computing fewer at once saves little time
 
 
 class KeptPrompt(NamedTuple):
     """The first tokens of a prompt, in whole pages that stay in the cache, and the row after them.
 
-    It stops short of the prompt's end: the next prompt may be tokenized otherwise there, or leave out how the
-    answer was to begin. The answer itself is not kept: single steps may have read less of the cache for it
-    than prompts do, and what is kept must not change what comes next.
+    It ends some tokens before the prompt does: the next prompt may be tokenized otherwise there, or leave out
+    how the answer was to begin. The answer itself is not kept: single steps may have read less of the cache
+    for it than prompts do, and what is kept must not change what comes next.
     """
 
     tokens: np.ndarray  # int32
@@ -51,7 +52,7 @@ def prefill_and_keep(
         state = with_pool(row, pool_of(state))
     start = 0 if kept is None else len(kept.tokens)
     short = _short_chunk(layout)
-    whole = (len(prompt) - 1) // short * short
+    whole = max(start, (len(prompt) - _OPEN) // short * short)
     for first, last, chunk in _pieces(start, whole, short, layout.prefill_chunk // short * short):
         layout_of_piece = dataclasses.replace(layout, prefill_chunk=chunk)
         state, _ = loop.prefill(structure, params, state, [prompt[first:last]], layout_of_piece)
