@@ -3,6 +3,7 @@
 import hashlib
 import os
 import platform
+import sys
 from importlib.metadata import version
 from pathlib import Path
 
@@ -38,6 +39,20 @@ import pytest  # noqa: E402
 
 hypothesis.settings.register_profile("jsparse", derandomize=True, deadline=None, max_examples=20)
 hypothesis.settings.load_profile("jsparse")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def room_for_programs():
+    """Forget what is compiled before it takes all memory maps that Linux gives a process, which are 65530.
+
+    A program takes dozens, and the one for which none are left crashes. What is needed again is read from
+    the folder above.
+    """
+    yield
+    maps = Path("/proc/self/maps")
+    if "jax" in sys.modules and maps.is_file() and maps.read_text().count("\n") > 20_000:
+        sys.modules["jax"].clear_caches()
+
 
 _SERVED = {
     "vocab_size": 61,
