@@ -13,9 +13,8 @@ import numpy as np
 from jsparse.evaluate.scoreboard_config import ScoreboardConfig
 from jsparse.evaluate.speed.options import DecodeBench, PrefillBench
 from jsparse.hub import pinned_model
-from jsparse.models.choices import Dtype
-from jsparse.models.shipped import shipped_model
-from jsparse.reports.console import DefaultsToShipped, check_can_write, parse, print_table, write_json
+from jsparse.models.options import ModelOptions
+from jsparse.reports.console import check_can_write, parse, print_table, write_json
 from jsparse.texts.corpus import standard_library_files
 from jsparse.texts.documents import read_documents
 
@@ -23,18 +22,13 @@ _LIBRARY_WINDOWS = 64  # of each context: seconds for a small model
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class EvaluateCommand:
+class EvaluateCommand(ModelOptions):
     """Perplexity of text files at several context lengths, and whether passkeys are found in long texts.
 
     All contexts score the same tokens, with more or less text before them. Without any options, the small
     model that ships with jsparse is measured on held-out modules of the standard library.
     """
 
-    model: DefaultsToShipped = shipped_model()
-    """A Hugging Face folder with config.json, safetensors and tokenizer.json, or an id on the Hub:
-    org/name or org/name@revision."""
-    dtype: Dtype | None = None
-    """Dtype of the weights; what the model's config.json says unless given."""
     data: tuple[Path, ...] = ()
     """UTF-8 text files, each one document; they are joined and scored as one sequence. With neither --data
     nor --passkeys: held-out modules of this Python's standard library."""

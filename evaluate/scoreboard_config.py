@@ -4,14 +4,12 @@ import dataclasses
 from pathlib import Path
 
 from jsparse.evaluate.methods import METHODS
-from jsparse.models.choices import Dtype
-from jsparse.models.shipped import shipped_model
-from jsparse.reports.console import DefaultsToShipped
+from jsparse.models.options import ModelOptions
 from jsparse.texts.tasks import TASKS
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class ScoreboardConfig:
+class ScoreboardConfig(ModelOptions):
     """What sparse KV caches lose on tasks that need the whole context, by method and by budget.
 
     Every method answers the same texts. Their questions are fed to the decode step token by token, where a
@@ -21,11 +19,6 @@ class ScoreboardConfig:
     Quest reads everything in its first two layers, half of a four-layer model.
     """
 
-    model: DefaultsToShipped = shipped_model()
-    """A Hugging Face folder with config.json, safetensors and tokenizer.json, or an id on the Hub:
-    org/name or org/name@revision."""
-    dtype: Dtype | None = None
-    """Dtype of the weights; what the model's config.json says unless given."""
     pattern: Path | None = None
     """A head pattern (default: full_attention_heads.tsv in the model's folder, if there is one). Without it,
     methods that need a pattern are left out."""

@@ -127,7 +127,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             with _notes_shown():
                 return _checked(options)
         finally:
-            with contextlib.suppress(AttributeError):  # of None, where stdout is closed
+            if sys.stdout is not None:  # which it is where stdout is closed
                 sys.stdout.flush()  # a broken pipe shows here, not while Python shuts down
     except BrokenPipeError:
         with contextlib.suppress(OSError, ValueError):  # where stdout is no file

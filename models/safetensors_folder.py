@@ -18,8 +18,7 @@ import numpy as np
 import safetensors
 import safetensors.numpy
 
-from jsparse.git_lfs import pointer_hint
-from jsparse.json_object import parse_json_object
+from jsparse.files import parse_json_object, pointer_hint
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"

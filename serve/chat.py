@@ -13,6 +13,7 @@ from tokenizers import Tokenizer
 
 from jsparse.models.config import LlamaConfig
 from jsparse.models.positions import describe, positions_of
+from jsparse.reports.console import rate_of
 from jsparse.serve.conversation import Conversation
 from jsparse.serve.prompts import Prompt
 from jsparse.serve.sampling import SamplingParams
@@ -29,6 +30,8 @@ HELP = '''\
 //            begins a message that begins with /
 Ctrl-C        ends an answer; pressed again, drops it at once'''
 
+_SOME_KEPT = 80  # tokens of a prompt of which, with most sizes of pages, some are kept
+
 
 class Turn(NamedTuple):
     """What one answer took."""
@@ -37,7 +40,7 @@ class Turn(NamedTuple):
     reused_tokens: int
     new_tokens: int
     first_seconds: float  # until the first token
-    rate: float | None  # tokens per second after the second one, for which the first call compiles
+    rate: str
     finish_reason: str | None  # None if the user ended it, "full" if the model has no more positions
 
 
@@ -91,7 +94,7 @@ class Chat:
     def warm_up(self) -> None:
         """Compile what short turns need, so that the first answer need not wait for it."""
         room = positions_of(self._config).most - 2
-        for _ in self._conversation.answer([0] * min(65, room), 2):  # one token more than what is kept
+        for _ in self._conversation.answer([0] * min(_SOME_KEPT, room), 2):
             pass
 
     def say(self, text: str, stopped: Callable[[], bool] = lambda: False) -> Iterator[str]:
@@ -133,10 +136,8 @@ class Chat:
         self.messages = [*messages, {"role": "assistant", "content": "".join(parts)}]
         if reason == "length" and most < self._most:
             reason = "full"
-        first, *later = arrivals
-        rate = (len(later) - 1) / (later[-1] - later[0]) if len(later) > 1 else None
-        reused = self._conversation.reused_tokens
-        self.turns.append(Turn(len(ids), reused, len(arrivals), first - start, rate, reason))
+        reused, first = self._conversation.reused_tokens, arrivals[0] - start
+        self.turns.append(Turn(len(ids), reused, len(arrivals), first, rate_of(arrivals), reason))
 
     def follow(self, command: str) -> str:
         """What to tell the user after a line that begins with "/". Raises ValueError or OSError."""
@@ -204,10 +205,10 @@ class Chat:
     def _stats(self) -> str:
         lines = []
         for number, turn in enumerate(self.turns, start=1):
-            rate = "" if turn.rate is None else f", {turn.rate:.1f} tokens/s after the second"
             lines.append(
                 f"answer {number}: prompt of {turn.prompt_tokens} tokens, {turn.reused_tokens} of them in "
-                f"the cache; {turn.first_seconds:.2f} s to the first of {turn.new_tokens} new tokens{rate}"
+                f"the cache; {turn.first_seconds:.2f} s to the first of {turn.new_tokens} new tokens"
+                + turn.rate
             )
         cache = f"{self._conversation.cache_bytes / 2**20:.1f} MiB"
         seed = f"; seed {self._seed}" if self._sampling.temperature else ""

@@ -13,9 +13,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from jsparse.models.choices import Dtype
-from jsparse.models.shipped import shipped_model
-from jsparse.reports.console import DefaultsToShipped, for_terminal, parse
+from jsparse.models.options import ModelOptions
+from jsparse.reports.console import parse, print_part
 from jsparse.serve.options import CacheOptions, SamplingOptions
 
 if TYPE_CHECKING:
@@ -29,7 +28,7 @@ _BLOCK = '"""'
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class ChatCommand(SamplingOptions, CacheOptions):
+class ChatCommand(SamplingOptions, CacheOptions, ModelOptions):
     """Talk to a model in the terminal; /help lists what it understands beside messages.
 
     What the model says is printed as it comes, and the cache is kept between turns. A model without a chat
@@ -37,11 +36,6 @@ class ChatCommand(SamplingOptions, CacheOptions):
     a message in each line.
     """
 
-    model: DefaultsToShipped = shipped_model()
-    """A Hugging Face folder with config.json, safetensors and tokenizer.json, or an id on the Hub:
-    org/name or org/name@revision."""
-    dtype: Dtype | None = None
-    """Dtype of the weights; what the model's config.json says unless given."""
     system: str | None = None
     """The system prompt."""
     messages: Path | None = None
@@ -165,7 +159,7 @@ def _print_answer(
 ) -> None:
     with _interrupts() as stopped:
         for part in answer(stopped):
-            print(for_terminal(part) if interactive else part, end="", flush=True)
+            print_part(part)
         print()
         if stopped() and not interactive:
             raise KeyboardInterrupt

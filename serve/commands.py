@@ -12,11 +12,10 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from jsparse.models.choices import Dtype
 from jsparse.models.mesh_config import MeshConfig
-from jsparse.models.shipped import shipped_model
+from jsparse.models.options import ModelOptions
 from jsparse.plan.memory_fraction import DEFAULT_MEMORY_FRACTION
-from jsparse.reports.console import DefaultsToShipped, check_can_write, for_terminal, parse, write_json
+from jsparse.reports.console import check_can_write, parse, print_part, rate_of, write_json
 from jsparse.serve.config import CacheConfig
 from jsparse.serve.options import CacheOptions, SamplingOptions
 
@@ -31,17 +30,12 @@ else:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class GenerateCommand(SamplingOptions, CacheOptions):
+class GenerateCommand(SamplingOptions, CacheOptions, ModelOptions):
     """Print the continuation of a prompt as it is generated; tokens per second go to stderr.
 
     The cache is dense unless --budget, --pattern or --policy makes it sparse. Text may come from a pipe too.
     """
 
-    model: DefaultsToShipped = shipped_model()
-    """A Hugging Face folder with config.json, safetensors and tokenizer.json, or an id on the Hub:
-    org/name or org/name@revision."""
-    dtype: Dtype | None = None
-    """Dtype of the weights; what the model's config.json says unless given."""
     prompt: str | None = None
     """The text to continue. Special tokens written in it are those tokens."""
     prompt_file: Path | None = None
@@ -159,7 +153,7 @@ def _print_as_it_comes(
                 f"the logits of {command.model} are not finite after {len(arrivals) - 1} tokens"
             )
         arrivals.append(time.perf_counter())
-        print(for_terminal(event.text) if sys.stdout.isatty() else event.text, end="", flush=True)
+        print_part(event.text)
     print()
     _report_speed(arrivals, len(ids), str(reason))
 
@@ -175,13 +169,11 @@ def _print_lines(
     cache: CacheConfig,
 ) -> None:
     """Print a JSON object per sample, those of one prompt after another, batch by batch."""
-    from jsparse.integers import cdiv, power_of_two_from
     from jsparse.serve.generation import generate
+    from jsparse.serve.layout import capacity_for
 
     # One capacity for all batches, so that they compile once.
-    page, _ = cache.page_sizes()
-    capacity = power_of_two_from(cdiv(max(map(len, ids)) + max_new, page)) * page
-    cache = dataclasses.replace(cache, capacity=cache.capacity or capacity)
+    cache = dataclasses.replace(cache, capacity=capacity_for(cache, max(map(len, ids)) + max_new))
     for start in range(0, len(ids), command.batch_size):
         batch = ids[start : start + command.batch_size]
         result = generate(model, batch, max_new, sampling, cache, command.seed, tokenizer)
@@ -199,14 +191,9 @@ def _print_lines(
 
 def _report_speed(arrivals: list[float], prompt_tokens: int, reason: str) -> None:
     """Print the speed on stderr. The first call for a prompt and the first for a token compile."""
-    start, first, *later = arrivals
-    print(f"prompt of {prompt_tokens} tokens: {first - start:.2f} s with compiling", file=sys.stderr)
-    rate = (
-        f", {(len(later) - 1) / (later[-1] - later[0]):.1f} tokens/s after the second"
-        if len(later) > 1
-        else ""
-    )
-    print(f"{len(arrivals) - 1} tokens{rate}; ended by {reason}", file=sys.stderr)
+    start, *arrivals = arrivals
+    print(f"prompt of {prompt_tokens} tokens: {arrivals[0] - start:.2f} s with compiling", file=sys.stderr)
+    print(f"{len(arrivals)} tokens{rate_of(arrivals)}; ended by {reason}", file=sys.stderr)
 
 
 def plan_generate(options: list[str]) -> int:

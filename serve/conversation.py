@@ -5,12 +5,11 @@ from collections.abc import Generator, Sequence
 
 from tokenizers import Tokenizer
 
-from jsparse.integers import cdiv, power_of_two_from
 from jsparse.models import Llama
 from jsparse.models.positions import positions_of
 from jsparse.serve.batch import Batch, TokenEvent
 from jsparse.serve.config import CacheConfig
-from jsparse.serve.layout import CacheLayout, plan_cache
+from jsparse.serve.layout import CacheLayout, capacity_for, plan_cache
 from jsparse.serve.request import check_requests
 from jsparse.serve.sampling import GREEDY, SamplingParams
 
@@ -92,8 +91,6 @@ class Conversation:
 
     def _layout(self, length: int, max_new: int) -> CacheLayout:
         config, cache = self._model.config, self._cache
-        if cache.capacity is None:
-            page, _ = cache.page_sizes()
-            least = max(length + max_new, min(_LEAST_CAPACITY, positions_of(config).most))
-            cache = dataclasses.replace(cache, capacity=power_of_two_from(cdiv(least, page)) * page)
+        tokens = max(length + max_new, min(_LEAST_CAPACITY, positions_of(config).most))
+        cache = dataclasses.replace(cache, capacity=capacity_for(cache, tokens))
         return plan_cache(cache, config, [length], [max_new])

@@ -82,13 +82,18 @@ def plan_cache(
 
     Raises ValueError, with the arithmetic, if something does not fit.
     """
-    page, _ = cache.page_sizes()
     longest = max(length + new for length, new in zip(lengths, max_new, strict=True))
-    capacity = cache.capacity or power_of_two_from(cdiv(longest, page)) * page
+    capacity = capacity_for(cache, longest)
     batch = cache.batch or power_of_two_from(len(lengths))
     layout = layout_of(dataclasses.replace(cache, capacity=capacity, batch=batch), model)
     check_fit(layout, model, lengths, max_new, numbers, free_rows=layout.batch, free_pages=layout.num_pages)
     return layout
+
+
+def capacity_for(cache: CacheConfig, tokens: int) -> int:
+    """The capacity of a cache, by default what ``tokens`` need, in a power of two of pages."""
+    page, _ = cache.page_sizes()
+    return cache.capacity or power_of_two_from(cdiv(tokens, page)) * page
 
 
 def layout_of(cache: CacheConfig, model: LlamaConfig) -> CacheLayout:

@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 else:
     SamplingParams = Any
 
+_DRAWN = ("top_k", "top_p", "min_p")  # without effect at temperature 0
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class CacheOptions:
@@ -138,9 +140,6 @@ class SamplingOptions:
         if self.max_new_tokens is not None:
             return sampling, self.max_new_tokens, notes
         return sampling, said or max(most, sampling.min_tokens), notes
-
-
-_DRAWN = ("top_k", "top_p", "min_p")  # without effect on what is not drawn
 
 
 def _shown(base: SamplingParams, given: dict[str, Any]) -> str:

@@ -27,6 +27,7 @@ from jsparse.models import (
     load_config,
     load_tokenizer,
 )
+from jsparse.reports import console
 from jsparse.reports.console import for_terminal
 from jsparse.serve import Batch, CacheConfig, SamplingParams, chat_command, generate
 from jsparse.serve.chat import Chat
@@ -61,6 +62,7 @@ def chat(folder, capfd, monkeypatch):
     def chat(text, *options, model=folder, code=0, terminal=False):
         monkeypatch.setattr(sys, "stdin", io.StringIO(text))
         monkeypatch.setattr(chat_command, "_in_terminal", lambda: terminal)
+        monkeypatch.setattr(sys.stdout, "isatty", lambda: terminal)
         assert main(["chat", "--model", str(model), *options]) == code
         return capfd.readouterr()
 
@@ -291,7 +293,7 @@ def test_an_interrupt_while_an_answer_is_printed(chat, answers, monkeypatch, tmp
                 raise KeyboardInterrupt
         print(*texts, flush=flush, **named)
 
-    monkeypatch.setattr(chat_command, "print", interrupted_print, raising=False)
+    monkeypatch.setattr(console, "print", interrupted_print, raising=False)
     long = "x" * 100
     text = f"{long}\n{long}\n/stats\n/save {tmp_path}/talk.json"
     _, err = chat(text, "--max-new-tokens", "8", terminal=True)
@@ -322,7 +324,7 @@ def test_closed_files(folder):
         assert closed.stderr.startswith("jsparse: error: a conversation needs standard input and output")
 
 
-def test_an_answer_that_the_user_ends(folder, capfd):
+def test_an_answer_that_the_user_ends(folder, capfd, monkeypatch):
     """One Ctrl-C ends the answer, of which the conversation keeps what there is; another ends the program."""
     tokenizer, config = load_tokenizer(folder), load_config(folder)
     talk = Chat(
@@ -342,6 +344,7 @@ def test_an_answer_that_the_user_ends(folder, capfd):
             for _ in range(times if number == 4 else 0):
                 os.kill(os.getpid(), signal.SIGINT)
 
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
     before = signal.getsignal(signal.SIGINT)
     _print_answer(talk, functools.partial(pressed, 1), interactive=True)
     assert [turn.new_tokens for turn in talk.turns] == [4] and talk.turns[0].finish_reason is None

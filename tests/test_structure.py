@@ -21,7 +21,7 @@ from jsparse.implementations import table as attention_table
 ROOT = Path(__file__).parent.parent
 
 # The rooms from the ground up: each may import those before it, as far as ROOMS says, and itself.
-GROUND = {"arrays", "checks", "device", "extras", "git_lfs", "hub", "integers", "json_object", "lazy", "mesh"}
+GROUND = {"arrays", "checks", "device", "extras", "files", "hub", "integers", "lazy", "mesh"}
 ROOMS = {
     "pallas_kernels": set(),
     "ground": set(),  # single files that know nothing of the rooms

@@ -7,8 +7,8 @@ from pathlib import Path
 import numpy as np
 from jaxtyping import Bool, Float
 
+from jsparse.files import read_json_object
 from jsparse.integers import require_integer
-from jsparse.json_object import read_json_object
 
 PATTERN_FILE = "full_attention_heads.tsv"  # the name that DuoAttention gives it, in a folder
 

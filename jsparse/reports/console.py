@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
@@ -79,6 +80,25 @@ def for_terminal(text: str) -> str:
     'red: �[31m'
     """
     return text.translate(_CONTROLS)
+
+
+def print_part(text: str) -> None:
+    """Print at once what has come of a model's text; in a terminal, only what is safe there."""
+    print(for_terminal(text) if sys.stdout.isatty() else text, end="", flush=True)
+
+
+def rate_of(arrivals: Sequence[float]) -> str:
+    """Tokens per second from the times at which they came, "" for fewer than three.
+
+    It counts from the second token on: the first call for a token compiles.
+
+    >>> rate_of([3.0, 5.0, 5.5, 6.0])
+    ', 2.0 tokens/s after the second'
+    """
+    later = arrivals[1:]
+    if len(later) < 2:
+        return ""
+    return f", {(len(later) - 1) / (later[-1] - later[0]):.1f} tokens/s after the second"
 
 
 def short_count(count: int) -> str:

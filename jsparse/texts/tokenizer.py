@@ -8,9 +8,8 @@ from typing import Any
 import tokenizers
 from tokenizers import AddedToken, decoders, models, pre_tokenizers, trainers
 
-from jsparse.git_lfs import pointer_hint
+from jsparse.files import pointer_hint, read_json_object
 from jsparse.hub import model_folder
-from jsparse.json_object import read_json_object
 
 END_OF_TEXT = "<|endoftext|>"
 
@@ -41,9 +40,9 @@ def load_tokenizer(directory: str | Path) -> tokenizers.Tokenizer:
     tokenizer.no_padding()
     settings = _settings(path.parent)
     declared = str(settings.get("tokenizer_class", "")).removesuffix("Fast")
-    is_mistral = _settings(path.parent, "config.json").get("model_type") == "mistral"
-    if declared == "LlamaTokenizer" and not is_mistral and "ByteLevel" not in tokenizer.to_str():
-        _read_as_sentencepiece(tokenizer, settings)
+    if declared == "LlamaTokenizer" and "ByteLevel" not in tokenizer.to_str():
+        if _settings(path.parent, "config.json").get("model_type") != "mistral":
+            _read_as_sentencepiece(tokenizer, settings)
     return tokenizer
 
 

@@ -11,8 +11,10 @@ from hypothesis import strategies as st
 from jsparse import PooledBlocks
 from jsparse.models import Llama, LlamaConfig, byte_tokenizer
 from jsparse.serve import Batch, CacheConfig, SamplingParams, conversation, generate, loop
+from jsparse.serve.chat import Chat
 from jsparse.serve.conversation import Conversation
 from jsparse.serve.kept_prompt import _pieces
+from jsparse.serve.prompts import Prompt
 
 GREEDY = SamplingParams(ignore_eos=True)
 SAMPLED = SamplingParams(temperature=0.9, repetition_penalty=1.3, ignore_eos=True)
@@ -149,6 +151,28 @@ def test_later_turns_compile_nothing(talker, compilations):
     for length in (1, 20, 17):
         prompt += said(talk.answer([*prompt, *range(length)], 7, SAMPLED))
     assert not compilations
+
+
+def test_what_is_warm_compiles_nothing_for_a_first_message(talker, compilations):
+    """Whether some of its prompt is kept or not."""
+    cache = CacheConfig(policy="dense", page_size=32)  # of no other test
+    for text in ("hello", "x" * 90):
+        talk = Chat(
+            Conversation(talker, cache, byte_tokenizer()),
+            talker.config,
+            byte_tokenizer(),
+            None,
+            Prompt(),
+            max_new_tokens=8,
+            sampling=SamplingParams(temperature=1, repetition_penalty=1.1),
+            seed=0,
+        )
+        talk.warm_up()
+        if text == "hello":
+            assert compilations
+        compilations.clear()
+        assert "".join(talk.say(text))
+        assert not compilations
 
 
 def test_the_cache_grows_with_the_conversation(talker):

@@ -1,11 +1,9 @@
-"""JSON files that hold one object, with errors that name the file."""
+"""Small files that people have: JSON objects, and git-lfs's pointers in place of large files."""
 
 import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
-
-from jsparse.git_lfs import pointer_hint
 
 
 def read_json_object(file: Path) -> dict[str, Any]:
@@ -27,3 +25,15 @@ def parse_json_object(
     if not isinstance(parsed, dict):
         raise ValueError(f"{file} must hold a JSON object, not {type(parsed).__name__}")
     return parsed
+
+
+def pointer_hint(start: bytes) -> str | None:
+    """What to do about a file that begins with ``start``, if git-lfs has yet to bring what it stands for.
+
+    >>> pointer_hint(b"version https://git-lfs.github.com/spec/v1")
+    'it is a pointer of git-lfs; in its repository, git lfs pull brings the file'
+    >>> pointer_hint(b"{}")
+    """
+    if start.lstrip().startswith(b"version https://git-lfs"):
+        return "it is a pointer of git-lfs; in its repository, git lfs pull brings the file"
+    return None
