@@ -11,7 +11,7 @@ import pytest
 from flax import nnx
 
 from jsparse.__main__ import main
-from jsparse.models import Llama, LlamaConfig, byte_tokenizer, load_adapter, load_config
+from jsparse.models import Llama, LlamaConfig, byte_tokenizer, load_adapter, load_config, load_tokenizer
 from jsparse.models.patterns import load_pattern
 from jsparse.train import FinetuneConfig, MergeConfig, finetune, merge
 from jsparse.train.data.windows import write_windows
@@ -119,6 +119,11 @@ def test_an_adapter_merges_into_the_base_that_it_names(
     err = merged("new", code=2)
     assert "./nowhere does not exist" in err and f"{settings} names it as the base" in err
     merged("of another folder", "--model", str(config.model))
+    tokenizer = byte_tokenizer()
+    tokenizer.add_tokens(["its own"])
+    tokenizer.save(str(tmp_path / "adapter" / "tokenizer.json"))
+    merged("with its own tokenizer", "--model", str(config.model))
+    assert load_tokenizer(tmp_path / "with its own tokenizer").token_to_id("its own") is not None
     rename(base_model_name_or_path=None)
     assert f"{settings} names no base: --model must" in merged("new", code=2)
     assert "step=2 is of a run's checkpoints" in merged("new", "--step", "2", code=2)
