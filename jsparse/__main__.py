@@ -127,8 +127,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             with _notes_shown():
                 return _checked(options)
         finally:
-            if sys.stdout is not None:  # which it is where stdout is closed
-                sys.stdout.flush()  # a broken pipe shows here, not while Python shuts down
+            print(end="", flush=True)  # a broken pipe shows here, not while Python shuts down
     except BrokenPipeError:
         with contextlib.suppress(OSError, ValueError):  # where stdout is no file
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
