@@ -1,7 +1,7 @@
 """The settings of a fine-tuning run."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -10,6 +10,7 @@ from jsparse.checks import require_choice, require_integers, require_numbers
 from jsparse.hub import model_folder
 from jsparse.models.choices import EXTENSIONS, KINDS, REMAT
 from jsparse.models.mesh_config import MeshConfig
+from jsparse.texts.reading import Reading
 from jsparse.train.run.paths import as_paths
 
 if TYPE_CHECKING:  # what needs jax is imported late: the command line lists these settings without it
@@ -59,12 +60,22 @@ class FinetuneConfig:
     """The checkpoint to start from: a Hugging Face folder with safetensors and a tokenizer.json, or an id on
     the Hub, org/name or org/name@revision. A run keeps the commit that it began with."""
     data: Sequence[str | Path]
-    """Text files (one, or several), each one document, and .jsonl files: each line is an object with "text",
-    with "prompt" and "completion", or with "instruction" and "output". Prompts are read, not learned."""
+    """Files, folders, patterns, "-" for standard input, or a dataset's id on the Hub. Text files are documents.
+    JSON, Parquet and Arrow hold rows with "text"; "prompt" and "completion"; "instruction" and "output";
+    "messages"; or "conversations". Rows are rendered by the model's chat template."""
     output: str | Path
     """A new folder. It becomes a Hugging Face folder, with checkpoints and metrics.jsonl beside the model."""
     context: int
     """Tokens per window. If this exceeds the model's own context, rope extends the positions."""
+    fields: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    """Other names for the fields of rows: prompt question completion answer."""
+    loss_on: str = "answers"
+    """"answers" learns documents, completions and what the assistant says; "all" learns prompts too."""
+    bad_rows: str = "error"
+    """Rows that cannot be read: "error" names them and ends the run, "skip" leaves them out and counts them."""
+    too_long: str = "error"
+    """Prompts with answers that are longer than the context: "error", "skip", or "truncate" to cut their end."""
+
     rope: str | None = None
     """How positions are extended; None keeps the checkpoint's own method, or is linear if it has none."""
     positions: int | None = None
@@ -139,6 +150,7 @@ class FinetuneConfig:
     def __post_init__(self):
         if not self.data_files:
             raise ValueError("data must name at least one text file")
+        _ = self.reading  # which checks its settings
         require_integers(self, 1, "steps", "batch_size", "micro_batches", "checkpoint_every", "max_skipped")
         require_integers(self, 2, "context")
         require_integers(self, 0, "warmup_steps", "seed")
@@ -237,6 +249,17 @@ class FinetuneConfig:
     @property
     def data_files(self) -> tuple[Path, ...]:
         return as_paths(self.data)
+
+    @property
+    def reading(self) -> Reading:
+        """How the rows of the data become samples."""
+        return Reading(
+            fields=dict(self.fields),
+            loss_on=self.loss_on,
+            bad_rows=self.bad_rows,
+            too_long=self.too_long,
+            mixed=False,
+        )
 
     @property
     def groups(self) -> int | None:

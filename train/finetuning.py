@@ -5,7 +5,7 @@ import dataclasses
 import math
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +17,11 @@ from jsparse.models.checkpoint import load_config
 from jsparse.models.end_token import end_token
 from jsparse.models.masking import ModelMask
 from jsparse.models.sharding import batch_sharding, put
-from jsparse.texts.documents import check_files
+from jsparse.texts.chat_template import find_chat_template
+from jsparse.texts.data_files import DataFile, find_data
 from jsparse.train.config import FinetuneConfig
 from jsparse.train.data.batches import batch_at, digest_data, position_at
-from jsparse.train.data.windows import HEADER, Windows, open_windows, write_windows
+from jsparse.train.data.windows import HEADER, Windows, open_windows, read_findings, write_windows
 from jsparse.train.export import export_model
 from jsparse.train.run.checkpoint import open_checkpoints
 from jsparse.train.run.identity import (
@@ -86,7 +87,7 @@ def finetune(config: FinetuneConfig, *, progress: bool = True) -> FinetuneResult
 
     Source: LongLoRA (arXiv 2309.12307).
     """
-    check_files(config.data_files)
+    data = find_data(config.data_files)
     config = with_commit(config)
     base_config = load_config(config.model)
     model_config = extended_config(config, base_config)
@@ -94,12 +95,20 @@ def finetune(config: FinetuneConfig, *, progress: bool = True) -> FinetuneResult
     mask = pattern.masks(model_config, config.context)
     tokenizer = load_tokenizer(config.model)
     eos = end_token(config.model, tokenizer, base_config)
-    digest = digest_data(config.data_files, tokenizer, context=config.context, eos_token_id=eos)
+    meaning = {
+        "context": config.context,
+        "eos_token_id": eos,
+        "chat_template": find_chat_template(config.model),
+        "reading": config.reading,
+    }
+    digest = digest_data(data.files, tokenizer, **meaning)
     run = describe_run(config, digest, model_config, pattern)
     start = steps_taken(config, run)
     mesh = config.mesh.make() if config.mesh.devices > 1 or jax.process_count() > 1 else None
     state, split = load_start(config, model_config, mesh)
-    windows = _windows(config, tokenizer, model_config, digest, eos_token_id=eos, progress=progress)
+    folder = config.output_folder / DATA / digest[:16]
+    windows = _windows(folder, data.files, tokenizer, vocab_size=base_config.vocab_size, progress=progress, **meaning)
+    findings = read_findings(folder)
     with (
         open_checkpoints(checkpoint_folder(config.output_folder), writable=True) as checkpoints,
         jax.set_mesh(mesh) if mesh is not None else contextlib.nullcontext(),
@@ -109,7 +118,7 @@ def finetune(config: FinetuneConfig, *, progress: bool = True) -> FinetuneResult
 
         def save(step: int, state: TrainState) -> None:
             position = position_at(len(windows), step, config.batch_size)
-            checkpoints.save(step, state, run | {"position": position})
+            checkpoints.save(step, state, run | {"position": position, "form": findings.form})
 
         state, metrics = run_steps(
             state,
@@ -133,26 +142,11 @@ def finetune(config: FinetuneConfig, *, progress: bool = True) -> FinetuneResult
 
 
 def _windows(
-    config: FinetuneConfig,
-    tokenizer: Any,
-    model_config: LlamaConfig,
-    digest: str,
-    *,
-    eos_token_id: int | None,
-    progress: bool,
+    folder: Path, files: Sequence[DataFile], tokenizer: Any, **settings: Any
 ) -> Windows:
     """The data as windows of tokens on disk: from an earlier call, or made now by the first process."""
-    folder = config.output_folder / DATA / digest[:16]
     if is_first_process() and not (folder / HEADER).is_file():
-        write_windows(
-            config.data_files,
-            tokenizer,
-            folder,
-            context=config.context,
-            eos_token_id=eos_token_id,
-            vocab_size=model_config.vocab_size,
-            progress=progress,
-        )
+        write_windows(files, tokenizer, folder, **settings)
     wait_for_all("data")
     return open_windows(folder)
 

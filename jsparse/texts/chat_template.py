@@ -1,6 +1,7 @@
 """Chat templates: from messages to the prompt that a checkpoint was trained on."""
 
 import functools
+import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -131,6 +132,13 @@ class ChatTemplate:
         prompt = self._encode(messages, sanitize_control_tokens, {"add_generation_prompt": False} | arguments)
         return prompt.ids, assistant_mask(prompt.encoding.offsets, prompt.generated)
 
+    def digest(self) -> str:
+        """SHA-256 of all that decides what is rendered and encoded, but for the tokenizer in tokenizer.json."""
+        sources = {name: template.source for name, template in self.templates.items()}
+        added = [repr(token) for token in self.added_tokens]
+        content = json.dumps([sources, dict(self.special_tokens), added], sort_keys=True)
+        return hashlib.sha256(content.encode()).hexdigest()
+
     def _choose(self, name: str | None, tools: Any) -> CompiledTemplate:
         if name is None:
             name = "tool_use" if tools is not None and "tool_use" in self.templates else "default"
@@ -225,6 +233,16 @@ def load_chat_template(model: str | Path) -> ChatTemplate:
     return ChatTemplate(
         directory, templates, special_tokens, _added_tokens(config, special_tokens, directory)
     )
+
+
+def find_chat_template(model: str | Path) -> ChatTemplate | None:
+    """As `load_chat_template`, but None for a model without one."""
+    try:
+        return load_chat_template(model)
+    except FileNotFoundError:
+        if not model_folder(model).is_dir():
+            raise
+        return None
 
 
 # Files

@@ -1,109 +1,130 @@
-"""Files to tokens: text files and JSON lines; documents to pre-train on, and prompts with completions."""
+"""Files to tokens: documents to pre-train on, and prompts, instructions and conversations to learn answers from."""
 
-import json
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TypeAlias
 
 import numpy as np
-from jaxtyping import Int32
-from tokenizers import Encoding, Tokenizer
+from jaxtyping import Bool, Int32
+from tokenizers import Tokenizer
 
-from jsparse.texts.tokenizer import plain_text_tokenizer
+from jsparse.texts.chat_template import ChatTemplate
+from jsparse.texts.data_files import DataFile, find_data
+from jsparse.texts.findings import LIMIT, Findings
+from jsparse.texts.plain_form import plain_form
+from jsparse.texts.reading import Reading
+from jsparse.texts.rows import BadRow, Row, read_rows
+from jsparse.texts.shapes import (
+    BadShape,
+    Completion,
+    Conversation,
+    Document,
+    Instruction,
+    Record,
+    read_record,
+    shape_name,
+)
+from jsparse.texts.tokenizer import start_ids, started, whole_text_tokenizer
 
 _BATCH_CHARACTERS = 1 << 18  # tokenised at a time, on all cores; a batch is longer only if one record is
-_ALLOWED = (
-    'a line must be {"text": ...}, {"prompt": ..., "completion": ...} or '
-    '{"instruction": ..., "input": ... (may be left out), "output": ...}, and have no other field'
-)
-_SHAPES = (
-    {"text"},
-    {"prompt", "completion"},
-    {"instruction", "output"},
-    {"instruction", "input", "output"},
-)
+_TOKENS_SHOWN, _PARTS_SHOWN, _CUT = 160, 8, " […] "  # of the sample that users see
+
+Sources: TypeAlias = Sequence[str | Path | DataFile]
 
 
 class Sample(NamedTuple):
-    """The tokens of one document, or of one prompt and its completion.
+    """The tokens of one document, or of one prompt, instruction or conversation with its answers.
 
     - tokens: int32 [T].
-    - prompt_tokens: how many of the first tokens are the prompt's, which are no targets; None for a document,
-      which may be cut anywhere and where all tokens count.
+    - scored: [T], which tokens are targets; None for a document, which may be cut anywhere and where all
+      tokens count.
     - place: file and line, for errors.
     - size: the bytes it took in its file.
     """
 
     tokens: Int32[np.ndarray, " T"]
-    prompt_tokens: int | None
+    scored: Bool[np.ndarray, " T"] | None
     place: str
     size: int
 
+    @property
+    def prompt_tokens(self) -> int | None:
+        """How many tokens come before the first target; None for a document."""
+        if self.scored is None:
+            return None
+        return int(self.scored.argmax()) if self.scored.any() else len(self.scored)
 
-class _Record(NamedTuple):
-    """A record of a file: a document's text, or a completion with the prompt before it."""
+    @property
+    def targets(self) -> int:
+        """How many tokens are learned: never the first, which nothing comes before."""
+        return len(self.tokens) - 1 if self.scored is None else int(np.count_nonzero(self.scored[1:]))
 
-    prompt: str | None
-    text: str
+
+class _Placed(NamedTuple):
+    record: Record
     place: str
     size: int
-
-
-def check_files(files: Sequence[str | Path]) -> None:
-    """Raises an error for the first of ``files`` that is missing or a directory, without reading any."""
-    for file in map(Path, files):
-        if file.is_dir():
-            raise ValueError(f"data: {file} is a directory; name the files themselves")
-        if not file.is_file():
-            raise FileNotFoundError(f"data: {file} does not exist")
-
-
-def is_json_lines(file: str | Path) -> bool:
-    """Whether a file is read line by line, as JSON. Any other file is UTF-8 text and one document."""
-    return Path(file).suffix.lower() == ".jsonl"
 
 
 def read_documents(
-    files: Sequence[str | Path], tokenizer: Tokenizer, *, eos_token_id: int | None, vocab_size: int
+    files: Sources, tokenizer: Tokenizer, *, eos_token_id: int | None, vocab_size: int
 ) -> list[Int32[np.ndarray, " _"]]:
     """Tokens of every document, in memory: one int32 array each, with the end-of-sequence token last.
 
-    A document is a UTF-8 text file, or a line ``{"text": ...}`` of a ``.jsonl`` file. The rest is as in
-    ``read_samples``, but a prompt with a completion, which is for fine-tuning, raises ValueError.
+    A document is a text file, or a row ``{"text": ...}``. The rest is as in ``read_samples``, but what has an
+    answer to learn, which is for fine-tuning, raises ValueError.
     """
-    records = map(_require_document, _read_files(files))
-    samples = _tokenise(records, tokenizer, eos_token_id=eos_token_id, vocab_size=vocab_size)
-    return [sample.tokens for sample in samples]
+    samples = read_samples(files, tokenizer, eos_token_id=eos_token_id, vocab_size=vocab_size)
+    return [_require_document(sample).tokens for sample in samples]
 
 
 def read_samples(
-    files: Sequence[str | Path], tokenizer: Tokenizer, *, eos_token_id: int | None, vocab_size: int
+    files: Sources,
+    tokenizer: Tokenizer,
+    *,
+    eos_token_id: int | None,
+    vocab_size: int,
+    chat_template: ChatTemplate | None = None,
+    reading: Reading | None = None,
+    findings: Findings | None = None,
 ) -> Iterator[Sample]:
-    """Tokens of every document, and of every prompt with its completion, in the order of the files.
+    """Tokens of every document, and of every question with its answer, in the order of the files.
 
-    A ``.jsonl`` file has one JSON object per line, which is one of
+    What a file is, is read from its content (``jsparse.texts.data_files``): a text file is one document, and
+    every row of a file of rows is one of
 
     - ``{"text": str}``: a document;
     - ``{"prompt": str, "completion": str}``: the completion's tokens are scored, the prompt's are not;
-    - ``{"instruction": str, "input": str, "output": str}``: the same, with the prompt
-      ``[INST]{instruction}[/INST]`` (LongLoRA, supervised-fine-tune.py). ``input`` may be left out; unless it
-      is empty, it follows the instruction on a line of its own.
+    - ``{"instruction": str, "input": str, "output": str}`` (Alpaca): one question and its answer, as messages.
+      ``input`` may be left out; it follows the instruction on a line of its own;
+    - ``{"messages": [{"role": ..., "content": ...}, ...]}``, also with ``tools``, or
+      ``{"conversations": [{"from": "human", "value": ...}, ...]}`` (ShareGPT): what the assistant says is
+      scored.
 
-    Any other file is UTF-8 text, and one document. Line ends are kept as they are.
+    Further fields are not read. Messages are rendered by ``chat_template``, or in Alpaca's plain form
+    (``jsparse.texts.plain_form``) if there is none.
 
-    Each sample ends with the end-of-sequence token, which is scored; with ``eos_token_id=None`` there is
-    none. It begins with what the tokenizer adds by itself (Llama's begin-of-sequence token). Prompt and
-    completion are tokenised separately, so the prompt has the same tokens as when the model is served. Text
-    is read as text: a literal ``<|endoftext|>`` does not become the special token, and a truncation length
-    saved in tokenizer.json is not applied.
+    What is trained is what is served: a text or a prompt has the tokens that it has as a prompt of
+    ``generate``. It begins with what the tokenizer puts there (Llama's begin-of-sequence token), once, and
+    special tokens written in it are those tokens; in messages they are text. Prompt and completion are
+    tokenised separately. A document and a completion end with the end-of-sequence token, which is scored;
+    with ``eos_token_id=None`` there is none. Messages end as their template has it. A truncation length saved
+    in tokenizer.json is not applied.
 
-    Lines are read as they are needed, and 262,144 characters of them, or one line, are held at a time. A text
+    Rows are read as they are needed, and 262,144 characters of them, or one row, are held at a time. A text
     file is read whole, because a tokenizer may merge across any place where it could be cut. For one of 20
     MB, tokenizers 0.23 took 2.5 GB of memory. Give larger texts as JSON lines.
 
-    Raises FileNotFoundError for a file that is missing. Raises ValueError, naming file and line when it comes
-    to them, for what is a directory, not UTF-8, empty, not JSON or of another shape, and for ids that the
-    model's vocabulary does not have.
+    - files: files, folders, patterns, ids of datasets on the hub, "-" for standard input, or what
+      ``find_data`` made of these.
+    - chat_template: the model's.
+    - reading: names of fields, what is learned, and what becomes of bad rows.
+    - findings: what is found is added to it.
+
+    Raises FileNotFoundError for a file that is missing. Raises ValueError for what is no file of data or
+    empty, for ids that the model's vocabulary does not have, and, unless ``reading`` skips them, for rows that
+    are not UTF-8, not JSON or of no shape: one message at the end, which names file and line of all of them,
+    up to ``LIMIT``.
 
     >>> import tempfile
     >>> from jsparse.models import byte_tokenizer
@@ -114,157 +135,185 @@ def read_samples(
     >>> sample.tokens, sample.prompt_tokens
     (array([ 50,  43,  50,  61,  52, 256], dtype=int32), 4)
     """
-    return _tokenise(_read_files(files), tokenizer, eos_token_id=eos_token_id, vocab_size=vocab_size)
-
-
-def _read_files(files: Sequence[str | Path]) -> Iterator[_Record]:
-    check_files(files)
-    for file in map(Path, files):
-        yield from _read_lines(file) if is_json_lines(file) else [_read_text(file)]
-
-
-def _read_text(file: Path) -> _Record:
-    content = file.read_bytes()
-    text = _decode(content, str(file))
-    if not text.strip():
-        raise _empty(file)
-    return _Record(None, text, str(file), len(content))
-
-
-def _read_lines(file: Path) -> Iterator[_Record]:
-    number = 0
-    with file.open("rb") as lines:
-        for number, line in enumerate(lines, start=1):
-            place = f"{file}, line {number}"
-            prompt, text = _parse(line, place)
-            yield _Record(prompt, text, place, len(line))
-    if number == 0:
-        raise _empty(file)
-
-
-def _parse(line: bytes, place: str) -> tuple[str | None, str]:
-    """The prompt of a line, None for a document, and its text."""
-    content = _decode(line, place).rstrip()
-    try:
-        fields = json.loads(content, object_pairs_hook=_unique)
-    except (ValueError, RecursionError) as error:
-        reason = f"{error.msg} at character {error.pos}" if isinstance(error, json.JSONDecodeError) else error
-        raise ValueError(f"data: {place} is not valid JSON ({reason}); {_ALLOWED}") from error
-    if not isinstance(fields, dict):
-        raise ValueError(f"data: {place} is no JSON object; {_ALLOWED}")
-    if fields.keys() not in _SHAPES:
-        raise ValueError(f"data: {place} has the fields {sorted(fields)}; {_ALLOWED}")
-    for name, value in fields.items():
-        _check_value(name, value, place)
-
-    if "text" in fields:
-        return None, fields["text"]
-    if "prompt" in fields:
-        return fields["prompt"], fields["completion"]
-    instruction = "\n".join(filter(None, [fields["instruction"], fields.get("input")]))
-    return f"[INST]{instruction}[/INST]", fields["output"]
-
-
-def _unique(pairs: list[tuple[str, object]]) -> dict[str, object]:
-    fields = dict(pairs)
-    if len(fields) < len(pairs):
-        raise ValueError("a field stands there twice")
-    return fields
-
-
-def _check_value(name: str, value: object, place: str) -> None:
-    if not isinstance(value, str):
-        raise ValueError(f'data: {place}: "{name}" must be a string, not {json.dumps(value)[:50]}')
-    if not value.strip() and not (name == "input" and value == ""):
-        raise ValueError(f'data: {place}: "{name}" is {value[:50]!r}; it must hold some text')
-    try:
-        value.encode("utf-8")
-    except UnicodeEncodeError as error:  # JSON can write half a surrogate pair, not a character
-        half = error.object[error.start]
-        raise ValueError(f'data: {place}: "{name}" holds {half!r}, which is not Unicode text') from error
-
-
-def _decode(content: bytes, place: str) -> str:
-    try:
-        return content.decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise ValueError(
-            f"data: {place} is not UTF-8 text: byte {content[error.start]:#04x} at offset {error.start}"
-        ) from error
-
-
-def _empty(file: Path) -> ValueError:
-    return ValueError(f"data: {file} is empty; every data file must hold some text")
-
-
-def _require_document(record: _Record) -> _Record:
-    if record.prompt is not None:
-        raise ValueError(
-            f"data: {record.place} is a prompt with its completion, which is for fine-tuning; "
-            'here a document is needed: a text file, or a line {"text": ...}'
-        )
-    return record
-
-
-def _tokenise(
-    records: Iterable[_Record], tokenizer: Tokenizer, *, eos_token_id: int | None, vocab_size: int
-) -> Iterator[Sample]:
     if eos_token_id is not None and not 0 <= eos_token_id < vocab_size:
         raise ValueError(f"eos_token_id={eos_token_id} must be at least 0 and less than {vocab_size=}")
-    plain = plain_text_tokenizer(tokenizer)
-    for batch in _batches(records):
-        starts = [record.text if record.prompt is None else record.prompt for record in batch]
-        completions = [record.text for record in batch if record.prompt is not None]
-        encoded_starts = plain.encode_batch_fast(starts)
-        encoded_completions = iter(plain.encode_batch_fast(completions, add_special_tokens=False))
-        for record, start in zip(batch, encoded_starts, strict=True):
-            completion = None if record.prompt is None else next(encoded_completions)
-            yield _sample(record, start, completion, eos_token_id=eos_token_id, vocab_size=vocab_size)
+    reading = Reading() if reading is None else reading
+    findings = Findings() if findings is None else findings
+    encoder = _Encoder(tokenizer, eos_token_id, vocab_size, chat_template, reading.loss_on)
+    for batch in _batches(_read_records(files, reading, findings)):
+        for sample in encoder.samples(batch, findings):
+            findings.samples += 1
+            findings.tokens += len(sample.tokens)
+            findings.targets += sample.targets
+            findings.example = findings.example or show_sample(sample, encoder.tokenizer)
+            yield sample
+    if reading.bad_rows == "error":
+        refuse_bad_rows(findings)
 
 
-def _sample(
-    record: _Record,
-    start: Encoding,
-    completion: Encoding | None,
-    *,
-    eos_token_id: int | None,
-    vocab_size: int,
-) -> Sample:
-    """The sample of a record. ``start`` is a document, or a prompt if there is a completion."""
-    prompt, ids = ([], start.ids) if completion is None else (_without_end(start), completion.ids)
-    if completion is not None and not (prompt and ids):
-        name = "completion" if prompt else "prompt"
-        raise ValueError(f"data: {record.place}: the {name} has no tokens for this tokenizer")
-    # Some tokenizers add the end-of-sequence token to a text by themselves.
-    if eos_token_id is not None and ids[-1:] != [eos_token_id]:
-        ids.append(eos_token_id)
-    tokens = prompt + ids
-    if not tokens:
-        raise ValueError(f"data: {record.place} has no tokens for this tokenizer")
-    if max(tokens) >= vocab_size:
+def refuse_bad_rows(findings: Findings) -> None:
+    """Raise ValueError for the bad rows that were found."""
+    count = findings.bad.count
+    if count > 1:
+        raise ValueError(f"data: {count} bad rows, which --bad-rows skip leaves out: {findings.bad}")
+    if count:
+        raise ValueError(f"data: {findings.bad}")
+
+
+def _read_records(files: Sources, reading: Reading, findings: Findings) -> Iterator[_Placed]:
+    data = find_data(files)
+    findings.left_out += data.left_out
+    for file in data.files:
+        findings.begin_file(file.name, file.kind)
+        for row in read_rows(file):
+            placed = _read_row(row, reading, findings)
+            if placed is not None:
+                yield placed
+            elif reading.bad_rows == "error" and findings.bad.count == LIMIT:
+                refuse_bad_rows(findings)
+
+
+def _read_row(row: Row | BadRow, reading: Reading, findings: Findings) -> _Placed | None:
+    if isinstance(row, BadRow):
+        findings.bad.add(row.place, row.reason)
+        return None
+    if isinstance(row.content, str):
+        findings.add_row("documents", row.place)
+        return _Placed(Document(row.content), row.place, row.size)
+    try:
+        record, unread = read_record(row.content, reading.fields)
+    except BadShape as error:
+        findings.bad.add(row.place, str(error))
+        return None
+    findings.ignored.update(unread)
+    findings.add_row(shape_name(record), row.place)
+    return _Placed(record, row.place, row.size)
+
+
+def _require_document(sample: Sample) -> Sample:
+    if sample.scored is not None:
         raise ValueError(
-            f"data: {record.place} has token id {max(tokens)}, but the model's vocabulary has {vocab_size} "
-            "entries: the tokenizer is not this model's"
+            f"data: {sample.place} is a prompt with its completion, which is for fine-tuning; "
+            'here a document is needed: a text file, or a line {"text": ...}'
         )
-    prompt_tokens = None if completion is None else len(prompt)
-    return Sample(np.asarray(tokens, np.int32), prompt_tokens, record.place, record.size)
+    return sample
 
 
-def _batches(records: Iterable[_Record]) -> Iterator[list[_Record]]:
+class _Encoder:
+    """From records to samples, by one tokenizer and one template."""
+
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        eos_token_id: int | None,
+        vocab_size: int,
+        chat_template: ChatTemplate | None,
+        loss_on: str,
+    ):
+        self.tokenizer = whole_text_tokenizer(tokenizer)
+        self._start = start_ids(tokenizer)
+        self._eos, self._vocab_size, self._all = eos_token_id, vocab_size, loss_on == "all"
+        self._plain = chat_template is None
+        self._chat = plain_form(tokenizer, eos_token_id) if chat_template is None else chat_template
+
+    def samples(self, batch: Sequence[_Placed], findings: Findings) -> Iterator[Sample]:
+        """Those of a batch; what cannot be encoded is added to the bad rows."""
+        starts = [one.record for one in batch if isinstance(one.record, Document | Completion)]
+        texts = [one.prompt if isinstance(one, Completion) else one.text for one in starts]
+        completions = [one.completion for one in starts if isinstance(one, Completion)]
+        encoded_texts = iter(self._encode(texts))
+        encoded_completions = iter(self._encode(completions))
+        for record, place, size in batch:
+            try:
+                if isinstance(record, Document):
+                    ids, scored = self._document(next(encoded_texts))
+                elif isinstance(record, Completion):
+                    ids, scored = self._completion(next(encoded_texts), next(encoded_completions))
+                else:
+                    findings.form = "plain" if self._plain else "template"
+                    ids, scored = self._messages(record)
+            except BadShape as error:
+                findings.bad.add(place, str(error))
+                continue
+            if max(ids) >= self._vocab_size:
+                raise ValueError(
+                    f"data: {place} has token id {max(ids)}, but the model's vocabulary has "
+                    f"{self._vocab_size} entries: the tokenizer is not this model's"
+                )
+            yield Sample(np.asarray(ids, np.int32), scored, place, size)
+
+    def _encode(self, texts: list[str]) -> list[list[int]]:
+        return [one.ids for one in self.tokenizer.encode_batch_fast(texts, add_special_tokens=False)]
+
+    def _ended(self, ids: list[int]) -> list[int]:
+        return ids if self._eos is None or ids[-1:] == [self._eos] else [*ids, self._eos]
+
+    def _document(self, ids: list[int]) -> tuple[list[int], None]:
+        ids = self._ended(started(self._start, ids))
+        if not ids:
+            raise BadShape(" has no tokens for this tokenizer")
+        return ids, None
+
+    def _completion(self, prompt: list[int], completion: list[int]) -> tuple[list[int], np.ndarray]:
+        prompt, answer = started(self._start, prompt) if prompt else [], self._ended(completion)
+        if not prompt or not answer:
+            name = "completion" if prompt else "prompt"
+            raise BadShape(f": the {name} has no tokens for this tokenizer")
+        return prompt + answer, np.arange(len(prompt) + len(answer)) >= (0 if self._all else len(prompt))
+
+    def _messages(self, record: Instruction | Conversation) -> tuple[list[int], np.ndarray]:
+        tools = None if isinstance(record, Instruction) else record.tools
+        messages = record.messages(plain=self._plain) if isinstance(record, Instruction) else record.messages
+        try:
+            ids, mask = self._chat.encode_with_mask(messages, tools=tools)
+        except ValueError as error:
+            raise BadShape(f": {error}") from error
+        scored = np.ones(len(ids), bool) if self._all else np.array(mask, bool)
+        if not scored[1:].any():
+            raise BadShape(" has no target: the template writes nothing for the assistant")
+        return ids, scored
+
+
+def show_sample(sample: Sample, tokenizer: Tokenizer) -> str:
+    """A sample as text, its targets between ⟦ and ⟧; the middle of long parts is left out.
+
+    >>> from jsparse.models import byte_tokenizer
+    >>> scored = np.array([False, False, True])
+    >>> show_sample(Sample(np.array([50, 61, 52], np.int32), scored, "", 0), byte_tokenizer())
+    '2=⟦4⟧'
+    """
+    scored = np.ones(len(sample.tokens), bool) if sample.scored is None else sample.scored
+    edges = [0, *(np.flatnonzero(np.diff(scored)) + 1).tolist(), len(scored)]
+    parts = []
+    for start, end in zip(edges, edges[1:], strict=False):
+        text = _decode_part(sample.tokens.tolist(), start, end, tokenizer)
+        parts.append(f"⟦{text}⟧" if scored[start] else text)
+        if len(parts) == _PARTS_SHOWN and end < len(scored):
+            parts.append(_CUT)
+            break
+    return "".join(parts)
+
+
+def _decode_part(ids: list[int], start: int, end: int, tokenizer: Tokenizer) -> str:
+    if end - start > _TOKENS_SHOWN:
+        half = _TOKENS_SHOWN // 2
+        shown = (start, start + half), (end - half, end)
+        return _CUT.join(_decode_part(ids, *part, tokenizer) for part in shown)
+    # After the token before it: alone, a decoder may take the space from the first word.
+    before = tokenizer.decode(ids[:start][-1:], skip_special_tokens=False)
+    text = tokenizer.decode(ids[start - 1 if start else 0 : end], skip_special_tokens=False)
+    if text.startswith(before):
+        return text[len(before) :]
+    return tokenizer.decode(ids[start:end], skip_special_tokens=False)
+
+
+def _batches(records: Iterable[_Placed]) -> Iterator[list[_Placed]]:
     batch, characters = [], 0
-    for record in records:
-        batch.append(record)
-        characters += len(record.prompt or "") + len(record.text)
+    for placed in records:
+        batch.append(placed)
+        characters += placed.size
         if characters >= _BATCH_CHARACTERS:
             yield batch
             batch, characters = [], 0
     if batch:
         yield batch
-
-
-def _without_end(encoded: Encoding) -> list[int]:
-    """The tokens of a prompt without what the tokenizer puts after every text: a completion follows."""
-    ids, added = encoded.ids, encoded.special_tokens_mask
-    while ids and added[len(ids) - 1]:
-        ids.pop()
-    return ids

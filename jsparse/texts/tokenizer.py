@@ -79,9 +79,25 @@ def prompt_ids(tokenizer: tokenizers.Tokenizer, text: str) -> list[int]:
     >>> prompt_ids(byte_tokenizer(), "hi")
     [104, 105]
     """
+    return started(start_ids(tokenizer), tokenizer.encode(text, add_special_tokens=False).ids)
+
+
+def start_ids(tokenizer: tokenizers.Tokenizer) -> list[int]:
+    """What the tokenizer puts before every text by itself.
+
+    >>> start_ids(byte_tokenizer())
+    []
+    """
     some = tokenizer.encode("a")
-    start = list(itertools.compress(some.ids, itertools.takewhile(bool, some.special_tokens_mask)))
-    ids = tokenizer.encode(text, add_special_tokens=False).ids
+    return list(itertools.compress(some.ids, itertools.takewhile(bool, some.special_tokens_mask)))
+
+
+def started(start: list[int], ids: list[int]) -> list[int]:
+    """The tokens of a text with ``start`` before them, once.
+
+    >>> started([1], [1, 7]), started([1], [7])
+    ([1, 7], [1, 7])
+    """
     return ids if ids[: len(start)] == start else start + ids
 
 
@@ -110,11 +126,18 @@ def eos_token_id(directory: str | Path, tokenizer: tokenizers.Tokenizer) -> int 
 
 def plain_text_tokenizer(tokenizer: tokenizers.Tokenizer) -> tokenizers.Tokenizer:
     """A copy that never truncates or pads, and that reads the names of special tokens as text."""
-    plain = tokenizers.Tokenizer.from_str(tokenizer.to_str())
-    plain.no_truncation()
-    plain.no_padding()
+    plain = whole_text_tokenizer(tokenizer)
     plain.encode_special_tokens = True
     return plain
+
+
+def whole_text_tokenizer(tokenizer: tokenizers.Tokenizer) -> tokenizers.Tokenizer:
+    """A copy that never truncates or pads."""
+    whole = tokenizers.Tokenizer.from_str(tokenizer.to_str())
+    whole.encode_special_tokens = tokenizer.encode_special_tokens  # which a text of it does not say
+    whole.no_truncation()
+    whole.no_padding()
+    return whole
 
 
 def text_encoder(tokenizer: tokenizers.Tokenizer, vocab_size: int) -> Callable[[str], list[int]]:

@@ -4,19 +4,22 @@ Files become samples (``jsparse.texts.documents``), samples become windows on di
 windows become batches.
 """
 
+import dataclasses
 import functools
 import hashlib
-from collections.abc import Sequence
-from pathlib import Path
+import json
 
 import numpy as np
 from tokenizers import Tokenizer
 
-from jsparse.texts.documents import check_files, is_json_lines
-from jsparse.texts.tokenizer import plain_text_tokenizer
+from jsparse.texts.chat_template import ChatTemplate
+from jsparse.texts.data_files import find_data
+from jsparse.texts.documents import Sources
+from jsparse.texts.reading import Reading
+from jsparse.texts.tokenizer import whole_text_tokenizer
 from jsparse.train.data.windows import TrainBatch, Windows
 
-_PACKING = 1  # increase this when the same files are packed into windows differently
+_PACKING = 2  # increase this when the same files are packed into windows differently
 
 
 def batch_at(windows: Windows, step: int, *, batch_size: int, seed: int) -> TrainBatch:
@@ -54,23 +57,30 @@ def position_at(windows_count: int, step: int, batch_size: int) -> dict[str, int
 
 
 def digest_data(
-    files: Sequence[str | Path], tokenizer: Tokenizer, *, context: int, eos_token_id: int | None
+    files: Sources,
+    tokenizer: Tokenizer,
+    *,
+    context: int,
+    eos_token_id: int | None,
+    chat_template: ChatTemplate | None = None,
+    reading: Reading | None = None,
 ) -> str:
     """SHA-256 of all that windows are made of: if digests are equal, ``write_windows`` stores equal windows.
 
-    It covers the bytes of the files, in their order, and whether they are JSON lines; the tokenizer; and how
-    the samples are cut. Names of files do not count, nor do the truncation and padding in tokenizer.json,
-    which ``write_windows`` does not apply. Files are read in pieces, and nothing is tokenised.
+    It covers the bytes of the files, in their order, and what kind they are; the tokenizer and the chat
+    template; and how rows are read and samples cut. Names of files do not count, nor do the truncation and
+    padding in tokenizer.json, which ``write_windows`` does not apply. Files are read in pieces, and nothing is
+    tokenised.
 
-    Raises FileNotFoundError or ValueError for a path that is missing or is a directory.
+    Raises FileNotFoundError or ValueError for what is missing or no file of data.
     """
-    check_files(files)
     sha = hashlib.sha256(f"packing {_PACKING}, {context=}, {eos_token_id=}\n".encode())
-    sha.update(hashlib.sha256(plain_text_tokenizer(tokenizer).to_str().encode()).digest())
-    for file in files:
-        with open(file, "rb") as stream:
-            sha.update(b"lines" if is_json_lines(file) else b"text.")
-            sha.update(hashlib.file_digest(stream, "sha256").digest())
+    sha.update(hashlib.sha256(whole_text_tokenizer(tokenizer).to_str().encode()).digest())
+    template = None if chat_template is None else chat_template.digest()
+    settings = dataclasses.asdict(Reading() if reading is None else reading)
+    sha.update(json.dumps([template, tokenizer.encode_special_tokens, settings], sort_keys=True).encode())
+    for file in find_data(files).files:
+        sha.update(file.digest())
     return sha.hexdigest()
 
 

@@ -6,7 +6,7 @@ import io
 import json
 import os
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -17,7 +17,11 @@ from tokenizers import Tokenizer
 
 from jsparse.models.loss import PADDING
 from jsparse.reports.progress import progress_bar
-from jsparse.texts.documents import Sample, check_files, read_samples
+from jsparse.texts.chat_template import ChatTemplate
+from jsparse.texts.data_files import find_data
+from jsparse.texts.documents import Sample, Sources, read_samples, refuse_bad_rows
+from jsparse.texts.findings import LIMIT, Findings
+from jsparse.texts.reading import Reading
 
 HEADER, TOKENS, FLAGS = "windows.json", "tokens.bin", "flags.bin"
 _FORMAT = 1
@@ -73,21 +77,23 @@ class Windows:
 
 
 def write_windows(
-    files: Sequence[str | Path],
+    files: Sources,
     tokenizer: Tokenizer,
     folder: str | Path,
     *,
     context: int,
     eos_token_id: int | None,
     vocab_size: int,
+    chat_template: ChatTemplate | None = None,
+    reading: Reading | None = None,
     progress: bool = False,
 ) -> Windows:
     """Tokenise files, pack them into windows of ``context`` tokens, and store the windows in ``folder``.
 
     Samples lie one after another, in the order of the files. A document that is longer than the rest of a
-    window continues in the next one, as a segment of its own. A prompt and its completion are never cut: if
-    they do not fit in the rest of a window, the rest is padded and they begin the next one. The last window
-    is padded. Nothing is dropped.
+    window continues in the next one, as a segment of its own. A prompt and its answer are not cut: if they do
+    not fit in the rest of a window, the rest is padded and they begin the next one. The last window is
+    padded. Nothing is dropped, unless ``reading`` asks for it, and then it is counted.
 
     Neither the text nor the tokens need to fit in memory: tokens are written as they come, 3 bytes each (5 if
     the vocabulary has more than 65,536 entries). windows.json is written last, so what a crash leaves does
@@ -96,13 +102,13 @@ def write_windows(
     - files: what to read; ``read_samples`` says which kinds there are. Each file is read whole.
     - folder: where the windows go.
     - context: tokens per window, at least 2.
-    - eos_token_id, vocab_size: as for ``read_samples``.
+    - eos_token_id, vocab_size, chat_template, reading: as for ``read_samples``.
     - progress: show a progress bar over the bytes of the files, if stderr is a terminal.
 
-    Returns the windows, mapped from ``folder``.
+    Returns the windows, mapped from ``folder``. ``read_findings`` says what was found in the files.
 
     Raises FileNotFoundError or ValueError as ``read_samples`` does, naming file and line. Raises ValueError
-    for a prompt and completion longer than ``context``, and for data that does not fill one window;
+    for prompts with answers that are longer than ``context``, and for data that does not fill one window;
     FileExistsError if ``folder`` is a file; and OSError, naming the folder, if it cannot be written, for
     instance because the disk is full.
 
@@ -128,21 +134,39 @@ def write_windows(
     if context < 2:
         raise ValueError(f"context={context} must be at least 2: a token, and one to predict from it")
     token_type = _token_type(vocab_size)
-    check_files(files)
+    reading, findings = Reading() if reading is None else reading, Findings()
+    data = find_data(files)
     if folder.exists() and not folder.is_dir():
         raise FileExistsError(f"{folder} is a file; it must be a folder, or not exist")
 
-    samples = read_samples(files, tokenizer, eos_token_id=eos_token_id, vocab_size=vocab_size)
+    samples = read_samples(
+        data.files,
+        tokenizer,
+        eos_token_id=eos_token_id,
+        vocab_size=vocab_size,
+        chat_template=chat_template,
+        reading=reading,
+        findings=findings,
+    )
+    findings.left_out += data.left_out
     with _undone_on_failure(folder), progress_bar(progress) as bar:
-        watched = _watch(samples, bar, total=sum(Path(file).stat().st_size for file in files))
-        written, padding = _store(_gather(_lay_out(watched, context)), folder, token_type)
+        watched = _watch(samples, bar, total=sum(file.size for file in data.files))
+        fitting = _fit(watched, context, reading.too_long, findings)
+        written, padding = _store(_gather(_lay_out(fitting, context)), folder, token_type)
+        _refuse(findings, reading, context)
         kept = written - padding
         if kept < context:
             raise ValueError(
-                f"data: {len(files)} file(s) with {kept} tokens in all do not fill one window of "
+                f"data: {len(data.files)} file(s) with {kept} tokens in all do not fill one window of "
                 f"context={context} tokens; give more text or a shorter context"
             )
-        _store_header(folder, windows=written // context, context=context, token_type=token_type.name)
+        _store_header(
+            folder,
+            windows=written // context,
+            context=context,
+            token_type=token_type.name,
+            findings=findings.to_json(),
+        )
     return open_windows(folder)
 
 
@@ -169,6 +193,11 @@ def open_windows(folder: str | Path) -> Windows:
     return Windows(_map(folder / TOKENS, token_type, shape), _map(folder / FLAGS, np.dtype(np.uint8), shape))
 
 
+def read_findings(folder: str | Path) -> Findings:
+    """What ``write_windows`` found in the files that it made the windows in ``folder`` of."""
+    return Findings.from_json(json.loads((Path(folder) / HEADER).read_text(encoding="utf-8"))["findings"])
+
+
 class _Piece(NamedTuple):
     """Tokens that lie one after another in the windows, and their flags."""
 
@@ -181,13 +210,12 @@ def _lay_out(samples: Iterable[Sample], context: int) -> Iterator[_Piece]:
     used = 0  # of the window that is being filled
     for sample in samples:
         length = len(sample.tokens)
-        if sample.prompt_tokens is not None:
-            _check_fits(sample, context)
-            if length > context - used:
-                yield _padding(context - used)
-                used = 0
+        if sample.scored is not None and length > context - used:
+            yield _padding(context - used)
+            used = 0
         flags = np.full(length, _SCORED, np.uint8)
-        flags[: sample.prompt_tokens or 0] = 0
+        if sample.scored is not None:
+            flags[~sample.scored] = 0
         flags[0] |= _STARTS
         yield _Piece(sample.tokens, flags)
         used = (used + length) % context
@@ -195,14 +223,46 @@ def _lay_out(samples: Iterable[Sample], context: int) -> Iterator[_Piece]:
         yield _padding(context - used)
 
 
-def _check_fits(sample: Sample, context: int) -> None:
-    length, prompt = len(sample.tokens), sample.prompt_tokens or 0
-    if length > context:
-        raise ValueError(
-            f"data: {sample.place} has {length} tokens, {prompt} of the prompt and {length - prompt} of the "
-            f"completion with its end: more than context={context}, and it is never cut; "
-            "shorten it, leave it out, or choose a longer context"
+def _fit(samples: Iterable[Sample], context: int, too_long: str, findings: Findings) -> Iterator[Sample]:
+    """The samples that fit a window. Others are cut or left out, as ``too_long`` says, and noted."""
+    for sample in samples:
+        length = len(sample.tokens)
+        if sample.scored is None or length <= context:
+            yield sample
+            continue
+        cut = sample._replace(tokens=sample.tokens[:context], scored=sample.scored[:context])
+        findings.tokens -= length
+        findings.targets -= sample.targets
+        if too_long == "truncate" and cut.targets:
+            findings.tokens += context
+            findings.targets += cut.targets
+            findings.truncated += 1
+            yield cut
+            continue
+        prompt = sample.prompt_tokens
+        findings.samples -= 1
+        findings.long.add(
+            sample.place,
+            f" has {length} tokens, {prompt} of the prompt and {length - prompt} of the completion with its end",
         )
+        if too_long == "error" and findings.long.count == LIMIT:
+            return
+
+
+def _refuse(findings: Findings, reading: Reading, context: int) -> None:
+    """Raise ValueError for rows that may not be there, before anything is trained on the others."""
+    if reading.bad_rows == "error":
+        refuse_bad_rows(findings)
+    if findings.long and reading.too_long == "error":
+        raise ValueError(
+            f"data: {findings.long}: more than context={context}, and never cut; shorten them, choose a longer "
+            "context, or give --too-long skip or truncate"
+        )
+    if not findings.samples:
+        raise ValueError(f"data: no sample is left; {findings.bad or findings.long}")
+    mixed = None if reading.mixed else findings.mixed_file()
+    if mixed is not None:
+        raise ValueError(f"data: {mixed}")
 
 
 def _padding(length: int) -> _Piece:

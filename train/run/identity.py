@@ -125,7 +125,7 @@ def _read_step(folder: Path, run: dict) -> int:
         if step is None:
             return 0
         theirs = checkpoints.read_run(step)
-    shared = [name for name in run | theirs if name not in ("config", "position")]
+    shared = [name for name in run | theirs if name not in ("config", "position", "form")]
     names = [name for name in shared if run.get(name) != theirs.get(name)]
     if "context" in names:  # the digest of the data covers how they are cut into windows
         names = [name for name in names if name != "data"]

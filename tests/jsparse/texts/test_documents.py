@@ -11,6 +11,9 @@ from hypothesis import strategies as st
 from jsparse.models import byte_tokenizer
 from jsparse.texts import documents
 from jsparse.texts.documents import read_documents, read_samples
+from jsparse.texts.findings import Findings
+from jsparse.texts.reading import Reading
+from jsparse.texts.tokenizer import prompt_ids
 
 END = 256
 
@@ -50,15 +53,32 @@ def test_a_document_is_its_text_and_the_end_token(tmp_path):
     assert read(tmp_path / "a", eos_token_id=None)[0].tolist() == [*"né\r\n".encode()]
 
 
-def test_text_cannot_forge_the_end_of_a_document_nor_be_truncated(tmp_path):
+def test_a_text_has_the_tokens_that_it_has_as_a_prompt(tmp_path):
     text = "a<|endoftext|>b"
     (tmp_path / "a").write_text(text)
     tokenizer = byte_tokenizer()
-    tokenizer.encode_special_tokens = False
-    tokenizer.enable_truncation(4)
+    tokenizer.encode_special_tokens = False  # as every tokenizer that is loaded
+    tokenizer.enable_truncation(2)
     tokenizer.enable_padding(length=40)
-    assert read(tmp_path / "a", tokenizer=tokenizer)[0].tolist() == [*text.encode(), END]
+    assert read(tmp_path / "a", tokenizer=tokenizer)[0].tolist() == [*b"a", END, *b"b", END]
     assert len(tokenizer.encode("abcdefgh").ids) == 40  # the caller's tokenizer is as it was
+    tokenizer.encode_special_tokens = True
+    assert read(tmp_path / "a", tokenizer=tokenizer)[0].tolist() == [*text.encode(), END]
+
+
+@given(
+    texts=st.lists(st.sampled_from(["one", " two", "<s>", "</s>", "\n", "zwei"]), min_size=1, max_size=6),
+    start=st.booleans(),
+)
+@settings(max_examples=40)
+def test_prompts_and_texts_have_the_tokens_that_generate_gives_them(tmp_path_factory, texts, start):
+    text = "one" + "".join(texts)
+    tokenizer = word_tokenizer(**({"start": 0} if start else {}))
+    file = lines(tmp_path_factory.mktemp("any") / "a.jsonl", {"text": text}, {"prompt": text, "completion": "two"})
+    document, completion = samples(file, tokenizer=tokenizer, eos_token_id=1, vocab_size=200_000)
+    served = prompt_ids(tokenizer, text)
+    assert document.tokens.tolist() == (served if served[-1] == 1 else [*served, 1])
+    assert completion.tokens[: completion.prompt_tokens].tolist() == served
 
 
 def test_ids_beyond_16_bits(tmp_path):
@@ -72,11 +92,11 @@ def test_ids_beyond_16_bits(tmp_path):
         read(tmp_path / "a", eos_token_id=300)
 
 
-def test_json_lines_are_documents_too(tmp_path):
+def test_json_lines_are_documents_whatever_their_file_is_called(tmp_path):
     file = lines(tmp_path / "a.JSONL", {"text": "né\n"}, {"text": "b "})
-    (tmp_path / "b.json").write_text('{"text": "c"}')  # one text, for its name does not say lines
+    (tmp_path / "b.json").write_text('{"text": "c"}')
     found = [document.tolist() for document in read(file, tmp_path / "b.json")]
-    assert found == [[*"né\n".encode(), END], [*b"b ", END], [*b'{"text": "c"}', END]]
+    assert found == [[*"né\n".encode(), END], [*b"b ", END], [*b"c", END]]
 
 
 @given(
@@ -118,21 +138,37 @@ def test_a_tokenizer_that_adds_the_end_itself_does_not_part_prompt_and_completio
         sample.tokens.tolist()
         for sample in samples(file, tokenizer=words, eos_token_id=1, vocab_size=200_000)
     ]
-    # "</s>" that is written out is three unknown words, not the end.
-    assert found == [[0, 4, 5, 2, 2, 2, 1], [0, 4, 1]]
+    assert found == [[0, 4, 5, 1], [0, 4, 1]]  # and "</s>" that is written out is the end, once
 
 
-def test_instructions_are_longlora_prompts(tmp_path):
+def test_instructions_of_a_base_model_have_the_plain_form(tmp_path):
     file = lines(
         tmp_path / "a.jsonl",
         {"instruction": "Sum up.", "output": "Ok"},
-        {"instruction": "Sum up.", "input": "", "output": "Ok"},
-        {"instruction": "Sum up.", "input": "A\nbook", "output": "Ok"},
+        {"instruction": "Sum up.", "input": "A\nbook", "output": "Ok", "file": "a.pdf"},
+        {"instruction": "Sum up.", "input": "", "output": ""},
     )
-    prompts = ["[INST]Sum up.[/INST]", "[INST]Sum up.[/INST]", "[INST]Sum up.\nA\nbook[/INST]"]
-    for sample, prompt in zip(samples(file), prompts, strict=True):
-        assert sample.tokens.tolist() == [*prompt.encode(), *b"Ok", END]
+    found = Findings()
+    settings = {"eos_token_id": END, "vocab_size": 257, "findings": found}
+    heads = ["### Instruction:\nSum up.\n\n", "### Instruction:\nSum up.\n\n### Input:\nA\nbook\n\n"]
+    answers = [b"Ok", b"Ok", b""]
+    for sample, head, answer in zip(
+        read_samples([file], byte_tokenizer(), **settings), [*heads, heads[0]], answers, strict=True
+    ):
+        prompt = f"{head}### Response:\n".encode()
+        assert sample.tokens.tolist() == [*prompt, *answer, END]
         assert sample.prompt_tokens == len(prompt)
+    assert found.form == "plain" and found.ignored == {"file": 1}
+    assert (found.samples, found.targets) == (3, 3 + 3 + 1)
+    assert found.example == f"{heads[0]}### Response:\n⟦Ok<|endoftext|>⟧"
+
+
+def test_loss_on_all(tmp_path):
+    file = lines(tmp_path / "a.jsonl", {"prompt": "ab", "completion": "c"})
+    (sample,) = read_samples(
+        [file], byte_tokenizer(), eos_token_id=END, vocab_size=257, reading=Reading(loss_on="all")
+    )
+    assert sample.scored is not None and sample.scored.tolist() == [True] * 4 and sample.targets == 3
 
 
 def test_evaluation_takes_documents_only(tmp_path):
@@ -142,53 +178,41 @@ def test_evaluation_takes_documents_only(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("content", "error", "message"),
-    [
-        (None, FileNotFoundError, "bad.txt does not exist"),
-        ("directory", ValueError, "bad.txt is a directory"),
-        (b"", ValueError, "bad.txt is empty"),
-        (b" \n ", ValueError, "bad.txt is empty"),
-        (b"good \xff\xfe", ValueError, "bad.txt is not UTF-8 text: byte 0xff at offset 5"),
-    ],
-)
-def test_bad_files_are_named(tmp_path, content, error, message):
-    (tmp_path / "good.txt").write_text("good")
-    bad = tmp_path / "bad.txt"
-    if content == "directory":
-        bad.mkdir()
-    elif content is not None:
-        bad.write_bytes(content)
-    with pytest.raises(error, match=message):
-        read(tmp_path / "good.txt", bad)
-
-
-@pytest.mark.parametrize(
     ("line", "message"),
     [
-        (b"", r"is not valid JSON \(Expecting value at character 0\); a line must be .*completion"),
-        (b'{"text": "a"', "is not valid JSON"),
-        (b"[" * 100_000, "is not valid JSON"),
-        (b'{"text": "a", "text": "b"}', r"is not valid JSON \(a field stands there twice\)"),
-        (b'{"text": "\xff"}', "is not UTF-8 text: byte 0xff at offset 10"),
-        (b'["a"]', "is no JSON object; a line must be"),
-        (b"{}", r"has the fields \[\]; a line must be"),
-        (b'{"text": "a", "url": "b"}', r"has the fields \['text', 'url'\]; .* no other field"),
-        (b'{"prompt": "a"}', r"has the fields \['prompt'\]"),
-        (b'{"instruction": "a", "input": "b"}', r"has the fields \['input', 'instruction'\]"),
-        (b'{"prompt": "a", "completion": "b", "input": "c"}', "has the fields"),
-        (b'{"text": 5}', '"text" must be a string, not 5'),
-        (b'{"instruction": "a", "input": null, "output": "b"}', '"input" must be a string, not null'),
-        (b'{"text": " "}', """"text" is ' '; it must hold some text"""),
-        (b'{"prompt": "a", "completion": ""}', """"completion" is ''; it must"""),
-        (b'{"prompt": "\\n", "completion": "a"}', '"prompt" is .*; it must'),
-        (b'{"instruction": "a", "input": " ", "output": "b"}', """"input" is ' '; it must"""),
-        (b'{"text": "\\ud800"}', r""""text" holds '\\ud800', which is not Unicode"""),
+        (b'{"text": "a"', r"line 2 is not valid JSON \("),
+        (b'{"text": "a", "text": "b"}', r"line 2 is not valid JSON \(a field stands there twice\)"),
+        (b'{"text": "\xff"}', "line 2 is not UTF-8 text: byte 0xff at offset 10"),
+        (b'["a"]', "line 2 is no JSON object"),
+        (b"{}", r"line 2 has the fields \[\]; a row must be"),
+        (b'{"text": 5}', 'line 2: "text" must be a string, not 5'),
     ],
 )
-def test_bad_lines_are_named(tmp_path, line, message):
-    (tmp_path / "a.jsonl").write_bytes(b'{"text": "good"}\n' + line + b'\n{"text": "good"}\n')
-    with pytest.raises(ValueError, match=f"data: .*a.jsonl, line 2.*{message}"):
-        samples(tmp_path / "a.jsonl")
+def test_bad_lines_are_named_and_can_be_left_out(tmp_path, line, message):
+    file = tmp_path / "a.jsonl"
+    file.write_bytes(b'\xef\xbb\xbf{"text": "good"}\r\n' + line + b'\n\n{"text": "too"}\n')
+    with pytest.raises(ValueError, match=f"data: .*a.jsonl, {message}"):
+        samples(file)
+    found = Findings()
+    skipping = {"reading": Reading(bad_rows="skip"), "findings": found}
+    kept = list(read_samples([file], byte_tokenizer(), eos_token_id=None, vocab_size=257, **skipping))
+    assert [bytes(sample.tokens.tolist()) for sample in kept] == [b"good", b"too"]
+    assert found.bad.count == 1 and "line 2" in str(found.bad)
+
+
+def test_all_bad_rows_are_named_up_to_a_limit(tmp_path):
+    file = lines(tmp_path / "a.jsonl", {"text": "good"}, {"text": 1}, {"text": "good"}, {"text": 2}, {"x": "y"})
+    with pytest.raises(ValueError) as error:
+        samples(file)
+    assert all(f"line {n}" in str(error.value) for n in (2, 4, 5)) and "3 bad rows" in str(error.value)
+    file = lines(tmp_path / "b.jsonl", *[{"text": 1}] * 30, {"text": "good"})
+    with pytest.raises(ValueError, match="20 bad rows") as error:
+        samples(file)
+    assert "line 20)" in str(error.value) and "line 21" not in str(error.value)
+    found = Findings()
+    skipping = {"reading": Reading(bad_rows="skip"), "findings": found}
+    assert len(list(read_samples([file], byte_tokenizer(), eos_token_id=None, vocab_size=257, **skipping))) == 1
+    assert found.bad.count == 30 and "and 10 more" in str(found.bad)
 
 
 def test_samples_without_tokens_are_named(tmp_path):

@@ -1,0 +1,239 @@
+"""The shapes of training rows: which fields a document, a completion, an instruction and a conversation have."""
+
+import json
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple, TypeAlias
+
+from jsparse.texts.plain_form import with_input
+
+ALLOWED = (
+    'a row must be {"text": ...}, {"prompt": ..., "completion": ...}, '
+    '{"instruction": ..., "input": ... (may be left out), "output": ...}, {"messages": [...]} or '
+    '{"conversations": [...]}'
+)
+
+
+class Document(NamedTuple):
+    """A text, all of which is learned, and which may be cut anywhere."""
+
+    text: str
+
+
+class Completion(NamedTuple):
+    """A prompt as the model is given it, and how it goes on."""
+
+    prompt: str
+    completion: str
+
+
+class Instruction(NamedTuple):
+    """What is asked, with what it is about (empty if nothing), and the answer."""
+
+    instruction: str
+    input: str
+    output: str
+    system: str
+
+    def messages(self, *, plain: bool) -> list[dict[str, str]]:
+        """As a conversation. ``plain``: for the plain form, which has a heading for the input."""
+        if plain and self.input:
+            question = with_input(self.instruction, self.input)
+        else:
+            question = "\n".join(filter(None, [self.instruction, self.input]))
+        system = [{"role": "system", "content": self.system}] if self.system else []
+        answer = {"role": "assistant", "content": self.output}
+        return [*system, {"role": "user", "content": question}, answer]
+
+
+class Conversation(NamedTuple):
+    """Messages as chat templates take them, and the tools that they may call, or None."""
+
+    messages: list[dict[str, Any]]
+    tools: list[Any] | None
+
+
+FIELDS = ("messages", "conversations", "tools", "system", "instruction", "input", "output", "prompt", "completion", "text")
+
+Record: TypeAlias = Document | Completion | Instruction | Conversation
+
+
+class BadShape(ValueError):
+    """A row that is no training sample; the message goes on after the row's place."""
+
+
+def read_record(row: Mapping[str, Any], fields: Mapping[str, str]) -> tuple[Record, set[str]]:
+    """What a row is, and those of its fields that were not read.
+
+    A row that has the fields of several shapes is the first of these: messages, conversations, an
+    instruction, a prompt with its completion, a text. So the text that some sets give beside an instruction,
+    or the prompt beside a conversation, is not read.
+
+    - row: by the names of its fields.
+    - fields: other names for fields: ``{"prompt": "question"}`` reads "question" as the prompt.
+
+    Raises BadShape for a row of no shape, or with a field of the wrong kind or without text.
+
+    >>> read_record({"question": "2+2=", "completion": "4", "id": 7}, {"prompt": "question"})
+    (Completion(prompt='2+2=', completion='4'), {'id'})
+    """
+    renamed = _renamed(row, fields)
+    for needed, optional, make in _SHAPES:
+        if needed <= renamed.keys():
+            used = {name: renamed[name] for name in needed | optional if name in renamed}
+            unread = renamed.keys() - used.keys()
+            return make(used), {fields.get(name, name) for name in unread}
+    raise BadShape(f" has the fields {sorted(row)}; {ALLOWED}; --fields reads other names")
+
+
+def shape_name(record: Record) -> str:
+    """The name of a record's shape, in the plural.
+
+    >>> shape_name(Document("a"))
+    'documents'
+    """
+    return {
+        Document: "documents",
+        Completion: "prompts with completions",
+        Instruction: "instructions",
+        Conversation: "conversations",
+    }[type(record)]
+
+
+def _renamed(row: Mapping[str, Any], fields: Mapping[str, str]) -> dict[str, Any]:
+    """The row by our names. A field of one of our names that another stands for is left as unread."""
+    if not fields:
+        return dict(row)
+    missing = [theirs for theirs in fields.values() if theirs not in row]
+    if len(missing) == len(fields):
+        raise BadShape(f" has the fields {sorted(row)}, and so none of --fields: {', '.join(missing)}")
+    ours = {theirs: name for name, theirs in fields.items()}
+    return {
+        ours.get(name, f"{name} (not read)" if name in fields else name): value for name, value in row.items()
+    }
+
+
+def _document(row: dict[str, Any]) -> Document:
+    return Document(_text(row, "text"))
+
+
+def _completion(row: dict[str, Any]) -> Completion:
+    return Completion(_text(row, "prompt"), _text(row, "completion", blank=True))
+
+
+def _instruction(row: dict[str, Any]) -> Instruction:
+    return Instruction(
+        _text(row, "instruction"),
+        _text(row, "input", blank=True, absent=True),
+        _text(row, "output", blank=True),
+        _text(row, "system", blank=True, absent=True),
+    )
+
+
+def _text(row: Mapping[str, Any], name: str, *, blank: bool = False, absent: bool = False) -> str:
+    """A field that holds text. ``blank``: it may be empty; ``absent``: also missing or null."""
+    value = row.get(name)
+    if value is None and absent:
+        return ""
+    if not isinstance(value, str):
+        raise BadShape(f': "{name}" must be a string, not {_shortened(value)}')
+    if not value.strip():
+        if not blank:
+            raise BadShape(f': "{name}" is {value[:50]!r}; it must hold some text')
+        return ""
+    _check_unicode(value, name)
+    return value
+
+
+def _check_unicode(value: str, name: str) -> None:
+    try:
+        value.encode("utf-8")
+    except UnicodeEncodeError as error:  # JSON can write half a surrogate pair, not a character
+        half = error.object[error.start]
+        raise BadShape(f': "{name}" holds {half!r}, which is not Unicode text') from error
+
+
+def _messages(row: dict[str, Any]) -> Conversation:
+    messages = _decoded(row, "messages")
+    _require_messages("messages", messages, "role")
+    return _conversation([_without_nulls(message) for message in messages], row)
+
+
+# ShareGPT's names of who speaks.
+_SPEAKERS = {
+    **dict.fromkeys(("human", "user"), "user"),
+    **dict.fromkeys(("gpt", "assistant", "chatgpt", "bot", "model"), "assistant"),
+    "system": "system",
+    **dict.fromkeys(("tool", "observation", "function_response"), "tool"),
+}
+
+
+def _sharegpt(row: dict[str, Any]) -> Conversation:
+    turns = _decoded(row, "conversations")
+    if isinstance(turns, list) and turns and all(isinstance(t, dict) and "role" in t for t in turns):
+        return _messages({**row, "messages": turns})
+    _require_messages("conversations", turns, "from")
+    messages = []
+    for number, turn in enumerate(turns):
+        speaker, value = turn["from"], turn.get("value")
+        if speaker not in _SPEAKERS:
+            raise BadShape(
+                f": conversations[{number}] is from {_shortened(speaker)}; allowed are {', '.join(_SPEAKERS)}"
+            )
+        if not isinstance(value, str):
+            raise BadShape(f": conversations[{number}].value must be a string, not {_shortened(value)}")
+        messages.append({"role": _SPEAKERS[speaker], "content": value})
+    return _conversation(messages, row)
+
+
+def _conversation(messages: list[dict[str, Any]], row: Mapping[str, Any]) -> Conversation:
+    system = _text(row, "system", blank=True, absent=True)
+    if system and messages[0]["role"] != "system":
+        messages = [{"role": "system", "content": system}, *messages]
+    if not any(message["role"] == "assistant" for message in messages):
+        raise BadShape(" has no message of the assistant, so there is nothing to learn in it")
+    tools = _decoded(row, "tools")
+    if tools is not None and not isinstance(tools, list):
+        raise BadShape(f': "tools" must be a list, not {_shortened(tools)}')
+    return Conversation(messages, tools or None)
+
+
+def _require_messages(name: str, messages: Any, role: str) -> None:
+    if not isinstance(messages, list) or not messages:
+        raise BadShape(f': "{name}" must be a list of messages, not {_shortened(messages)}')
+    for number, message in enumerate(messages):
+        if not isinstance(message, dict) or not isinstance(message.get(role), str):
+            raise BadShape(f': {name}[{number}] must have a text as "{role}", not {_shortened(message)}')
+
+
+def _without_nulls(value: Any) -> Any:
+    """Parquet and Arrow give every message the fields of all others, as nulls."""
+    if isinstance(value, dict):
+        return {name: _without_nulls(one) for name, one in value.items() if one is not None}
+    return [_without_nulls(one) for one in value] if isinstance(value, list) else value
+
+
+def _decoded(row: Mapping[str, Any], name: str) -> Any:
+    """A field that may be written as JSON in a text, as tables do whose columns have one type."""
+    value = row.get(name)
+    if not isinstance(value, str):
+        return value
+    try:
+        return json.loads(value) if value.strip() else None
+    except ValueError as error:
+        raise BadShape(f': "{name}" is a text that is not JSON: {_shortened(value)}') from error
+
+
+def _shortened(value: Any) -> str:
+    text = json.dumps(value, default=str)
+    return text if len(text) <= 50 else text[:50] + "..."
+
+
+_Shape: TypeAlias = tuple[set[str], set[str], Callable[[dict[str, Any]], Record]]
+# What a shape must have, what it may have besides, and what reads it.
+_SHAPES: tuple[_Shape, ...] = (
+    ({"messages"}, {"tools", "system"}, _messages),
+    ({"conversations"}, {"tools", "system"}, _sharegpt),
+    ({"instruction", "output"}, {"input", "system"}, _instruction),
+    ({"prompt", "completion"}, set(), _completion),
+    ({"text"}, set(), _document),
+)

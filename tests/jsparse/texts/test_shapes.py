@@ -1,0 +1,115 @@
+"""Which rows are samples, and of which shape."""
+
+import json
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from jsparse.texts.reading import Reading
+from jsparse.texts.shapes import (
+    BadShape,
+    Completion,
+    Conversation,
+    Document,
+    Instruction,
+    read_record,
+)
+
+ASKED, ANSWERED = {"role": "user", "content": "hi"}, {"role": "assistant", "content": "yo"}
+TALK = Conversation([ASKED, ANSWERED], None)
+
+
+@pytest.mark.parametrize(
+    ("row", "record", "unread"),
+    [
+        ({"text": "words", "meta": {"source": "c4"}}, Document("words"), {"meta"}),
+        ({"prompt": "a", "completion": "b", "id": 3}, Completion("a", "b"), {"id"}),
+        ({"prompt": "a", "completion": ""}, Completion("a", ""), set()),
+        ({"instruction": "a", "output": "b", "file": "x.pdf"}, Instruction("a", "", "b", ""), {"file"}),
+        ({"instruction": "a", "input": None, "output": "b"}, Instruction("a", "", "b", ""), set()),
+        ({"instruction": "a", "input": " ", "output": ""}, Instruction("a", "", "", ""), set()),
+        ({"instruction": "a", "input": "b", "output": "c", "text": "d"}, Instruction("a", "b", "c", ""), {"text"}),
+        ({"messages": [ASKED, ANSWERED], "prompt": "hi"}, TALK, {"prompt"}),
+        ({"messages": [ASKED, ANSWERED | {"tool_calls": None}]}, TALK, set()),
+        ({"messages": json.dumps([ASKED, ANSWERED]), "tools": ""}, TALK, set()),
+        ({"messages": [ASKED, ANSWERED], "tools": []}, TALK, set()),
+        (
+            {"messages": [ASKED, ANSWERED], "tools": '[{"name": "f"}]', "system": "be kind"},
+            Conversation([{"role": "system", "content": "be kind"}, ASKED, ANSWERED], [{"name": "f"}]),
+            set(),
+        ),
+        ({"conversations": [ASKED, ANSWERED]}, TALK, set()),
+        ({"conversations": [{"from": "human", "value": "hi"}, {"from": "gpt", "value": "yo"}]}, TALK, set()),
+        (
+            {"conversations": [{"from": "human", "value": "hi"}, {"from": "gpt", "value": "yo"}], "system": "s"},
+            Conversation([{"role": "system", "content": "s"}, ASKED, ANSWERED], None),
+            set(),
+        ),
+    ],
+)
+def test_rows_that_people_have(row, record, unread):
+    assert read_record(row, {}) == (record, unread)
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({}, r" has the fields \[\]; a row must be .*--fields"),
+        ({"prompt": "a"}, r" has the fields \['prompt'\]"),
+        ({"text": 5}, '"text" must be a string, not 5'),
+        ({"text": None}, '"text" must be a string, not null'),
+        ({"text": "\n"}, '"text" is .*; it must hold some text'),
+        ({"text": "\ud800"}, r""""text" holds '\\ud800', which is not Unicode"""),
+        ({"prompt": "", "completion": "a"}, '"prompt" is .*; it must'),
+        ({"messages": []}, '"messages" must be a list of messages, not'),
+        ({"messages": "hi"}, '"messages" is a text that is not JSON'),
+        ({"messages": [{"content": "hi"}]}, r'messages\[0\] must have a text as "role", not'),
+        ({"messages": [ASKED]}, "has no message of the assistant"),
+        ({"messages": [ASKED, ANSWERED], "tools": "f"}, '"tools" is a text that is not JSON'),
+        ({"messages": [ASKED, ANSWERED], "tools": {"a": 1}}, '"tools" must be a list'),
+        ({"conversations": [{"from": "stranger", "value": "hi"}]}, r"conversations\[0\] is from .stranger.; allowed"),
+        ({"conversations": [{"from": "gpt", "value": 3}]}, r"conversations\[0\].value must be a string, not 3"),
+    ],
+)
+def test_rows_that_are_no_samples(row, message):
+    with pytest.raises(BadShape, match=message):
+        read_record(row, {})
+
+
+def test_fields_of_other_names():
+    assert read_record({"question": "a", "answer": "b", "prompt": "c"}, {"prompt": "question", "completion": "answer"}) == (
+        Completion("a", "b"),
+        {"prompt (not read)"},
+    )
+    swapped = {"prompt": "text", "completion": "prompt"}
+    assert read_record({"text": "a", "prompt": "b"}, swapped) == (Completion("a", "b"), set())
+    with pytest.raises(BadShape, match="none of --fields: question"):
+        read_record({"text": "a"}, {"prompt": "question"})
+    with pytest.raises(BadShape, match=r"has the fields \['question'\]"):
+        read_record({"question": "a"}, {"prompt": "question", "completion": "answer"})
+
+
+@given(st.dictionaries(st.sampled_from(["text", "prompt", "completion", "x"]), st.text("ab", min_size=1)))
+def test_every_field_is_read_or_named(row):
+    try:
+        record, unread = read_record(row, {})
+    except BadShape:
+        assert not {"text"} <= row.keys() and not {"prompt", "completion"} <= row.keys()
+        return
+    assert sorted([*record, *(row[name] for name in unread)]) == sorted(row.values())
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"loss_on": "prompts"}, "loss_on must be one of 'answers', 'all', not 'prompts'"),
+        ({"bad_rows": "drop"}, "bad_rows must be one of 'error', 'skip'"),
+        ({"too_long": "cut"}, "too_long must be one of 'error', 'skip', 'truncate'"),
+        ({"fields": {"question": "prompt"}}, "fields: question cannot be read from other names; allowed are"),
+        ({"fields": {"prompt": "a", "completion": "a"}}, "fields reads a as several fields"),
+    ],
+)
+def test_settings_are_checked(settings, message):
+    with pytest.raises(ValueError, match=message):
+        Reading(**settings)
