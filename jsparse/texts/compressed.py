@@ -32,15 +32,15 @@ def open_bytes(path: Path, name: str) -> Iterator[tuple[IO[bytes], IO[bytes]]]:
         if not is_compressed(start):
             yield raw, raw
             return
-        with _damage_named(name), _decompressed(raw, start) as content:
+        with _damage_named(f"data: {name}"), _decompressed(raw, start) as content:
             yield content, raw
 
 
-def decompress(content: bytes, name: str) -> bytes:
-    """As :func:`open_bytes`, for content that is in memory."""
+def decompress(content: bytes, place: str) -> bytes:
+    """As :func:`open_bytes`, for content that is in memory. Errors begin with ``place``."""
     if not is_compressed(content):
         return content
-    with _damage_named(name), _decompressed(io.BytesIO(content), content) as stream:
+    with _damage_named(place), _decompressed(io.BytesIO(content), content) as stream:
         return stream.read()
 
 
@@ -71,9 +71,9 @@ class _Readable(io.RawIOBase):
 
 
 @contextlib.contextmanager
-def _damage_named(name: str) -> Iterator[None]:
+def _damage_named(place: str) -> Iterator[None]:
     try:
         yield
     except (EOFError, zlib.error, OSError) as error:
         reason = " ".join(str(error).split())
-        raise ValueError(f"data: {name} is compressed, and damaged or cut off ({reason})") from error
+        raise ValueError(f"{place} is compressed, and damaged or cut off ({reason})") from error

@@ -4,7 +4,6 @@ import atexit
 import functools
 import glob
 import os
-import re
 import shutil
 import sys
 import tempfile
@@ -12,27 +11,11 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
+from jsparse.texts.data_names import LeftOut, why_left_out, without_other_splits
 from jsparse.texts.file_kinds import ROWS, DataFile, NotData, look_at
+from jsparse.texts.hub_datasets import HubDataset, dataset_of, fetch_dataset
 
 STANDARD_INPUT = "standard input"
-_ABOUT = re.compile(  # files about the data beside them
-    r"(readme|licen[cs]e|notice|copying|citation|changelog|contributing)\b.*"
-    r"|dataset_infos?\.json|dataset_dict\.json|state\.json|__pycache__",
-    re.IGNORECASE,
-)
-# The words by which the datasets library knows a split, where no letter stands beside them.
-_SPLITS = {
-    "train": "train|training",
-    "validation": "validation|valid|dev|val",
-    "test": "test|testing|eval|evaluation",
-}
-
-
-class LeftOut(NamedTuple):
-    """A file or folder that was come across and is not read, and why."""
-
-    name: str
-    reason: str
 
 
 class Found(NamedTuple):
@@ -57,6 +40,8 @@ def find_data(sources: Sequence[str | Path]) -> Found:
       (README, LICENSE, dataset_infos.json), those of a kind that is not read, and, if some are of a train
       split, those of the others. It must not hold texts beside files of rows;
     - a glob, ``data/*.jsonl`` or ``data/**/*.txt``: all files that match;
+    - a dataset of the Hugging Face Hub: ``org/name`` or ``org/name@revision``, of which ``choose_files`` says
+      which files are read; ``org/name:path/glob`` names them;
     - ``-``: standard input, read once, to its end, into a temporary file.
 
     What exists is taken as it is called, a glob's characters in its name or not. The order is that of
@@ -100,9 +85,18 @@ def _find(source: str, left_out: list[LeftOut]) -> Iterable[DataFile]:
         if not path.is_file():
             raise ValueError(f"data: {source} is no file; `-` reads standard input")
         return [look_at(path, str(path))]
+    if (dataset := dataset_of(source)) is not None:
+        return _files_of_a_dataset(dataset, left_out)
     if glob.has_magic(source):
         return _files_of_a_glob(source, left_out)
     raise FileNotFoundError(f"data: {source} does not exist")
+
+
+def _files_of_a_dataset(dataset: HubDataset, left_out: list[LeftOut]) -> list[DataFile]:
+    name = dataset.repository
+    folder, paths, others = fetch_dataset(dataset)
+    left_out += [LeftOut(f"{name}/{path}", reason) for path, reason in others]
+    return _files_of_a_folder([_Place(folder / path, f"{name}/{path}") for path in paths], name, left_out)
 
 
 def _files_of_a_glob(pattern: str, left_out: list[LeftOut]) -> list[DataFile]:
@@ -126,7 +120,7 @@ def _walk(folder: Path, left_out: list[LeftOut]) -> Iterator[_Place]:
         seen.add(os.path.realpath(root))
         for name in sorted(folders):
             path = Path(root, name)
-            reason = _reason_by_name(name)
+            reason = why_left_out(name)
             if reason is None and os.path.realpath(path) in seen:
                 reason = "it is a link to a folder that is read already"
             if reason is not None:
@@ -135,19 +129,13 @@ def _walk(folder: Path, left_out: list[LeftOut]) -> Iterator[_Place]:
         folders.sort()
         for name in sorted(names):
             path = Path(root, name)
-            reason = _reason_by_name(name)
+            reason = why_left_out(name)
             if reason is None and not path.is_file():
                 reason = "it is a link to nothing" if path.is_symlink() else "it is no file"
             if reason is None:
                 yield _Place(path, str(path))
             else:
                 left_out.append(LeftOut(str(path), reason))
-
-
-def _reason_by_name(name: str) -> str | None:
-    if name.startswith("."):
-        return "it is hidden"
-    return "it is about the data" if _ABOUT.fullmatch(name) else None
 
 
 def _files_of_a_folder(places: list[_Place], folder: str, left_out: list[LeftOut]) -> list[DataFile]:
@@ -168,31 +156,12 @@ def _files_of_a_folder(places: list[_Place], folder: str, left_out: list[LeftOut
             f"data: {folder} holds texts, such as {texts[0].name}, and files of rows, such as "
             f"{rows[0].name}; name those to read, as in '{folder}/**/*{PurePosixPath(rows[0].name).suffix}'"
         )
-    return _train_split(rows, folder, left_out) if rows else texts
-
-
-def _train_split(files: list[DataFile], folder: str, left_out: list[LeftOut]) -> list[DataFile]:
-    """Without the files of other splits, if some are of the train split."""
-    splits = [split_of(os.path.relpath(file.name, folder)) for file in files]
-    if "train" not in splits:
-        return files
-    for file, split in zip(files, splits, strict=True):
-        if split not in ("train", None):
-            left_out.append(LeftOut(file.name, f"it is of the split {split}, beside files of train"))
-    return [file for file, split in zip(files, splits, strict=True) if split in ("train", None)]
-
-
-def split_of(path: str) -> str | None:
-    """The split that a path tells: in the name of the file, or else in that of a folder.
-
-    >>> split_of("data/train-00000-of-00001.parquet"), split_of("test/part.jsonl"), split_of("latest.json")
-    ('train', 'test', None)
-    """
-    for part in reversed(PurePosixPath(path).parts):
-        for split, words in _SPLITS.items():
-            if re.search(rf"(?<![^\W\d_])({words})(?![^\W\d_])", part, re.IGNORECASE):
-                return split
-    return None
+    if not rows:
+        return texts
+    by_path = {os.path.relpath(file.name, folder): file for file in rows}
+    kept, others = without_other_splits(list(by_path))
+    left_out += [LeftOut(by_path[path].name, reason) for path, reason in others]
+    return [by_path[path] for path in kept]
 
 
 @functools.cache

@@ -3,14 +3,13 @@
 import codecs
 import hashlib
 import json
-from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 from typing import IO, Any, NamedTuple
 
-from jsparse.extras import require_extra
 from jsparse.files import pointer_hint
 from jsparse.texts.compressed import is_compressed, open_bytes
 from jsparse.texts.json_rows import ListReader, parse_line
+from jsparse.texts.tables import read_batches
 
 BOM = b"\xef\xbb\xbf"
 ROWS = ("JSON list", "JSON lines", "Parquet", "Arrow")
@@ -22,7 +21,6 @@ COMPRESSED_NAMES = (".gz", ".zst")
 TABLE_NAMES = (".parquet", ".arrow", ".feather", ".ipc")
 
 _HEAD = 1 << 20  # what of a file is looked at; more only if its first line or row is longer
-_BATCH_ROWS = 64  # of a table at a time: rows may be books
 
 _STARTS = {  # of files that are not read, by their first bytes
     b"%PDF": "a PDF",
@@ -55,6 +53,10 @@ _OTHER_NAMES = {  # names of files that are not read; text under such a name is 
     **dict.fromkeys((".png", ".jpg", ".jpeg", ".gif", ".webp", ".mp3", ".wav", ".mp4"), "a picture or sound"),
 }
 _SEPARATORS = {".csv": ",", ".tsv": "\\t"}
+# Ends of names that are those of files, and not of datasets.
+FILE_NAMES = frozenset(
+    (*JSON_NAMES, *TABLE_NAMES, *COMPRESSED_NAMES, *_OTHER_NAMES, *_SEPARATORS, ".txt", ".md", ".py")
+)
 # Keys under which people put all their rows in one object.
 _CONTAINERS = ("data", "train", "rows", "examples", "instances", "items", "records", "samples")
 
@@ -104,10 +106,9 @@ def look_at(path: Path, name: str) -> DataFile:
     with open_bytes(path, name) as (content, raw):
         head = _read_head(content)
         kind = _binary_kind(head, name, inside=content is not raw) or _text_kind(head, content, path, name)
-    file = DataFile(path, name, kind, path.stat().st_size)
-    if kind in ("Parquet", "Arrow"):
-        next(open_batches(file), None)
-    return file
+    if kind in ("Parquet", "Arrow") and next(read_batches(path, kind, name), None) is None:
+        raise NotData(f"data: {name} has no rows; every data file must hold some text")
+    return DataFile(path, name, kind, path.stat().st_size)
 
 
 def suffix_of(name: str) -> str:
@@ -118,58 +119,6 @@ def suffix_of(name: str) -> str:
     """
     path = PurePosixPath(name.lower())
     return PurePosixPath(path.stem).suffix if path.suffix in COMPRESSED_NAMES else path.suffix
-
-
-def open_batches(file: DataFile) -> Iterator[tuple[Any, int, int]]:
-    """The record batches of a Parquet or Arrow file, of 64 rows at most, each with where in the file it
-    begins and ends, in bytes, about. Raises ValueError for what is damaged or has no rows.
-    """
-    require_extra("pyarrow", "data", f"data: {file.name} is {file.kind}, and needs pyarrow")
-    import pyarrow
-
-    try:
-        count = 0
-        for batch, start, end in (_parquet if file.kind == "Parquet" else _arrow)(file):
-            if len(set(batch.schema.names)) < len(batch.schema.names):
-                raise ValueError(f"data: {file.name} has two columns of one name: {batch.schema.names}")
-            for first in range(0, batch.num_rows, _BATCH_ROWS):
-                part = batch.slice(first, _BATCH_ROWS)
-                ends = [start + (end - start) * n // batch.num_rows for n in (first, first + part.num_rows)]
-                yield part, *ends
-            count += batch.num_rows
-    except (pyarrow.ArrowException, OSError) as error:
-        reason = " ".join(str(error).split())
-        raise ValueError(f"data: {file.name} begins as {file.kind}, and is damaged ({reason})") from error
-    if count == 0:
-        raise NotData(f"data: {file.name} has no rows; every data file must hold some text")
-
-
-def _parquet(file: DataFile) -> Iterator[tuple[Any, int, int]]:
-    import pyarrow.parquet
-
-    with pyarrow.parquet.ParquetFile(file.path) as table:
-        rows, done = table.metadata.num_rows, 0
-        for batch in table.iter_batches(batch_size=_BATCH_ROWS):
-            ends = [file.size * n // rows for n in (done, done + batch.num_rows)]
-            done += batch.num_rows
-            yield batch, *ends
-
-
-def _arrow(file: DataFile) -> Iterator[tuple[Any, int, int]]:
-    import pyarrow
-
-    with pyarrow.OSFile(str(file.path)) as source:
-        if source.read(6) == b"ARROW1":
-            reader = pyarrow.ipc.open_file(source)
-            count = reader.num_record_batches
-            for n in range(count):
-                yield reader.get_batch(n), file.size * n // count, file.size * (n + 1) // count
-        else:
-            source.seek(0)
-            start = 0
-            for batch in pyarrow.ipc.open_stream(source):
-                yield batch, start, source.tell()
-                start = source.tell()
 
 
 def _read_head(content: IO[bytes]) -> bytes:

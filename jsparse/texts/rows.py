@@ -4,8 +4,9 @@ from collections.abc import Iterable, Iterator
 from typing import IO, Any, NamedTuple
 
 from jsparse.texts.compressed import decompress, open_bytes
-from jsparse.texts.file_kinds import BOM, DataFile, open_batches
+from jsparse.texts.file_kinds import BOM, DataFile
 from jsparse.texts.json_rows import ListReader, parse_line
+from jsparse.texts.tables import read_batches
 
 
 class Row(NamedTuple):
@@ -56,7 +57,7 @@ def read_rows(file: DataFile) -> Iterator[Row | BadRow]:
 reason='is no JSON object', size=6)]
     """
     if file.kind == "text":
-        yield Row(text_of(file.path.read_bytes(), file.name), file.name, file.size)
+        yield Row(text_of(file.path.read_bytes(), f"data: {file.name}"), file.name, file.size)
     elif file.kind == "JSON lines":
         with open_bytes(file.path, file.name) as (content, raw):
             yield from _measured(_lines(content, raw, file.name), file.size)
@@ -67,20 +68,21 @@ reason='is no JSON object', size=6)]
         yield from _measured(_table_rows(file), file.size)
 
 
-def text_of(content: bytes, name: str) -> str:
+def text_of(content: bytes, place: str) -> str:
     """The text that a file with this content holds: decompressed, and without a byte order mark.
 
-    Line ends stay as they are. Raises ValueError, naming the file, for what is not UTF-8 or is damaged.
+    Line ends stay as they are. Raises ValueError, which begins with ``place``, for what is not UTF-8 or is
+    damaged.
 
-    >>> text_of(b"\\xef\\xbb\\xbfa\\r\\n", "a.txt")
+    >>> text_of(b"\\xef\\xbb\\xbfa\\r\\n", "data: a.txt")
     'a\\r\\n'
     """
-    content = decompress(content, name).removeprefix(BOM)
+    content = decompress(content, place).removeprefix(BOM)
     try:
         return content.decode("utf-8")
     except UnicodeDecodeError as error:
         raise ValueError(
-            f"data: {name} is not UTF-8 text: byte {content[error.start]:#04x} at offset {error.start}"
+            f"{place} is not UTF-8 text: byte {content[error.start]:#04x} at offset {error.start}"
         ) from error
 
 
@@ -127,7 +129,7 @@ def _elements(content: IO[bytes], raw: IO[bytes], name: str) -> Iterator[_Read]:
 
 def _table_rows(file: DataFile) -> Iterator[_Read]:
     number = 0
-    for batch, start, end in open_batches(file):
+    for batch, start, end in read_batches(file.path, file.kind, file.name):
         for row in range(batch.num_rows):
             number += 1
             place = f"{file.name}, row {number}"
