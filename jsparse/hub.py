@@ -1,9 +1,10 @@
-"""Models by their ids on the Hugging Face Hub: ``org/name`` or ``org/name@revision`` in place of a folder."""
+"""Models and datasets by their ids on the Hugging Face Hub: ``org/name`` or ``org/name@revision``."""
 
 import contextlib
 import functools
+import glob
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from jsparse.extras import require_extra
@@ -116,6 +117,12 @@ def _read_id(model: str | Path) -> tuple[str, str | None] | None:
 def _fetch_small(repository: str, revision: str | None) -> Path:
     """The snapshot of a revision in the cache, with all but the weights; once per process."""
     name = repository if revision is None else f"{repository}@{revision}"
+    patterns = {"allow_patterns": _SMALL_FILES, "ignore_patterns": _NEVER}
+    return _download_silently(name, repository, revision, **patterns)
+
+
+def _download_silently(name: str, repository: str, revision: str | None, **options) -> Path:
+    """The snapshot of a revision in the cache, with the few small files that ``options`` name."""
     require_extra(
         "huggingface_hub", "hub", f"{name} is no folder here, and the hub's library is not installed"
     )
@@ -126,15 +133,61 @@ def _fetch_small(repository: str, revision: str | None) -> Path:
         def __init__(self, *args, **options):
             super().__init__(*args, **options | {"disable": True})
 
-    with _explained(name, repository):
-        folder = snapshot_download(
-            repository,
-            revision=revision,
-            allow_patterns=_SMALL_FILES,
-            ignore_patterns=_NEVER,
-            tqdm_class=Silent,
-        )
+    with _explained(name, repository, options.get("repo_type", "model")):
+        folder = snapshot_download(repository, revision=revision, tqdm_class=Silent, **options)
     return Path(folder)
+
+
+@functools.cache
+def list_dataset(repository: str, revision: str | None) -> tuple[Path, tuple[str, ...]]:
+    """The folder of a dataset in the cache, named after the commit, and the paths of all its files.
+
+    The files themselves are not fetched yet. Without a network the list is that of the last time; a cache
+    that has none, made by an older library, is believed to be whole.
+
+    Raises FileNotFoundError for a dataset or revision that is not there or may not be read; MissingExtra if
+    huggingface_hub is not installed.
+    """
+    name = repository if revision is None else f"{repository}@{revision}"
+    # Asking for files that nearly all have is how the library takes and keeps the list of the others.
+    first = [".gitattributes", "README.md"]
+    folder = _download_silently(
+        f"data: {name}", repository, revision, repo_type="dataset", allow_patterns=first
+    )
+    from huggingface_hub import errors, get_cached_repo_tree
+
+    try:
+        files = get_cached_repo_tree(repository, repo_type="dataset", revision=folder.name)
+        paths = [file.path for file in files]
+    except errors.CachedRepoTreeNotFoundError:
+        paths = [path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()]
+    return folder, tuple(sorted(paths))
+
+
+def fetch_files(repository: str, folder: Path, paths: Sequence[str]) -> None:
+    """Bring files of a dataset into its folder of the cache, unless they are there.
+
+    - folder: what :func:`list_dataset` gave.
+    - paths: files in it, as it lists them.
+
+    Raises FileNotFoundError if the hub does not give them.
+    """
+    from huggingface_hub import snapshot_download
+
+    missing = [path for path in paths if not (folder / path).is_file()]
+    if missing:
+        with _explained(f"data: {repository}@{folder.name}", repository, "dataset"):
+            snapshot_download(
+                repository,
+                repo_type="dataset",
+                revision=folder.name,
+                allow_patterns=[glob.escape(path) for path in missing],
+            )
+    if missing := [path for path in missing if not (folder / path).is_file()]:
+        raise FileNotFoundError(
+            f"data: {repository}@{folder.name} has no {missing[0]} in {folder}: the cache is incomplete, and "
+            "is filled without HF_HUB_OFFLINE and with a network"
+        )
 
 
 @functools.cache
@@ -180,11 +233,11 @@ def _missing_weights(folder: Path) -> list[str]:
 
 
 @contextlib.contextmanager
-def _explained(name: str, repository: str) -> Iterator[None]:
+def _explained(name: str, repository: str, kind: str = "model") -> Iterator[None]:
     """The library's errors in one line that says what to do."""
     from huggingface_hub import constants, errors
 
-    page = f"{constants.ENDPOINT}/{repository}"
+    page = f"{constants.ENDPOINT}/{'datasets/' * (kind == 'dataset')}{repository}"
     try:
         yield
     except errors.GatedRepoError as error:  # a RepositoryNotFoundError too
@@ -193,7 +246,7 @@ def _explained(name: str, repository: str) -> Iterator[None]:
         ) from error
     except errors.RepositoryNotFoundError as error:
         raise FileNotFoundError(
-            f"{name} is neither a folder here nor a model at {page}; if it is private, set HF_TOKEN or run "
+            f"{name} is neither a folder here nor a {kind} at {page}; if it is private, set HF_TOKEN or run "
             "`hf auth login`"
         ) from error
     except errors.RevisionNotFoundError as error:

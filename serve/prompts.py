@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 from tokenizers import Tokenizer
 
 from jsparse.texts.chat_template import ChatTemplate
+from jsparse.texts.rows import text_of
 from jsparse.texts.tokenizer import prompt_ids
 
 _ALLOWED = (
@@ -47,7 +48,10 @@ class Prompt(NamedTuple):
 
 
 def read_text(file: Path) -> Prompt:
-    """The text of a UTF-8 file, or of standard input if its name is "-". ValueError if there is none."""
+    """The text of a file, as training reads it, or of standard input if its name is "-".
+
+    Raises ValueError if there is none, and for what is not UTF-8.
+    """
     text = _read(file, "prompt_file")
     if not text:
         raise ValueError(f"prompt_file: {'standard input' if str(file) == '-' else file} is empty")
@@ -105,10 +109,7 @@ def _read(file: Path, option: str) -> str:
         content = sys.stdin.buffer.read() if str(file) == "-" else file.read_bytes()
     except OSError as error:
         raise type(error)(f"{option}: {file} cannot be read: {error.strerror}") from error
-    try:
-        return content.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{option}: {file} is not UTF-8 text: {error}") from error
+    return text_of(content, f"{option}: {file}")
 
 
 def _parse(text: str, place: str) -> Any:
