@@ -4,8 +4,9 @@ import contextlib
 import dataclasses
 import math
 import shutil
+import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +18,9 @@ from jsparse.models.checkpoint import load_config
 from jsparse.models.end_token import end_token
 from jsparse.models.masking import ModelMask
 from jsparse.models.sharding import batch_sharding, put
+from jsparse.reports.console import for_terminal
 from jsparse.texts.chat_template import find_chat_template
-from jsparse.texts.data_files import DataFile, find_data
+from jsparse.texts.data_files import Found, find_data
 from jsparse.train.config import FinetuneConfig
 from jsparse.train.data.batches import batch_at, digest_data, position_at
 from jsparse.train.data.windows import HEADER, Windows, open_windows, read_findings, write_windows
@@ -101,14 +103,17 @@ def finetune(config: FinetuneConfig, *, progress: bool = True) -> FinetuneResult
         "chat_template": find_chat_template(config.model),
         "reading": config.reading,
     }
-    digest = digest_data(data.files, tokenizer, **meaning)
+    digest = digest_data(data, tokenizer, **meaning)
     run = describe_run(config, digest, model_config, pattern)
     start = steps_taken(config, run)
     mesh = config.mesh.make() if config.mesh.devices > 1 or jax.process_count() > 1 else None
     state, split = load_start(config, model_config, mesh)
     folder = config.output_folder / DATA / digest[:16]
-    windows = _windows(folder, data.files, tokenizer, vocab_size=base_config.vocab_size, progress=progress, **meaning)
+    windows = _windows(folder, data, tokenizer, vocab_size=base_config.vocab_size, progress=progress, **meaning)
     findings = read_findings(folder)
+    if progress and is_first_process():
+        for line in findings.lines():
+            print(for_terminal(f"data: {line}"), file=sys.stderr)
     with (
         open_checkpoints(checkpoint_folder(config.output_folder), writable=True) as checkpoints,
         jax.set_mesh(mesh) if mesh is not None else contextlib.nullcontext(),
@@ -142,11 +147,11 @@ def finetune(config: FinetuneConfig, *, progress: bool = True) -> FinetuneResult
 
 
 def _windows(
-    folder: Path, files: Sequence[DataFile], tokenizer: Any, **settings: Any
+    folder: Path, data: Found, tokenizer: Any, **settings: Any
 ) -> Windows:
     """The data as windows of tokens on disk: from an earlier call, or made now by the first process."""
     if is_first_process() and not (folder / HEADER).is_file():
-        write_windows(files, tokenizer, folder, **settings)
+        write_windows(data, tokenizer, folder, **settings)
     wait_for_all("data")
     return open_windows(folder)
 

@@ -21,7 +21,8 @@ from jsparse.models.end_token import end_token
 from jsparse.models.positions import check_length
 from jsparse.reports.console import write_json
 from jsparse.reports.progress import progress_bar
-from jsparse.texts.documents import check_files, read_documents
+from jsparse.texts.data_files import Found, find_data
+from jsparse.texts.documents import read_documents
 from jsparse.texts.passkeys import Passkeys, check_passkeys_fit, passkey_batch
 from jsparse.texts.tokenizer import prompt_ids
 from jsparse.train.head_gates import gate_loss
@@ -75,13 +76,13 @@ def learn_heads(config: HeadsConfig, *, progress: bool = True) -> HeadsResult:
 
     Source: DuoAttention (arXiv 2410.10819).
     """
-    check_files(config.data_files)
+    data = find_data(config.data_files)
     require_new_folder(config.output_folder)
     config = dataclasses.replace(config, model=pinned_model(config.model))
     model_config = load_config(config.model)
     asked = f"context={config.context} tokens"
     check_length(model_config, config.context, asked, "finetune extends a model's context")
-    passkeys = _passkeys(config, model_config)
+    passkeys = _passkeys(config, data, model_config)
     model = Llama.from_pretrained(config.model, dtype=config.dtype)
     if model.embed_tokens.embedding[...].dtype == jnp.float16:
         raise ValueError(
@@ -154,12 +155,12 @@ def _step(
     return gates, opt_state, loss, distance, optax.tree.norm(gradient)
 
 
-def _passkeys(config: HeadsConfig, model_config: LlamaConfig) -> Passkeys:
+def _passkeys(config: HeadsConfig, data: Found, model_config: LlamaConfig) -> Passkeys:
     """The haystack and the settings of the samples, once they are known to fit the sample lengths."""
     tokenizer = load_tokenizer(config.model)
     encode = text_encoder(tokenizer, model_config.vocab_size)
     documents = read_documents(
-        config.data_files,
+        data,
         tokenizer,
         eos_token_id=end_token(config.model, tokenizer, model_config),
         vocab_size=model_config.vocab_size,

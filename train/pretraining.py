@@ -16,7 +16,8 @@ from jaxtyping import Array, Float, Int, Int32
 
 from jsparse.models import Llama, train_tokenizer
 from jsparse.reports.console import write_json
-from jsparse.texts.documents import check_files, read_documents
+from jsparse.texts.data_files import find_data
+from jsparse.texts.documents import read_documents, read_texts
 from jsparse.texts.passkeys import WORDS as PASSKEY_WORDS
 from jsparse.texts.tasks import WORDS
 from jsparse.texts.tokenizer import END_OF_TEXT
@@ -68,17 +69,14 @@ def pretrain(config: PretrainConfig, *, command: str | None = None, progress: bo
     FileExistsError for an output folder with other files. While training: FloatingPointError if a loss is not
     finite.
     """
-    files = config.data_files
-    check_files(files)
-    tokenizer = train_tokenizer(
-        (file.read_text(encoding="utf-8") for file in files), config.vocab_size, (*WORDS, *PASSKEY_WORDS)
-    )
+    data = find_data(config.data_files)
+    tokenizer = train_tokenizer(read_texts(data), config.vocab_size, (*WORDS, *PASSKEY_WORDS))
     eos = tokenizer.token_to_id(END_OF_TEXT)
     assert eos is not None  # train_tokenizer adds it
-    digest = digest_data(files, tokenizer, context=config.context, eos_token_id=eos)
+    digest = digest_data(data, tokenizer, context=config.context, eos_token_id=eos)
     run = _describe_run(config, digest)
     start = steps_in(config.output_folder, config.steps, run)
-    documents = read_documents(files, tokenizer, eos_token_id=eos, vocab_size=config.vocab_size)
+    documents = read_documents(data, tokenizer, eos_token_id=eos, vocab_size=config.vocab_size)
     text = np.concatenate(documents)
     if len(text) < config.context:
         raise ValueError(f"data has {len(text)} tokens, less than a row of context={config.context}")
@@ -107,7 +105,7 @@ def pretrain(config: PretrainConfig, *, command: str | None = None, progress: bo
         record = {
             "command": command,
             "settings": run["config"],
-            "data": {"sha256": digest, "files": len(files), "tokens": len(text)},
+            "data": {"sha256": digest, "files": len(data.files), "tokens": len(text)},
             "parameters": sum(x.size for x in jax.tree.leaves(state.params)),
             "versions": {"jax": jax.__version__, "optax": optax.__version__},
             "last_steps": _mean_of_last(metrics),

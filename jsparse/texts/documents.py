@@ -9,7 +9,7 @@ from jaxtyping import Bool, Int32
 from tokenizers import Tokenizer
 
 from jsparse.texts.chat_template import ChatTemplate
-from jsparse.texts.data_files import DataFile, find_data
+from jsparse.texts.data_files import Found, find_data
 from jsparse.texts.findings import LIMIT, Findings
 from jsparse.texts.plain_form import plain_form
 from jsparse.texts.reading import Reading
@@ -29,7 +29,7 @@ from jsparse.texts.tokenizer import start_ids, started, whole_text_tokenizer
 _BATCH_CHARACTERS = 1 << 18  # tokenised at a time, on all cores; a batch is longer only if one record is
 _TOKENS_SHOWN, _PARTS_SHOWN, _CUT = 160, 8, " […] "  # of the sample that users see
 
-Sources: TypeAlias = Sequence[str | Path | DataFile]
+Sources: TypeAlias = Sequence[str | Path] | Found
 
 
 class Sample(NamedTuple):
@@ -76,6 +76,16 @@ def read_documents(
     """
     samples = read_samples(files, tokenizer, eos_token_id=eos_token_id, vocab_size=vocab_size)
     return [_require_document(sample).tokens for sample in samples]
+
+
+def read_texts(files: Sources) -> Iterator[str]:
+    """The texts of all documents, as ``read_documents`` tokenises them."""
+    findings = Findings()
+    for record, place, _ in _read_records(files, Reading(), findings):
+        if not isinstance(record, Document):
+            raise _no_document(place)
+        yield record.text
+    refuse_bad_rows(findings)
 
 
 def read_samples(
@@ -161,8 +171,8 @@ def refuse_bad_rows(findings: Findings) -> None:
 
 
 def _read_records(files: Sources, reading: Reading, findings: Findings) -> Iterator[_Placed]:
-    data = find_data(files)
-    findings.left_out += data.left_out
+    data = files if isinstance(files, Found) else find_data(files)
+    findings.left_out += [f"{name}: {reason}" for name, reason in data.left_out]
     for file in data.files:
         findings.begin_file(file.name, file.kind)
         for row in read_rows(file):
@@ -175,7 +185,7 @@ def _read_records(files: Sources, reading: Reading, findings: Findings) -> Itera
 
 def _read_row(row: Row | BadRow, reading: Reading, findings: Findings) -> _Placed | None:
     if isinstance(row, BadRow):
-        findings.bad.add(row.place, row.reason)
+        findings.bad.add(row.place, f" {row.reason}")
         return None
     if isinstance(row.content, str):
         findings.add_row("documents", row.place)
@@ -192,11 +202,15 @@ def _read_row(row: Row | BadRow, reading: Reading, findings: Findings) -> _Place
 
 def _require_document(sample: Sample) -> Sample:
     if sample.scored is not None:
-        raise ValueError(
-            f"data: {sample.place} is a prompt with its completion, which is for fine-tuning; "
-            'here a document is needed: a text file, or a line {"text": ...}'
-        )
+        raise _no_document(sample.place)
     return sample
+
+
+def _no_document(place: str) -> ValueError:
+    return ValueError(
+        f"data: {place} is a prompt with its completion, which is for fine-tuning; "
+        'here a document is needed: a text file, or a line {"text": ...}'
+    )
 
 
 class _Encoder:

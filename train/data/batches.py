@@ -13,7 +13,7 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from jsparse.texts.chat_template import ChatTemplate
-from jsparse.texts.data_files import find_data
+from jsparse.texts.data_files import Found, find_data
 from jsparse.texts.documents import Sources
 from jsparse.texts.reading import Reading
 from jsparse.texts.tokenizer import whole_text_tokenizer
@@ -79,7 +79,8 @@ def digest_data(
     template = None if chat_template is None else chat_template.digest()
     settings = dataclasses.asdict(Reading() if reading is None else reading)
     sha.update(json.dumps([template, tokenizer.encode_special_tokens, settings], sort_keys=True).encode())
-    for file in find_data(files).files:
+    data = files if isinstance(files, Found) else find_data(files)
+    for file in data.files:
         sha.update(file.digest())
     return sha.hexdigest()
 

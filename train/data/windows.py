@@ -18,7 +18,7 @@ from tokenizers import Tokenizer
 from jsparse.models.loss import PADDING
 from jsparse.reports.progress import progress_bar
 from jsparse.texts.chat_template import ChatTemplate
-from jsparse.texts.data_files import find_data
+from jsparse.texts.data_files import Found, find_data
 from jsparse.texts.documents import Sample, Sources, read_samples, refuse_bad_rows
 from jsparse.texts.findings import LIMIT, Findings
 from jsparse.texts.reading import Reading
@@ -135,12 +135,12 @@ def write_windows(
         raise ValueError(f"context={context} must be at least 2: a token, and one to predict from it")
     token_type = _token_type(vocab_size)
     reading, findings = Reading() if reading is None else reading, Findings()
-    data = find_data(files)
+    data = files if isinstance(files, Found) else find_data(files)
     if folder.exists() and not folder.is_dir():
         raise FileExistsError(f"{folder} is a file; it must be a folder, or not exist")
 
     samples = read_samples(
-        data.files,
+        data,
         tokenizer,
         eos_token_id=eos_token_id,
         vocab_size=vocab_size,
@@ -148,7 +148,6 @@ def write_windows(
         reading=reading,
         findings=findings,
     )
-    findings.left_out += data.left_out
     with _undone_on_failure(folder), progress_bar(progress) as bar:
         watched = _watch(samples, bar, total=sum(file.size for file in data.files))
         fitting = _fit(watched, context, reading.too_long, findings)
