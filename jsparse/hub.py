@@ -151,9 +151,14 @@ def list_dataset(repository: str, revision: str | None) -> tuple[Path, tuple[str
     name = repository if revision is None else f"{repository}@{revision}"
     # Asking for files that nearly all have is how the library takes and keeps the list of the others.
     first = [".gitattributes", "README.md"]
-    folder = _download_silently(
-        f"data: {name}", repository, revision, repo_type="dataset", allow_patterns=first
-    )
+    options = {"repo_type": "dataset", "allow_patterns": first}
+    try:
+        folder = _download_silently(f"data: {name}", repository, revision, **options)
+    except FileNotFoundError as error:
+        # Without a network, those files may be what the cache lacks; it knows the list all the same.
+        folder = _cached_dataset(repository, revision, error.__cause__)
+        if folder is None:
+            raise
     from huggingface_hub import errors, get_cached_repo_tree
 
     try:
@@ -162,6 +167,21 @@ def list_dataset(repository: str, revision: str | None) -> tuple[Path, tuple[str
     except errors.CachedRepoTreeNotFoundError:
         paths = [path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()]
     return folder, tuple(sorted(paths))
+
+
+def _cached_dataset(repository: str, revision: str | None, error: BaseException | None) -> Path | None:
+    """The folder of a dataset that is in the cache in part, None if it is not, or if the error is another."""
+    from huggingface_hub import errors, snapshot_download
+
+    if not isinstance(error, errors.LocalEntryNotFoundError):
+        return None
+    try:
+        options = {"repo_type": "dataset", "revision": revision, "local_files_only": True}
+        return Path(snapshot_download(repository, **options))
+    except errors.IncompleteSnapshotError as incomplete:
+        return Path(incomplete.snapshot_path)
+    except errors.LocalEntryNotFoundError:
+        return None
 
 
 def fetch_files(repository: str, folder: Path, paths: Sequence[str]) -> None:

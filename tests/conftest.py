@@ -89,6 +89,7 @@ def hub_cache(tmp_path, monkeypatch):
     def forget():
         jsparse.hub._fetch_small.cache_clear()
         jsparse.hub._fetch_weights.cache_clear()
+        jsparse.hub.list_dataset.cache_clear()
 
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)

@@ -6,7 +6,6 @@ import io
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import IO
 
 from jsparse.extras import require_extra
 
@@ -19,7 +18,7 @@ def is_compressed(start: bytes) -> bool:
 
 
 @contextlib.contextmanager
-def open_bytes(path: Path, name: str) -> Iterator[tuple[IO[bytes], IO[bytes]]]:
+def open_bytes(path: Path, name: str) -> Iterator[tuple[io.BufferedIOBase, io.BufferedIOBase]]:
     """The content of a file, decompressed as it is read, and the file itself, which knows how far it is.
 
     - name: what errors call the file.
@@ -44,7 +43,7 @@ def decompress(content: bytes, place: str) -> bytes:
         return stream.read()
 
 
-def _decompressed(raw: IO[bytes], start: bytes) -> IO[bytes]:
+def _decompressed(raw: io.BufferedIOBase, start: bytes) -> io.BufferedIOBase:
     if start.startswith(GZIP):
         return gzip.GzipFile(fileobj=raw, mode="rb")
     require_extra("pyarrow", "data", "a file that is compressed with zstd needs pyarrow")
@@ -52,7 +51,7 @@ def _decompressed(raw: IO[bytes], start: bytes) -> IO[bytes]:
 
     # Unlike zstandard's reader, it goes on to further frames, and says so if the last is cut off.
     stream = pyarrow.CompressedInputStream(pyarrow.PythonFile(raw, "r"), "zstd")
-    return io.BufferedReader(_Readable(stream))  # type: ignore[return-value]
+    return io.BufferedReader(_Readable(stream))
 
 
 class _Readable(io.RawIOBase):

@@ -2,9 +2,10 @@
 
 import codecs
 import hashlib
+import io
 import json
 from pathlib import Path, PurePosixPath
-from typing import IO, Any, NamedTuple
+from typing import Any, NamedTuple
 
 from jsparse.files import pointer_hint
 from jsparse.texts.compressed import is_compressed, open_bytes
@@ -46,10 +47,12 @@ _STARTS = {  # of files that are not read, by their first bytes
 }
 _PICKLES = tuple(b"\x80" + bytes([protocol]) for protocol in range(2, 6))
 _OTHER_NAMES = {  # names of files that are not read; text under such a name is not what it says
-    **dict.fromkeys((".pkl", ".pickle", ".pt", ".pth", ".bin"), "a pickle, which can run code"),
+    **dict.fromkeys((".pkl", ".pickle", ".pt", ".pth", ".bin"), "a pickle"),
     **dict.fromkeys((".pdf", ".doc", ".docx", ".odt", ".xls", ".xlsx", ".epub"), "a document"),
     **dict.fromkeys((".zip", ".tar", ".tgz", ".bz2", ".xz", ".7z", ".rar"), "an archive"),
-    **dict.fromkeys((".h5", ".hdf5", ".npy", ".npz", ".safetensors", ".avro", ".orc"), "binary"),
+    **dict.fromkeys(
+        (".h5", ".hdf5", ".npy", ".npz", ".safetensors", ".avro", ".orc"), "a file of arrays or tables"
+    ),
     **dict.fromkeys((".png", ".jpg", ".jpeg", ".gif", ".webp", ".mp3", ".wav", ".mp4"), "a picture or sound"),
 }
 _SEPARATORS = {".csv": ",", ".tsv": "\\t"}
@@ -121,7 +124,7 @@ def suffix_of(name: str) -> str:
     return PurePosixPath(path.stem).suffix if path.suffix in COMPRESSED_NAMES else path.suffix
 
 
-def _read_head(content: IO[bytes]) -> bytes:
+def _read_head(content: io.BufferedIOBase) -> bytes:
     """The first mebibyte, and more while it is blank."""
     head = content.read(_HEAD)
     while not head.removeprefix(BOM).strip() and (more := content.read(_HEAD)):
@@ -155,7 +158,7 @@ def _binary_kind(head: bytes, name: str, *, inside: bool) -> str | None:
     return None
 
 
-def _text_kind(head: bytes, content: IO[bytes], path: Path, name: str) -> str:
+def _text_kind(head: bytes, content: io.BufferedIOBase, path: Path, name: str) -> str:
     text = head.removeprefix(BOM).lstrip()
     if not text:
         raise NotData(f"data: {name} is empty; every data file must hold some text")
@@ -184,7 +187,7 @@ def _as_list(path: Path, name: str, says_json: bool) -> tuple[str | None, str]:
         try:
             first = next(elements, None)
             if first is not None and not isinstance(first.value, dict):
-                return None, "is a JSON list of what are no objects"
+                return None, "is a JSON list of something else than objects"
             second = next(elements, None)
         except ValueError as error:
             return None, f"is not valid JSON ({error})"
@@ -195,7 +198,7 @@ def _as_list(path: Path, name: str, says_json: bool) -> tuple[str | None, str]:
     return "JSON list", ""
 
 
-def _as_lines(text: bytes, content: IO[bytes], name: str, says_json: bool) -> str | None:
+def _as_lines(text: bytes, content: io.BufferedIOBase, name: str, says_json: bool) -> str | None:
     """ "JSON lines" if most lines are objects, or any where the name says so; None for other text."""
     if b"\n" not in text:
         text += content.readline()
@@ -230,13 +233,13 @@ def _refuse_spread_out(text: bytes, name: str, says_json: bool) -> None:
     """Objects that are written over several lines are neither lines nor text."""
     if not text.startswith(b"{"):
         return
-    decoded = text.decode("utf-8", errors="ignore")
     try:
+        decoded = _decode_head(text)
         fields, end = json.JSONDecoder().raw_decode(decoded)
     except (ValueError, RecursionError):
         return
     rest = decoded[end:].lstrip()
-    if not fields or (rest and not (says_json or rest.startswith("{"))):
+    if "\n" not in decoded[:end] or (rest and not (says_json or rest.startswith("{"))):
         return
     if not rest:
         _refuse_container(fields, name)
@@ -249,26 +252,30 @@ def _refuse_spread_out(text: bytes, name: str, says_json: bool) -> None:
 def _check_text(head: bytes, name: str) -> None:
     suffix = suffix_of(name)
     if suffix in _SEPARATORS:
-        parquet = f"'{PurePosixPath(name).name.split('.')[0]}.parquet'"
         raise NotData(
-            f"data: {name} is a table of text ({suffix[1:]}), of which only people know the columns' types; "
-            'python -c "import pyarrow.csv as c, pyarrow.parquet as p; p.write_table(c.read_csv(FILE, '
+            f"data: {name} is a table of text ({suffix[1:]}); "
+            "python -c \"import pyarrow.csv as c, pyarrow.parquet as p; p.write_table(c.read_csv('FILE', "
             f"parse_options=c.ParseOptions(delimiter='{_SEPARATORS[suffix]}', newlines_in_values=True)), "
-            f'{parquet})" makes it Parquet'
+            "'NEW.parquet')\" makes it Parquet"
         )
     if suffix in _OTHER_NAMES or suffix in TABLE_NAMES:
-        says = _OTHER_NAMES.get(suffix, "a table")
-        raise ValueError(
-            f"data: {name} is named as {says}, but its beginning is none; if it is text, name it .txt; {READ}"
+        what, kind = (_OTHER_NAMES[suffix], NotData) if suffix in _OTHER_NAMES else ("a table", ValueError)
+        raise kind(
+            f"data: {name} is named as {what}, and does not begin as one; if it is text, name it .txt; {READ}"
         )
     try:
-        codecs.getincrementaldecoder("utf-8")().decode(head, final=len(head) < _HEAD)
+        _decode_head(head)
     except UnicodeDecodeError as error:
         raise ValueError(
             f"data: {name} is not UTF-8 text: byte {head[error.start]:#04x} at offset {error.start}; {READ}"
         ) from error
     if b"\0" in head:
         raise _not_read(name, f"binary (byte 0x00 at offset {head.index(0)})")
+
+
+def _decode_head(head: bytes) -> str:
+    """The text of a file's beginning, which may end within a character."""
+    return codecs.getincrementaldecoder("utf-8")().decode(head, final=len(head) < _HEAD)
 
 
 def _not_read(name: str, what: str) -> NotData:

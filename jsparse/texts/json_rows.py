@@ -1,10 +1,11 @@
 """JSON objects one after another, from lines and from one long list, of which one is held at a time."""
 
 import codecs
+import io
 import json
 import math
 from collections.abc import Iterator
-from typing import IO, Any, NamedTuple
+from typing import Any, NamedTuple
 
 _CHUNK = 1 << 20  # bytes read at a time; more only if one object is longer
 _SPACE = " \t\r\n"  # JSON's own, not Unicode's
@@ -91,7 +92,7 @@ class ListReader:
     [Parsed(value={'a': 1}, problem=None), Parsed(value=2, problem='is no JSON object')]
     """
 
-    def __init__(self, stream: IO[bytes]):
+    def __init__(self, stream: io.BufferedIOBase):
         self._stream = stream
         self._decoder = codecs.getincrementaldecoder("utf-8-sig")()
         self._text, self._at = "", 0  # what is decoded and not yet done with, and how far it is done with
@@ -117,17 +118,18 @@ class ListReader:
             try:
                 parsed, end = decoder.decode(self._text, self._at)
             except json.JSONDecodeError as error:
-                cut_off = error.msg.startswith("Unterminated") or error.pos > len(self._text) - _LONGEST_WORD
-                if not (cut_off and self._read()):
+                near_end = error.pos > len(self._text) - _LONGEST_WORD
+                if self._ended or not (near_end or error.msg.startswith("Unterminated")):
                     self._at = error.pos
                     raise self._wrong(error.msg) from error
             except (ValueError, RecursionError) as error:
                 raise self._wrong(str(error)) from error
             else:
-                # A number may go on where the text ends for now; what is no number shows its end.
-                if end < len(self._text) or not self._read():
+                # A number may go on where the text ends for now.
+                if self._ended or end < len(self._text):
                     self._at = end
                     return parsed
+            self._read()
 
     def _expect(self, characters: str, message: str) -> str:
         found = self._next_character()

@@ -1,7 +1,8 @@
 """Files of any kind that is read, to rows: a text as a whole, JSON lines, JSON lists, Parquet and Arrow."""
 
+import io
 from collections.abc import Iterable, Iterator
-from typing import IO, Any, NamedTuple
+from typing import Any, NamedTuple
 
 from jsparse.texts.compressed import decompress, open_bytes
 from jsparse.texts.file_kinds import BOM, DataFile
@@ -104,7 +105,7 @@ def _sized(row: _Read, size: int) -> Row | BadRow:
     return Row(row.content, row.place, size)
 
 
-def _lines(content: IO[bytes], raw: IO[bytes], name: str) -> Iterator[_Read]:
+def _lines(content: io.BufferedIOBase, raw: io.BufferedIOBase, name: str) -> Iterator[_Read]:
     plain, end = content is raw, 0
     for number, line in enumerate(content, start=1):
         end = end + len(line) if plain else raw.tell()
@@ -115,7 +116,7 @@ def _lines(content: IO[bytes], raw: IO[bytes], name: str) -> Iterator[_Read]:
             yield _Read(value, f"{name}, line {number}", problem, end)
 
 
-def _elements(content: IO[bytes], raw: IO[bytes], name: str) -> Iterator[_Read]:
+def _elements(content: io.BufferedIOBase, raw: io.BufferedIOBase, name: str) -> Iterator[_Read]:
     number = 0
     try:
         for number, (value, problem) in enumerate(ListReader(content), start=1):
