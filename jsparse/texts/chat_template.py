@@ -11,8 +11,15 @@ from typing import Any, TypeAlias
 from tokenizers import AddedToken
 
 from jsparse.hub import model_folder
+from jsparse.texts.assistant_spans import mark_assistant
 from jsparse.texts.chat_messages import cut, mark_end, plain, read_mappings, read_messages
-from jsparse.texts.control_tokens import ControlTokens, Encoded, assistant_mask, remove_marks
+from jsparse.texts.control_tokens import (
+    ControlTokens,
+    Encoded,
+    assistant_mask,
+    remove_control_marks,
+    remove_marks,
+)
 from jsparse.texts.jinja_sandbox import MAX_SOURCE, CompiledTemplate, compile_template
 from jsparse.texts.tokenizer import load_tokenizer
 
@@ -113,23 +120,26 @@ class ChatTemplate:
     ) -> tuple[list[int], list[int]]:
         """The ids of `encode`, and for each of them 1 if the assistant writes it, else 0.
 
-        The template says what the assistant writes, by ``{% generation %}`` and ``{% endgeneration %}``. A
-        token counts if any of its characters does.
+        A template may say what the assistant writes, by ``{% generation %}`` and ``{% endgeneration %}``. If
+        it does not, a turn of the assistant begins where the prompt ends that the model is served with for
+        it: the messages before it, rendered with ``add_generation_prompt``. It ends with the first special
+        token that the template writes after the turn's text, by which a model stops; without one, where the
+        messages up to it end when they are rendered, less the space there. A token counts if any of its
+        characters does.
 
         - the arguments: as of `encode`, but ``add_generation_prompt`` is False unless given.
 
-        Raises ValueError as `encode` does, for a template without that tag, and for
-        ``continue_final_message``.
+        Raises ValueError as `encode` does, for ``continue_final_message``, and, if the template has no such
+        tags, for messages without one of the assistant, and for a turn whose beginning or end cannot be told.
         """
         template = self._choose(arguments.get("name"), arguments.get("tools"))
-        if not template.has_generation:
-            raise ValueError(
-                f"{template.file} does not mark what the assistant writes: it has no {{% generation %}}, "
-                "from which the mask is made"
-            )
         if arguments.get("continue_final_message"):
             raise ValueError("continue_final_message=True cuts the prompt, so there is no mask of it")
-        prompt = self._encode(messages, sanitize_control_tokens, {"add_generation_prompt": False} | arguments)
+        arguments = {"add_generation_prompt": False} | arguments
+        if template.has_generation:
+            prompt = self._encode(messages, sanitize_control_tokens, arguments)
+        else:
+            prompt = self._encode_turns(messages, sanitize_control_tokens, template.file, **arguments)
         return prompt.ids, assistant_mask(prompt.encoding.offsets, prompt.generated)
 
     def digest(self) -> str:
@@ -150,6 +160,37 @@ class ChatTemplate:
     def _encode(self, messages: Messages, sanitize: bool, arguments: Mapping[str, Any]) -> Encoded:
         mark = self._control_tokens.mark if sanitize else _unchanged
         return self._control_tokens.encode(self._prompt(messages, mark, **arguments))
+
+    def _encode_turns(
+        self,
+        messages: Messages,
+        sanitize: bool,
+        file: str,
+        *,
+        add_generation_prompt: bool,
+        **arguments: Any,
+    ) -> Encoded:
+        """The prompt, with what the assistant writes as it shows from prompts rendered for each turn."""
+        control = self._control_tokens
+        arguments.pop("continue_final_message", None)
+        marked = mark_assistant(
+            read_messages(messages, control.mark),
+            lambda chat, ask: self._render(chat, control.mark, add_generation_prompt=ask, **arguments),
+            generation_prompt=add_generation_prompt,
+            special=set(control.tokens.values()),
+            added={token.content for token in control.tokenizer.get_added_tokens_decoder().values()},
+            eos=self.special_tokens.get("eos_token"),
+            file=file,
+        )
+        if sanitize:
+            return control.encode(marked)
+        arguments["add_generation_prompt"] = add_generation_prompt
+        if remove_marks(marked) != self._prompt(messages, _unchanged, **arguments):
+            raise ValueError(
+                f"{file} changes special tokens in messages, so what the assistant writes cannot be told with "
+                "sanitize_control_tokens=False"
+            )
+        return control.encode(remove_control_marks(marked))
 
     def _prompt(
         self,
@@ -175,7 +216,29 @@ class ChatTemplate:
             raise ValueError(
                 f"{template.file} does not read `content`, so the last message cannot be continued"
             )
-        rendered = template.render(
+        rendered = self._render(
+            chat,
+            mark,
+            tools=tools,
+            documents=documents,
+            add_generation_prompt=add_generation_prompt,
+            name=name,
+            **variables,
+        )
+        return rendered if last is None else cut(rendered, last, template.file)
+
+    def _render(
+        self,
+        chat: list[dict[str, Any]],
+        mark: Callable[[str], str],
+        *,
+        add_generation_prompt: bool,
+        tools: Messages | None = None,
+        documents: Messages | None = None,
+        name: str | None = None,
+        **variables: Any,
+    ) -> str:
+        return self._choose(name, tools).render(
             {
                 **self.special_tokens,
                 **plain(variables, "variables", mark),
@@ -185,7 +248,6 @@ class ChatTemplate:
                 "add_generation_prompt": add_generation_prompt,
             }
         )
-        return rendered if last is None else cut(rendered, last, template.file)
 
     @functools.cached_property
     def _control_tokens(self) -> ControlTokens:

@@ -19,8 +19,9 @@ OPEN, CLOSE = "\ud800", "\ud801"  # around a control token in a text
 EDGE = "\ud802"  # where a text ends or begins with a part of a control token
 CUT = "\ud803"  # where the message that is to be continued ends
 GENERATION_START, GENERATION_END = "\ud804", "\ud805"  # around what the assistant writes
+TURNS, TURNS_COUNT = "\ud900-\udaff", 512  # a range: around the texts of a message, one mark for each
 
-_MARKS = re.compile(f"[{OPEN}-{GENERATION_END}]")
+_MARKS = re.compile(f"[{OPEN}-{GENERATION_END}{TURNS}]")
 _SURROGATE = re.compile("[\ud800-\udfff]")
 
 
@@ -31,6 +32,11 @@ def has_surrogate(text: str) -> bool:
 
 def remove_marks(text: str) -> str:
     return _MARKS.sub("", text)
+
+
+def remove_control_marks(text: str) -> str:
+    """Without the marks of control tokens, which then are such tokens as if the template had written them."""
+    return re.sub(f"[{OPEN}{CLOSE}{EDGE}]", "", text)
 
 
 def escape_non_ascii(json_text: str) -> str:
@@ -48,7 +54,7 @@ def unescape_marks(written: str) -> str:
     def unescape(match: re.Match[str]) -> str:
         return match[0] if match[1] == "\\" else chr(int(match[1][1:], 16))
 
-    return re.sub(r"\\(\\|ud80[0-5])", unescape, written)
+    return re.sub(r"\\(\\|ud80[0-5]|ud[9a][0-9a-f]{2})", unescape, written)
 
 
 def marker(names: Collection[str]) -> Callable[[str], str]:

@@ -316,9 +316,9 @@ def test_continuing_what_a_template_does_not_write(load):
         load("{{ messages[0].text }}").render([USER], **options)
 
 
-def test_mask_needs_the_tag(load):
-    with pytest.raises(ValueError, match=r"chat_template.jinja does not mark .* no \{% generation %\}"):
-        load("{# {% generation %} #}{{ messages[0].content }}").encode_with_mask([USER])
+def test_mask_needs_a_turn_of_the_assistant(load):
+    with pytest.raises(ValueError, match="messages has none of the assistant"):
+        load("chatml").encode_with_mask([USER])
 
 
 # What templates may not do
