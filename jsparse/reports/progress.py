@@ -1,4 +1,4 @@
-"""The progress of training and evaluation: a bar in a terminal, and for runs a line now and then elsewhere."""
+"""The progress of training and evaluation: a bar in a terminal; elsewhere, for runs, a line now and then."""
 
 import contextlib
 import sys
@@ -81,7 +81,7 @@ def steps_shown(
 
 
 def print_line(text: str) -> None:
-    """A line on stderr. Within a bar it appears above it: rich takes over the stream, as it is looked up here."""
+    """A line on stderr. While a bar is shown it appears above: rich then stands in for ``sys.stderr``."""
     print(text, file=sys.stderr, flush=True)
 
 
