@@ -17,6 +17,7 @@ from jsparse.models.checkpoint import load_config
 from jsparse.models.end_token import end_token
 from jsparse.models.masking import ModelMask
 from jsparse.models.sharding import batch_sharding, put
+from jsparse.reports.options_file import as_yaml
 from jsparse.texts.documents import check_files
 from jsparse.train.config import FinetuneConfig
 from jsparse.train.data.batches import batch_at, digest_data, position_at
@@ -25,11 +26,13 @@ from jsparse.train.export import export_model
 from jsparse.train.run.checkpoint import open_checkpoints
 from jsparse.train.run.identity import (
     DATA,
+    SETTINGS,
     checkpoint_folder,
     describe_run,
     steps_taken,
     with_commit,
 )
+from jsparse.train.run.loggers import loggers_open, require_loggers
 from jsparse.train.run.loop import run_steps
 from jsparse.train.run.processes import is_first_process, wait_for_all
 from jsparse.train.start import extended_config, load_start, make_step
@@ -86,6 +89,7 @@ def finetune(config: FinetuneConfig, *, progress: bool = True) -> FinetuneResult
 
     Source: LongLoRA (arXiv 2309.12307).
     """
+    require_loggers(config.log_to)
     check_files(config.data_files)
     config = with_commit(config)
     base_config = load_config(config.model)
@@ -100,7 +104,11 @@ def finetune(config: FinetuneConfig, *, progress: bool = True) -> FinetuneResult
     mesh = config.mesh.make() if config.mesh.devices > 1 or jax.process_count() > 1 else None
     state, split = load_start(config, model_config, mesh)
     windows = _windows(config, tokenizer, model_config, digest, eos_token_id=eos, progress=progress)
+    _write_settings(config)
     with (
+        loggers_open(
+            config.log_to, config.output_folder, run["config"], start=start, quiet=not progress
+        ) as log,
         open_checkpoints(checkpoint_folder(config.output_folder), writable=True) as checkpoints,
         jax.set_mesh(mesh) if mesh is not None else contextlib.nullcontext(),
     ):
@@ -121,6 +129,7 @@ def finetune(config: FinetuneConfig, *, progress: bool = True) -> FinetuneResult
             name="training",
             note=_note,
             progress=progress,
+            log=log,
         )
     finished = int(state.step) == config.steps
     if finished:
@@ -130,6 +139,14 @@ def finetune(config: FinetuneConfig, *, progress: bool = True) -> FinetuneResult
         wait_for_all("export")
     losses = tuple(math.nan if line["loss"] is None else line["loss"] for line in metrics)
     return FinetuneResult(config.output_folder, losses, metrics[-1] if metrics else {}, finished)
+
+
+def _write_settings(config: FinetuneConfig) -> None:
+    """All settings as a file from which the command line runs, or resumes, the same run."""
+    if is_first_process():
+        path = config.output_folder / SETTINGS
+        head = f"# In the folder where the run began: jsparse finetune --config {path}\n"
+        path.write_text(head + as_yaml(config), encoding="utf-8")
 
 
 def _windows(
