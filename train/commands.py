@@ -12,6 +12,7 @@ from pathlib import Path
 from jsparse.masks.head_pattern import PATTERN_FILE
 from jsparse.plan.memory_fraction import DEFAULT_MEMORY_FRACTION
 from jsparse.reports.console import check_can_write, parse, write_json
+from jsparse.reports.options_file import with_file
 from jsparse.train.config import FinetuneConfig
 from jsparse.train.heads_config import HeadsConfig
 from jsparse.train.merge_config import MergeConfig
@@ -33,6 +34,9 @@ The model itself does not change.
 class FinetuneCommand(FinetuneConfig):
     """The settings of a run, and which of several processes this one is."""
 
+    config: Path | None = None
+    """A YAML file of options by their names (batch_size: 4), as a run writes it to run.yaml. Options given
+    beside it win. Paths in it are relative to the current folder."""
     coordinator: str | None = None
     """For several processes: "host:port" of the first. Start each of them with this command."""
     processes: int | None = None
@@ -49,6 +53,8 @@ class PlanFinetuneCommand(FinetuneConfig):
     """Not read."""
     output: Path = Path("-")
     """Not written."""
+    config: Path | None = None
+    """A YAML file of options, as for jsparse finetune."""
     device: str = "h200"
     """"h200", "h100-80gb" or "a100-80gb"; --mesh.* sets how many."""
     hosts: int = 1
@@ -60,7 +66,7 @@ class PlanFinetuneCommand(FinetuneConfig):
 
 
 def finetune(options: list[str]) -> int:
-    command = parse(FinetuneCommand, "finetune", options, _FINETUNE)
+    command = parse(FinetuneCommand, "finetune", with_file(FinetuneCommand, options), _FINETUNE)
     import jax
 
     from jsparse.train.finetuning import finetune as run_finetune
@@ -111,7 +117,7 @@ def merge(options: list[str]) -> None:
 
 
 def plan_finetune(options: list[str]) -> int:
-    command = parse(PlanFinetuneCommand, "plan finetune", options)
+    command = parse(PlanFinetuneCommand, "plan finetune", with_file(PlanFinetuneCommand, options))
     check_can_write(command.json, "json")
     from jsparse.models import load_config
     from jsparse.plan.compile_only import prepare_process

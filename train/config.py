@@ -22,6 +22,7 @@ else:
     LlamaConfig = AttentionPattern = GradientTransformation = Schedule = Any
 
 BLOCK = 128  # tokens, of strided attention
+SERVICES = ("tensorboard", "wandb", "mlflow")
 
 
 _CHOICES = {
@@ -146,6 +147,9 @@ class FinetuneConfig:
     """Seed of the order of the windows, of the initial LoRA matrices and of dropout."""
     checkpoint_every: int = 100
     """Steps between checkpoints. The last step always writes one, and so does a run that SIGTERM ends."""
+    log_to: tuple[str, ...] = ()
+    """Where numbers go beside metrics.jsonl: any of "tensorboard", "wandb" and "mlflow" (extras of the same
+    names). Those that use files keep them in the output."""
 
     def __post_init__(self):
         if not self.data_files:
@@ -158,6 +162,10 @@ class FinetuneConfig:
         require_numbers(self, "weight_decay", "lora_dropout", allow_zero=True)
         for field in ("attention", "rope", "base_bits", "dtype", "remat", "schedule"):
             require_choice(self, field, *_CHOICES[field])
+        if not set(self.log_to) <= set(SERVICES):
+            raise ValueError(f"log_to must be some of {', '.join(map(repr, SERVICES))}, not {self.log_to!r}")
+        if len(set(self.log_to)) < len(self.log_to):
+            raise ValueError(f"log_to must name each service once, not {self.log_to!r}")
         self._check_lora()
         self._check_batch()
         self._check_attention()

@@ -19,6 +19,7 @@ from jsparse.models.end_token import end_token
 from jsparse.models.masking import ModelMask
 from jsparse.models.sharding import batch_sharding, put
 from jsparse.reports.console import for_terminal
+from jsparse.reports.options_file import as_yaml
 from jsparse.texts.chat_template import find_chat_template
 from jsparse.texts.data_files import Found, find_data
 from jsparse.train.config import FinetuneConfig
@@ -28,11 +29,13 @@ from jsparse.train.export import export_model
 from jsparse.train.run.checkpoint import open_checkpoints
 from jsparse.train.run.identity import (
     DATA,
+    SETTINGS,
     checkpoint_folder,
     describe_run,
     steps_taken,
     with_commit,
 )
+from jsparse.train.run.loggers import loggers_open, require_loggers
 from jsparse.train.run.loop import run_steps
 from jsparse.train.run.processes import is_first_process, wait_for_all
 from jsparse.train.start import extended_config, load_start, make_step
@@ -89,6 +92,7 @@ def finetune(config: FinetuneConfig, *, progress: bool = True) -> FinetuneResult
 
     Source: LongLoRA (arXiv 2309.12307).
     """
+    require_loggers(config.log_to)
     data = find_data(config.data_files)
     config = with_commit(config)
     base_config = load_config(config.model)
@@ -114,7 +118,11 @@ def finetune(config: FinetuneConfig, *, progress: bool = True) -> FinetuneResult
     if progress and is_first_process():
         for line in findings.lines():
             print(for_terminal(f"data: {line}"), file=sys.stderr)
+    _write_settings(config)
     with (
+        loggers_open(
+            config.log_to, config.output_folder, run["config"], start=start, quiet=not progress
+        ) as log,
         open_checkpoints(checkpoint_folder(config.output_folder), writable=True) as checkpoints,
         jax.set_mesh(mesh) if mesh is not None else contextlib.nullcontext(),
     ):
@@ -135,6 +143,7 @@ def finetune(config: FinetuneConfig, *, progress: bool = True) -> FinetuneResult
             name="training",
             note=_note,
             progress=progress,
+            log=log,
         )
     finished = int(state.step) == config.steps
     if finished:
@@ -144,6 +153,14 @@ def finetune(config: FinetuneConfig, *, progress: bool = True) -> FinetuneResult
         wait_for_all("export")
     losses = tuple(math.nan if line["loss"] is None else line["loss"] for line in metrics)
     return FinetuneResult(config.output_folder, losses, metrics[-1] if metrics else {}, finished)
+
+
+def _write_settings(config: FinetuneConfig) -> None:
+    """All settings as a file from which the command line runs, or resumes, the same run."""
+    if is_first_process():
+        path = config.output_folder / SETTINGS
+        head = f"# In the folder where the run began: jsparse finetune --config {path}\n"
+        path.write_text(head + as_yaml(config), encoding="utf-8")
 
 
 def _windows(

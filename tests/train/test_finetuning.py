@@ -74,7 +74,7 @@ def test_it_learns_and_reports_every_step(config, run):
 def test_the_output_is_a_model_and_nothing_is_left_behind(config, run):
     names = {path.name for path in config.output.iterdir()}
     model = {"config.json", "generation_config.json", "model.safetensors", "tokenizer.json"}
-    assert names == model | {"metrics.jsonl", "checkpoints", "attention_pattern.json"}
+    assert names == model | {"metrics.jsonl", "checkpoints", "attention_pattern.json", "run.yaml"}
     assert load_pattern(config.output) == shifted_pattern(Llama.from_pretrained(config.output).config, 16)
     assert {path.name for path in (config.output / "checkpoints").iterdir()} == {"4", "6"}
     tokenizer = (config.output / "tokenizer.json").read_bytes()
@@ -174,7 +174,7 @@ def test_an_interrupted_run_goes_on_as_if_nothing_had_happened(config, run, tmp_
         patch.setattr(finetuning, "batch_at", stop_at_step_5)
         with pytest.raises(KeyboardInterrupt):
             finetune(dataclasses.replace(broken, steps=5), progress=False)
-    assert {path.name for path in broken.output.iterdir()} == {"metrics.jsonl", "checkpoints", "data"}
+    assert {path.name for path in broken.output.iterdir()} == {"metrics.jsonl", "checkpoints", "data", "run.yaml"}
     with open(broken.output / "metrics.jsonl", "a") as file:
         file.write('{"step": 5, "lo')  # as a crash in mid-line leaves it
 

@@ -15,6 +15,9 @@ from jsparse.train.run.checkpoint import open_checkpoints
 
 METRICS = "metrics.jsonl"
 DATA = "data"
+SETTINGS = "run.yaml"
+# What a run may find in its folder when it starts over: it wrote these before its first checkpoint.
+_STARTED = (METRICS, DATA, SETTINGS, "loggers.json", "tensorboard", "wandb", "mlflow")
 # What defines a run besides its model, its data and its schedule: other values give other weights.
 _FIELDS = (
     "context",
@@ -103,8 +106,8 @@ def steps_in(output: Path, steps: int, run: dict) -> int:
     folder = checkpoint_folder(output)
     step = _read_step(folder, run)
     if step == 0:
-        # A run that stopped before its first checkpoint leaves only metrics and data, and starts over.
-        require_new_folder(output, allowed=(METRICS, DATA, folder.name))
+        # A run that stopped before its first checkpoint starts over.
+        require_new_folder(output, allowed=(*_STARTED, folder.name))
     if step > steps:
         raise ValueError(f"steps={steps}, but {folder} has come to step {step} already")
     return step

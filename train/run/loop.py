@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from jsparse.reports.progress import progress_bar
+from jsparse.reports.progress import steps_shown
 from jsparse.train.run.identity import METRICS, metrics_until
 from jsparse.train.run.processes import is_first_process, wait_for_all
 from jsparse.train.run.stopping import sigterm_noted
@@ -26,6 +26,7 @@ def run_steps(
     name: str,
     note: Callable[[MetricsLine], str],
     progress: bool,
+    log: Callable[[MetricsLine], None] | None = None,
 ) -> tuple[TrainState, list[MetricsLine]]:
     """Take the steps that ``state`` has not taken yet.
 
@@ -35,7 +36,8 @@ def run_steps(
     - steps: the steps of the whole run.
     - save: ``save(n, state)`` writes a checkpoint after n steps. It is called every ``checkpoint_every``
       steps, after the last one, and when SIGTERM ends the run.
-    - name, note: what the progress bar says about the run, and about a line.
+    - name, note: what is shown about the run, and about a line (``steps_shown``).
+    - log: called with each new line, after it is written.
 
     Returns the last state and all lines of metrics.jsonl.
     """
@@ -44,18 +46,19 @@ def run_steps(
     wait_for_all("metrics")  # all read it before the first process writes
     with (
         open(output / METRICS if is_first_process() else os.devnull, "w", encoding="utf-8") as file,
-        progress_bar(progress and is_first_process()) as bar,
+        steps_shown(progress and is_first_process(), name, steps=steps, start=start) as show,
         sigterm_noted() as asked_to_stop,
     ):
         file.writelines(json.dumps(line) + "\n" for line in metrics)
         file.flush()
-        task = bar.add_task(name, total=steps, completed=start, note="compiling")
         for step in range(start, steps):
             state, line = take_step(step, state)
             metrics.append(line)
             file.write(json.dumps(line) + "\n")
             file.flush()
-            bar.update(task, advance=1, note=note(line))
+            if log is not None:
+                log(line)
+            show(step + 1, note(line))
             stopping = asked_to_stop()
             if (step + 1) % checkpoint_every == 0 or step + 1 == steps or stopping:
                 if is_first_process():

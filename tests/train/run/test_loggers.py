@@ -1,0 +1,293 @@
+"""TensorBoard, Weights & Biases and MLflow, with their own packages, offline: they hold what was logged."""
+
+import contextlib
+import dataclasses
+import importlib
+import json
+import logging
+import math
+import subprocess
+import sys
+
+import pytest
+
+from jsparse.extras import MissingExtra
+from jsparse.train import FinetuneConfig, finetune, finetuning
+from jsparse.train.run import loggers
+from jsparse.train.run.loggers import flat_numbers, loggers_open
+
+SETTINGS = {"learning_rate": 2e-5, "data": ["a.txt"], "mesh": {"fsdp": 2}}
+SERVICES = ("tensorboard", "wandb", "mlflow")
+
+
+def of_tensorboard(output):
+    accumulator = importlib.import_module("tensorboard.backend.event_processing.event_accumulator")
+    make = importlib.import_module("tensorboard.util.tensor_util").make_ndarray
+    events = accumulator.EventAccumulator(str(output / "tensorboard"), size_guidance={"tensors": 0}).Reload()
+    return {
+        name: [(event.step, float(make(event.tensor_proto))) for event in events.Tensors(name)]
+        for name in events.Tags()["tensors"]
+    }
+
+
+def records_of_wandb(output):
+    """The records of all files of a run, in the order in which they would be uploaded."""
+    for file in sorted(output.glob("wandb/offline-run-*/*.wandb")):
+        command = [sys.executable, "-m", "wandb", "leet", "inspect", "--json", str(file)]
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
+        yield from map(json.loads, done.stdout.splitlines())
+
+
+def of_wandb(output):
+    found = {}
+    for record in records_of_wandb(output):
+        if record["type"] == "history":
+            item = record["history"]["item"]
+            for name in item.keys() - {"_runtime", "_step", "_timestamp"}:
+                found.setdefault(name, []).append((item["_step"], item[name]))
+    return found
+
+
+def client_of(output):
+    return importlib.import_module("mlflow").MlflowClient(f"sqlite:///{output.absolute()}/mlflow/mlflow.db")
+
+
+def of_mlflow(output):
+    client = client_of(output)
+    (experiment,) = client.search_experiments(filter_string="name = 'jsparse'")
+    (run,) = client.search_runs([experiment.experiment_id])
+    return {
+        name: [(point.step, point.value) for point in client.get_metric_history(run.info.run_id, name)]
+        for name in run.data.metrics
+    }
+
+
+READ = {"tensorboard": of_tensorboard, "wandb": of_wandb, "mlflow": of_mlflow}
+
+
+@pytest.fixture(params=SERVICES)
+def service(request, monkeypatch):
+    """The name of a service whose package is installed, with nothing of the user's in its environment."""
+    if request.param == "mlflow":
+        pytest.importorskip("sqlalchemy")
+    with contextlib.suppress(ImportError):
+        importlib.import_module(request.param)
+    pytest.importorskip(request.param)
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    for name in ("MLFLOW_TRACKING_URI", "MLFLOW_EXPERIMENT_NAME", "WANDB_PROJECT", "WANDB_NAME"):
+        monkeypatch.delenv(name, raising=False)
+    return request.param
+
+
+# Of the packages themselves, with the versions that they get along with.
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore::FutureWarning"),
+]
+
+
+def written(output, lines, start=0, services=(), stop=None):
+    """Log lines after ``start`` as a run does; with ``stop``, a crash comes after that step."""
+    before = [line for line in lines if line["step"] <= start]
+    with loggers_open(services, output, SETTINGS, start=start, quiet=True) as log:
+        with open(output / "metrics.jsonl", "w") as file:
+            file.writelines(json.dumps(line) + "\n" for line in before)
+            for line in lines[len(before) :]:
+                file.write(json.dumps(line) + "\n")
+                file.flush()
+                log(line)
+                if line["step"] == stop:
+                    raise KeyboardInterrupt
+
+
+def lines_of(steps):
+    return [
+        {"step": step, "loss": None if step == 2 else 1 / step, "eval": {"docs": {"loss": step + 0.5}}}
+        for step in range(1, steps + 1)
+    ]
+
+
+def expected(steps):
+    return {
+        "loss": [(step, 1 / step) for step in range(1, steps + 1) if step != 2],
+        "eval/docs/loss": [(step, step + 0.5) for step in range(1, steps + 1)],
+    }
+
+
+def check(service, output, steps):
+    found = READ[service](output)
+    assert found.keys() == expected(steps).keys()
+    for name, points in expected(steps).items():
+        assert [step for step, _ in found[name]] == [step for step, _ in points]
+        assert [value for _, value in found[name]] == pytest.approx([value for _, value in points])
+
+
+def test_a_service_holds_what_was_logged(service, tmp_path):
+    written(tmp_path, lines_of(3), services=(service,))
+    check(service, tmp_path, 3)
+    if service == "wandb":
+        (run,) = [record["run"] for record in records_of_wandb(tmp_path) if record["type"] == "run"]
+        config = run["config"]["update"]
+        assert {name: config[name] for name in SETTINGS} == SETTINGS
+        assert run["project"] == "jsparse" and run["display_name"] == tmp_path.name
+    if service == "mlflow":
+        client = client_of(tmp_path)
+        run = client.get_run(json.loads((tmp_path / "loggers.json").read_text())["mlflow"]["run"])
+        assert run.data.params == {"learning_rate": "2e-05", "data": "['a.txt']", "mesh/fsdp": "2"}
+        assert run.info.status == "FINISHED" and run.info.run_name == tmp_path.name
+
+
+def test_a_resumed_run_goes_on_without_a_step_twice(service, tmp_path):
+    """It crashes after step 4, and has a checkpoint of step 2."""
+    with pytest.raises(KeyboardInterrupt):
+        written(tmp_path, lines_of(6), services=(service,), stop=4)
+    first = json.loads((tmp_path / "loggers.json").read_text())
+    with open(tmp_path / "metrics.jsonl", "a") as file:
+        file.write('{"step": 5, "lo')  # torn
+    written(tmp_path, lines_of(6), start=2, services=(service,))
+    check(service, tmp_path, 6)
+    assert json.loads((tmp_path / "loggers.json").read_text()) == first
+    if service == "wandb":
+        runs = [record["run"] for record in records_of_wandb(tmp_path) if record["type"] == "run"]
+        assert [run["run_id"] for run in runs] == [first["wandb"]["run"]] * 2
+
+
+def test_a_service_that_comes_later_or_pauses_gets_the_lines_between(service, tmp_path):
+    with pytest.raises(KeyboardInterrupt):
+        written(tmp_path, lines_of(6), stop=2)
+    with pytest.raises(KeyboardInterrupt):
+        written(tmp_path, lines_of(6), start=2, services=(service,), stop=3)
+    with pytest.raises(KeyboardInterrupt):
+        written(tmp_path, lines_of(6), start=3, stop=5)
+    written(tmp_path, lines_of(6), start=4, services=(service,))
+    check(service, tmp_path, 6)
+
+
+def test_a_run_that_starts_over_is_another(service, tmp_path):
+    with pytest.raises(KeyboardInterrupt):
+        written(tmp_path, [{"step": step, "loss": 9.0} for step in (1, 2, 3)], services=(service,), stop=2)
+    first = json.loads((tmp_path / "loggers.json").read_text())[service]
+    written(tmp_path, lines_of(3), services=(service,))
+    again = json.loads((tmp_path / "loggers.json").read_text())[service]
+    if service == "tensorboard":
+        check(service, tmp_path, 3)
+    else:
+        assert again["run"] != first["run"]
+
+
+def test_mlflow_keeps_to_the_store_that_the_environment_names(tmp_path, monkeypatch):
+    mlflow = pytest.importorskip("mlflow")
+    pytest.importorskip("sqlalchemy")
+    uri = f"sqlite:///{tmp_path}/mine.db"
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
+    monkeypatch.setenv("MLFLOW_EXPERIMENT_NAME", "long")
+    client = mlflow.MlflowClient(uri)
+    client.create_experiment("long", (tmp_path / "artifacts").as_uri())
+    (tmp_path / "output").mkdir()
+    written(tmp_path / "output", lines_of(3), services=("mlflow",))
+    assert not (tmp_path / "output" / "mlflow").exists()
+    (run,) = client.search_runs([client.get_experiment_by_name("long").experiment_id])
+    assert run.data.metrics["loss"] == pytest.approx(1 / 3)
+
+
+@pytest.mark.parametrize(
+    ("name", "environment", "message"),
+    [
+        ("wandb", {"WANDB_MODE": "online"}, "No API key.*run `wandb login`, or set WANDB_MODE=offline"),
+        ("mlflow", {"MLFLOW_TRACKING_URI": "http://127.0.0.1:9"}, "check MLFLOW_TRACKING_URI"),
+        ("mlflow", {"MLFLOW_TRACKING_URI": "ftp://here"}, "check MLFLOW_TRACKING_URI"),
+    ],
+    ids=["not logged in", "no server", "no such scheme"],
+)
+def test_a_service_that_does_not_start_says_what_to_do(name, environment, message, tmp_path, monkeypatch):
+    pytest.importorskip(name)
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.delenv("WANDB_API_KEY", raising=False)
+    for key, value in environment.items():
+        monkeypatch.setenv(key, value)
+    with pytest.raises(ValueError, match=f"^log_to={name} does not start: .*{message}") as error:
+        written(tmp_path, lines_of(3), services=(name,))
+    assert "\n" not in str(error.value)
+    assert not (tmp_path / "metrics.jsonl").exists()
+
+
+def test_a_service_that_is_not_installed(base, text, tmp_path, monkeypatch):
+    for name in SERVICES:
+        monkeypatch.setattr("importlib.util.find_spec", lambda package: None)
+        config = FinetuneConfig(model=base, data=text, output=tmp_path / "out", context=32, log_to=(name,))
+        with pytest.raises(MissingExtra, match=rf"log_to={name} needs .* pip install -e '\.\[{name}\]'"):
+            finetune(config, progress=False)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_run_outlives_a_service_that_fails(tmp_path, monkeypatch, caplog):
+    sent = []
+
+    def send(step, numbers):
+        if step == 2 and len(sent) == 1:
+            raise ConnectionError("the server\nhas gone")
+        sent.append((step, numbers))
+
+    def opened(output, settings, run, quiet):
+        return loggers._Service(run or "1", send, lambda failed: None)
+
+    monkeypatch.setitem(loggers._OPEN, "wandb", opened)
+    with caplog.at_level(logging.WARNING, "jsparse"):
+        written(tmp_path, lines_of(3), services=("wandb",))
+    assert [step for step, _ in sent] == [1]
+    assert "wandb takes no lines from step 2 on, metrics.jsonl does: the server has gone" in caplog.text
+    written(tmp_path, lines_of(4), start=3, services=("wandb",))
+    assert [step for step, _ in sent] == [1, 2, 3, 4]  # what it has missed comes first
+
+
+def test_numbers_are_named_with_slashes():
+    line = {"step": 1, "loss": None, "text": {"nll": 2.0, "right": None}, "name": "a", "n": math.inf}
+    assert flat_numbers(line) == {"step": 1, "text/nll": 2.0, "n": math.inf}
+
+
+@pytest.mark.parametrize("given", [("tensorbord",), ("wandb", "wandb")])
+def test_services_that_there_are(given):
+    with pytest.raises(ValueError, match="log_to must"):
+        FinetuneConfig(model="a", data="b", output="c", context=32, log_to=given)
+
+
+def test_a_run_logs_its_lines_and_resumes_from_what_it_wrote(base, text, tmp_path, monkeypatch):
+    from jsparse.__main__ import main
+
+    pytest.importorskip("tensorboard")
+    monkeypatch.chdir(tmp_path)
+    config = FinetuneConfig(
+        model=base,
+        data=text,
+        output="out",
+        context=32,
+        lora_rank=2,
+        steps=4,
+        batch_size=2,
+        checkpoint_every=2,
+        log_to=("tensorboard",),
+    )
+    batch_at = finetuning.batch_at
+
+    def crash_in_step_4(windows, step, **options):
+        if step == 3:
+            raise KeyboardInterrupt
+        return batch_at(windows, step, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(finetuning, "batch_at", crash_in_step_4)
+        with pytest.raises(KeyboardInterrupt):
+            finetune(config, progress=False)
+    settings = (tmp_path / "out" / "run.yaml").read_text()
+    assert main(["finetune", "--config", "out/run.yaml"]) == 0
+    assert (tmp_path / "out" / "run.yaml").read_text() == settings
+    lines = [json.loads(line) for line in (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()]
+    found = of_tensorboard(tmp_path / "out")
+    assert found.keys() == lines[0].keys() - {"step"}
+    for name in ("loss", "grad_norm", "learning_rate", "skipped"):
+        assert [step for step, _ in found[name]] == [1, 2, 3, 4]
+        assert [value for _, value in found[name]] == pytest.approx([line[name] for line in lines])
+
+    unbroken = finetune(dataclasses.replace(config, output="unbroken", log_to=()), progress=False)
+    assert [line["loss"] for line in lines] == list(unbroken.losses)
