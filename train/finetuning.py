@@ -2,17 +2,21 @@
 
 import contextlib
 import dataclasses
+import functools
+import logging
 import math
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 from jax.sharding import Mesh
+from jaxtyping import Integer
 
-from jsparse.models import LlamaConfig, load_tokenizer
+from jsparse.models import load_tokenizer
 from jsparse.models.checkpoint import load_config
 from jsparse.models.end_token import end_token
 from jsparse.models.masking import ModelMask
@@ -20,9 +24,12 @@ from jsparse.models.sharding import batch_sharding, put
 from jsparse.texts.documents import check_files
 from jsparse.train.config import FinetuneConfig
 from jsparse.train.data.batches import batch_at, digest_data, position_at
+from jsparse.train.data.overlap import count_shared
 from jsparse.train.data.windows import HEADER, Windows, open_windows, write_windows
 from jsparse.train.export import export_model
-from jsparse.train.run.checkpoint import open_checkpoints
+from jsparse.train.held_out import held_out_loss
+from jsparse.train.run.checkpoint import Checkpoints, open_checkpoints
+from jsparse.train.run.evaluations import EVAL, Evaluations, best_line
 from jsparse.train.run.identity import (
     DATA,
     checkpoint_folder,
@@ -43,13 +50,21 @@ class FinetuneResult:
     - output: the Hugging Face folder.
     - losses: one per step, from the first; nan if the step was skipped.
     - metrics: the last step's line of metrics.jsonl.
-    - finished: whether all steps were taken. A run that SIGTERM ended has written no model.
+    - finished: whether all steps were taken, or ``config.patience`` was spent. A run that SIGTERM or Ctrl-C
+      ended has written no model.
+    - stopped_by: the number of the signal that ended a run that has not finished.
+    - best_step, best_loss: the step with the lowest held-out loss so far, and that loss; None without one.
+    - exported_step: the step whose model was written; None if the run has not finished.
     """
 
     output: Path
     losses: tuple[float, ...]
     metrics: dict[str, Any]
     finished: bool = True
+    stopped_by: int | None = None
+    best_step: int | None = None
+    best_loss: float | None = None
+    exported_step: int | None = None
 
 
 def finetune(config: FinetuneConfig, *, progress: bool = True) -> FinetuneResult:
@@ -65,10 +80,17 @@ def finetune(config: FinetuneConfig, *, progress: bool = True) -> FinetuneResult
     target, tokens per second, learning rate, gradient norm before clipping, steps skipped so far),
     ``checkpoints/`` and ``data/`` (the text as tokens). config.json, the weights and attention_pattern.json,
     which says what each head saw, are written at the end. After an interruption, the same call resumes from
-    the last checkpoint, bit for bit as if nothing had happened. SIGTERM ends a run after the current step,
-    with a checkpoint.
+    the last checkpoint, bit for bit as if nothing had happened. SIGTERM or Ctrl-C ends a run after the
+    current step, with a checkpoint; a second Ctrl-C ends it at once.
 
-    A step is skipped and counted if its loss or gradient is not finite; its line has null for them.
+    A step is skipped and counted if its loss or gradient is not finite; its line has null for them. Windows
+    without any target, such as a last one that holds one token, are not taken.
+
+    With ``config.eval_data``, the line of every step after which held-out loss was measured has it under
+    "eval": loss, perplexity and tokens of all, and of "documents" and "instructions" alone. The first line
+    also has it under "eval_before", as it was before the first step. The checkpoint of the lowest loss is
+    kept, and its model is written at the end. Samples of the held-out data that are in the training data too
+    are counted in a warning.
 
     With a ``config.mesh``, the run uses all devices of all processes (call ``jax.distributed.initialize``
     first). Every process must make this call and see the same files.
@@ -87,6 +109,8 @@ def finetune(config: FinetuneConfig, *, progress: bool = True) -> FinetuneResult
     Source: LongLoRA (arXiv 2309.12307).
     """
     check_files(config.data_files)
+    with _of_eval_data():
+        check_files(config.eval_files)
     config = with_commit(config)
     base_config = load_config(config.model)
     model_config = extended_config(config, base_config)
@@ -95,11 +119,35 @@ def finetune(config: FinetuneConfig, *, progress: bool = True) -> FinetuneResult
     tokenizer = load_tokenizer(config.model)
     eos = end_token(config.model, tokenizer, base_config)
     digest = digest_data(config.data_files, tokenizer, context=config.context, eos_token_id=eos)
-    run = describe_run(config, digest, model_config, pattern)
-    start = steps_taken(config, run)
+    eval_digest = None
+    if config.eval_files:
+        eval_digest = digest_data(config.eval_files, tokenizer, context=config.context, eos_token_id=eos)
+    run = describe_run(config, digest, model_config, pattern, eval_digest=eval_digest)
+    steps_taken(config, run)
     mesh = config.mesh.make() if config.mesh.devices > 1 or jax.process_count() > 1 else None
     state, split = load_start(config, model_config, mesh)
-    windows = _windows(config, tokenizer, model_config, digest, eos_token_id=eos, progress=progress)
+    store = functools.partial(
+        _windows, config, tokenizer, vocab_size=model_config.vocab_size, eos_token_id=eos, progress=progress
+    )
+    held_out, evaluations = None, None
+    with _removed_on_failure(config.output_folder):
+        if eval_digest is not None:
+            with _of_eval_data():
+                held_out = store(config.eval_files, f"held-out-{eval_digest[:16]}", may_be_short=True)
+            measure = held_out_loss(config, split, mesh, held_out)
+            evaluations = Evaluations(measure, config.evaluation_interval, config.patience)
+        windows = store(config.data_files, digest[:16])
+        rows = windows.with_targets()
+        if not len(rows):
+            raise ValueError(
+                f"data: in {len(windows)} window(s) of context={config.context} tokens, none has a target; "
+                "give more text"
+            )
+    config = config.for_windows(len(rows))
+    run = describe_run(config, digest, model_config, pattern, eval_digest=eval_digest)
+    start = steps_taken(config, run)
+    if start == 0 and is_first_process():
+        _warn_of_data(windows, rows, held_out)
     with (
         open_checkpoints(checkpoint_folder(config.output_folder), writable=True) as checkpoints,
         jax.set_mesh(mesh) if mesh is not None else contextlib.nullcontext(),
@@ -107,13 +155,13 @@ def finetune(config: FinetuneConfig, *, progress: bool = True) -> FinetuneResult
         if start:
             state = checkpoints.restore(start, state)
 
-        def save(step: int, state: TrainState) -> None:
-            position = position_at(len(windows), step, config.batch_size)
-            checkpoints.save(step, state, run | {"position": position})
+        def save(step: int, state: TrainState, best: int | None) -> None:
+            position = position_at(len(rows), step, config.batch_size)
+            checkpoints.save(step, state, run | {"position": position}, keep=best)
 
-        state, metrics = run_steps(
+        state, metrics, stopped_by = run_steps(
             state,
-            _step_taker(config, split, mask, mesh, windows),
+            _step_taker(config, split, mask, mesh, windows, rows),
             output=config.output_folder,
             steps=config.steps,
             checkpoint_every=config.checkpoint_every,
@@ -121,51 +169,127 @@ def finetune(config: FinetuneConfig, *, progress: bool = True) -> FinetuneResult
             name="training",
             note=_note,
             progress=progress,
+            evaluations=evaluations,
         )
-    finished = int(state.step) == config.steps
-    if finished:
+        best = None if held_out is None else best_line(metrics)
+        exported_step = None
+        if stopped_by is None:
+            is_best = best is not None and not config.export_last
+            exported_step = best["step"] if is_best else int(state.step)
+            state = _state_of(exported_step, state, checkpoints)
+    if exported_step is not None:
         export_model(config, split.exported(state.params), pattern)
         if is_first_process():
             shutil.rmtree(config.output_folder / DATA)
         wait_for_all("export")
-    losses = tuple(math.nan if line["loss"] is None else line["loss"] for line in metrics)
-    return FinetuneResult(config.output_folder, losses, metrics[-1] if metrics else {}, finished)
+    return FinetuneResult(
+        config.output_folder,
+        losses=tuple(math.nan if line["loss"] is None else line["loss"] for line in metrics),
+        metrics=metrics[-1] if metrics else {},
+        finished=stopped_by is None,
+        stopped_by=stopped_by,
+        best_step=best and best["step"],
+        best_loss=best and best[EVAL]["loss"],
+        exported_step=exported_step,
+    )
+
+
+def _state_of(step: int, state: TrainState, checkpoints: Checkpoints) -> TrainState:
+    """The state after a step; ``state``, the last one, is given up first if it is another."""
+    if step == int(state.step):
+        return state
+    if step not in checkpoints.steps():
+        raise FileNotFoundError(
+            f"the checkpoint of step {step}, which has the lowest held-out loss, is gone; export_last=True "
+            f"writes the model of step {int(state.step)} instead"
+        )
+    like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state)
+    jax.tree.map(lambda x: x.delete(), state)  # two at a time may not fit
+    return checkpoints.restore(step, like)
+
+
+def _warn_of_data(windows: Windows, rows: Integer[np.ndarray, " M"], held_out: Windows | None) -> None:
+    """One line each for windows that are not taken, and for held-out samples that are trained on."""
+    log = logging.getLogger("jsparse")
+    without = len(windows) - len(rows)
+    if without:
+        log.warning("note: %d of %d windows have no target and are not taken", without, len(windows))
+    if held_out is not None:
+        shared, samples = count_shared(held_out, windows)
+        if shared:
+            log.warning(
+                "warning: %d of %d samples of eval_data are in data too, so the held-out loss is too low",
+                shared,
+                samples,
+            )
+
+
+@contextlib.contextmanager
+def _removed_on_failure(folder: Path) -> Iterator[None]:
+    """Remove a folder after an error within this context, unless it was there before."""
+    existed = folder.exists()
+    try:
+        yield
+    except BaseException:
+        if is_first_process() and not existed:
+            shutil.rmtree(folder, ignore_errors=True)
+        raise
+
+
+@contextlib.contextmanager
+def _of_eval_data() -> Iterator[None]:
+    """Errors of files name ``data``; within this context they name ``eval_data``."""
+    try:
+        yield
+    except (ValueError, FileNotFoundError) as error:
+        message = str(error)
+        if not message.startswith("data: "):
+            raise
+        raise type(error)(f"eval_{message}") from error
 
 
 def _windows(
     config: FinetuneConfig,
     tokenizer: Any,
-    model_config: LlamaConfig,
-    digest: str,
+    files: tuple[Path, ...],
+    name: str,
     *,
+    vocab_size: int,
     eos_token_id: int | None,
     progress: bool,
+    may_be_short: bool = False,
 ) -> Windows:
     """The data as windows of tokens on disk: from an earlier call, or made now by the first process."""
-    folder = config.output_folder / DATA / digest[:16]
+    folder = config.output_folder / DATA / name
     if is_first_process() and not (folder / HEADER).is_file():
         write_windows(
-            config.data_files,
+            files,
             tokenizer,
             folder,
             context=config.context,
             eos_token_id=eos_token_id,
-            vocab_size=model_config.vocab_size,
+            vocab_size=vocab_size,
             progress=progress,
+            may_be_short=may_be_short,
         )
-    wait_for_all("data")
+    wait_for_all(f"data in {name}")
     return open_windows(folder)
 
 
 def _step_taker(
-    config: FinetuneConfig, split: SplitModel, mask: ModelMask, mesh: Mesh | None, windows: Windows
+    config: FinetuneConfig,
+    split: SplitModel,
+    mask: ModelMask,
+    mesh: Mesh | None,
+    windows: Windows,
+    rows: Integer[np.ndarray, " M"],
 ) -> Callable[[int, TrainState], tuple[TrainState, dict[str, Any]]]:
     """``take_step(step, state) -> state, line of metrics.jsonl``."""
     compiled = None
 
     def take_step(step: int, state: TrainState) -> tuple[TrainState, dict[str, Any]]:
         nonlocal compiled
-        batch = _batch(config, windows, step, mesh)
+        batch = _batch(config, windows, rows, step, mesh)
         if compiled is None:  # compiled here, so that the first step is not timed with it
             compiled = make_step(config, split, mask, mesh).lower(state, split.frozen, *batch).compile()
         began = time.perf_counter()
@@ -175,9 +299,15 @@ def _step_taker(
     return take_step
 
 
-def _batch(config: FinetuneConfig, windows: Windows, step: int, mesh: Mesh | None) -> tuple:
+def _batch(
+    config: FinetuneConfig,
+    windows: Windows,
+    rows: Integer[np.ndarray, " M"],
+    step: int,
+    mesh: Mesh | None,
+) -> tuple:
     """Tokens, segment ids and which tokens are scored, [micro-batches, B, T] each."""
-    batch = batch_at(windows, step, batch_size=config.batch_size, seed=config.seed)
+    batch = batch_at(windows, step, batch_size=config.batch_size, seed=config.seed, among=rows)
     parts = tuple(x.reshape(config.micro_batches, -1, config.context) for x in batch)
     return parts if mesh is None else tuple(put(x, batch_sharding(mesh)) for x in parts)
 
@@ -192,14 +322,15 @@ def _metrics_line(config: FinetuneConfig, step: int, result: Metrics, began: flo
             f"max_skipped={config.max_skipped} steps in a row. Earlier checkpoints are kept; a lower "
             "learning_rate or a longer warm-up may help, in a new output folder"
         )
+    is_skipped = in_row > 0 or tokens == 0
     return {
         "step": step,
-        "loss": None if in_row else loss,
+        "loss": None if is_skipped else loss,
         "tokens": tokens,
         "tokens_per_second": tokens / (time.perf_counter() - began),
         # The optimizer does not count the steps that were skipped.
-        "learning_rate": config.learning_rate_at(step - 1 - skipped + (1 if in_row else 0)),
-        "grad_norm": None if in_row else grad_norm,
+        "learning_rate": config.learning_rate_at(step - 1 - skipped + (1 if is_skipped else 0)),
+        "grad_norm": None if is_skipped else grad_norm,
         "skipped": skipped,
     }
 
