@@ -78,15 +78,26 @@ def finetune(options: list[str]) -> int:
         jax.distributed.initialize(*given)
     result = run_finetune(_settings(command))
     last = f"last loss {result.losses[-1]:.4f}"
+    if result.best_loss is not None:
+        last += f", lowest held-out loss {result.best_loss:.4f} after step {result.best_step}"
     if result.finished:
-        print(f"{result.output}: trained for {len(result.losses)} steps, {last}")
+        which = "" if result.best_step is None else f"; the model is that of step {result.exported_step}"
+        print(f"{result.output}: trained for {len(result.losses)} steps, {last}{which}")
         return 0
+    return _stopped(result.stopped_by, f"after step {len(result.losses)}, {last}", result.output)
+
+
+def _stopped(by: int | None, where: str, output: Path) -> int:
+    """Say which signal ended a run that can be resumed; returns its exit code."""
+    from jsparse.train.run.stopping import stopped_by
+
+    number = signal.SIGTERM if by is None else by
     print(
-        f"jsparse: stopped by SIGTERM after step {len(result.losses)}, {last}; its checkpoint is in "
-        f"{result.output}; run the same command to resume",
+        f"jsparse: stopped by {stopped_by(number)} {where}; its checkpoint is in {output}; "
+        "run the same command to resume",
         file=sys.stderr,
     )
-    return 128 + signal.SIGTERM
+    return 128 + number
 
 
 def pretrain(options: list[str]) -> int:
@@ -97,12 +108,7 @@ def pretrain(options: list[str]) -> int:
     if result.finished:
         print(f"{result.output}: a model after {len(result.metrics)} steps")
         return 0
-    print(
-        f"jsparse: stopped by SIGTERM after step {len(result.metrics)}; its checkpoint is in "
-        f"{result.output}; run the same command to resume",
-        file=sys.stderr,
-    )
-    return 128 + signal.SIGTERM
+    return _stopped(result.stopped_by, f"after step {len(result.metrics)}", result.output)
 
 
 def merge(options: list[str]) -> None:

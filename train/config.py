@@ -1,6 +1,7 @@
 """The settings of a fine-tuning run."""
 
 import dataclasses
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -40,6 +41,7 @@ _READ_BY = {
     ("stride", "full_layers"): ("longgen",),
     ("head_pattern", "sparsity"): ("streaming",),
 }
+_ROUNDING = 1e-6  # 0.29 * 100 is 28.99...
 
 
 @dataclasses.dataclass(frozen=True)
@@ -127,6 +129,9 @@ class FinetuneConfig:
 
     steps: int = 1000
     """Optimizer steps in all. Unless the schedule depends on their number, a run can be resumed with more."""
+    epochs: float | None = None
+    """How often to go through the data, instead of steps: 3, or 0.5 for half of it. The steps follow from the
+    number of windows."""
     batch_size: int = 8
     """Windows per step."""
     micro_batches: int = 1
@@ -135,6 +140,8 @@ class FinetuneConfig:
     """AdamW's learning rate after the warm-up (betas 0.9 and 0.95)."""
     warmup_steps: int = 20
     """Steps over which the learning rate rises to its value."""
+    warmup_ratio: float | None = None
+    """The warm-up as a fraction of all steps, instead of warmup_steps."""
     schedule: str = "constant"
     """After the warm-up: "constant", or "cosine" or "linear", which fall to a tenth at the last step."""
     weight_decay: float = 0.0
@@ -146,10 +153,23 @@ class FinetuneConfig:
     seed: int = 0
     """Seed of the order of the windows, of the initial LoRA matrices and of dropout."""
     checkpoint_every: int = 100
-    """Steps between checkpoints. The last step always writes one, and so does a run that SIGTERM ends."""
+    """Steps between checkpoints. The last step always writes one, and so does a run that SIGTERM or Ctrl-C
+    ends."""
     log_to: tuple[str, ...] = ()
     """Where numbers go beside metrics.jsonl: any of "tensorboard", "wandb" and "mlflow" (extras of the same
     names). Those that use files keep them in the output."""
+
+    eval_data: Sequence[str | Path] = ()
+    """Held-out files, of the same kinds as data. Their loss and perplexity are measured before the first
+    step, every eval_every steps and after the last, with full attention and without dropout."""
+    eval_every: int | None = None
+    """Steps between the measurements of eval_data. Default: checkpoint_every."""
+    patience: int | None = None
+    """End the run once this many measurements in a row have found no lower held-out loss. Default: take all
+    steps."""
+    export_last: bool = False
+    """Write the model of the last step. Default: with eval_data, the model of the step with the lowest
+    held-out loss, whose checkpoint is always kept."""
 
     def __post_init__(self):
         if not self.data_files:
@@ -169,8 +189,36 @@ class FinetuneConfig:
         self._check_lora()
         self._check_batch()
         self._check_attention()
-        if self.schedule != "constant" and self.warmup_steps >= self.steps:
+        self._check_length()
+        self._check_evaluation()
+
+    def _check_length(self):
+        """Of the run, and of its warm-up."""
+        defaults = {field.name: field.default for field in dataclasses.fields(FinetuneConfig)}
+        for name, other in (("epochs", "steps"), ("warmup_ratio", "warmup_steps")):
+            if getattr(self, name) is not None and getattr(self, other) != defaults[other]:
+                raise ValueError(
+                    f"{name}={getattr(self, name)} and {other}={getattr(self, other)} say the same in two "
+                    "ways; give one of them"
+                )
+        if self.epochs is not None:
+            require_numbers(self, "epochs")
+        if self.warmup_ratio is not None:
+            require_numbers(self, "warmup_ratio", allow_zero=True)
+            if self.warmup_ratio >= 1:
+                raise ValueError(f"warmup_ratio must be a number in [0, 1), not {self.warmup_ratio!r}")
+        elif self.epochs is None and self.schedule != "constant" and self.warmup_steps >= self.steps:
             raise ValueError(f"warmup_steps={self.warmup_steps} must be less than steps={self.steps}")
+
+    def _check_evaluation(self):
+        for name, default in (("eval_every", None), ("patience", None), ("export_last", False)):
+            if not self.eval_files and getattr(self, name) != default:
+                raise ValueError(
+                    f"{name}={getattr(self, name)} is for a run with eval_data, and none is given"
+                )
+        for name in ("eval_every", "patience"):
+            if getattr(self, name) is not None:
+                require_integers(self, 1, name)
 
     def _check_lora(self):
         if self.lora_rank is not None:
@@ -270,13 +318,46 @@ class FinetuneConfig:
         )
 
     @property
+    def eval_files(self) -> tuple[Path, ...]:
+        return as_paths(self.eval_data)
+
+    @property
+    def evaluation_interval(self) -> int:
+        """``eval_every`` with its default filled in."""
+        return self.checkpoint_every if self.eval_every is None else self.eval_every
+
+    def for_windows(self, windows: int) -> "FinetuneConfig":
+        """These settings in steps: ``epochs`` and ``warmup_ratio`` as ``steps`` and ``warmup_steps``.
+
+        The last step of ``epochs`` is the one that takes the last window of them; the rest of its batch is of
+        the next epoch. A warm-up is rounded down to whole steps.
+
+        - windows: how many windows the data fill.
+
+        Raises ValueError for a schedule whose warm-up would not be shorter than the run.
+
+        >>> config = FinetuneConfig(
+        ...     model="base", data="book.txt", output="new", context=64, epochs=3, warmup_ratio=0.1
+        ... )
+        >>> config = config.for_windows(100)
+        >>> config.steps, config.warmup_steps
+        (38, 3)
+        """
+        steps, warmup = self.steps, self.warmup_steps
+        if self.epochs is not None:
+            steps = max(1, math.ceil(self.epochs * windows / self.batch_size - _ROUNDING))
+        if self.warmup_ratio is not None:
+            warmup = int(self.warmup_ratio * steps + _ROUNDING)
+        return dataclasses.replace(self, steps=steps, epochs=None, warmup_steps=warmup, warmup_ratio=None)
+
+    @property
     def groups(self) -> int | None:
         """``group_size`` with its default filled in; None for attention without groups."""
         if self.attention not in ("shifted", "grouped"):
             return None
         if self.group_size is not None:
             return self.group_size
-        return int(self.context * self.group_ratio + 1e-6)  # whole tokens: 0.29 * 100 is 28.99...
+        return int(self.context * self.group_ratio + _ROUNDING)  # whole tokens
 
     def pattern(self, model: LlamaConfig) -> AttentionPattern:
         """What each layer and query head of a model sees.
@@ -316,7 +397,7 @@ class FinetuneConfig:
         return optax.chain(optax.clip_by_global_norm(self.max_grad_norm), adamw)
 
     def learning_rate_at(self, step: int) -> float:
-        """The learning rate of a step, counted from 0."""
+        """The learning rate of a step, counted from 0, by ``steps`` and ``warmup_steps``."""
         import jax.numpy as jnp
 
         return float(jnp.asarray(self._schedule()(step)))
@@ -324,7 +405,7 @@ class FinetuneConfig:
     def _schedule(self) -> Schedule:
         import optax
 
-        falling = self.steps - self.warmup_steps
+        falling = max(1, self.steps - self.warmup_steps)  # less only while the steps are not known
         if self.schedule == "cosine":
             after = optax.cosine_decay_schedule(self.learning_rate, falling, alpha=0.1)
         elif self.schedule == "linear":

@@ -4,29 +4,29 @@ import contextlib
 import dataclasses
 import math
 import shutil
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 from jax.sharding import Mesh
+from jaxtyping import Integer
 
-from jsparse.models import LlamaConfig, load_tokenizer
+from jsparse.models import load_tokenizer
 from jsparse.models.checkpoint import load_config
-from jsparse.models.end_token import end_token
 from jsparse.models.masking import ModelMask
 from jsparse.models.sharding import batch_sharding, put
-from jsparse.reports.console import for_terminal
 from jsparse.reports.options_file import as_yaml
-from jsparse.texts.chat_template import find_chat_template
-from jsparse.texts.data_files import Found, find_data
 from jsparse.train.config import FinetuneConfig
-from jsparse.train.data.batches import batch_at, digest_data, position_at
-from jsparse.train.data.windows import HEADER, Windows, open_windows, read_findings, write_windows
+from jsparse.train.data.batches import batch_at, position_at
+from jsparse.train.data.run_data import find_run_data, store_run_data, tell_of_data
+from jsparse.train.data.windows import Windows
 from jsparse.train.export import export_model
-from jsparse.train.run.checkpoint import open_checkpoints
+from jsparse.train.held_out import held_out_loss
+from jsparse.train.run.checkpoint import Checkpoints, open_checkpoints
+from jsparse.train.run.evaluations import EVAL, Evaluations, best_line
 from jsparse.train.run.identity import (
     DATA,
     SETTINGS,
@@ -49,13 +49,21 @@ class FinetuneResult:
     - output: the Hugging Face folder.
     - losses: one per step, from the first; nan if the step was skipped.
     - metrics: the last step's line of metrics.jsonl.
-    - finished: whether all steps were taken. A run that SIGTERM ended has written no model.
+    - finished: whether all steps were taken, or ``config.patience`` was spent. A run that SIGTERM or Ctrl-C
+      ended has written no model.
+    - stopped_by: the number of the signal that ended a run that has not finished.
+    - best_step, best_loss: the step with the lowest held-out loss so far, and that loss; None without one.
+    - exported_step: the step whose model was written; None if the run has not finished.
     """
 
     output: Path
     losses: tuple[float, ...]
     metrics: dict[str, Any]
     finished: bool = True
+    stopped_by: int | None = None
+    best_step: int | None = None
+    best_loss: float | None = None
+    exported_step: int | None = None
 
 
 def finetune(config: FinetuneConfig, *, progress: bool = True) -> FinetuneResult:
@@ -71,10 +79,17 @@ def finetune(config: FinetuneConfig, *, progress: bool = True) -> FinetuneResult
     target, tokens per second, learning rate, gradient norm before clipping, steps skipped so far),
     ``checkpoints/`` and ``data/`` (the text as tokens). config.json, the weights and attention_pattern.json,
     which says what each head saw, are written at the end. After an interruption, the same call resumes from
-    the last checkpoint, bit for bit as if nothing had happened. SIGTERM ends a run after the current step,
-    with a checkpoint.
+    the last checkpoint, bit for bit as if nothing had happened. SIGTERM or Ctrl-C ends a run after the
+    current step, with a checkpoint; a second Ctrl-C ends it at once.
 
-    A step is skipped and counted if its loss or gradient is not finite; its line has null for them.
+    A step is skipped and counted if its loss or gradient is not finite; its line has null for them. Windows
+    without any target, such as a last one that holds one token, are not taken.
+
+    With ``config.eval_data``, the line of every step after which held-out loss was measured has it under
+    "eval": loss, perplexity and tokens of all, and of "documents" and "instructions" alone. The first line
+    also has it under "eval_before", as it was before the first step. The checkpoint of the lowest loss is
+    kept, and its model is written at the end. Samples of the held-out data that are in the training data too
+    are counted in a warning.
 
     With a ``config.mesh``, the run uses all devices of all processes (call ``jax.distributed.initialize``
     first). Every process must make this call and see the same files.
@@ -93,32 +108,28 @@ def finetune(config: FinetuneConfig, *, progress: bool = True) -> FinetuneResult
     Source: LongLoRA (arXiv 2309.12307).
     """
     require_loggers(config.log_to)
-    data = find_data(config.data_files)
     config = with_commit(config)
     base_config = load_config(config.model)
     model_config = extended_config(config, base_config)
     pattern = config.pattern(model_config)
     mask = pattern.masks(model_config, config.context)
-    tokenizer = load_tokenizer(config.model)
-    eos = end_token(config.model, tokenizer, base_config)
-    meaning = {
-        "context": config.context,
-        "eos_token_id": eos,
-        "chat_template": find_chat_template(config.model),
-        "reading": config.reading,
-    }
-    digest = digest_data(data, tokenizer, **meaning)
-    run = describe_run(config, digest, model_config, pattern)
-    start = steps_taken(config, run)
+    data = find_run_data(config, load_tokenizer(config.model), base_config)
+    run = describe_run(config, data.digest, model_config, pattern, eval_digest=data.eval_digest)
+    steps_taken(config, run)
     mesh = config.mesh.make() if config.mesh.devices > 1 or jax.process_count() > 1 else None
     state, split = load_start(config, model_config, mesh)
-    folder = config.output_folder / DATA / digest[:16]
-    windows = _windows(folder, data, tokenizer, vocab_size=base_config.vocab_size, progress=progress, **meaning)
-    findings = read_findings(folder)
-    if progress and is_first_process():
-        for line in findings.lines():
-            print(for_terminal(f"data: {line}"), file=sys.stderr)
-    _write_settings(config)
+    stored = store_run_data(data, config.output_folder, progress=progress)
+    windows, rows, held_out, findings = stored
+    evaluations = None
+    if held_out is not None:
+        measure = held_out_loss(config, split, mesh, held_out)
+        evaluations = Evaluations(measure, config.evaluation_interval, config.patience)
+    asked, config = config, config.for_windows(len(rows))
+    run = describe_run(config, data.digest, model_config, pattern, eval_digest=data.eval_digest)
+    start = steps_taken(config, run)
+    if progress and start == 0 and is_first_process():
+        tell_of_data(stored)
+    _write_settings(asked)
     with (
         loggers_open(
             config.log_to, config.output_folder, run["config"], start=start, quiet=not progress
@@ -129,13 +140,13 @@ def finetune(config: FinetuneConfig, *, progress: bool = True) -> FinetuneResult
         if start:
             state = checkpoints.restore(start, state)
 
-        def save(step: int, state: TrainState) -> None:
-            position = position_at(len(windows), step, config.batch_size)
-            checkpoints.save(step, state, run | {"position": position, "form": findings.form})
+        def save(step: int, state: TrainState, best: int | None) -> None:
+            position = position_at(len(rows), step, config.batch_size)
+            checkpoints.save(step, state, run | {"position": position, "form": findings.form}, keep=best)
 
-        state, metrics = run_steps(
+        state, metrics, stopped_by = run_steps(
             state,
-            _step_taker(config, split, mask, mesh, windows),
+            _step_taker(config, split, mask, mesh, windows, rows),
             output=config.output_folder,
             steps=config.steps,
             checkpoint_every=config.checkpoint_every,
@@ -143,16 +154,44 @@ def finetune(config: FinetuneConfig, *, progress: bool = True) -> FinetuneResult
             name="training",
             note=_note,
             progress=progress,
+            evaluations=evaluations,
             log=log,
         )
-    finished = int(state.step) == config.steps
-    if finished:
+        best = None if held_out is None else best_line(metrics)
+        exported_step = None
+        if stopped_by is None:
+            is_best = best is not None and not config.export_last
+            exported_step = best["step"] if is_best else int(state.step)
+            state = _state_of(exported_step, state, checkpoints)
+    if exported_step is not None:
         export_model(config, split.exported(state.params), pattern)
         if is_first_process():
             shutil.rmtree(config.output_folder / DATA)
         wait_for_all("export")
-    losses = tuple(math.nan if line["loss"] is None else line["loss"] for line in metrics)
-    return FinetuneResult(config.output_folder, losses, metrics[-1] if metrics else {}, finished)
+    return FinetuneResult(
+        config.output_folder,
+        losses=tuple(math.nan if line["loss"] is None else line["loss"] for line in metrics),
+        metrics=metrics[-1] if metrics else {},
+        finished=stopped_by is None,
+        stopped_by=stopped_by,
+        best_step=best and best["step"],
+        best_loss=best and best[EVAL]["loss"],
+        exported_step=exported_step,
+    )
+
+
+def _state_of(step: int, state: TrainState, checkpoints: Checkpoints) -> TrainState:
+    """The state after a step; ``state``, the last one, is given up first if it is another."""
+    if step == int(state.step):
+        return state
+    if step not in checkpoints.steps():
+        raise FileNotFoundError(
+            f"the checkpoint of step {step}, which has the lowest held-out loss, is gone; export_last=True "
+            f"writes the model of step {int(state.step)} instead"
+        )
+    like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state)
+    jax.tree.map(lambda x: x.delete(), state)  # two at a time may not fit
+    return checkpoints.restore(step, like)
 
 
 def _write_settings(config: FinetuneConfig) -> None:
@@ -163,25 +202,20 @@ def _write_settings(config: FinetuneConfig) -> None:
         path.write_text(head + as_yaml(config), encoding="utf-8")
 
 
-def _windows(
-    folder: Path, data: Found, tokenizer: Any, **settings: Any
-) -> Windows:
-    """The data as windows of tokens on disk: from an earlier call, or made now by the first process."""
-    if is_first_process() and not (folder / HEADER).is_file():
-        write_windows(data, tokenizer, folder, **settings)
-    wait_for_all("data")
-    return open_windows(folder)
-
-
 def _step_taker(
-    config: FinetuneConfig, split: SplitModel, mask: ModelMask, mesh: Mesh | None, windows: Windows
+    config: FinetuneConfig,
+    split: SplitModel,
+    mask: ModelMask,
+    mesh: Mesh | None,
+    windows: Windows,
+    rows: Integer[np.ndarray, " M"],
 ) -> Callable[[int, TrainState], tuple[TrainState, dict[str, Any]]]:
     """``take_step(step, state) -> state, line of metrics.jsonl``."""
     compiled = None
 
     def take_step(step: int, state: TrainState) -> tuple[TrainState, dict[str, Any]]:
         nonlocal compiled
-        batch = _batch(config, windows, step, mesh)
+        batch = _batch(config, windows, rows, step, mesh)
         if compiled is None:  # compiled here, so that the first step is not timed with it
             compiled = make_step(config, split, mask, mesh).lower(state, split.frozen, *batch).compile()
         began = time.perf_counter()
@@ -191,9 +225,15 @@ def _step_taker(
     return take_step
 
 
-def _batch(config: FinetuneConfig, windows: Windows, step: int, mesh: Mesh | None) -> tuple:
+def _batch(
+    config: FinetuneConfig,
+    windows: Windows,
+    rows: Integer[np.ndarray, " M"],
+    step: int,
+    mesh: Mesh | None,
+) -> tuple:
     """Tokens, segment ids and which tokens are scored, [micro-batches, B, T] each."""
-    batch = batch_at(windows, step, batch_size=config.batch_size, seed=config.seed)
+    batch = batch_at(windows, step, batch_size=config.batch_size, seed=config.seed, among=rows)
     parts = tuple(x.reshape(config.micro_batches, -1, config.context) for x in batch)
     return parts if mesh is None else tuple(put(x, batch_sharding(mesh)) for x in parts)
 
@@ -208,14 +248,15 @@ def _metrics_line(config: FinetuneConfig, step: int, result: Metrics, began: flo
             f"max_skipped={config.max_skipped} steps in a row. Earlier checkpoints are kept; a lower "
             "learning_rate or a longer warm-up may help, in a new output folder"
         )
+    is_skipped = in_row > 0 or tokens == 0
     return {
         "step": step,
-        "loss": None if in_row else loss,
+        "loss": None if is_skipped else loss,
         "tokens": tokens,
         "tokens_per_second": tokens / (time.perf_counter() - began),
         # The optimizer does not count the steps that were skipped.
-        "learning_rate": config.learning_rate_at(step - 1 - skipped + (1 if in_row else 0)),
-        "grad_norm": None if in_row else grad_norm,
+        "learning_rate": config.learning_rate_at(step - 1 - skipped + (1 if is_skipped else 0)),
+        "grad_norm": None if is_skipped else grad_norm,
         "skipped": skipped,
     }
 

@@ -80,7 +80,8 @@ class PretrainConfig:
     seed: int = 0
     """Seed of the weights and of all rows."""
     checkpoint_every: int = 200
-    """Steps between checkpoints. The last step always writes one, and so does a run that SIGTERM ends."""
+    """Steps between checkpoints. The last step always writes one, and so does a run that SIGTERM or Ctrl-C
+    ends."""
 
     def __post_init__(self):
         sizes = "context", "vocab_size", "hidden_size", "intermediate_size", "layers", "head_dim"

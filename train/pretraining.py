@@ -38,12 +38,14 @@ class PretrainResult:
 
     - output: the Hugging Face folder.
     - metrics: one line per step.
-    - finished: whether all steps were taken. A run that SIGTERM ended has written no model.
+    - finished: whether all steps were taken. A run that SIGTERM or Ctrl-C ended has written no model.
+    - stopped_by: the number of the signal that ended a run that has not finished.
     """
 
     output: Path
     metrics: tuple[dict[str, Any], ...]
     finished: bool
+    stopped_by: int | None = None
 
 
 def pretrain(config: PretrainConfig, *, command: str | None = None, progress: bool = True) -> PretrainResult:
@@ -57,6 +59,7 @@ def pretrain(config: PretrainConfig, *, command: str | None = None, progress: bo
     kind of token in the step its loss and the fraction predicted right) and ``checkpoints/``. The tokenizer,
     the model and ``pretrain.json``, which says how it was made, are written at the end. After an
     interruption, the same call resumes from the last checkpoint, bit for bit as if nothing had happened.
+    SIGTERM or Ctrl-C ends a run after the current step, with a checkpoint; a second Ctrl-C ends it at once.
 
     - config: the settings of the run.
     - command: the command to name in pretrain.json.
@@ -86,10 +89,10 @@ def pretrain(config: PretrainConfig, *, command: str | None = None, progress: bo
         if start:
             state = checkpoints.restore(start, state)
 
-        def save(step: int, state: TrainState) -> None:
-            checkpoints.save(step, state, run)
+        def save(step: int, state: TrainState, best: int | None) -> None:
+            checkpoints.save(step, state, run, keep=best)
 
-        state, metrics = run_steps(
+        state, metrics, stopped_by = run_steps(
             state,
             _step_taker(config, split, lessons),
             output=config.output_folder,
@@ -111,7 +114,7 @@ def pretrain(config: PretrainConfig, *, command: str | None = None, progress: bo
             "last_steps": _mean_of_last(metrics),
         }
         _export(config, split, state, tokenizer, record)
-    return PretrainResult(config.output_folder, tuple(metrics), finished)
+    return PretrainResult(config.output_folder, tuple(metrics), finished, stopped_by)
 
 
 def _describe_run(config: PretrainConfig, digest: str) -> dict[str, Any]:

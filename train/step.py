@@ -22,7 +22,7 @@ class TrainState(NamedTuple):
     params: PyTree  # the trained parameters, float32
     opt_state: optax.OptState
     step: Int32[Array, ""]  # steps taken, skipped ones too
-    skipped: Int32[Array, ""]  # steps that changed nothing: their loss or gradient was not finite
+    skipped: Int32[Array, ""]  # steps that changed nothing: loss or gradient not finite, or without a target
     skipped_in_row: Int32[Array, ""]  # how many of these were the last steps, in a row
 
 
@@ -99,7 +99,8 @@ def train_step(
     float32. The loss is the mean next-token cross-entropy over all tokens of the batch that have a target in
     their own document and are ``scored``; every such token weighs the same.
 
-    A step whose loss or gradient is not finite changes nothing but the counts of steps.
+    A step whose loss or gradient is not finite changes nothing but the counts of steps. A step without any
+    target has nothing to learn from: it changes nothing either, and does not count in ``skipped_in_row``.
 
     - mask: as the model takes it.
     - remat: what the backward pass keeps (``Llama.hidden``).
@@ -156,12 +157,13 @@ def train_step(
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         # Not optax.apply_if_finite: it checks only the gradients, not the loss.
-        good = jnp.isfinite(loss) & jnp.isfinite(norm)
+        empty = counted == 0
+        good = jnp.isfinite(loss) & jnp.isfinite(norm) & ~empty
         params, opt_state = jax.tree.map(
             lambda new, old: jnp.where(good, new, old), (params, opt_state), (state.params, state.opt_state)
         )
         skipped = state.skipped + ~good
-        skipped_in_row = jnp.where(good, 0, state.skipped_in_row + 1)
+        skipped_in_row = jnp.where(good, 0, state.skipped_in_row + ~empty)
         state = TrainState(params, opt_state, state.step + 1, skipped, skipped_in_row)
         if mesh is not None:  # placed as it came in, whatever the compiler prefers
             state = jax.lax.with_sharding_constraint(state, parameter_shardings(state, mesh))

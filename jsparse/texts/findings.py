@@ -85,7 +85,9 @@ class Findings:
         """What is wrong with a file that holds several shapes; None if there is no such file."""
         for file in self.files:
             if len(file["shapes"]) > 1:
-                what = ", ".join(f"{shape} (from {found['first']} on)" for shape, found in file["shapes"].items())
+                what = ", ".join(
+                    f"{shape} (from {found['first']} on)" for shape, found in file["shapes"].items()
+                )
                 return f"{file['file']} holds {what}; put rows of one shape in a file of their own"
         return None
 

@@ -52,7 +52,18 @@ class Conversation(NamedTuple):
     tools: list[Any] | None
 
 
-FIELDS = ("messages", "conversations", "tools", "system", "instruction", "input", "output", "prompt", "completion", "text")
+FIELDS = (
+    "messages",
+    "conversations",
+    "tools",
+    "system",
+    "instruction",
+    "input",
+    "output",
+    "prompt",
+    "completion",
+    "text",
+)
 
 Record: TypeAlias = Document | Completion | Instruction | Conversation
 

@@ -231,7 +231,7 @@ def test_an_interrupted_run_goes_on_as_if_nothing_had_happened(finished, data, t
         yield lambda: next(asked, False)
 
     with monkeypatch.context() as patch:
-        patch.setattr(loop, "sigterm_noted", stops_after_four)
+        patch.setattr(loop, "stop_noted", stops_after_four)
         stopped = pretrain(config, progress=False)
     assert not stopped.finished and len(stopped.metrics) == 4
     assert not (config.output_folder / "config.json").exists()

@@ -10,6 +10,7 @@ import hashlib
 import json
 
 import numpy as np
+from jaxtyping import Integer
 from tokenizers import Tokenizer
 
 from jsparse.texts.chat_template import ChatTemplate
@@ -22,7 +23,14 @@ from jsparse.train.data.windows import TrainBatch, Windows
 _PACKING = 2  # increase this when the same files are packed into windows differently
 
 
-def batch_at(windows: Windows, step: int, *, batch_size: int, seed: int) -> TrainBatch:
+def batch_at(
+    windows: Windows,
+    step: int,
+    *,
+    batch_size: int,
+    seed: int,
+    among: Integer[np.ndarray, " M"] | None = None,
+) -> TrainBatch:
     """Batch number ``step``: a pure function, so the step number alone is a run's position in the data.
 
     Every epoch is a permutation of all windows, drawn from ``(seed, epoch)``. Epochs follow one another
@@ -32,6 +40,7 @@ def batch_at(windows: Windows, step: int, *, batch_size: int, seed: int) -> Trai
     - step: from 0.
     - batch_size: windows per batch.
     - seed: seed of the order.
+    - among: the numbers of the windows to take (``Windows.with_targets``), in place of all.
 
     Returns the ``batch_size`` windows in memory.
 
@@ -40,10 +49,10 @@ def batch_at(windows: Windows, step: int, *, batch_size: int, seed: int) -> Trai
     >>> [batch_at(windows, step, batch_size=2, seed=0).tokens[:, 0].tolist() for step in range(3)]
     [[6, 0], [3, 9], [9, 0]]
     """
-    count = len(windows)
+    count = len(windows) if among is None else len(among)
     positions = range(step * batch_size, (step + 1) * batch_size)
-    rows = [_permutation(seed, position // count, count)[position % count] for position in positions]
-    return windows[np.array(rows)]
+    order = [_permutation(seed, position // count, count)[position % count] for position in positions]
+    return windows[np.array(order) if among is None else among[order]]
 
 
 def position_at(windows_count: int, step: int, batch_size: int) -> dict[str, int]:

@@ -25,7 +25,8 @@ from jsparse.texts.reading import Reading
 
 HEADER, TOKENS, FLAGS = "windows.json", "tokens.bin", "flags.bin"
 _FORMAT = 1
-_STARTS, _SCORED, _FILLS = 1, 2, 4  # the bits of a token's flags: first of a sample; a target; padding
+# The bits of a token's flags: first of a sample; a target; padding; a target in the answer to a prompt.
+_STARTS, _SCORED, _FILLS, _ANSWERS = 1, 2, 4, 8
 _TOKENS_A_WRITE = 1 << 20
 
 
@@ -51,8 +52,8 @@ class Windows:
     There are ``len(windows)`` windows of ``windows.context`` tokens each.
 
     - tokens: [N, T], unsigned.
-    - flags: [N, T], uint8: whether a token is the first of a document or prompt (bit 0), scored (bit 1) or
-      padding (bit 2).
+    - flags: [N, T], uint8: whether a token is the first of a document or prompt (bit 0), scored (bit 1),
+      padding (bit 2), or scored and part of the answer to a prompt (bit 3).
     """
 
     tokens: UInt[np.ndarray, "N T"]
@@ -72,8 +73,47 @@ class Windows:
         starts[:, :1] = True  # what continues from the previous window is a segment of its own
         fills = flags & _FILLS != 0
         segment_ids = np.where(fills, np.int32(PADDING), starts.cumsum(axis=1, dtype=np.int32))
-        scored = (flags & _SCORED != 0) & ~starts
-        return TrainBatch(np.array(self.tokens[rows], np.int32), segment_ids, scored)
+        return TrainBatch(np.array(self.tokens[rows], np.int32), segment_ids, _targets(flags))
+
+    def answers(self, rows: slice | list[int] | Integer[np.ndarray, " B"]) -> Bool[np.ndarray, "B T"]:
+        """Which scored tokens of windows answer a prompt; the others are of documents."""
+        return np.array(self.flags[rows]) & _ANSWERS != 0
+
+    def with_targets(self) -> Integer[np.ndarray, " M"]:
+        """The numbers of the windows that have a target. One that holds a single token of a text has none.
+
+        Reads all flags, a stretch of windows at a time.
+
+        >>> windows = Windows(np.zeros((2, 3), np.uint16), flags=np.array([[1, 2, 2], [2, 4, 4]], np.uint8))
+        >>> windows.with_targets()
+        array([0])
+        """
+        found = [_targets(self.flags[rows]).any(axis=1) for rows in self._stretches()]
+        return np.flatnonzero(np.concatenate(found))
+
+    def samples(self) -> Iterator[UInt[np.ndarray, " _"]]:
+        """The tokens of every document, and of every prompt with its completion, whole and in order.
+
+        >>> flags = np.array([[1, 2, 1], [2, 2, 4], [1, 2, 4]], np.uint8)
+        >>> [sample.tolist() for sample in Windows(np.arange(9).reshape(3, 3), flags).samples()]
+        [[0, 1], [2, 3, 4], [6, 7]]
+        """
+        parts = []  # of the sample that has not ended yet
+        for rows in self._stretches():
+            kept = self.flags[rows] & _FILLS == 0
+            tokens, flags = self.tokens[rows][kept], self.flags[rows][kept]
+            rest, *samples = np.split(tokens, np.flatnonzero(flags & _STARTS))
+            parts.append(rest)
+            for sample in samples:
+                if sum(map(len, parts)):
+                    yield np.concatenate(parts)
+                parts = [sample]
+        yield np.concatenate(parts)
+
+    def _stretches(self) -> Iterator[slice]:
+        """Windows in order, as many as are read at a time."""
+        at_a_time = max(1, _TOKENS_A_WRITE // self.context)
+        return (slice(first, first + at_a_time) for first in range(0, len(self), at_a_time))
 
 
 def write_windows(
@@ -87,6 +127,7 @@ def write_windows(
     chat_template: ChatTemplate | None = None,
     reading: Reading | None = None,
     progress: bool = False,
+    may_be_short: bool = False,
 ) -> Windows:
     """Tokenise files, pack them into windows of ``context`` tokens, and store the windows in ``folder``.
 
@@ -104,6 +145,7 @@ def write_windows(
     - context: tokens per window, at least 2.
     - eos_token_id, vocab_size, chat_template, reading: as for ``read_samples``.
     - progress: show a progress bar over the bytes of the files, if stderr is a terminal.
+    - may_be_short: pad data that does not fill one window, instead of refusing it.
 
     Returns the windows, mapped from ``folder``. ``read_findings`` says what was found in the files.
 
@@ -154,7 +196,7 @@ def write_windows(
         written, padding = _store(_gather(_lay_out(fitting, context)), folder, token_type)
         _refuse(findings, reading, context)
         kept = written - padding
-        if kept < context:
+        if kept < context and not may_be_short:
             raise ValueError(
                 f"data: {len(data.files)} file(s) with {kept} tokens in all do not fill one window of "
                 f"context={context} tokens; give more text or a shorter context"
@@ -214,12 +256,19 @@ def _lay_out(samples: Iterable[Sample], context: int) -> Iterator[_Piece]:
             used = 0
         flags = np.full(length, _SCORED, np.uint8)
         if sample.scored is not None:
-            flags[~sample.scored] = 0
+            flags = np.where(sample.scored, np.uint8(_SCORED | _ANSWERS), np.uint8(0))
         flags[0] |= _STARTS
         yield _Piece(sample.tokens, flags)
         used = (used + length) % context
     if used:
         yield _padding(context - used)
+
+
+def _targets(flags: UInt8[np.ndarray, "B T"]) -> Bool[np.ndarray, "B T"]:
+    """Scored tokens with a token of their own segment before them."""
+    targets = (flags & _SCORED != 0) & (flags & _STARTS == 0)
+    targets[:, :1] = False
+    return targets
 
 
 def _fit(samples: Iterable[Sample], context: int, too_long: str, findings: Findings) -> Iterator[Sample]:

@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import orbax.checkpoint as ocp
 
-KEPT = 2  # steps on disk: the last, and the one before in case the last is damaged
+KEPT = 2  # steps on disk: the last, and the one before in case the last is damaged; and the best
 
 
 class Checkpoints:
@@ -30,8 +30,10 @@ class Checkpoints:
         """All steps that were saved completely."""
         return sorted(self._manager.all_steps())
 
-    def save(self, step: int, state: Any, run: dict) -> None:
+    def save(self, step: int, state: Any, run: dict, *, keep: int | None = None) -> None:
         """Write a pytree of arrays and the JSON description of the run. Returns when both are on disk.
+
+        Steps before the last ``KEPT`` are then removed, except step ``keep``.
 
         Raises OSError if they cannot be written, for instance on a full disk; earlier steps are then
         unchanged.
@@ -46,6 +48,9 @@ class Checkpoints:
                 f"the checkpoint of step {step} could not be written to {self._manager.directory}; {kept}. "
                 f"Make room or mend the disk, then give the same command again. ({_first_line(error)})"
             ) from error
+        for old in self.steps()[:-KEPT]:
+            if old != keep:
+                self._manager.delete(old)
 
     def read_run(self, step: int) -> dict:
         """The description of the run that wrote ``step``."""
@@ -63,7 +68,7 @@ def open_checkpoints(directory: Path, *, writable: bool) -> Iterator[Checkpoints
     """Open ``directory``. Unless ``writable``, nothing on disk is made, removed or changed."""
     # Saving blocks: a run that says it reached a step has that step on disk, and no thread outlives the call.
     options = ocp.CheckpointManagerOptions(
-        max_to_keep=KEPT, enable_async_checkpointing=False, create=writable, cleanup_tmp_directories=writable
+        enable_async_checkpointing=False, create=writable, cleanup_tmp_directories=writable
     )
     manager = ocp.CheckpointManager(directory.absolute(), options=options)
     try:

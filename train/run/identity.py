@@ -67,23 +67,33 @@ def _recorded_model(folder: Path) -> str | None:
 
 
 def describe_run(
-    config: FinetuneConfig, data_digest: str, model: LlamaConfig, pattern: AttentionPattern
+    config: FinetuneConfig,
+    data_digest: str,
+    model: LlamaConfig,
+    pattern: AttentionPattern,
+    *,
+    eval_digest: str | None = None,
 ) -> dict[str, Any]:
     """What two runs must share to be the same, as JSON; and under "config", all that was asked for.
 
     They must share the settings, the RoPE and the attention pattern in full, and the SHA-256 of the base
     model and of the data. Names of files do not count, only their content. Nor does the number of steps, as
     long as no schedule depends on it: a run can be made longer. Nor does the mesh: a run can resume on other
-    devices, where sums are rounded differently.
+    devices, where sums are rounded differently. Held-out data change no weight, so a run may get them later;
+    but not others, whose losses could not be compared. While ``config`` has epochs or a warmup_ratio, which
+    ``FinetuneConfig.for_windows`` turns into steps, what depends on the steps is left out.
     """
     described = {field: getattr(config, field) for field in _FIELDS}
     described["schedule"] = (
         config.schedule if config.schedule == "constant" else f"{config.schedule} to step {config.steps}"
     )
+    for name in _unknown(config):
+        del described[name]
     described["rope"] = model.to_hf()["rope_parameters"]
     described["attention"] = json.loads(pattern.to_json())
     described["model"] = digest_model(config.model_folder)
     described["data"] = data_digest
+    described["eval_data"] = eval_digest
     described["config"] = dataclasses.asdict(config)
     return json.loads(json.dumps(described, default=str))  # tuples become lists and paths text, as when read
 
@@ -98,17 +108,21 @@ def steps_taken(config: FinetuneConfig, run: dict) -> int:
         raise ValueError(
             f"output={config.output} must not lie in the folder of the model that is read, {config.model}"
         )
-    return steps_in(config.output_folder, config.steps, run)
+    steps = config.steps if config.epochs is None else None
+    return steps_in(config.output_folder, steps, run, unknown=_unknown(config))
 
 
-def steps_in(output: Path, steps: int, run: dict) -> int:
-    """As :func:`steps_taken`, for any run of ``steps`` steps in ``output``."""
+def steps_in(output: Path, steps: int | None, run: dict, *, unknown: tuple[str, ...] = ()) -> int:
+    """As :func:`steps_taken`, for any run of ``steps`` steps in ``output``; None if they are not known yet.
+
+    - unknown: what ``run`` does not say yet.
+    """
     folder = checkpoint_folder(output)
-    step = _read_step(folder, run)
+    step = _read_step(folder, run, unknown)
     if step == 0:
         # A run that stopped before its first checkpoint starts over.
         require_new_folder(output, allowed=(*_STARTED, folder.name))
-    if step > steps:
+    if steps is not None and step > steps:
         raise ValueError(f"steps={steps}, but {folder} has come to step {step} already")
     return step
 
@@ -120,7 +134,14 @@ def metrics_until(output: Path, step: int) -> list[dict]:
     return [line for line in map(json.loads, lines) if line["step"] <= step]
 
 
-def _read_step(folder: Path, run: dict) -> int:
+def _unknown(config: FinetuneConfig) -> tuple[str, ...]:
+    """What depends on a number of steps that follows from the windows."""
+    if config.epochs is not None:
+        return ("schedule",) if config.warmup_ratio is None else ("schedule", "warmup_steps")
+    return () if config.warmup_ratio is None else ("warmup_steps",)
+
+
+def _read_step(folder: Path, run: dict, unknown: tuple[str, ...]) -> int:
     if not folder.is_dir():
         return 0
     with open_checkpoints(folder, writable=False) as checkpoints:
@@ -128,10 +149,13 @@ def _read_step(folder: Path, run: dict) -> int:
         if step is None:
             return 0
         theirs = checkpoints.read_run(step)
-    shared = [name for name in run | theirs if name not in ("config", "position", "form")]
+    not_compared = ["config", "position", "form", *unknown]
+    if theirs.get("eval_data") is None:  # none so far
+        not_compared.append("eval_data")
+    shared = [name for name in run | theirs if name not in not_compared]
     names = [name for name in shared if run.get(name) != theirs.get(name)]
     if "context" in names:  # the digest of the data covers how they are cut into windows
-        names = [name for name in names if name != "data"]
+        names = [name for name in names if name not in ("data", "eval_data")]
     different = [_difference(name, run, theirs) for name in names]
     if different:
         raise ValueError(
@@ -146,6 +170,8 @@ def _difference(name: str, run: dict, theirs: dict) -> str:
         before, now = (one["config"].get("model") for one in (theirs, run))
         names = f" ({before}, here {now})" if name == "model" and before != now else ""
         return f"its {name} had other content{names}"
+    if name == "eval_data":
+        return "its eval_data had other content" if run.get(name) else "it had eval_data, here there are none"
     if name == "attention":
         return f"its attention was {_kind(theirs)}, here {_kind(run)}"
     return f"its {name} is {theirs.get(name)!r}, here {run.get(name)!r}"

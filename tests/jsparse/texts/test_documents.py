@@ -74,7 +74,9 @@ def test_a_text_has_the_tokens_that_it_has_as_a_prompt(tmp_path):
 def test_prompts_and_texts_have_the_tokens_that_generate_gives_them(tmp_path_factory, texts, start):
     text = "one" + "".join(texts)
     tokenizer = word_tokenizer(**({"start": 0} if start else {}))
-    file = lines(tmp_path_factory.mktemp("any") / "a.jsonl", {"text": text}, {"prompt": text, "completion": "two"})
+    file = lines(
+        tmp_path_factory.mktemp("any") / "a.jsonl", {"text": text}, {"prompt": text, "completion": "two"}
+    )
     document, completion = samples(file, tokenizer=tokenizer, eos_token_id=1, vocab_size=200_000)
     served = prompt_ids(tokenizer, text)
     assert document.tokens.tolist() == (served if served[-1] == 1 else [*served, 1])
@@ -201,7 +203,9 @@ def test_bad_lines_are_named_and_can_be_left_out(tmp_path, line, message):
 
 
 def test_all_bad_rows_are_named_up_to_a_limit(tmp_path):
-    file = lines(tmp_path / "a.jsonl", {"text": "good"}, {"text": 1}, {"text": "good"}, {"text": 2}, {"x": "y"})
+    file = lines(
+        tmp_path / "a.jsonl", {"text": "good"}, {"text": 1}, {"text": "good"}, {"text": 2}, {"x": "y"}
+    )
     with pytest.raises(ValueError) as error:
         samples(file)
     assert all(f"line {n}" in str(error.value) for n in (2, 4, 5)) and "3 bad rows" in str(error.value)
@@ -211,7 +215,9 @@ def test_all_bad_rows_are_named_up_to_a_limit(tmp_path):
     assert "line 20)" in str(error.value) and "line 21" not in str(error.value)
     found = Findings()
     skipping = {"reading": Reading(bad_rows="skip"), "findings": found}
-    assert len(list(read_samples([file], byte_tokenizer(), eos_token_id=None, vocab_size=257, **skipping))) == 1
+    assert (
+        len(list(read_samples([file], byte_tokenizer(), eos_token_id=None, vocab_size=257, **skipping))) == 1
+    )
     assert found.bad.count == 30 and "and 10 more" in str(found.bad)
 
 

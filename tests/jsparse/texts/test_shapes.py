@@ -29,7 +29,11 @@ TALK = Conversation([ASKED, ANSWERED], None)
         ({"instruction": "a", "output": "b", "file": "x.pdf"}, Instruction("a", "", "b", ""), {"file"}),
         ({"instruction": "a", "input": None, "output": "b"}, Instruction("a", "", "b", ""), set()),
         ({"instruction": "a", "input": " ", "output": ""}, Instruction("a", "", "", ""), set()),
-        ({"instruction": "a", "input": "b", "output": "c", "text": "d"}, Instruction("a", "b", "c", ""), {"text"}),
+        (
+            {"instruction": "a", "input": "b", "output": "c", "text": "d"},
+            Instruction("a", "b", "c", ""),
+            {"text"},
+        ),
         ({"messages": [ASKED, ANSWERED], "prompt": "hi"}, TALK, {"prompt"}),
         ({"messages": [ASKED, ANSWERED | {"tool_calls": None}]}, TALK, set()),
         ({"messages": json.dumps([ASKED, ANSWERED]), "tools": ""}, TALK, set()),
@@ -42,7 +46,10 @@ TALK = Conversation([ASKED, ANSWERED], None)
         ({"conversations": [ASKED, ANSWERED]}, TALK, set()),
         ({"conversations": [{"from": "human", "value": "hi"}, {"from": "gpt", "value": "yo"}]}, TALK, set()),
         (
-            {"conversations": [{"from": "human", "value": "hi"}, {"from": "gpt", "value": "yo"}], "system": "s"},
+            {
+                "conversations": [{"from": "human", "value": "hi"}, {"from": "gpt", "value": "yo"}],
+                "system": "s",
+            },
             Conversation([{"role": "system", "content": "s"}, ASKED, ANSWERED], None),
             set(),
         ),
@@ -68,8 +75,14 @@ def test_rows_that_people_have(row, record, unread):
         ({"messages": [ASKED]}, "has no message of the assistant"),
         ({"messages": [ASKED, ANSWERED], "tools": "f"}, '"tools" is a text that is not JSON'),
         ({"messages": [ASKED, ANSWERED], "tools": {"a": 1}}, '"tools" must be a list'),
-        ({"conversations": [{"from": "stranger", "value": "hi"}]}, r"conversations\[0\] is from .stranger.; allowed"),
-        ({"conversations": [{"from": "gpt", "value": 3}]}, r"conversations\[0\].value must be a string, not 3"),
+        (
+            {"conversations": [{"from": "stranger", "value": "hi"}]},
+            r"conversations\[0\] is from .stranger.; allowed",
+        ),
+        (
+            {"conversations": [{"from": "gpt", "value": 3}]},
+            r"conversations\[0\].value must be a string, not 3",
+        ),
     ],
 )
 def test_rows_that_are_no_samples(row, message):
@@ -78,7 +91,9 @@ def test_rows_that_are_no_samples(row, message):
 
 
 def test_fields_of_other_names():
-    assert read_record({"question": "a", "answer": "b", "prompt": "c"}, {"prompt": "question", "completion": "answer"}) == (
+    assert read_record(
+        {"question": "a", "answer": "b", "prompt": "c"}, {"prompt": "question", "completion": "answer"}
+    ) == (
         Completion("a", "b"),
         {"prompt (not read)"},
     )
