@@ -179,7 +179,7 @@ class ChatTemplate:
         arguments["add_generation_prompt"] = add_generation_prompt
         if remove_marks(marked) != self._prompt(messages, _unchanged, **arguments):
             raise ValueError(
-                f"{file} changes special tokens in messages, so what the assistant writes cannot be told with "
+                f"{file} changes special tokens of messages, so what the assistant writes cannot be told by "
                 "sanitize_control_tokens=False"
             )
         return control.encode(remove_control_marks(marked))

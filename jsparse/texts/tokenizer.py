@@ -69,6 +69,12 @@ def _read_as_sentencepiece(tokenizer: tokenizers.Tokenizer, settings: dict[str, 
     )
 
 
+def start_ids(tokenizer: tokenizers.Tokenizer) -> list[int]:
+    """What the tokenizer puts before every text: Llama's begin-of-sequence token, in many others none."""
+    some = tokenizer.encode("a")
+    return list(itertools.compress(some.ids, itertools.takewhile(bool, some.special_tokens_mask)))
+
+
 def prompt_ids(tokenizer: tokenizers.Tokenizer, text: str) -> list[int]:
     """The tokens of a text that a model is to continue.
 
@@ -79,8 +85,7 @@ def prompt_ids(tokenizer: tokenizers.Tokenizer, text: str) -> list[int]:
     >>> prompt_ids(byte_tokenizer(), "hi")
     [104, 105]
     """
-    some = tokenizer.encode("a")
-    start = list(itertools.compress(some.ids, itertools.takewhile(bool, some.special_tokens_mask)))
+    start = start_ids(tokenizer)
     ids = tokenizer.encode(text, add_special_tokens=False).ids
     return ids if ids[: len(start)] == start else start + ids
 
