@@ -63,9 +63,9 @@ class FinetuneConfig:
     """The checkpoint to start from: a Hugging Face folder with safetensors and a tokenizer.json, or an id on
     the Hub, org/name or org/name@revision. A run keeps the commit that it began with."""
     data: Sequence[str | Path]
-    """Files, folders, patterns, "-" for standard input, or a dataset's id on the Hub. Text files are documents.
-    JSON, Parquet and Arrow hold rows with "text"; "prompt" and "completion"; "instruction" and "output";
-    "messages"; or "conversations". Rows are rendered by the model's chat template."""
+    """Files, folders, patterns, "-" for standard input, or a dataset's id on the Hub. Text files are
+    documents. JSON, Parquet and Arrow hold rows with "text"; "prompt" and "completion"; "instruction" and
+    "output"; "messages"; or "conversations". Messages are rendered by the model's chat template."""
     output: str | Path
     """A new folder. It becomes a Hugging Face folder, with checkpoints and metrics.jsonl beside the model."""
     context: int
@@ -75,9 +75,9 @@ class FinetuneConfig:
     loss_on: str = "answers"
     """"answers" learns documents, completions and what the assistant says; "all" learns prompts too."""
     bad_rows: str = "error"
-    """Rows that cannot be read: "error" names them and ends the run, "skip" leaves them out and counts them."""
+    """Rows that cannot be read: "error" names them and ends the run, "skip" leaves them out, counted."""
     too_long: str = "error"
-    """Prompts with answers that are longer than the context: "error", "skip", or "truncate" to cut their end."""
+    """Prompts with answers that are longer than the context: "error", "skip", or "truncate", at the end."""
 
     rope: str | None = None
     """How positions are extended; None keeps the checkpoint's own method, or is linear if it has none."""

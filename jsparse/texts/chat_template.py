@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeAlias
 
-from tokenizers import AddedToken
+from tokenizers import AddedToken, Tokenizer
 
 from jsparse.hub import model_folder
 from jsparse.texts.assistant_spans import mark_assistant
@@ -33,20 +33,22 @@ _NAMED = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_
 class ChatTemplate:
     """The chat templates of a checkpoint; `load_chat_template` reads them.
 
-    - directory: the checkpoint's folder.
+    - directory: the checkpoint's folder; None for a template that is not of a checkpoint.
     - templates: by name. Most checkpoints have one, named ``default``.
     - special_tokens: ``bos_token`` and the like, as templates see them.
     - added_tokens: those of the configuration, which most tokenizers have already.
+    - tokenizer: what encodes; by default, the one in the folder.
 
     Templates come from whoever made the checkpoint, and run in a sandbox. They see plain data only. One that
     runs for more than five seconds, or that builds texts out of proportion to the messages, is stopped by a
     ValueError.
     """
 
-    directory: Path
+    directory: Path | None
     templates: Mapping[str, CompiledTemplate] = field(repr=False)
     special_tokens: Mapping[str, str]
     added_tokens: Sequence[AddedToken] = field(repr=False)
+    tokenizer: Tokenizer | None = field(default=None, repr=False, compare=False)
 
     def render(
         self,
@@ -143,7 +145,7 @@ class ChatTemplate:
         return prompt.ids, assistant_mask(prompt.encoding.offsets, prompt.generated)
 
     def digest(self) -> str:
-        """SHA-256 of all that decides what is rendered and encoded, but for the tokenizer in tokenizer.json."""
+        """SHA-256 of all that decides what is rendered and encoded, but for tokenizer.json."""
         sources = {name: template.source for name, template in self.templates.items()}
         added = [repr(token) for token in self.added_tokens]
         content = json.dumps([sources, dict(self.special_tokens), added], sort_keys=True)
@@ -187,7 +189,7 @@ class ChatTemplate:
         arguments["add_generation_prompt"] = add_generation_prompt
         if remove_marks(marked) != self._prompt(messages, _unchanged, **arguments):
             raise ValueError(
-                f"{file} changes special tokens in messages, so what the assistant writes cannot be told with "
+                f"{file} changes special tokens of messages, so what the assistant writes cannot be told by "
                 "sanitize_control_tokens=False"
             )
         return control.encode(remove_control_marks(marked))
@@ -251,6 +253,9 @@ class ChatTemplate:
 
     @functools.cached_property
     def _control_tokens(self) -> ControlTokens:
+        if self.tokenizer is not None:
+            return ControlTokens(self.tokenizer)
+        assert self.directory is not None
         tokenizer = load_tokenizer(self.directory)
         known = {token.content for token in tokenizer.get_added_tokens_decoder().values()}
         tokenizer.add_tokens([token for token in self.added_tokens if token.content not in known])

@@ -1,5 +1,6 @@
-"""Files to tokens: documents to pre-train on, and prompts, instructions and conversations to learn answers from."""
+"""Files to tokens: documents to pre-train on, and questions of several shapes to learn the answers of."""
 
+import functools
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple, TypeAlias
@@ -11,7 +12,7 @@ from tokenizers import Tokenizer
 from jsparse.texts.chat_template import ChatTemplate
 from jsparse.texts.data_files import Found, find_data
 from jsparse.texts.findings import LIMIT, Findings
-from jsparse.texts.plain_form import plain_form
+from jsparse.texts.plain_form import plain_chat_template
 from jsparse.texts.reading import Reading
 from jsparse.texts.rows import BadRow, Row, read_rows
 from jsparse.texts.shapes import (
@@ -105,7 +106,7 @@ def read_samples(
 
     - ``{"text": str}``: a document;
     - ``{"prompt": str, "completion": str}``: the completion's tokens are scored, the prompt's are not;
-    - ``{"instruction": str, "input": str, "output": str}`` (Alpaca): one question and its answer, as messages.
+    - ``{"instruction": str, "input": str, "output": str}`` (Alpaca): a question and its answer, as messages.
       ``input`` may be left out; it follows the instruction on a line of its own;
     - ``{"messages": [{"role": ..., "content": ...}, ...]}``, also with ``tools``, or
       ``{"conversations": [{"from": "human", "value": ...}, ...]}`` (ShareGPT): what the assistant says is
@@ -132,9 +133,9 @@ def read_samples(
     - findings: what is found is added to it.
 
     Raises FileNotFoundError for a file that is missing. Raises ValueError for what is no file of data or
-    empty, for ids that the model's vocabulary does not have, and, unless ``reading`` skips them, for rows that
-    are not UTF-8, not JSON or of no shape: one message at the end, which names file and line of all of them,
-    up to ``LIMIT``.
+    empty, for ids that the model's vocabulary does not have, and, unless ``reading`` skips them, for rows
+    that are not UTF-8, not JSON or of no shape: one message at the end, which names file and line of all of
+    them, up to ``LIMIT``.
 
     >>> import tempfile
     >>> from jsparse.models import byte_tokenizer
@@ -228,7 +229,7 @@ class _Encoder:
         self._start = start_ids(tokenizer)
         self._eos, self._vocab_size, self._all = eos_token_id, vocab_size, loss_on == "all"
         self._plain = chat_template is None
-        self._chat = plain_form(tokenizer, eos_token_id) if chat_template is None else chat_template
+        self._given = chat_template
 
     def samples(self, batch: Sequence[_Placed], findings: Findings) -> Iterator[Sample]:
         """Those of a batch; what cannot be encoded is added to the bad rows."""
@@ -256,6 +257,11 @@ class _Encoder:
                 )
             yield Sample(np.asarray(ids, np.int32), scored, place, size)
 
+    @functools.cached_property
+    def _chat(self) -> ChatTemplate:
+        """Made when a row needs it: a tokenizer may not have what the plain form needs."""
+        return plain_chat_template(self.tokenizer, self._eos) if self._given is None else self._given
+
     def _encode(self, texts: list[str]) -> list[list[int]]:
         return [one.ids for one in self.tokenizer.encode_batch_fast(texts, add_special_tokens=False)]
 
@@ -278,8 +284,9 @@ class _Encoder:
     def _messages(self, record: Instruction | Conversation) -> tuple[list[int], np.ndarray]:
         tools = None if isinstance(record, Instruction) else record.tools
         messages = record.messages(plain=self._plain) if isinstance(record, Instruction) else record.messages
+        chat = self._chat
         try:
-            ids, mask = self._chat.encode_with_mask(messages, tools=tools)
+            ids, mask = chat.encode_with_mask(messages, tools=tools)
         except ValueError as error:
             raise BadShape(f": {error}") from error
         scored = np.ones(len(ids), bool) if self._all else np.array(mask, bool)

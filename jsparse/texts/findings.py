@@ -56,8 +56,8 @@ class Findings:
     - bad, long: rows left out, or that end the run.
     - truncated: samples whose end was cut.
     - left_out: files that were found but not read, and why.
-    - form: what rendered the instructions and conversations: "template", the model's own, or "plain", Alpaca's
-      plain form; "" if there are none.
+    - form: what rendered the instructions and conversations: "template", the model's own, or "plain",
+      Alpaca's plain form; "" if there are none.
     - example: the first sample, with its targets marked.
     """
 

@@ -33,7 +33,8 @@ class Reading:
         strangers = sorted(set(self.fields) - set(FIELDS))
         if strangers:
             raise ValueError(
-                f"fields: {', '.join(strangers)} cannot be read from other names; allowed are {', '.join(FIELDS)}"
+                f"fields: {', '.join(strangers)} cannot be read from other names; allowed are "
+                f"{', '.join(FIELDS)}"
             )
         theirs = list(self.fields.values())
         twice = sorted({name for name in theirs if theirs.count(name) > 1})

@@ -1,4 +1,4 @@
-"""The shapes of training rows: which fields a document, a completion, an instruction and a conversation have."""
+"""The shapes of training rows: which fields make a document, a completion, an instruction, a conversation."""
 
 import json
 from collections.abc import Callable, Mapping
