@@ -78,8 +78,8 @@ def digest_data(
 
     It covers the bytes of the files, in their order, and what kind they are; the tokenizer and the chat
     template; and how rows are read and samples cut. Names of files do not count, nor do the truncation and
-    padding in tokenizer.json, which ``write_windows`` does not apply. Files are read in pieces, and nothing is
-    tokenised.
+    padding in tokenizer.json, which ``write_windows`` does not apply. Files are read in pieces, and nothing
+    is tokenised.
 
     Raises FileNotFoundError or ValueError for what is missing or no file of data.
     """

@@ -46,7 +46,7 @@ class RunData:
 
 
 class RunWindows(NamedTuple):
-    """The windows of a run: of them, ``rows`` have a target and are taken; ``held_out`` if it has such data."""
+    """The windows of a run, of which ``rows`` have a target and are taken, and those of its held-out data."""
 
     windows: Windows
     rows: Integer[np.ndarray, " M"]
@@ -88,7 +88,7 @@ def store_run_data(data: RunData, output: Path, *, progress: bool) -> RunWindows
 
 
 def tell_of_data(data: RunWindows) -> None:
-    """Print what was found in the data; one line each for windows not taken and held-out samples trained on."""
+    """Print what was found in the data, which windows are not taken, and which held-out samples are in it."""
     for line in data.findings.lines():
         print(for_terminal(f"data: {line}"), file=sys.stderr)
     log = logging.getLogger("jsparse")

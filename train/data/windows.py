@@ -291,7 +291,8 @@ def _fit(samples: Iterable[Sample], context: int, too_long: str, findings: Findi
         findings.samples -= 1
         findings.long.add(
             sample.place,
-            f" has {length} tokens, {prompt} of the prompt and {length - prompt} of the completion with its end",
+            f" has {length} tokens, {prompt} of the prompt and {length - prompt} of the completion "
+            "with its end",
         )
         if too_long == "error" and findings.long.count == LIMIT:
             return
@@ -303,8 +304,8 @@ def _refuse(findings: Findings, reading: Reading, context: int) -> None:
         refuse_bad_rows(findings)
     if findings.long and reading.too_long == "error":
         raise ValueError(
-            f"data: {findings.long}: more than context={context}, and never cut; shorten them, choose a longer "
-            "context, or give --too-long skip or truncate"
+            f"data: {findings.long}: more than context={context}, and never cut; shorten them, choose a "
+            "longer context, or give --too-long skip or truncate"
         )
     if not findings.samples:
         raise ValueError(f"data: no sample is left; {findings.bad or findings.long}")

@@ -92,8 +92,9 @@ def test_the_digest_is_of_all_that_windows_are_made_of_and_not_of_names(tmp_path
         digest(b"ab", b"c", context=9),
         digest(b"ab", b"c", eos_token_id=None),
         digest(line),
-        digest(line, suffix=".jsonl"),
+        digest(line[:-1]),  # no JSON, and so a text
     ]
     assert len(set(digests)) == len(digests)
+    assert digest(line) == digest(line, suffix=".jsonl")
     with pytest.raises(FileNotFoundError, match="no.txt does not exist"):
         digest_data([tmp_path / "no.txt"], byte_tokenizer(), context=8, eos_token_id=None)
