@@ -174,7 +174,12 @@ def test_an_interrupted_run_goes_on_as_if_nothing_had_happened(config, run, tmp_
         patch.setattr(finetuning, "batch_at", stop_at_step_5)
         with pytest.raises(KeyboardInterrupt):
             finetune(dataclasses.replace(broken, steps=5), progress=False)
-    assert {path.name for path in broken.output.iterdir()} == {"metrics.jsonl", "checkpoints", "data", "run.yaml"}
+    assert {path.name for path in broken.output.iterdir()} == {
+        "metrics.jsonl",
+        "checkpoints",
+        "data",
+        "run.yaml",
+    }
     with open(broken.output / "metrics.jsonl", "a") as file:
         file.write('{"step": 5, "lo')  # as a crash in mid-line leaves it
 
