@@ -25,6 +25,7 @@ def folder(tmp_path_factory, save_tiny_model):
     (folder / "text.txt").write_text(TEXT)
     (folder / "latin1.txt").write_bytes(b"caf\xe9")
     (folder / "empty.txt").write_text("")
+    (folder / "bad.yaml").write_text("learning_rat: 1")
     jsparse.HeadPattern([[0.1, 0.9], [0.9, 0.1]]).save(folder / "pattern.tsv")
     return folder
 
@@ -139,6 +140,9 @@ EVALUATE = "evaluate --model {}/model --data {}/text.txt --contexts 32"
         ("evaluate --model {}/model --data {}/latin1.txt", "latin1.txt is not UTF-8"),
         (EVALUATE + " --json {}/no/such.json", "no/such.json does not exist"),
         ("evaluate --model {}/model --data {}/text.txt --contexts 1", "context must be at least 2, not 1"),
+        ("finetune --config {}/no.yaml", "no.yaml does not exist; it must be a YAML file of options"),
+        ("finetune --config {}/bad.yaml", "unknown option learning_rat; the nearest is learning_rate"),
+        ("plan finetune --config {}/bad.yaml", "unknown option learning_rat; the nearest is learning_rate"),
     ],
 )
 def test_bad_input_is_one_line(folder, capfd, command, message):

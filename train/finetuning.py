@@ -18,7 +18,9 @@ from jsparse.models import load_tokenizer
 from jsparse.models.checkpoint import load_config
 from jsparse.models.masking import ModelMask
 from jsparse.models.sharding import batch_sharding, put
+from jsparse.reports.console import print_facts
 from jsparse.reports.options_file import as_yaml
+from jsparse.reports.progress import print_line
 from jsparse.train.config import FinetuneConfig
 from jsparse.train.data.batches import batch_at, position_at
 from jsparse.train.data.run_data import find_run_data, store_run_data, tell_of_data
@@ -40,6 +42,7 @@ from jsparse.train.run.loop import run_steps
 from jsparse.train.run.processes import is_first_process, wait_for_all
 from jsparse.train.start import extended_config, load_start, make_step
 from jsparse.train.step import Metrics, SplitModel, TrainState
+from jsparse.train.summary import memory_line, summarize
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,7 +98,8 @@ def finetune(config: FinetuneConfig, *, progress: bool = True) -> FinetuneResult
     first). Every process must make this call and see the same files.
 
     - config: the settings of the run.
-    - progress: show a progress bar, if stderr is a terminal.
+    - progress: say on stderr what the run is about to do, and how far it is: with a bar in a terminal,
+      elsewhere with a line now and then.
 
     Returns the losses, and whether the run has finished.
 
@@ -139,6 +143,10 @@ def finetune(config: FinetuneConfig, *, progress: bool = True) -> FinetuneResult
     ):
         if start:
             state = checkpoints.restore(start, state)
+        if progress and start < config.steps and is_first_process():
+            trained = sum(leaf.size for leaf in jax.tree.leaves(state.params))
+            counts = {"trained": trained, "windows": len(rows), "start": start}
+            print_facts(summarize(config, base_config, model_config, pattern, **counts))
 
         def save(step: int, state: TrainState, best: int | None) -> None:
             position = position_at(len(rows), step, config.batch_size)
@@ -146,7 +154,7 @@ def finetune(config: FinetuneConfig, *, progress: bool = True) -> FinetuneResult
 
         state, metrics, stopped_by = run_steps(
             state,
-            _step_taker(config, split, mask, mesh, windows, rows),
+            _step_taker(config, split, mask, mesh, windows, rows, progress=progress),
             output=config.output_folder,
             steps=config.steps,
             checkpoint_every=config.checkpoint_every,
@@ -209,6 +217,8 @@ def _step_taker(
     mesh: Mesh | None,
     windows: Windows,
     rows: Integer[np.ndarray, " M"],
+    *,
+    progress: bool,
 ) -> Callable[[int, TrainState], tuple[TrainState, dict[str, Any]]]:
     """``take_step(step, state) -> state, line of metrics.jsonl``."""
     compiled = None
@@ -218,6 +228,8 @@ def _step_taker(
         batch = _batch(config, windows, rows, step, mesh)
         if compiled is None:  # compiled here, so that the first step is not timed with it
             compiled = make_step(config, split, mask, mesh).lower(state, split.frozen, *batch).compile()
+            if progress and is_first_process():
+                print_line(memory_line(compiled, state, split))
         began = time.perf_counter()
         state, result = compiled(state, split.frozen, *batch)
         return state, _metrics_line(config, step + 1, result, began)

@@ -63,7 +63,7 @@ def pretrain(config: PretrainConfig, *, command: str | None = None, progress: bo
 
     - config: the settings of the run.
     - command: the command to name in pretrain.json.
-    - progress: show a progress bar, if stderr is a terminal.
+    - progress: show on stderr how far the run is: as a bar in a terminal, elsewhere as a line now and then.
 
     Returns the lines of metrics.jsonl, and whether the run has finished.
 

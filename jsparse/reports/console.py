@@ -4,13 +4,14 @@ import json
 import os
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
 import tyro
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 Config = TypeVar("Config")
 
@@ -37,6 +38,19 @@ def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]
     for row in rows:
         table.add_row(*map(str, row))
     Console().print(table)
+
+
+def print_facts(facts: Mapping[str, str]) -> None:
+    """Print facts by their names on stderr: aligned in a terminal, and elsewhere as "name: fact"."""
+    console = Console(stderr=True)
+    if not console.is_terminal:
+        for name, fact in facts.items():
+            print(f"{name}: {fact}", file=sys.stderr)
+        return
+    table = Table.grid(padding=(0, 2))
+    for name, fact in facts.items():
+        table.add_row(Text(name, style="bold"), Text(fact))
+    console.print(table)
 
 
 def check_can_write(path: Path | None, option: str) -> None:

@@ -25,7 +25,7 @@ def with_file(config: type, options: Sequence[str]) -> list[str]:
     that is not YAML, for unknown keys, and for values of another type than the option's.
     """
     path = _file_named(options)
-    if path is None:
+    if path is None or {"-h", "--help"}.intersection(options):
         return list(options)
     return [*_options_of(path, config, _read(path)), *options]
 

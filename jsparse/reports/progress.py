@@ -68,7 +68,7 @@ def steps_shown(
             each = (now - began) / measured if measured else None
             bar.update(task, completed=step, note=note)
             if measured == _TIMED_STEPS and each is not None and step < steps:
-                print_line(f"about {duration(each * (steps - start))} for {steps - start} steps")
+                print_line(f"time: about {duration(each * (steps - start))} for {steps - start} steps")
             due = step - shown_step >= steps / 10 or now - shown_at >= _LINE_SECONDS
             if bar.disable and (due or step in (start + 1, steps)):
                 left = (

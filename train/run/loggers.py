@@ -139,7 +139,7 @@ def _one_line(error: Exception) -> str:
 
 
 def _open_tensorboard(output: Path, settings: Mapping[str, Any], run: str | None, quiet: bool) -> _Service:
-    from tensorboard.summary import Writer
+    from tensorboard.summary import Writer  # type: ignore  # as the others, only with an extra
 
     folder = output / "tensorboard"
     if run is None and folder.exists():
@@ -155,7 +155,7 @@ def _open_tensorboard(output: Path, settings: Mapping[str, Any], run: str | None
 
 
 def _open_wandb(output: Path, settings: Mapping[str, Any], run: str | None, quiet: bool) -> _Service:
-    import wandb
+    import wandb  # type: ignore
 
     opened = wandb.init(
         dir=output,
@@ -175,8 +175,8 @@ def _open_wandb(output: Path, settings: Mapping[str, Any], run: str | None, quie
 
 
 def _open_mlflow(output: Path, settings: Mapping[str, Any], run: str | None, quiet: bool) -> _Service:
-    import mlflow
-    from mlflow.entities import Metric, Param
+    import mlflow  # type: ignore
+    from mlflow.entities import Metric, Param  # type: ignore
 
     logging.getLogger("mlflow.store.db.utils").setLevel(logging.WARNING)  # tells of each table it makes
     local = output.absolute() / "mlflow"

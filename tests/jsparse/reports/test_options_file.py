@@ -1,6 +1,7 @@
 """Options from a YAML file are those of the command line, and what a run writes can be read again."""
 
 import dataclasses
+import shlex
 from pathlib import Path
 
 import pytest
@@ -40,7 +41,7 @@ def read(tmp_path):
 def test_a_file_is_the_same_as_its_options(read):
     given = "--model base --data a.txt b.txt --output out --context 64 --learning-rate 2e-5 --lora-rank None"
     given += " --no-train-embeddings-and-norms --attention full --mesh.fsdp 2"
-    expected = parse(FinetuneCommand, "finetune", given.split())
+    expected = parse(FinetuneCommand, "finetune", shlex.split(given))
     found = read(RUN)
     assert dataclasses.replace(found, config=None) == expected
     assert (found.learning_rate, found.lora_rank, found.mesh) == (2e-5, None, MeshConfig(fsdp=2))
@@ -115,6 +116,11 @@ def test_a_file_must_exist_and_be_text(tmp_path):
     (tmp_path / "latin.yaml").write_bytes(b"model: caf\xe9")
     with pytest.raises(ValueError, match=r"latin\.yaml is not YAML"):
         with_file(FinetuneCommand, ["--config", str(tmp_path / "latin.yaml")])
+
+
+def test_help_needs_no_file():
+    options = ["--config", "no.yaml", "--help"]
+    assert with_file(FinetuneCommand, options) == options
 
 
 def test_an_empty_file_says_nothing(tmp_path):

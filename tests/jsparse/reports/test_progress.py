@@ -29,7 +29,7 @@ def test_fast_steps_have_a_line_for_each_tenth(capsys):
     lines = shown(capsys, steps=300, seconds=lambda step: 30.0 if step == 1 else 0.1)
     assert lines[0] == "step 1/300: loss 1"
     # From steps 2 to 4, not from the first, which took half a minute to compile.
-    assert lines[1] == "about 30 s for 300 steps"
+    assert lines[1] == "time: about 30 s for 300 steps"
     assert lines[2] == "step 31/300: loss 31, about 27 s left"
     assert [line.split(":")[0] for line in lines[2:]] == [f"step {n}/300" for n in (*range(31, 300, 30), 300)]
     assert lines[-1] == "step 300/300: loss 300"
@@ -39,7 +39,7 @@ def test_slow_steps_have_a_line_each_minute(capsys):
     lines = shown(capsys, steps=300, start=100, seconds=lambda step: 25.0)
     assert lines[:4] == [
         "step 101/300: loss 101",
-        "about 1 h 23 min for 200 steps",
+        "time: about 1 h 23 min for 200 steps",
         "step 104/300: loss 104, about 1 h 22 min left",
         "step 107/300: loss 107, about 1 h 20 min left",
     ]
@@ -75,5 +75,5 @@ def test_a_terminal_has_a_bar_and_the_estimate_above_it(monkeypatch):
             clock.now += 60.0
             show(step, f"loss {step}")
     text = terminal.getvalue()
-    assert "about 10 min for 10 steps" in text and "training" in text and "10/10" in text
+    assert "time: about 10 min for 10 steps" in text and "training" in text and "10/10" in text
     assert "step 1/10" not in text
