@@ -227,6 +227,23 @@ def test_a_first_row_longer_than_what_is_looked_at(tmp_path):
         assert contents(only(write(tmp_path, name, dump(rows)))) == rows
 
 
+@pytest.mark.parametrize("start", [b"", b"\xef\xbb\xbf", b"\n\n"])
+def test_a_second_row_that_is_cut_off_by_what_is_looked_at(tmp_path, start):
+    rows = [{"text": "a" * 600_000}] * 3
+    assert contents(only(write(tmp_path, "a.txt", start + json_lines(rows)))) == rows
+
+
+def test_a_long_object_over_many_lines(tmp_path):
+    content = json_list({"version": 1, "data": [{"text": "a" * 1000}] * 2000}, indent=1)
+    for name in ("a.json", "a"):
+        refused(
+            write(tmp_path, name, content),
+            message=f"{name} holds JSON objects that spread over several lines",
+        )
+    only_text = b"{\n" + b"a = 1\n" * 400_000
+    assert only(write(tmp_path, "a", only_text)).kind == "text"
+
+
 def test_most_lines_decide_where_the_name_does_not(tmp_path):
     lines = json_lines([{"text": "a"}] * 3) + b"oops\n"
     assert only(write(tmp_path, "a.txt", lines)).kind == "JSON lines"
