@@ -68,7 +68,8 @@ def find_data(sources: Sequence[str | Path]) -> Found:
     left_out: list[LeftOut] = []
     for source in map(str, sources):
         for file in _find(source, left_out):
-            place = file.path.resolve()
+            # Not the file behind a link: in the hub's cache, files of equal content are links to one.
+            place = file.path.parent.resolve() / file.path.name
             if place in files:
                 left_out.append(LeftOut(file.name, "it is named twice, and read once"))
             files.setdefault(place, file)

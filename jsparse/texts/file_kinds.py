@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 from jsparse.files import pointer_hint
 from jsparse.texts.compressed import is_compressed, open_bytes
-from jsparse.texts.json_rows import ListReader, parse_line
+from jsparse.texts.json_rows import ListReader, is_cut_off, parse_line
 from jsparse.texts.tables import read_batches
 
 BOM = b"\xef\xbb\xbf"
@@ -203,16 +203,16 @@ def _as_lines(text: bytes, content: io.BufferedIOBase, name: str, says_json: boo
     if b"\n" not in text:
         text += content.readline()
     lines = text.split(b"\n")
-    if len(text) >= _HEAD and len(lines) > 1:
+    more = content.read(1) != b""
+    if more and len(lines) > 1:
         lines.pop()  # it may go on
     parsed = [parse_line(line) for line in lines if line.strip()]
     objects = [value for value, _ in parsed if isinstance(value, dict) and value]
-    whole = len(parsed) == 1 and not content.read(1)
-    if whole and objects:
+    if len(parsed) == 1 and objects and not more:
         _refuse_container(objects[0], name)
     if objects and (says_json or (parsed[0].value and 2 * len(objects) > len(parsed))):
         return "JSON lines"
-    _refuse_spread_out(text, name, says_json)
+    _refuse_spread_out(text, more, name, says_json)
     return None
 
 
@@ -229,13 +229,17 @@ def _refuse_container(fields: dict[str, Any], name: str) -> None:
         )
 
 
-def _refuse_spread_out(text: bytes, name: str, says_json: bool) -> None:
+def _refuse_spread_out(text: bytes, more: bool, name: str, says_json: bool) -> None:
     """Objects that are written over several lines are neither lines nor text."""
     if not text.startswith(b"{"):
         return
     try:
-        decoded = _decode_head(text)
+        decoded = codecs.getincrementaldecoder("utf-8")().decode(text, final=not more)
         fields, end = json.JSONDecoder().raw_decode(decoded)
+    except json.JSONDecodeError as error:
+        if not (more and is_cut_off(error)):
+            return
+        fields, end = {}, len(error.doc)
     except (ValueError, RecursionError):
         return
     rest = decoded[end:].lstrip()

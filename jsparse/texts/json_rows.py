@@ -80,6 +80,11 @@ def reason_of(error: Exception) -> str:
     return f"{error.msg} at character {error.pos}" if isinstance(error, json.JSONDecodeError) else str(error)
 
 
+def is_cut_off(error: json.JSONDecodeError) -> bool:
+    """Whether the text in which an error was found might be valid if it went on."""
+    return error.msg.startswith("Unterminated") or error.pos > len(error.doc) - _LONGEST_WORD
+
+
 class ListReader:
     """The elements of a JSON list in UTF-8, read in pieces; ``list`` of it gives them all.
 
@@ -118,8 +123,7 @@ class ListReader:
             try:
                 parsed, end = decoder.decode(self._text, self._at)
             except json.JSONDecodeError as error:
-                near_end = error.pos > len(self._text) - _LONGEST_WORD
-                if self._ended or not (near_end or error.msg.startswith("Unterminated")):
+                if self._ended or not is_cut_off(error):
                     self._at = error.pos
                     raise self._wrong(error.msg) from error
             except (ValueError, RecursionError) as error:

@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 import threading
+import urllib.parse
 from pathlib import Path
 
 import pytest
@@ -185,17 +186,17 @@ class Hub(http.server.BaseHTTPRequestHandler):
     def do_GET(self):
         self.asked.append(self.path)
         path = self.path.split("?")[0]
-        if found := re.fullmatch(r"/api/models/org/(\w+)/revision/(.+)", path):
+        if found := re.fullmatch(r"/api/(?:models|datasets)/org/(\w+)/revision/(.+)", path):
             self._info(*found.groups())
-        elif found := re.fullmatch(r"/api/models/org/name/tree/(\w+)", path):
+        elif found := re.fullmatch(r"/api/(?:models|datasets)/org/name/tree/(\w+)", path):
             files = self.commits[found[1]]
             rows = [
                 {"type": "file", "path": name, "size": len(content), "oid": "0" * 40}
                 for name, content in files.items()
             ]
             self._answer(200, json.dumps(rows).encode())
-        elif found := re.fullmatch(r"/org/name/resolve/(\w+)/(.+)", path):
-            content = self.commits[found[1]][found[2]]
+        elif found := re.fullmatch(r"(?:/datasets)?/org/name/resolve/(\w+)/(.+)", path):
+            content = self.commits[found[1]][urllib.parse.unquote(found[2])]
             self._answer(200, content, ETag=f'"{hash(content) % 10**9}"', **{"X-Repo-Commit": found[1]})
         else:
             self._answer(404, b"", **{"X-Error-Code": "EntryNotFound"})
@@ -296,3 +297,48 @@ def test_what_the_hub_refuses(hub, tmp_path):
     assert f"org/gated is gated: accept its license on {hub.address}/org/gated" in gated
     assert "org/secret is neither a folder here nor a model" in secret and "HF_TOKEN" in secret
     assert "org/name@v2" in revision and "no such branch, tag or commit" in revision
+
+
+DATA_SCRIPT = """
+import sys
+from jsparse.texts.data_files import find_data
+for source in sys.argv[1:]:
+    try:
+        print([file.name for file in find_data([source]).files])
+    except OSError as error:
+        print(error)
+"""
+
+
+def test_of_a_dataset_only_what_is_read_is_fetched(hub, tmp_path):
+    row = b'{"text": "a"}'
+    names = (
+        "en/train [1].jsonl",
+        "en/train 1.jsonl",
+        "en/test.jsonl",
+        "README.md",
+        ".gitattributes",
+        "name.py",
+    )
+    hub.commits = {FIRST: dict.fromkeys(names, row)}
+    expected = "['org/name/en/train 1.jsonl', 'org/name/en/train [1].jsonl']"
+    done = run(tmp_path, ["-c", DATA_SCRIPT, "org/name", f"org/name@{FIRST}"], HF_ENDPOINT=hub.address)
+    assert done.stdout.splitlines() == [expected] * 2, done.stderr
+    resolved = {urllib.parse.unquote(path.split(f"{FIRST}/")[1]) for path in hub.asked if "/resolve/" in path}
+    assert resolved == {*names} - {"en/test.jsonl", "name.py"}
+
+    command = ["-c", DATA_SCRIPT, "org/name", "org/name:*test*"]
+    for environment in ({"HF_HUB_OFFLINE": "1"}, {"HF_ENDPOINT": "http://127.0.0.1:9"}):
+        found, missing = run(tmp_path, command, **environment).stdout.splitlines()
+        assert found == expected
+        assert (
+            f"data: org/name@{FIRST} is no folder here" in missing and "not wholly, in the cache" in missing
+        )
+
+
+def test_what_the_hub_refuses_of_datasets(hub, tmp_path):
+    command = ["-c", DATA_SCRIPT, "org/gated", "org/secret", "org/name@v2"]
+    gated, secret, revision = run(tmp_path, command, HF_ENDPOINT=hub.address).stdout.splitlines()
+    assert f"data: org/gated is gated: accept its license on {hub.address}/datasets/org/gated" in gated
+    assert "data: org/secret is neither a folder here nor a dataset at" in secret
+    assert "data: org/name@v2" in revision and "no such branch, tag or commit" in revision

@@ -16,6 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jsparse.extras import MissingExtra
+from jsparse.serve.prompts import read_text
 from jsparse.texts import data_files, json_rows
 from jsparse.texts.data_files import find_data
 from jsparse.texts.data_names import split_of
@@ -226,6 +227,23 @@ def test_a_first_row_longer_than_what_is_looked_at(tmp_path):
         assert contents(only(write(tmp_path, name, dump(rows)))) == rows
 
 
+@pytest.mark.parametrize("start", [b"", b"\xef\xbb\xbf", b"\n\n"])
+def test_a_second_row_that_is_cut_off_by_what_is_looked_at(tmp_path, start):
+    rows = [{"text": "a" * 600_000}] * 3
+    assert contents(only(write(tmp_path, "a.txt", start + json_lines(rows)))) == rows
+
+
+def test_a_long_object_over_many_lines(tmp_path):
+    content = json_list({"version": 1, "data": [{"text": "a" * 1000}] * 2000}, indent=1)
+    for name in ("a.json", "a"):
+        refused(
+            write(tmp_path, name, content),
+            message=f"{name} holds JSON objects that spread over several lines",
+        )
+    only_text = b"{\n" + b"a = 1\n" * 400_000
+    assert only(write(tmp_path, "a", only_text)).kind == "text"
+
+
 def test_most_lines_decide_where_the_name_does_not(tmp_path):
     lines = json_lines([{"text": "a"}] * 3) + b"oops\n"
     assert only(write(tmp_path, "a.txt", lines)).kind == "JSON lines"
@@ -397,6 +415,15 @@ def test_a_digest_is_of_the_content_and_its_kind(tmp_path):
     assert a._replace(kind="text").digest() != a.digest() != only(write(tmp_path, "c", "c")).digest()
 
 
+@pytest.mark.parametrize("dump", [bytes, gzip.compress, zstd, lambda content: b"\xef\xbb\xbf" + content])
+def test_a_prompt_file_gives_the_text_that_training_reads(tmp_path, dump):
+    path = write(tmp_path, "a.txt", dump("né\r\n".encode()))
+    assert read_text(path).text == contents(only(path))[0] == "né\r\n"
+    write(tmp_path, "a.txt", dump(b"\xff"))
+    with pytest.raises(ValueError, match=f"^prompt_file: {path} is not UTF-8 text: byte 0xff at offset 0$"):
+        read_text(path)
+
+
 # --- sources ---
 
 
@@ -513,9 +540,9 @@ def test_globs(here):
 
 def test_a_file_is_read_once(here):
     write(here, "a.jsonl", json_lines(ROWS))
-    (here / "link.jsonl").symlink_to("a.jsonl")
-    assert names("a.jsonl", "*.jsonl", here / "a.jsonl") == ["a.jsonl"]
-    assert left_out("a.jsonl", "*.jsonl")["link.jsonl"] == "it is named twice, and read once"
+    (here / "link").symlink_to(".")
+    assert names("a.jsonl", "*.jsonl", here / "a.jsonl", "link/a.jsonl") == ["a.jsonl"]
+    assert left_out("a.jsonl", "link/a.jsonl") == {"link/a.jsonl": "it is named twice, and read once"}
 
 
 @pytest.mark.parametrize(
