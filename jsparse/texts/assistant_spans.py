@@ -58,7 +58,7 @@ def mark_assistant(
         rest = whole[: min([limit, *others])]
         found = _tokens(rest, start, special) or _tokens(rest, start, added)
         if not found:
-            ends[n] = max(start, _end_without_token(n, chat, whole, limit, render, file))
+            ends[n] = max(start, _end_without_token(n, chat, whole, render, file))
             continue
         known = [token for token in found if token[0] in stops] if "tool_calls" in chat[n] else []
         name, ends[n] = (known or found)[0]
@@ -196,15 +196,15 @@ def _tokens(text: str, start: int, names: Iterable[str]) -> list[tuple[str, int]
     return [(match[1], match.end()) for match in pattern.finditer(text, start) if match[1]]
 
 
-def _end_without_token(
-    n: int, chat: Chat, whole: str, limit: int, render: Callable[[Chat, bool], str], file: str
-) -> int:
-    if n + 1 < len(chat):
-        upto = _read_places(render(chat[: n + 1], False))[0]
-        if not whole.startswith(upto):
-            raise _unclear(n, file, "no special token ends it and what follows changes how it is written")
-        limit = len(upto)
-    return len(whole[:limit].rstrip())
+def _end_without_token(n: int, chat: Chat, whole: str, render: Callable[[Chat, bool], str], file: str) -> int:
+    """Where the messages up to a turn end, if that is still so when a message comes after it."""
+    upto = _read_places(render(chat[: n + 1], False))[0].rstrip()
+    texts = [whole]
+    if n + 1 == len(chat):  # a template may write a prompt that nobody has asked for
+        texts.append(_read_places(render([*chat, {"role": "user", "content": "?"}], False))[0])
+    if not all(text.startswith(upto) for text in texts):
+        raise _unclear(n, file, "no special token ends it and what follows changes how it is written")
+    return len(upto)
 
 
 def _check(

@@ -142,6 +142,11 @@ REFUSED = {
         PAIR * 2,
         "no special token ends it",
     ),
+    "no end, and a prompt that nobody asks for": (
+        LOOP % ("{{ m.role }}: {{ m.content }}\n", "") + "assistant: ",
+        PAIR,
+        "no special token ends it",
+    ),
     "the assistant first": (
         "{{ messages[0].role[0] }}" + LOOP % ("{{ m.content }}</s>", "assistant: "),
         [ASSISTANT, USER],
