@@ -47,6 +47,7 @@ def mark_assistant(
     if not turns:
         raise ValueError("messages has none of the assistant, so there is nothing for it to write")
     whole = render(chat, generation_prompt)
+    unmarked = chat
     chat, places = _with_places(chat, whole, render, generation_prompt)
     limit = _common(whole, _read_places(render(chat, False))[0]) if generation_prompt else len(whole)
     begins = {n: _begin(n, chat, whole, places, render, file) for n in turns}
@@ -57,15 +58,17 @@ def mark_assistant(
         rest = whole[: min([limit, *others])]
         found = _tokens(rest, start, special) or _tokens(rest, start, added)
         if not found:
-            ends[n] = max(start, _end_without_token(n, chat, whole, limit, render, file))
+            ends[n] = max(start, _end_without_token(n, chat, whole, render, file))
             continue
         known = [token for token in found if token[0] in stops] if "tool_calls" in chat[n] else []
         name, ends[n] = (known or found)[0]
         stops |= {name} if "tool_calls" not in chat[n] else set()
-    spans = [(begins[n], ends[n]) for n in turns]
-    _check(chat, turns, spans, places, file)
     pieces, done = [], 0
-    for begin, end in spans:
+    for n in turns:
+        begin, end = begins[n], ends[n]
+        if n not in places and chat[n] != unmarked[n]:
+            raise _unclear(n, file, "the template writes none of its texts")
+        _check(n, (done, begin, end), whole, places, file)
         pieces += [whole[done:begin], GENERATION_START, whole[begin:end], GENERATION_END]
         done = end
     return "".join([*pieces, whole[done:]])
@@ -193,27 +196,31 @@ def _tokens(text: str, start: int, names: Iterable[str]) -> list[tuple[str, int]
     return [(match[1], match.end()) for match in pattern.finditer(text, start) if match[1]]
 
 
-def _end_without_token(
-    n: int, chat: Chat, whole: str, limit: int, render: Callable[[Chat, bool], str], file: str
-) -> int:
-    if n + 1 < len(chat):
-        upto = _read_places(render(chat[: n + 1], False))[0]
-        if not whole.startswith(upto):
-            raise _unclear(n, file, "no special token ends it and what follows changes how it is written")
-        limit = len(upto)
-    return len(whole[:limit].rstrip())
+def _end_without_token(n: int, chat: Chat, whole: str, render: Callable[[Chat, bool], str], file: str) -> int:
+    """Where the messages up to a turn end, if that is still so when a message comes after it."""
+    upto = _read_places(render(chat[: n + 1], False))[0].rstrip()
+    texts = [whole]
+    if n + 1 == len(chat):  # a template may write a prompt that nobody has asked for
+        texts.append(_read_places(render([*chat, {"role": "user", "content": "?"}], False))[0])
+    if not all(text.startswith(upto) for text in texts):
+        raise _unclear(n, file, "no special token ends it and what follows changes how it is written")
+    return len(upto)
 
 
 def _check(
-    chat: Chat, turns: list[int], spans: list[tuple[int, int]], places: Mapping[int, list[int]], file: str
+    n: int, span: tuple[int, int, int], whole: str, places: Mapping[int, list[int]], file: str
 ) -> None:
-    done = 0
-    for n, (begin, end) in zip(turns, spans, strict=True):
-        if places and n not in places and _mark_texts(chat[n], "x", "") != chat[n]:
-            raise _unclear(n, file, "the template writes none of its texts")
-        inside = {m for m, found in places.items() if any(begin < at < end for at in found)}
-        if not done <= begin < end or any(not begin <= at <= end for at in places.get(n, [])):
-            raise _unclear(n, file, "its texts are written elsewhere")
-        if inside - {n}:
-            raise _unclear(n, file, f"the text of messages[{min(inside - {n})}] is written in it")
-        done = end
+    """That a turn has all of its texts and no other's.
+
+    - span: where the turn before ends, and where this one begins and ends.
+    """
+    done, begin, end = span
+    if not done <= begin < end:
+        raise _unclear(n, file, "nothing is written for it after the prompt of an answer")
+    own = places.get(n, [begin])
+    # The prompt may have opened a thought, with which the message's text begins.
+    if own[-1] > end or own[0] < begin and not _THINKING.fullmatch(whole, own[0], begin):
+        raise _unclear(n, file, "its texts are written elsewhere")
+    other = [m for m, found in places.items() if m != n and any(begin < at < end for at in found)]
+    if other:
+        raise _unclear(n, file, f"the text of messages[{other[0]}] is written in it")

@@ -108,10 +108,10 @@ def test_refused(tmp_path):
 
 def test_names_of_tokens_are_quoted(tmp_path):
     end = """<"END"\\n{{ 'é' }}>"""
-    tokenizer = save_byte_model(tmp_path, "<START END>", end)
+    tokenizer = save_byte_model(tmp_path, "<START_END>", end)
     template = plain_chat_template(tokenizer, tokenizer.token_to_id(end))
     assert template.render(TALKS["empty"], add_generation_prompt=False) == (
-        "<START END>### Instruction:\n\n\n### Response:\n" + end
+        "<START_END>### Instruction:\n\n\n### Response:\n" + end
     )
 
 
