@@ -130,7 +130,7 @@ def finetune(config: FinetuneConfig, *, progress: bool = True) -> FinetuneResult
         _windows, config, tokenizer, vocab_size=model_config.vocab_size, eos_token_id=eos, progress=progress
     )
     held_out, evaluations = None, None
-    with _removed_on_failure(config.output_folder):
+    with _removed_on_failure(config.output_folder, config.output_folder / DATA):
         if eval_digest is not None:
             with _of_eval_data():
                 held_out = store(config.eval_files, f"held-out-{eval_digest[:16]}", may_be_short=True)
@@ -143,9 +143,10 @@ def finetune(config: FinetuneConfig, *, progress: bool = True) -> FinetuneResult
                 f"data: in {len(windows)} window(s) of context={config.context} tokens, none has a target; "
                 "give more text"
             )
-    config = config.for_windows(len(rows))
-    run = describe_run(config, digest, model_config, pattern, eval_digest=eval_digest)
-    start = steps_taken(config, run)
+        config = config.for_windows(len(rows))
+        run = describe_run(config, digest, model_config, pattern, eval_digest=eval_digest)
+        start = steps_taken(config, run)
+    wait_for_all("run")  # all have looked into the folder before the first process makes something there
     if start == 0 and is_first_process():
         _warn_of_data(windows, rows, held_out)
     with (
@@ -225,13 +226,13 @@ def _warn_of_data(windows: Windows, rows: Integer[np.ndarray, " M"], held_out: W
 
 
 @contextlib.contextmanager
-def _removed_on_failure(folder: Path) -> Iterator[None]:
-    """Remove a folder after an error within this context, unless it was there before."""
-    existed = folder.exists()
+def _removed_on_failure(*folders: Path) -> Iterator[None]:
+    """Remove folders after an error within this context, except those that were there before."""
+    new = [folder for folder in folders if not folder.exists()]
     try:
         yield
     except BaseException:
-        if is_first_process() and not existed:
+        for folder in new if is_first_process() else ():
             shutil.rmtree(folder, ignore_errors=True)
         raise
 

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 
 import jax.numpy as jnp
@@ -93,6 +94,42 @@ def test_sigterm_saves_the_step_and_the_run_goes_on_bit_for_bit(save_checkpoint,
     assert resumed.finished and resumed.losses == unbroken.losses
     weights = [(folder / "model.safetensors").read_bytes() for folder in (resumed.output, unbroken.output)]
     assert weights[0] == weights[1]
+
+
+# A process that was started in the background of a shell may ignore the signal.
+COMMAND = """
+import signal, sys
+from jsparse.__main__ import main
+signal.signal(signal.SIGINT, signal.default_int_handler)
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+def test_ctrl_c_ends_the_command_with_a_checkpoint(save_checkpoint, text, tmp_path):
+    base, output = save_checkpoint(tmp_path / "base", num_hidden_layers=1), tmp_path / "output"
+    options = f"--model {base} --data {text[0]} --output {output} --context 32 --steps 1000000 --batch-size 1"
+    process = subprocess.Popen(
+        [sys.executable, "-c", COMMAND, "finetune", *options.split()],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        metrics, began = output / "metrics.jsonl", time.monotonic()
+        while not (metrics.is_file() and metrics.read_text()):
+            assert process.poll() is None and time.monotonic() - began < 300
+            time.sleep(0.1)
+        process.send_signal(signal.SIGINT)
+        _, errors = process.communicate(timeout=120)
+    finally:
+        process.kill()
+        process.communicate()
+    steps = len(metrics.read_text().splitlines())
+    assert process.returncode == 130, errors
+    assert "Ctrl-C: the run ends after this step" in errors
+    assert f"stopped by Ctrl-C after step {steps}, last loss" in errors and "run the same command" in errors
+    with open_checkpoints(output / "checkpoints", writable=False) as checkpoints:
+        assert checkpoints.latest_step() == steps
 
 
 FULL_DISK = """
