@@ -284,16 +284,17 @@ def test_bench_refuses_what_it_cannot_measure(folder, capfd, command, message):
     test_bad_input_is_one_line(folder, capfd, command, message)
 
 
-def test_sigterm_has_an_exit_code_of_its_own(tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize(("number", "name"), [(15, "SIGTERM"), (2, "Ctrl-C")])
+def test_a_run_that_was_stopped_has_an_exit_code_of_its_own(tmp_path, monkeypatch, capsys, number, name):
     from jsparse.train import FinetuneResult
 
     def stopped(config):
-        return FinetuneResult(config.output_folder, (3.0, 2.5), {}, finished=False)
+        return FinetuneResult(config.output_folder, (3.0, 2.5), {}, finished=False, stopped_by=number)
 
     monkeypatch.setattr("jsparse.train.finetuning.finetune", stopped)
     options = ["--model", "base", "--data", "a.txt", "--output", str(tmp_path), "--context", "64"]
-    assert main(["finetune", *options]) == 128 + 15
-    assert "stopped by SIGTERM after step 2, last loss 2.5000" in capsys.readouterr().err
+    assert main(["finetune", *options]) == 128 + number
+    assert f"stopped by {name} after step 2, last loss 2.5000" in capsys.readouterr().err
 
 
 def test_processes_are_named_in_full(capsys):

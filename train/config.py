@@ -337,7 +337,7 @@ class FinetuneConfig:
         Raises ValueError for a schedule whose warm-up would not be shorter than the run.
 
         >>> config = FinetuneConfig(
-        ...     model="base", data="book.txt", output="new", context=64, epochs=3, warmup_ratio=0.1
+        ...     model="base", data="book.txt", output="new", context=64, epochs=3.0, warmup_ratio=0.1
         ... )
         >>> config = config.for_windows(100)
         >>> config.steps, config.warmup_steps

@@ -23,7 +23,12 @@ from jsparse.reports.options_file import as_yaml
 from jsparse.reports.progress import print_line
 from jsparse.train.config import FinetuneConfig
 from jsparse.train.data.batches import batch_at, position_at
-from jsparse.train.data.run_data import find_run_data, store_run_data, tell_of_data
+from jsparse.train.data.run_data import (
+    find_run_data,
+    removed_on_failure,
+    store_run_data,
+    tell_of_data,
+)
 from jsparse.train.data.windows import Windows
 from jsparse.train.export import export_model
 from jsparse.train.held_out import held_out_loss
@@ -122,15 +127,17 @@ def finetune(config: FinetuneConfig, *, progress: bool = True) -> FinetuneResult
     steps_taken(config, run)
     mesh = config.mesh.make() if config.mesh.devices > 1 or jax.process_count() > 1 else None
     state, split = load_start(config, model_config, mesh)
-    stored = store_run_data(data, config.output_folder, progress=progress)
-    windows, rows, held_out, findings = stored
+    with removed_on_failure(config.output_folder, config.output_folder / DATA):
+        stored = store_run_data(data, config.output_folder, progress=progress)
+        windows, rows, held_out, findings = stored
+        asked, config = config, config.for_windows(len(rows))
+        run = describe_run(config, data.digest, model_config, pattern, eval_digest=data.eval_digest)
+        start = steps_taken(config, run)
+    wait_for_all("run")  # all have looked into the folder before the first process makes something there
     evaluations = None
     if held_out is not None:
         measure = held_out_loss(config, split, mesh, held_out)
         evaluations = Evaluations(measure, config.evaluation_interval, config.patience)
-    asked, config = config, config.for_windows(len(rows))
-    run = describe_run(config, data.digest, model_config, pattern, eval_digest=data.eval_digest)
-    start = steps_taken(config, run)
     if progress and start == 0 and is_first_process():
         tell_of_data(stored)
     _write_settings(asked)

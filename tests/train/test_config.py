@@ -41,6 +41,9 @@ CONFIG = FinetuneConfig(model=Path("base"), data=(Path("text"),), output=Path("o
         ("lora_dropout", 1.0, r"in \[0, 1\)"),
         ("group_ratio", 0.0, r"in \(0, 1\]"),
         ("dtype", "float16", "None, 'float32', 'bfloat16'"),
+        ("epochs", 0.0, "> 0"),
+        ("warmup_ratio", -0.1, ">= 0"),
+        ("warmup_ratio", 1.0, r"in \[0, 1\)"),
     ],
 )
 def test_a_bad_value_is_named_with_what_is_allowed(field, value, allowed):
@@ -85,6 +88,13 @@ def test_group_size_is_a_quarter_of_the_context_unless_given():
         ({"batch_size": 8, "micro_batches": 3}, "micro_batches=3 must divide batch_size=8"),
         ({"batch_size": 6, "mesh": MeshConfig(data=2, fsdp=2)}, "6 windows at a time, which 4 devices"),
         ({"mesh": MeshConfig(sequence=3)}, "context=64 must be a multiple of the mesh's sequence=3"),
+        ({"epochs": 2.0, "steps": 10}, "epochs=2.0 and steps=10 say the same in two ways; give one of them"),
+        ({"warmup_ratio": 0.1, "warmup_steps": 5}, "warmup_ratio=0.1 and warmup_steps=5 say the same"),
+        ({"eval_every": 5}, "eval_every=5 is for a run with eval_data, and none is given"),
+        ({"patience": 5}, "patience=5 is for a run with eval_data"),
+        ({"export_last": True}, "export_last=True is for a run with eval_data"),
+        ({"eval_data": ("a",), "eval_every": 0}, "eval_every must be an integer >= 1"),
+        ({"eval_data": ("a",), "patience": 0}, "patience must be an integer >= 1"),
     ],
 )
 def test_settings_that_do_not_fit_one_another(changes, message):
@@ -155,3 +165,36 @@ def test_the_optimizer_clips_and_decays_matrices_only():
     adam = state[1][0]
     np.testing.assert_allclose(adam.mu["matrix"], 0.1 * 0.5, rtol=1e-5)
     np.testing.assert_allclose(adam.nu["matrix"], 0.05 * 0.25, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("settings", "windows", "steps", "warmup"),
+    [
+        ({}, 100, 1000, 20),  # as they are
+        ({"epochs": 3.0}, 100, 38, 20),  # 300 windows in batches of 8
+        ({"epochs": 0.5}, 100, 7, 20),
+        ({"epochs": 0.29}, 8 * 100, 29, 20),  # 0.29 * 100 is 28.99...
+        ({"epochs": 1.1}, 8 * 10, 11, 20),  # and 1.1 * 10 is 11.00...02
+        ({"epochs": 1e-9}, 3, 1, 20),
+        ({"warmup_ratio": 0.03}, 100, 1000, 30),
+        ({"epochs": 3.0, "warmup_ratio": 0.1}, 100, 38, 3),
+        ({"warmup_ratio": 0.0, "steps": 10, "schedule": "cosine"}, 100, 10, 0),
+    ],
+)
+def test_epochs_and_ratios_become_steps(settings, windows, steps, warmup):
+    config = dataclasses.replace(CONFIG, **settings)
+    config.optimizer()  # a plan makes it without windows
+    resolved = config.for_windows(windows)
+    assert (resolved.steps, resolved.warmup_steps) == (steps, warmup)
+    assert resolved.epochs is None and resolved.warmup_ratio is None
+    assert resolved.for_windows(17) == resolved
+    as_given = {name: value for name, value in settings.items() if name in ("steps", "schedule")}
+    assert resolved == dataclasses.replace(CONFIG, **as_given | {"steps": steps, "warmup_steps": warmup})
+
+
+def test_a_warm_up_that_is_longer_than_the_epochs_is_refused_once_their_steps_are_known():
+    config = dataclasses.replace(CONFIG, epochs=1.0, schedule="cosine", warmup_steps=50)
+    config.optimizer()
+    assert config.for_windows(8 * 51).steps == 51
+    with pytest.raises(ValueError, match="warmup_steps=50 must be less than steps=50"):
+        config.for_windows(8 * 50)

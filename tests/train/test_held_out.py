@@ -19,8 +19,9 @@ from jsparse.train.run.evaluations import best_line
 from jsparse.train.start import extended_config, load_start
 
 END = 256
-DOCUMENTS = ["the dog sat on the mat.", "the cat ran."]
-ANSWERED = [("who ran? ", "the dog."), ("and who sat on the mat? ", "the cat.")]
+# In capitals, which the training data do not have: after a few steps, their loss rises.
+DOCUMENTS = ["THE DOG SAT.", "THE CAT RAN."]
+ANSWERED = [("WHO RAN? ", "THE DOG."), ("AND WHO SAT ON THE MAT? ", "THE CAT.")]
 
 
 def write_lines(file, documents, answered):
@@ -52,21 +53,21 @@ def held_out(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def config(base, text, held_out, tmp_path_factory):
-    """A run that soon forgets more than it learns: its learning rate is too high."""
+def config(save_checkpoint, text, held_out, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("run")
     return FinetuneConfig(
-        model=base,
+        model=save_checkpoint(folder / "base", num_hidden_layers=1),
         data=text,
-        output=tmp_path_factory.mktemp("run") / "output",
+        output=folder / "output",
         context=64,
         lora_rank=2,
         lora_dropout=0.3,
-        steps=8,
+        steps=6,
         batch_size=2,
-        learning_rate=0.1,
+        learning_rate=0.03,
         warmup_steps=0,
         checkpoint_every=100,
-        eval_data=held_out,
+        eval_data=(held_out,),
         eval_every=1,
     )
 
@@ -126,7 +127,7 @@ def test_the_first_line_has_the_loss_before_the_first_step(config, run):
 def test_a_document_of_several_windows_has_the_loss_that_evaluate_gives(config, tmp_path):
     tokens = np.random.default_rng(0).integers(97, 123, 3 * 64 - 1)
     (tmp_path / "long.txt").write_bytes(tokens.astype(np.uint8).tobytes())
-    long = dataclasses.replace(config, eval_data=tmp_path / "long.txt", output=tmp_path / "o", steps=1)
+    long = dataclasses.replace(config, eval_data=(tmp_path / "long.txt",), output=tmp_path / "o", steps=1)
     finetune(dataclasses.replace(long, eval_every=None), progress=False)
     found = lines_of(long.output)[-1]["eval"]
     expected = evaluate_perplexity(
@@ -144,7 +145,7 @@ def test_a_document_of_several_windows_has_the_loss_that_evaluate_gives(config, 
 
 def test_data_of_fewer_tokens_than_a_window_are_padded_and_the_batch_is_filled_up(config, tmp_path):
     (tmp_path / "short.txt").write_text("ab")
-    short = dataclasses.replace(config, eval_data=tmp_path / "short.txt", output=tmp_path / "o", steps=1)
+    short = dataclasses.replace(config, eval_data=(tmp_path / "short.txt",), output=tmp_path / "o", steps=1)
     finetune(short, progress=False)
     found, model = lines_of(short.output)[-1]["eval"], Llama.from_pretrained(short.output)
     assert found["tokens"] == 2
@@ -152,11 +153,11 @@ def test_data_of_fewer_tokens_than_a_window_are_padded_and_the_batch_is_filled_u
 
 
 def test_it_is_measured_every_so_many_steps_and_after_the_last(config, tmp_path):
-    every_third = dataclasses.replace(config, output=tmp_path / "o", eval_every=3)
-    finetune(every_third, progress=False)
-    lines = lines_of(every_third.output)
-    assert [line["step"] for line in lines] == list(range(1, 9))
-    assert [line["step"] for line in lines if "eval" in line] == [3, 6, 8]
+    every_fourth = dataclasses.replace(config, output=tmp_path / "o", eval_every=4)
+    finetune(every_fourth, progress=False)
+    lines = lines_of(every_fourth.output)
+    assert [line["step"] for line in lines] == list(range(1, 7))
+    assert [line["step"] for line in lines if "eval" in line] == [4, 6]
     assert dataclasses.replace(config, eval_every=None).evaluation_interval == config.checkpoint_every
 
 
@@ -164,17 +165,17 @@ def test_the_model_of_the_best_step_is_written_and_its_checkpoint_kept(config, r
     lines = lines_of(config.output)
     losses = [line["eval"]["loss"] for line in lines]
     best = 1 + int(np.argmin(losses))
-    assert 1 <= best < 7  # so that it is none of the last two
+    assert 1 < best < 5  # so that it is none of the last two
     assert (run.best_step, run.best_loss, run.exported_step) == (best, min(losses), best)
     kept = checkpoints(config.output)
-    assert best in kept and max(kept) == 8 and len(kept) <= 3
-    for step, same in ((best, True), (8, False)):
+    assert best in kept and max(kept) == 6 and len(kept) <= 3
+    for step, same in ((best, True), (6, False)):
         merge(MergeConfig(run=config.output, output=tmp_path / str(step), step=step))
         assert (weights(tmp_path / str(step)) == weights(config.output)) is same
 
     last = dataclasses.replace(config, output=tmp_path / "last", export_last=True)
-    assert (finetune(last, progress=False).exported_step, last.steps) == (8, 8)
-    assert weights(last.output) == weights(tmp_path / "8")
+    assert (finetune(last, progress=False).exported_step, last.steps) == (6, 6)
+    assert weights(last.output) == weights(tmp_path / "6")
     assert without_speed(lines_of(last.output)) == without_speed(lines)
 
 
@@ -192,7 +193,7 @@ def test_patience_ends_the_run_with_the_best_model_and_more_of_it_goes_on(config
     stopped = finetune(patient, progress=False)
     lines = lines_of(patient.output)
     assert stopped.finished and stopped.stopped_by is None
-    assert len(lines) == len(stopped.losses) < 8
+    assert len(lines) == len(stopped.losses) < 6
     losses = [line["eval"]["loss"] for line in lines]
     assert min(losses[-2:]) >= min(losses[:-2]) == stopped.best_loss  # two in vain, and
     assert all(  # never two before
@@ -222,9 +223,7 @@ def stop_at(step, by):
     return stopping
 
 
-@pytest.mark.parametrize(
-    ("by", "at"), [("crash", 6), ("crash", 8), (signal.SIGTERM, 1), (signal.SIGINT, 4), (signal.SIGINT, 7)]
-)
+@pytest.mark.parametrize(("by", "at"), [("crash", 5), (signal.SIGTERM, 1), (signal.SIGINT, 2)])
 def test_an_interrupted_run_decides_as_if_nothing_had_happened(config, run, tmp_path, monkeypatch, by, at):
     broken = dataclasses.replace(config, output=tmp_path / "o", checkpoint_every=3)
     with monkeypatch.context() as patch:
@@ -254,7 +253,7 @@ def test_a_signal_during_the_last_step_still_ends_in_a_model(config, tmp_path, m
 
 def test_held_out_data_may_be_added_to_a_run_but_not_changed_or_left_away(config, run, text, tmp_path):
     with pytest.raises(ValueError, match="its eval_data had other content"):
-        finetune(dataclasses.replace(config, eval_data=text[1]), progress=False)
+        finetune(dataclasses.replace(config, eval_data=text[1:]), progress=False)
     alone = dataclasses.replace(config, eval_data=(), eval_every=None)
     with pytest.raises(ValueError, match="it had eval_data, here there are none"):
         finetune(alone, progress=False)
@@ -300,7 +299,7 @@ def test_samples_that_are_trained_on_are_warned_of_in_one_line(config, text, tmp
     lines = write_lines(tmp_path / "b.jsonl", [text[1].read_text(), "new"], ANSWERED)
     trained = write_lines(tmp_path / "c.jsonl", DOCUMENTS, ANSWERED[:1])
     shared = dataclasses.replace(
-        config, data=(*text, trained), eval_data=lines, output=tmp_path / "o", steps=1
+        config, data=(*text, trained), eval_data=(lines,), output=tmp_path / "o", steps=1
     )
     with caplog.at_level(logging.WARNING, "jsparse"):
         finetune(shared, progress=False)
@@ -326,7 +325,8 @@ def test_held_out_files_that_cannot_be_used_are_named_as_such(config, tmp_path, 
     write_lines(tmp_path / "held.jsonl", [], [("a" * 70, "b")])
     with pytest.raises(error, match=f"^{message}"):
         finetune(
-            dataclasses.replace(config, eval_data=tmp_path / eval_data, output=tmp_path / "o"), progress=False
+            dataclasses.replace(config, eval_data=(tmp_path / eval_data,), output=tmp_path / "o"),
+            progress=False,
         )
     assert not (tmp_path / "o").exists()
 
@@ -335,7 +335,7 @@ def test_errors_in_the_data_leave_nothing_of_the_held_out_data(config, tmp_path)
     (tmp_path / "empty.txt").write_text("")
     with pytest.raises(ValueError, match="^data: .*empty.txt is empty"):
         finetune(
-            dataclasses.replace(config, data=tmp_path / "empty.txt", output=tmp_path / "o"), progress=False
+            dataclasses.replace(config, data=(tmp_path / "empty.txt",), output=tmp_path / "o"), progress=False
         )
     assert not (tmp_path / "o").exists()
 
@@ -344,7 +344,7 @@ def test_data_without_a_target_is_refused(config, text, save_checkpoint, tmp_pat
     """With no token for the end, a text of one token has nothing to predict."""
     base = save_checkpoint(tmp_path / "base", eos_token_ids=())
     one = write_lines(tmp_path / "one.jsonl", ["a"] * 64, [])
-    for data, held, name in ((text, one, "eval_data"), (one, text, "data")):
+    for data, held, name in ((text, (one,), "eval_data"), ((one,), text, "data")):
         bad = dataclasses.replace(
             config, model=base, data=data, eval_data=held, output=tmp_path / "o", eval_every=None
         )

@@ -63,6 +63,10 @@ def check_equal(folder, name, expected):
         assert one["tokens"] == other["tokens"]
         np.testing.assert_allclose(one["loss"], other["loss"], rtol=1e-5)
         np.testing.assert_allclose(one["grad_norm"], other["grad_norm"], rtol=1e-5)
+        for name in {"eval", "eval_before"} & other.keys():
+            assert one[name]["tokens"] == other[name]["tokens"]
+            for kind in ("documents", "instructions"):
+                np.testing.assert_allclose(one[name][kind]["loss"], other[name][kind]["loss"], rtol=1e-5)
     states = [
         dict(nnx.to_flat_state(nnx.state(Llama.from_pretrained(folder / one)))) for one in (name, expected)
     ]
@@ -77,6 +81,8 @@ def folder(base, text, tmp_path_factory):
     folder = tmp_path_factory.mktemp("devices")
     shutil.copytree(base, folder / "base")
     shutil.copy(text[0], folder / "text.txt")
+    held_out = {"prompt": "who sat? ", "completion": "the cat."}, {"text": "the dog ran. " * 7}
+    (folder / "held.jsonl").write_text("".join(json.dumps(line) + "\n" for line in held_out))
     return folder
 
 
@@ -85,7 +91,10 @@ def cases(meshes, **settings):
 
 
 def test_meshes_of_eight_devices_train_as_one_device_does(folder):
-    launch(folder, {"one": {}} | cases({name: SHIFTED[name] for name in ("tensor", "sequence")}), devices=8)
+    held_out = {"eval_data": [str(folder / "held.jsonl")], "eval_every": 1}
+    meshes = {name: SHIFTED[name] for name in ("tensor", "sequence")}
+    launch(folder, {"one": held_out} | cases(meshes, **held_out), devices=8)
+    assert '"eval"' in (folder / "one" / "metrics.jsonl").read_text()
     for name in ("tensor", "sequence"):
         check_equal(folder, name, "one")
 
@@ -103,8 +112,9 @@ def test_other_meshes_and_full_attention_in_a_ring(folder):
 
 @pytest.mark.slow
 def test_two_processes_train_as_one_device_does(folder):
-    launch(folder, {"alone": {}}, devices=1)
+    held_out = {"eval_data": [str(folder / "held.jsonl")], "eval_every": 1}
+    launch(folder, {"alone": held_out}, devices=1)
     meshes = {"two, fsdp": {"data": 2, "fsdp": 4}, "two, sequence": {"sequence": 4, "tensor": 2}}
-    launch(folder, cases(meshes), devices=4, processes=2)
+    launch(folder, cases(meshes, **held_out), devices=4, processes=2)
     for name in meshes:
         check_equal(folder, name, "alone")

@@ -1,5 +1,7 @@
 """The compiled step: its loss, its options, and what it does with numbers that are not finite."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -95,6 +97,25 @@ def test_a_step_that_is_not_finite_changes_nothing_but_the_count(small):
     assert int(state.step) == int(before.step) + 2
     state, metrics = step(state, split.frozen, *batch(1))
     assert int(metrics.skipped) == 2 and int(metrics.skipped_in_row) == 0  # in a row no more
+
+
+def test_a_step_without_a_target_changes_nothing_and_does_not_count_in_a_row(small):
+    """Weight decay and Adam's averages would move the weights although nothing is to be learned."""
+    config = dataclasses.replace(CONFIG, weight_decay=0.5)
+    params, split = split_model(prepare(config, Llama.from_pretrained(small)), is_trained(config))
+    step = train_step(split, config.optimizer(), MASK, remat="none")
+    state, _ = step(new_state(params, config.optimizer()), split.frozen, *batch(1))
+    before = jax.device_get(state)
+    tokens, segment_ids, scored = batch(1)
+    state, metrics = step(state, split.frozen, tokens, segment_ids, np.zeros_like(scored))
+    assert (int(metrics.tokens), int(metrics.skipped), int(metrics.skipped_in_row)) == (0, 1, 0)
+    for one, other in zip(
+        jax.tree.leaves((before.params, before.opt_state)),
+        jax.tree.leaves((state.params, state.opt_state)),
+        strict=True,
+    ):
+        np.testing.assert_array_equal(one, other)
+    assert int(state.step) == int(before.step) + 1
 
 
 def perturbed(model):

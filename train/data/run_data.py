@@ -75,16 +75,14 @@ def find_run_data(config: FinetuneConfig, tokenizer: Tokenizer, model: LlamaConf
 def store_run_data(data: RunData, output: Path, *, progress: bool) -> RunWindows:
     """The windows of a run on disk, from an earlier call or made now, and what is to be said about them."""
     held_out = None
-    with _removed_on_failure(output):
-        if data.eval_files is not None and data.eval_digest is not None:
-            folder = output / DATA / f"held-out-{data.eval_digest[:16]}"
-            with _of_eval_data():
-                held_out = _windows(data, data.eval_files, folder, progress=progress, may_be_short=True)
-                _rows(held_out)
-        folder = output / DATA / data.digest[:16]
-        windows = _windows(data, data.files, folder, progress=progress)
-        rows = _rows(windows)
-    return RunWindows(windows, rows, held_out, read_findings(folder))
+    if data.eval_files is not None and data.eval_digest is not None:
+        folder = output / DATA / f"held-out-{data.eval_digest[:16]}"
+        with _of_eval_data():
+            held_out = _windows(data, data.eval_files, folder, progress=progress, may_be_short=True)
+            _rows(held_out)
+    folder = output / DATA / data.digest[:16]
+    windows = _windows(data, data.files, folder, progress=progress)
+    return RunWindows(windows, _rows(windows), held_out, read_findings(folder))
 
 
 def tell_of_data(data: RunWindows) -> None:
@@ -135,13 +133,13 @@ def _windows(
 
 
 @contextlib.contextmanager
-def _removed_on_failure(folder: Path) -> Iterator[None]:
-    """Remove a folder after an error within this context, unless it was there before."""
-    existed = folder.exists()
+def removed_on_failure(*folders: Path) -> Iterator[None]:
+    """Remove folders after an error within this context, except those that were there before."""
+    new = [folder for folder in folders if not folder.exists()]
     try:
         yield
     except BaseException:
-        if is_first_process() and not existed:
+        for folder in new if is_first_process() else ():
             shutil.rmtree(folder, ignore_errors=True)
         raise
 

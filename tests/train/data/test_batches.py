@@ -29,6 +29,11 @@ def test_every_epoch_is_another_permutation_and_a_batch_depends_on_its_number_on
     assert rows(4, 7) == order[12:] and rows(0, 7, seed=1) != order
     batch = batch_at(windows, 5, batch_size=3, seed=0)
     assert [array.shape for array in batch] == [(3, 10)] * 3
+    # Of some windows, it is the order of their places among them.
+    some = np.array([9, 4, 2, 8, 0, 6, 5])
+    batch = batch_at(numbered(10), 1, batch_size=3, seed=0, among=some)
+    assert (batch.tokens[:, 0] // 10).tolist() == some[order[3:6]].tolist()
+    batch = batch_at(windows, 5, batch_size=3, seed=0)
     # A batch of more windows than there are goes through several epochs.
     assert (batch_at(windows, 0, batch_size=21, seed=0).tokens[:, 0] // 10).tolist() == order
 

@@ -25,6 +25,18 @@ def test_what_was_saved_comes_back_and_old_steps_go(tmp_path):
     assert len(list((tmp_path / "new").iterdir())) == KEPT == 2
 
 
+def test_a_step_that_is_kept_stays_until_another_is(tmp_path):
+    with open_checkpoints(tmp_path, writable=True) as checkpoints:
+        for step, kept in ((1, 1), (2, 1), (3, 1), (4, 1), (5, 1)):
+            checkpoints.save(step, state_of(step), {}, keep=kept)
+        assert checkpoints.steps() == [1, 4, 5]
+    with open_checkpoints(tmp_path, writable=True) as checkpoints:
+        np.testing.assert_array_equal(checkpoints.restore(1, state_of(0))["weights"], state_of(1)["weights"])
+        checkpoints.save(6, state_of(6), {}, keep=4)
+        assert checkpoints.steps() == [4, 5, 6]
+    assert {path.name for path in tmp_path.iterdir()} == {"4", "5", "6"}
+
+
 def test_a_save_that_was_cut_off_is_no_step_and_goes_with_the_next(tmp_path):
     with open_checkpoints(tmp_path, writable=True) as checkpoints:
         checkpoints.save(1, state_of(1), {})
