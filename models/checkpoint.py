@@ -4,6 +4,7 @@ import dataclasses
 import re
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +13,6 @@ from flax import nnx
 
 from jsparse.hub import GENERATION_FILE, model_folder
 from jsparse.models.adapter_config import refuse_adapter
-from jsparse.models.companions import generation_fields
 from jsparse.models.config import LlamaConfig
 from jsparse.models.hf_config import token_ids
 from jsparse.models.packed_weights import FLOATS, PackedWeight, Part
@@ -287,6 +287,26 @@ def save(config: LlamaConfig, parameters: Parameters, directory: str | Path, *, 
         is_weights = file.name in (SINGLE, INDEX) or _SHARD_NAME.fullmatch(file.name)
         if is_weights and file.name not in names:
             file.unlink()
+
+
+def generation_fields(folder: Path, config: LlamaConfig) -> dict[str, Any]:
+    """The ``generation_config.json`` of a model with ``config`` that is written into ``folder``.
+
+    A file that is there keeps all its fields, and stops at the tokens of ``config``. Without one, it has the
+    token ids of ``config``.
+
+    Raises ValueError, naming the file, if it cannot be read.
+    """
+    fields, file = config.to_hf(), folder / GENERATION_FILE
+    if not file.is_file():
+        tokens = {name: fields[name] for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+        return {name: value for name, value in tokens.items() if value is not None}
+    kept = read_json(file)
+    try:
+        stops = token_ids(kept.get("eos_token_id"), "eos_token_id")
+    except ValueError as error:
+        raise ValueError(f"{file}: {error}") from error
+    return kept if stops == config.eos_token_ids else kept | {"eos_token_id": fields["eos_token_id"]}
 
 
 def _write_weights(folder, parameters, max_shard_bytes):

@@ -4,7 +4,6 @@ import shutil
 from collections.abc import Iterable, Mapping
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Any
 
 from jsparse.files import read_json_object
 from jsparse.hub import (
@@ -15,10 +14,6 @@ from jsparse.hub import (
     NEVER,
     TOKENIZER_FILES,
 )
-from jsparse.models.config import LlamaConfig
-from jsparse.models.hf_config import token_ids
-from jsparse.models.safetensors_folder import read_json
-from jsparse.texts.tokenizer import load_tokenizer
 
 TEMPLATES_FOLDER = "additional_chat_templates"
 _TOKENIZER, _SETTINGS = "tokenizer.json", "tokenizer_config.json"
@@ -80,27 +75,9 @@ def same_tokens(one: Path, other: Path) -> bool:
     """Whether two folders have a ``tokenizer.json``, with the same tokens and ids."""
     if not all((folder / _TOKENIZER).is_file() for folder in (one, other)):
         return False
+    from jsparse.texts.tokenizer import load_tokenizer  # which `jsparse convert --help` can do without
+
     return load_tokenizer(one).get_vocab() == load_tokenizer(other).get_vocab()
-
-
-def generation_fields(folder: Path, config: LlamaConfig) -> dict[str, Any]:
-    """The ``generation_config.json`` of a model with ``config`` that is written into ``folder``.
-
-    A file that is there keeps all its fields, and stops at the tokens of ``config``. Without one, it has the
-    token ids of ``config``.
-
-    Raises ValueError, naming the file, if it cannot be read.
-    """
-    fields, file = config.to_hf(), folder / GENERATION_FILE
-    if not file.is_file():
-        tokens = {name: fields[name] for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
-        return {name: value for name, value in tokens.items() if value is not None}
-    kept = read_json(file)
-    try:
-        stops = token_ids(kept.get("eos_token_id"), "eos_token_id")
-    except ValueError as error:
-        raise ValueError(f"{file}: {error}") from error
-    return kept if stops == config.eos_token_ids else kept | {"eos_token_id": fields["eos_token_id"]}
 
 
 def _has_template(settings: Path | None) -> bool:

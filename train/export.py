@@ -22,11 +22,11 @@ from jsparse.models import (
 )
 from jsparse.models.adapter_config import CONFIG as ADAPTER_CONFIG
 from jsparse.models.adapter_config import named_base
+from jsparse.models.checkpoint import generation_fields
 from jsparse.models.companions import (
     companions,
     companions_of_merged,
     copy_files,
-    generation_fields,
     same_tokens,
 )
 from jsparse.models.end_token import also_ends_at, end_token

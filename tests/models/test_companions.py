@@ -5,7 +5,8 @@ import json
 import pytest
 
 from jsparse.models import LlamaConfig, byte_tokenizer
-from jsparse.models.companions import companions, companions_of_merged, copy_files, generation_fields
+from jsparse.models.checkpoint import generation_fields
+from jsparse.models.companions import companions, companions_of_merged, copy_files
 
 KEPT = """
 tokenizer.json tokenizer_config.json special_tokens_map.json added_tokens.json vocab.json vocab.txt merges.txt
