@@ -134,7 +134,7 @@ def load_adapter(model: Llama, directory: str | Path) -> None:
         raise ValueError("the model has LoRA adapters already; merge_lora(model) folds them in")
     linears, whole = _linears(model), _whole_weights(model)
     config, adapted, saved = _read_config(directory, linears, whole)
-    model_config = adapted_config(directory, model.config)
+    model_config = _extended(directory, model.config)
     stored = _find_tensors(directory)
     lora = _lora_shapes({name: linears[name] for name in adapted}, config.rank)
     _check_tensors(directory, stored, lora, whole, saved)
@@ -292,7 +292,7 @@ def _read_config(
     return config, adapted, saved
 
 
-def adapted_config(directory: Path, config: LlamaConfig) -> LlamaConfig:
+def _extended(directory: Path, config: LlamaConfig) -> LlamaConfig:
     """The model's config with the RoPE that the adapter was trained with."""
     if not (directory / "config.json").is_file():
         return config

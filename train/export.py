@@ -30,9 +30,10 @@ from jsparse.models.companions import (
     same_tokens,
 )
 from jsparse.models.end_token import also_ends_at, end_token
-from jsparse.models.merge_adapters import merge_adapters
+from jsparse.models.hf_config import token_ids
+from jsparse.models.merge_adapters import POSITION_FIELDS, agreed_config, merge_adapters
 from jsparse.models.patterns import AttentionPattern, save_pattern
-from jsparse.models.safetensors_folder import write_json
+from jsparse.models.safetensors_folder import read_json, write_json
 from jsparse.models.sharding import MeshConfig
 from jsparse.train.config import FinetuneConfig
 from jsparse.train.merge_config import MergeConfig as MergeConfig
@@ -163,6 +164,7 @@ def _merge_adapters(merging: MergeConfig, adapters: list[Path], output: Path) ->
     base = _common_base(adapters) if merging.model is None else merging.model
     tokenizer = _common_tokenizer(adapters)
     try:
+        agreed_config(adapters, load_config(base))  # before weights are read
         model = Llama.from_pretrained(base)
     except FileNotFoundError as error:
         if merging.model is not None:
@@ -171,11 +173,8 @@ def _merge_adapters(merging: MergeConfig, adapters: list[Path], output: Path) ->
         raise FileNotFoundError(f"{error}. {named}") from error
     weights = [1.0] * len(adapters) if merging.weights is None else merging.weights
     merge_adapters(model, list(zip(adapters, weights, strict=True)))
-    for adapter in adapters:
-        # One that a run wrote says at which token its texts ended.
-        stops = load_config(adapter).eos_token_ids if (adapter / "config.json").is_file() else ()
-        for token in stops:
-            model.config = also_ends_at(model.config, token)
+    for token in (token for adapter in adapters for token in _stops(adapter)):
+        model.config = also_ends_at(model.config, token)
     folder = model_folder(base)
     files = companions(folder) if tokenizer is None else companions_of_merged(folder, tokenizer)
     copy_files(files, output)
@@ -190,8 +189,7 @@ def loading_advice(output: Path, base: str) -> str | None:
     - base: the model that it comes from, a folder or an id.
     """
     ours, theirs = load_config(output), load_config(base)
-    names = ("rope", "max_position_embeddings", "max_sequence_length")
-    if all(getattr(ours, name) == getattr(theirs, name) for name in names):
+    if all(getattr(ours, name) == getattr(theirs, name) for name in POSITION_FIELDS):
         return None
     if not (output / ADAPTER_CONFIG).is_file():
         return (
@@ -205,6 +203,14 @@ def loading_advice(output: Path, base: str) -> str | None:
         f"  base = AutoModelForCausalLM.from_pretrained({name!r}{at}, config=config)\n"
         f"  model = PeftModel.from_pretrained(base, {str(output)!r})"
     )
+
+
+def _stops(adapter: Path) -> tuple[int, ...]:
+    """The stop tokens in an adapter's folder, which has them if a run wrote it."""
+    if (adapter / "config.json").is_file():
+        return load_config(adapter).eos_token_ids
+    file = adapter / GENERATION_FILE
+    return token_ids(read_json(file).get("eos_token_id"), "eos_token_id") if file.is_file() else ()
 
 
 def _common_base(adapters: list[Path]) -> str:
