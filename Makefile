@@ -36,10 +36,12 @@ VERSIONS = tests/test_doctests.py tests/test_plan.py \
     tests/jsparse/cache/test_decode.py tests/jsparse/cache/test_pages.py tests/jsparse/texts/test_tokenizer.py \
     tests/jsparse/texts/test_chat_template_parity.py tests/models/test_weights_parity.py \
     tests/serve/test_sampling_parity.py \
-    tests/models/test_parity.py tests/models/test_adapter_parity.py tests/models/test_llama.py \
+    tests/models/test_parity.py tests/models/test_adapter_parity.py \
+    tests/models/test_merge_adapters_parity.py tests/models/test_llama.py \
     tests/models/test_checkpoint.py tests/models/test_frozen_base.py \
     tests/serve/test_generation.py tests/evaluate/test_perplexity.py \
-    tests/train/test_finetuning.py tests/train/test_export.py tests/train/test_many_devices.py
+    tests/train/test_finetuning.py tests/train/test_export.py tests/train/test_export_parity.py \
+    tests/train/test_many_devices.py
 
 test-versions: $(VENV)/.installed-test
 	$(VENV_PYTHON) -m pytest --numprocesses 2 --dist worksteal $(VERSIONS)

@@ -14,32 +14,43 @@ _NAME = r"\w(?:[\w.-]{0,94}\w)?"
 _REVISION = r"\w[\w.+-]*(?:/\w[\w.+-]*)*"
 _ID = re.compile(rf"({_NAME}/{_NAME})(?<!\.git)(?:@({_REVISION}))?", re.ASCII)
 
+# Beside a model's config.json and weights: what those who read its folder need too (transformers, vLLM,
+# llama.cpp's converter), and the terms on which a copy may be passed on.
+TOKENIZER_FILES = (
+    "tokenizer*",  # tokenizer.json, tokenizer_config.json, tokenizer.model, tokenizer.model.v3
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.*",
+    "merges.txt",
+    "*.model",  # SentencePiece by its other names: spiece.model, sentencepiece.bpe.model
+    "*.tiktoken",
+    "tekken.json",
+)
+CHAT_TEMPLATE_FILES = ("*.jinja", "chat_template.json", "additional_chat_templates/*")
+GENERATION_FILE = "generation_config.json"
+LICENCE_FILES = ("LICEN[CS]E*", "Licen[cs]e*", "licen[cs]e*", "NOTICE*", "USE_POLICY*")
+COMPANIONS = (*TOKENIZER_FILES, *CHAT_TEMPLATE_FILES, GENERATION_FILE, *LICENCE_FILES)
+
 _SMALL_FILES = [
     "config.json",
-    "generation_config.json",
     "adapter_config.json",
     "hf_quant_config.json",
     "model.safetensors.index.json",
     "attention_pattern.json",  # ours: what each head saw in training
     "full_attention_heads.tsv",  # DuoAttention's head pattern
-    "tokenizer*",
-    "special_tokens_map.json",
-    "vocab.*",
-    "merges.txt",
-    "*.jinja",
-    "additional_chat_templates/*",
+    *COMPANIONS,
 ]
-# Whatever can run code, and weights once more, in folders or under the name of another format.
-_NEVER = ["*.bin", "*.pt", "*.pth", "*.pkl", "*.py", "*/*.safetensors", "consolidated*"]
+# Whatever can run code, and weights and tokenizers once more, in folders or under the name of another format.
+NEVER = ["*.bin", "*.pt", "*.pth", "*.pkl", "*.py", "*/*.safetensors", "*/*.model", "consolidated*"]
 
 
 def model_folder(model: str | Path, *, weights: bool = False) -> Path:
     """The folder of a model that is given as a folder or by its id on the Hugging Face Hub.
 
     What exists here wins over an id. The files of an id are fetched into the hub's cache, which other
-    libraries share: its configuration and tokenizer, and the safetensors only if ``weights``. Pickles and
-    Python files are never fetched. An id without a commit is looked up once per process. If the hub cannot
-    be reached, or HF_HUB_OFFLINE=1, what the cache has is used.
+    libraries share: its configuration, tokenizer and licence, and the safetensors only if
+    ``weights``. Pickles and Python files are never fetched. An id without a commit is looked up once per
+    process. If the hub cannot be reached, or HF_HUB_OFFLINE=1, what the cache has is used.
 
     - model: a folder, ``org/name``, or ``org/name@revision`` with a branch, a tag or a commit.
     - weights: whether the weights are needed too.
@@ -117,7 +128,7 @@ def _read_id(model: str | Path) -> tuple[str, str | None] | None:
 def _fetch_small(repository: str, revision: str | None) -> Path:
     """The snapshot of a revision in the cache, with all but the weights; once per process."""
     name = repository if revision is None else f"{repository}@{revision}"
-    patterns = {"allow_patterns": _SMALL_FILES, "ignore_patterns": _NEVER}
+    patterns = {"allow_patterns": _SMALL_FILES, "ignore_patterns": NEVER}
     return _download_silently(name, repository, revision, **patterns)
 
 
@@ -224,7 +235,7 @@ def _fetch_weights(repository: str, folder: Path) -> None:
         repository,
         revision=folder.name,
         allow_patterns=["*.safetensors"],
-        ignore_patterns=_NEVER,
+        ignore_patterns=NEVER,
     )
     with contextlib.suppress(errors.LocalEntryNotFoundError):
         get(local_files_only=True)  # a cache of an older library does not know what it lacks

@@ -4,13 +4,14 @@ import dataclasses
 import re
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from jsparse.hub import model_folder
+from jsparse.hub import GENERATION_FILE, model_folder
 from jsparse.models.adapter_config import refuse_adapter
 from jsparse.models.config import LlamaConfig
 from jsparse.models.hf_config import token_ids
@@ -53,7 +54,7 @@ def load_config(directory: str | Path) -> LlamaConfig:
         raise FileNotFoundError(f"{directory} is not a checkpoint folder: it has no config.json")
     try:
         config = LlamaConfig.from_hf(read_json(directory / "config.json"))
-        generation = directory / "generation_config.json"
+        generation = directory / GENERATION_FILE
         eos = read_json(generation).get("eos_token_id") if generation.is_file() else None
         if eos is not None:
             config = dataclasses.replace(config, eos_token_ids=token_ids(eos, "eos_token_id"))
@@ -260,11 +261,13 @@ def save(config: LlamaConfig, parameters: Parameters, directory: str | Path, *, 
     Weights keep their dtype and go into one ``model.safetensors``, or into shards of at most
     ``max_shard_bytes`` (one tensor may be larger) with an index. Everything is first written and flushed
     under a temporary name in the folder and then moved into place, so a crash while writing leaves what was
-    there. Files of other kinds, like ``tokenizer.json``, stay; weights of an earlier save that the new
-    ones do not replace are removed.
+    there. Files of other kinds, like ``tokenizer.json``, stay; so do the other fields of a
+    ``generation_config.json``, like those for sampling. Weights of an earlier save that the new ones do not
+    replace are removed.
 
-    Raises ValueError for a ``max_shard_bytes`` below 1 and for parameters of a dtype that we would not read
-    back, NotADirectoryError where ``directory`` is a file.
+    Raises ValueError for a ``max_shard_bytes`` below 1, for parameters of a dtype that we would not read
+    back, and for a ``generation_config.json`` that is there and cannot be read; NotADirectoryError where
+    ``directory`` is a file.
     """
     directory = Path(directory)
     if max_shard_bytes < 1:
@@ -274,14 +277,36 @@ def save(config: LlamaConfig, parameters: Parameters, directory: str | Path, *, 
     dtypes = sorted({variable.dtype.name for variable in parameters.values()})
     if not set(dtypes) <= {dtype.name for dtype in _DTYPES.values()}:
         raise ValueError(f"parameters have dtype {', '.join(dtypes)}; allowed are float32, float16, bfloat16")
+    generation = generation_fields(directory, config)
     with written_whole(directory, last="config.json") as staging:
         _write_weights(staging, parameters, max_shard_bytes)
-        _write_configs(staging, config, dtypes)
+        _write_config(staging, config, dtypes)
+        write_json(staging / GENERATION_FILE, generation)
         names = {file.name for file in staging.iterdir()}
     for file in directory.iterdir():
         is_weights = file.name in (SINGLE, INDEX) or _SHARD_NAME.fullmatch(file.name)
         if is_weights and file.name not in names:
             file.unlink()
+
+
+def generation_fields(folder: Path, config: LlamaConfig) -> dict[str, Any]:
+    """The ``generation_config.json`` of a model with ``config`` that is written into ``folder``.
+
+    A file that is there keeps all its fields, and stops at the tokens of ``config``. Without one, it has the
+    token ids of ``config``.
+
+    Raises ValueError, naming the file, if it cannot be read.
+    """
+    fields, file = config.to_hf(), folder / GENERATION_FILE
+    if not file.is_file():
+        tokens = {name: fields[name] for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+        return {name: value for name, value in tokens.items() if value is not None}
+    kept = read_json(file)
+    try:
+        stops = token_ids(kept.get("eos_token_id"), "eos_token_id")
+    except ValueError as error:
+        raise ValueError(f"{file}: {error}") from error
+    return kept if stops == config.eos_token_ids else kept | {"eos_token_id": fields["eos_token_id"]}
 
 
 def _write_weights(folder, parameters, max_shard_bytes):
@@ -295,11 +320,8 @@ def _write_weights(folder, parameters, max_shard_bytes):
     write_tensors(folder, sizes, read, max_shard_bytes)
 
 
-def _write_configs(folder, config, dtypes):
+def _write_config(folder, config, dtypes):
     fields = config.to_hf()
     if len(dtypes) == 1:
         fields["dtype"] = dtypes[0]
     write_json(folder / "config.json", fields)
-    tokens = {name: fields[name] for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
-    tokens = {name: value for name, value in tokens.items() if value is not None}
-    write_json(folder / "generation_config.json", tokens)

@@ -10,6 +10,7 @@ import safetensors.numpy
 from jsparse.checks import require_new_folder
 from jsparse.hub import advise_download, model_folder, split_id
 from jsparse.models.adapter_config import CONFIG, LONGLORA_WEIGHTS, WEIGHTS, pickled
+from jsparse.models.companions import TEMPLATES_FOLDER, companions, copy_files
 from jsparse.models.safetensors_folder import (
     INDEX,
     PICKLES,
@@ -58,7 +59,8 @@ def convert(config: ConvertConfig) -> list[str]:
 
     - config: from where, and to where.
 
-    Returns the names of what was not copied: other weights, hidden files, and folders.
+    Returns the names of what was not copied: other weights, hidden files, and folders other than
+    additional_chat_templates.
 
     Raises FileNotFoundError for a folder without either, or without such weights; FileExistsError for an
     output that is not empty; ValueError for an id on the Hugging Face Hub, for weights that are safetensors
@@ -75,7 +77,8 @@ def convert(config: ConvertConfig) -> list[str]:
     with written_whole(output, last="config.json") as staging:
         sizes = {name: tensor.nbytes for name, tensor in tensors.items()}
         write_tensors(staging, sizes, lambda name: read_torch_tensor(tensors[name]), config.max_shard_bytes)
-        return _copy_others(source, staging, {tensor.file.name for tensor in tensors.values()})
+        left = _copy_others(source, staging, {tensor.file.name for tensor in tensors.values()})
+        return left + _copy_templates(source, output)
 
 
 def is_adapter(folder: str | Path) -> bool:
@@ -97,7 +100,8 @@ def _convert_adapter(source: Path, output: Path) -> list[str]:
         for name, tensors in headers.items():
             arrays = {tensor: read_torch_tensor(stored) for tensor, stored in tensors.items()}
             safetensors.numpy.save_file(arrays, staging / name, metadata={"format": "pt"})
-        return _copy_others(source, staging, {pickled(name) for name in names}, kept)
+        left = _copy_others(source, staging, {pickled(name) for name in names}, kept)
+        return left + _copy_templates(source, output)
 
 
 def _local_folder(model: str | Path) -> Path:
@@ -133,10 +137,13 @@ def _find(source: Path) -> dict[str, TorchTensor]:
 
 
 def _copy_others(source: Path, staging: Path, converted: set[str], kept: Collection[str] = ()) -> list[str]:
-    """Copy all files but those converted, and weights only if ``kept``; returns the names of what is left."""
+    """Copy all files but those converted, and weights only if ``kept``; returns the names of what is left.
+
+    Folders are left, but of additional_chat_templates nothing is said here.
+    """
     left = []
     for file in sorted(source.iterdir()):
-        if file.name in (_INDEX, *converted):
+        if file.name in (_INDEX, TEMPLATES_FOLDER, *converted):
             continue
         is_other = file.suffix in _OTHER_WEIGHTS and file.name not in kept
         if not file.is_file() or is_other or file.name.startswith("."):
@@ -144,3 +151,12 @@ def _copy_others(source: Path, staging: Path, converted: set[str], kept: Collect
         else:
             shutil.copyfile(inside(source, file.name, ""), staging / file.name)
     return left
+
+
+def _copy_templates(source: Path, output: Path) -> list[str]:
+    """Copy additional_chat_templates; returns the names of what in it is left."""
+    folder = source / TEMPLATES_FOLDER
+    files = companions(source, (f"{TEMPLATES_FOLDER}/*",))
+    copy_files({name: inside(folder, file.name, "") for name, file in files.items()}, output)
+    found = [file.relative_to(source).as_posix() for file in folder.rglob("*") if not file.is_dir()]
+    return sorted(set(found).difference(files))

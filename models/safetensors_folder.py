@@ -192,13 +192,15 @@ def inside(directory: Path, name: str, suffix: str = ".safetensors") -> Path:
     """The path of a file that the checkpoint names, if it stays in the checkpoint.
 
     A link may lead to another file of the folder, or to where the Hugging Face cache keeps its files:
-    ``<repository>/snapshots/<revision>/<file>`` links to ``<repository>/blobs``.
+    ``<repository>/snapshots/<revision>/<file>``, or a file in a folder there, links to
+    ``<repository>/blobs``.
     """
     if name != os.path.basename(name) or "\\" in name or not name.endswith(suffix):
         raise ValueError(f"{name!r} is not the name of a {suffix} file in {directory}; paths are not allowed")
     path = directory / name
     home = directory.resolve()
-    allowed = [home, home.parent.parent / "blobs"] if home.parent.name == "snapshots" else [home]
+    snapshots = [folder.parent for folder in (home, home.parent) if folder.parent.name == "snapshots"]
+    allowed = [home, *(folder.parent / "blobs" for folder in snapshots)]
     if path.is_symlink() and path.resolve().parent not in allowed:
         raise ValueError(
             f"{path} is a link that leads out of the checkpoint, to {path.resolve()}; that is not allowed"

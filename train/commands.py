@@ -113,13 +113,19 @@ def pretrain(options: list[str]) -> int:
 
 def merge(options: list[str]) -> None:
     config = parse(MergeConfig, "merge", options)
-    from jsparse.train.export import merge as merge_run
+    from jsparse.train.export import loading_advice, write_merged
 
-    step = merge_run(config)
+    step, base = write_merged(config)
     if step is None:
-        print(f"{config.output}: the model of the adapter and its base")
+        count = len(config.runs)
+        parts = "the adapter and its base" if count == 1 else f"{count} adapters and their base"
+        print(f"{config.output}: the model of {parts}")
     else:
         print(f"{config.output}: the {'adapter' if config.adapter else 'model'} of step {step}")
+    advice = loading_advice(Path(config.output), base)
+    if advice is not None:
+        # Lines to copy belong to the result; that nothing is needed is a note.
+        print(advice if config.adapter else f"jsparse: {advice}", file=None if config.adapter else sys.stderr)
 
 
 def plan_finetune(options: list[str]) -> int:

@@ -2,20 +2,19 @@
 
 import dataclasses
 import json
-import shutil
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 from flax import nnx
 
 from jsparse.checks import require_new_folder
-from jsparse.hub import model_folder, pinned_model, split_id
+from jsparse.hub import GENERATION_FILE, model_folder, pinned_model, split_id
 from jsparse.models import (
     Llama,
+    LlamaConfig,
     has_lora,
-    load_adapter,
     load_config,
     load_tokenizer,
     merge_lora,
@@ -23,8 +22,18 @@ from jsparse.models import (
 )
 from jsparse.models.adapter_config import CONFIG as ADAPTER_CONFIG
 from jsparse.models.adapter_config import named_base
+from jsparse.models.checkpoint import generation_fields
+from jsparse.models.companions import (
+    companions,
+    companions_of_merged,
+    copy_files,
+    same_tokens,
+)
 from jsparse.models.end_token import also_ends_at, end_token
+from jsparse.models.hf_config import token_ids
+from jsparse.models.merge_adapters import POSITION_FIELDS, agreed_config, merge_adapters
 from jsparse.models.patterns import AttentionPattern, save_pattern
+from jsparse.models.safetensors_folder import read_json, write_json
 from jsparse.models.sharding import MeshConfig
 from jsparse.train.config import FinetuneConfig
 from jsparse.train.merge_config import MergeConfig as MergeConfig
@@ -33,40 +42,30 @@ from jsparse.train.run.identity import checkpoint_folder, digest_model
 from jsparse.train.run.processes import is_first_process
 from jsparse.train.start import extended_config, is_trained, load_start
 
-TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "chat_template.jinja",
-)
-
 
 def export_model(
     config: FinetuneConfig, model: Llama, pattern: AttentionPattern, output: Path | None = None
 ) -> None:
     """Merge the adapters and write the Hugging Face folder.
 
-    The tokenizer comes first, because the config.json, written last, makes the folder a model.
+    The tokenizer and its like come first, because the config.json, written last, makes the folder a model.
     """
     output = config.output_folder if output is None else output
     if has_lora(model):
         merge_lora(model)
-    tokenizer = load_tokenizer(config.model)
-    model.config = also_ends_at(model.config, end_token(config.model, tokenizer, model.config))
+    model.config = _stopping_config(config, model)
     if jax.process_count() > 1:
         model = _gathered(model)
     if is_first_process():
-        output.mkdir(parents=True, exist_ok=True)
-        copy_tokenizer(config.model_folder, output)
+        copy_files(companions(config.model_folder), output)
         save_pattern(pattern, output)
         model.save_pretrained(output)
 
 
-def copy_tokenizer(model: Path, output: Path) -> None:
-    """Copy the tokenizer's files unchanged."""
-    for name in TOKENIZER_FILES:
-        if (model / name).is_file():
-            shutil.copyfile(model / name, output / name)
+def _stopping_config(config: FinetuneConfig, model: Llama) -> LlamaConfig:
+    """The model's config, which also stops at the token that ended texts in training."""
+    tokenizer = load_tokenizer(config.model)
+    return also_ends_at(model.config, end_token(config.model, tokenizer, model.config))
 
 
 def _gathered(model: Llama) -> Llama:
@@ -78,36 +77,65 @@ def _gathered(model: Llama) -> Llama:
     return nnx.merge(graphdef, whole)
 
 
+class Merged(NamedTuple):
+    """What was merged: the step of a run's checkpoint, None for adapters, and the base model, by its name."""
+
+    step: int | None
+    base: str
+
+
 def merge(merging: MergeConfig) -> int | None:
     """Write a Hugging Face folder with the adapters merged, or an adapter.
 
-    - merging: the run or the adapter, and what to write where.
+    Tokenizer, chat template, generation_config.json and licence are the base model's; an adapter that brings
+    its own tokenizer keeps it.
 
-    Returns the step of the checkpoint that was taken; None for an adapter.
+    - merging: the run or the adapters, and what to write where.
+
+    Returns the step of the checkpoint that was taken; None for adapters.
 
     Raises FileNotFoundError for a run without checkpoints or without that step, and for a base that is not
     there; ValueError for a base model that is not the run's, for an adapter of a run that trained all
-    weights, and for one that does not fit its base; FileExistsError for an output folder that is not empty.
+    weights, for one that does not fit its base, and for several that disagree in their base, RoPE or
+    tokenizer; FileExistsError for an output folder that is not empty.
     """
+    return write_merged(merging).step
+
+
+def write_merged(merging: MergeConfig) -> Merged:
+    """What :func:`merge` does."""
     output = Path(merging.output)
     require_new_folder(output)
-    adapter = Path(merging.run) if split_id(merging.run) is None else model_folder(merging.run, weights=True)
-    if (adapter / ADAPTER_CONFIG).is_file():
-        _merge_adapter(merging, adapter, output)
-        return None
-    folder = checkpoint_folder(Path(merging.run))
+    folders = [
+        Path(run) if split_id(run) is None else model_folder(run, weights=True) for run in merging.runs
+    ]
+    are_adapters = [(folder / ADAPTER_CONFIG).is_file() for folder in folders]
+    if all(are_adapters):
+        return _merge_adapters(merging, folders, output)
+    run = merging.runs[are_adapters.index(False)]
+    if len(folders) > 1 or merging.weights is not None:
+        raise ValueError(
+            f"weights are for adapters, but run={run} has no {ADAPTER_CONFIG}; of a run, jsparse merge --run "
+            f"{run} --adapter --output NEW_FOLDER writes an adapter"
+        )
+    return _merge_run(merging, run, output)
+
+
+def _merge_run(merging: MergeConfig, run: str | Path, output: Path) -> Merged:
+    """Write the model or the adapter of a checkpoint."""
+    folder = checkpoint_folder(Path(run))
     with open_checkpoints(folder, writable=False) as checkpoints:
         steps = checkpoints.steps()
         step = max(steps, default=None) if merging.step is None else merging.step
         if step is None or step not in steps:
             asked = "" if step is None else f" of step {step}"
             raise FileNotFoundError(f"{folder} has no checkpoint{asked}; it has steps {steps}")
-        run = checkpoints.read_run(step)
-        config = run_config(run, model=merging.model)
+        described = checkpoints.read_run(step)
+        config = run_config(described, model=merging.model)
         config = dataclasses.replace(config, model=pinned_model(config.model))
         if merging.adapter and config.lora_rank is None:
-            raise ValueError(f"{merging.run} trained all weights, without adapters; leave --adapter away")
-        if digest_model(config.model_folder) != run["model"]:
+            raise ValueError(f"{run} trained all weights, without adapters; leave --adapter away")
+        if digest_model(config.model_folder) != described["model"]:
             raise ValueError(
                 f"model={config.model} has other content than the model that the run started from"
             )
@@ -116,36 +144,99 @@ def merge(merging: MergeConfig) -> int | None:
         state = checkpoints.restore(step, state)
     model = split.exported(state.params)
     if merging.adapter:
+        model.config = _stopping_config(config, model)
+        copy_files(companions(config.model_folder), output)
+        write_json(output / GENERATION_FILE, generation_fields(output, model.config))
         save_adapter(model, output, base=config.model, trained=is_trained(config))
-        copy_tokenizer(config.model_folder, output)
     else:
-        export_model(config, model, AttentionPattern.from_json(json.dumps(run["attention"])), output)
-    return step
+        pattern = AttentionPattern.from_json(json.dumps(described["attention"]))
+        export_model(config, model, pattern, output)
+    return Merged(step, str(config.model))
 
 
-def _merge_adapter(merging: MergeConfig, adapter: Path, output: Path) -> None:
-    """Write the model of an adapter and its base, with the adapter's tokenizer, or else the base's."""
+def _merge_adapters(merging: MergeConfig, adapters: list[Path], output: Path) -> Merged:
+    """Write the model of adapters and their base, with an adapter's tokenizer, or else the base's."""
+    what = f"run={merging.run} is an adapter" if len(adapters) == 1 else "several runs are adapters"
     if merging.step is not None:
-        raise ValueError(
-            f"step={merging.step} is of a run's checkpoints, but run={merging.run} is an adapter"
-        )
+        raise ValueError(f"step={merging.step} is of a run's checkpoints, but {what}")
     if merging.adapter:
-        raise ValueError(f"run={merging.run} is an adapter already; leave --adapter away")
-    base = named_base(adapter) if merging.model is None else merging.model
-    if base is None:
-        raise ValueError(f"{adapter / ADAPTER_CONFIG} names no base: --model must say where it is")
+        raise ValueError(f"{what} already; leave --adapter away")
+    base = _common_base(adapters) if merging.model is None else merging.model
+    tokenizer = _common_tokenizer(adapters)
     try:
+        agreed_config(adapters, load_config(base))  # before weights are read
         model = Llama.from_pretrained(base)
     except FileNotFoundError as error:
         if merging.model is not None:
             raise
-        named = f"{adapter / ADAPTER_CONFIG} names it as the base; --model says where else it is"
+        named = f"{adapters[0] / ADAPTER_CONFIG} names it as the base; --model says where else it is"
         raise FileNotFoundError(f"{error}. {named}") from error
-    load_adapter(model, adapter)
-    merge_lora(model)
-    output.mkdir(parents=True, exist_ok=True)
-    copy_tokenizer(adapter if (adapter / "tokenizer.json").is_file() else model_folder(base), output)
+    weights = [1.0] * len(adapters) if merging.weights is None else merging.weights
+    merge_adapters(model, list(zip(adapters, weights, strict=True)))
+    for token in (token for adapter in adapters for token in _stops(adapter)):
+        model.config = also_ends_at(model.config, token)
+    folder = model_folder(base)
+    files = companions(folder) if tokenizer is None else companions_of_merged(folder, tokenizer)
+    copy_files(files, output)
     model.save_pretrained(output)
+    return Merged(None, str(base))
+
+
+def loading_advice(output: Path, base: str) -> str | None:
+    """What transformers must be given to load what :func:`merge` wrote; None where RoPE is the base's.
+
+    - output: the folder of a model or an adapter.
+    - base: the model that it comes from, a folder or an id.
+    """
+    ours, theirs = load_config(output), load_config(base)
+    if all(getattr(ours, name) == getattr(theirs, name) for name in POSITION_FIELDS):
+        return None
+    if not (output / ADAPTER_CONFIG).is_file():
+        return (
+            f"its RoPE is extended; from_pretrained({str(output)!r}) needs nothing else: config.json has it"
+        )
+    name, revision = split_id(base) or (base, None)
+    at = "" if revision is None else f", revision={revision!r}"
+    return (
+        "its RoPE is extended, and PEFT has no place for that: in transformers, load the base with it\n"
+        f"  config = AutoConfig.from_pretrained({str(output)!r})\n"
+        f"  base = AutoModelForCausalLM.from_pretrained({name!r}{at}, config=config)\n"
+        f"  model = PeftModel.from_pretrained(base, {str(output)!r})"
+    )
+
+
+def _stops(adapter: Path) -> tuple[int, ...]:
+    """The stop tokens in an adapter's folder, which has them if a run wrote it."""
+    if (adapter / "config.json").is_file():
+        return load_config(adapter).eos_token_ids
+    file = adapter / GENERATION_FILE
+    return token_ids(read_json(file).get("eos_token_id"), "eos_token_id") if file.is_file() else ()
+
+
+def _common_base(adapters: list[Path]) -> str:
+    """The base that all adapters name."""
+    bases = {adapter: named_base(adapter) for adapter in adapters}
+    for adapter, base in bases.items():
+        if base is None:
+            raise ValueError(f"{adapter / ADAPTER_CONFIG} names no base: --model must say where it is")
+        if base != bases[adapters[0]]:
+            raise ValueError(
+                f"{adapters[0]} is an adapter of {bases[adapters[0]]}, and {adapter} of {base}; --model says "
+                "which base they are merged with"
+            )
+    return str(bases[adapters[0]])
+
+
+def _common_tokenizer(adapters: list[Path]) -> Path | None:
+    """The first adapter that brings a tokenizer, which must have the same tokens in all that do."""
+    own = [adapter for adapter in adapters if (adapter / "tokenizer.json").is_file()]
+    for adapter in own[1:]:
+        if not same_tokens(own[0], adapter):
+            raise ValueError(
+                f"the tokenizers of {own[0]} and {adapter} have different tokens, so the adapters do not add "
+                "up"
+            )
+    return own[0] if own else None
 
 
 def run_config(run: dict, *, model: str | Path | None = None) -> FinetuneConfig:

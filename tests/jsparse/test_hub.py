@@ -283,6 +283,26 @@ def test_what_is_fetched(hub, tmp_path):
     assert "org/other is no folder here" in lines[3] and "http://127.0.0.1:9 cannot be reached" in lines[3]
 
 
+def test_every_file_that_an_export_keeps_is_fetched(hub, files, tmp_path):
+    kept = """added_tokens.json chat_template.json chat_template.jinja merges.txt spiece.model tekken.json
+    special_tokens_map.json tokenizer.model tokenizer.model.v3 tokenizer_config.json vocab.json vocab.txt
+    additional_chat_templates/rag.jinja LICENSE LICENSE.txt USE_POLICY.md""".split()
+    hub.commits[FIRST] = files | dict.fromkeys(kept, b"{}") | {"original/tokenizer.model": b"not read"}
+    code = """
+import sys
+from jsparse.hub import model_folder
+from jsparse.models.companions import companions
+folder = model_folder("org/name")
+print(sorted(file.relative_to(folder).as_posix() for file in folder.rglob("*") if file.is_file()))
+print(sorted(companions(folder)))
+"""
+    done = run(tmp_path, ["-c", code], HF_ENDPOINT=hub.address)
+    beside = [*kept, "generation_config.json", "tokenizer.json"]
+    assert done.stdout.splitlines() == [str(sorted([*beside, "config.json"])), str(sorted(beside))], (
+        done.stderr
+    )
+
+
 def test_what_an_interrupted_download_left(hub, tmp_path):
     small = "import sys, jsparse.hub; jsparse.hub.model_folder(sys.argv[1])"
     assert run(tmp_path, ["-c", small, "org/name"], HF_ENDPOINT=hub.address).returncode == 0

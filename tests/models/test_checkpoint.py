@@ -122,6 +122,23 @@ def test_generation_config_wins_over_the_config(saved):
         Llama.from_pretrained(saved)
 
 
+def test_saving_again_keeps_settings_of_generation(saved):
+    given = {"bos_token_id": 9, "do_sample": True, "top_p": 0.9, "eos_token_id": 2}
+    file = saved / "generation_config.json"
+    file.write_text(json.dumps(given))
+    model = Llama.from_pretrained(saved)
+    model.save_pretrained(saved)
+    assert json.loads(file.read_text()) == given
+    model.config = dataclasses.replace(model.config, eos_token_ids=(2, 5))
+    model.save_pretrained(saved)
+    assert json.loads(file.read_text()) == given | {"eos_token_id": [2, 5]}
+    before = (saved / "config.json").read_bytes()
+    file.write_text("{")
+    with pytest.raises(ValueError, match=r"generation_config.json cannot be read"):
+        model.save_pretrained(saved)
+    assert (saved / "config.json").read_bytes() == before
+
+
 def test_old_inverse_frequencies_are_passed_over(saved, tiny_model):
     edit_weights(
         saved, lambda t: t.update({"model.layers.0.self_attn.rotary_emb.inv_freq": np.ones(4, np.float32)})

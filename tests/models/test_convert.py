@@ -440,6 +440,31 @@ def test_the_command(source, tiny_model, tmp_path, capsys):
         Llama.from_pretrained(source)
 
 
+def test_additional_chat_templates_are_copied_too(source, hub_cache, store_snapshot, tmp_path):
+    folder = source / "additional_chat_templates"
+    folder.mkdir()
+    (folder / "rag.jinja").write_text("a template")
+    (folder / "run.py").write_text("not copied")
+    name = "additional_chat_templates/rag.jinja"
+    left = convert(ConvertConfig(model=source, output=tmp_path / "new"))
+    assert left == ["additional_chat_templates/run.py"]
+    assert [file.name for file in (tmp_path / "new" / "additional_chat_templates").iterdir()] == ["rag.jinja"]
+    assert (tmp_path / "new" / name).read_text() == "a template"
+
+    files = {file.name: file.read_bytes() for file in source.iterdir() if file.is_file()}
+    snapshot = store_snapshot(hub_cache, "org/name", "a" * 40, files)
+    (snapshot / name).parent.mkdir()
+    (snapshot.parent.parent / "blobs" / "template").write_text("a template")
+    (snapshot / name).symlink_to("../../../blobs/template")
+    convert(ConvertConfig(model=snapshot, output=tmp_path / "of a cache"))
+    assert (tmp_path / "of a cache" / name).read_text() == "a template"
+
+    (folder / "other.jinja").symlink_to(tmp_path / "plain" / "config.json")
+    with pytest.raises(ValueError, match="other.jinja is a link that leads out of the checkpoint"):
+        convert(ConvertConfig(model=source, output=tmp_path / "newer"))
+    assert not (tmp_path / "newer" / "config.json").exists()
+
+
 @pytest.mark.parametrize("with_index", [True, False])
 def test_shards_in_shards_out(with_index, source, tiny_model, tmp_path):
     split(source, tmp_path, with_index)

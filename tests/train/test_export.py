@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import shutil
 from pathlib import Path
 from unittest import mock
 
@@ -15,6 +16,7 @@ from jsparse.models import Llama, LlamaConfig, byte_tokenizer, load_adapter, loa
 from jsparse.models.patterns import load_pattern
 from jsparse.train import FinetuneConfig, MergeConfig, finetune, merge
 from jsparse.train.data.windows import write_windows
+from jsparse.train.export import loading_advice
 
 TOKENS = np.random.default_rng(0).integers(0, 257, (2, 64)).astype(np.int32)
 
@@ -163,3 +165,159 @@ def test_completions_end_with_the_tokenizers_end_token_and_the_model_stops_there
         finetune(config, progress=False)
     assert write.call_args.kwargs["eos_token_id"] == 257
     assert load_config(tmp_path / "out").eos_token_ids == (256, 257)
+
+
+FAMILY = """tokenizer.model added_tokens.json vocab.json merges.txt special_tokens_map.json tekken.json
+chat_template.jinja additional_chat_templates/rag.jinja LICENSE USE_POLICY.md""".split()
+GENERATION = {
+    "_from_model_config": False,
+    "bos_token_id": 7,
+    "do_sample": True,
+    "eos_token_id": 256,
+    "pad_token_id": 255,
+    "temperature": 0.6,
+    "top_p": 0.9,
+    "repetition_penalty": 1.05,
+    "custom": [1],
+}
+
+
+def files_of(folder):
+    return {
+        path.relative_to(folder).as_posix(): path.read_bytes()
+        for path in folder.rglob("*")
+        if path.is_file() and "checkpoints" not in path.parts
+    }
+
+
+@pytest.fixture(scope="module")
+def instruct(tmp_path_factory):
+    """A base with every kind of file, whose tokenizer ends texts with a token that the model does not."""
+    base = tmp_path_factory.mktemp("instruct")
+    fields = {"vocab_size": 258, "eos_token_ids": (256,), "bos_token_id": 1}
+    Llama(LlamaConfig.tiny(**fields), rngs=nnx.Rngs(0)).save_pretrained(base)
+    tokenizer = byte_tokenizer()
+    tokenizer.add_special_tokens(["<|eot|>"])  # 257
+    tokenizer.save(str(base / "tokenizer.json"))
+    (base / "tokenizer_config.json").write_text('{"eos_token": "<|eot|>"}')
+    (base / "generation_config.json").write_text(json.dumps(GENERATION))
+    (base / "README.md").write_text("of the base")
+    (base / "additional_chat_templates").mkdir()
+    for name in FAMILY:
+        (base / name).write_text(f"the base's {name}")
+    return base
+
+
+@pytest.fixture(scope="module")
+def instruct_run(instruct, tmp_path_factory):
+    data = tmp_path_factory.mktemp("data") / "text.txt"
+    data.write_text("some words in a line\n" * 40)
+    output = tmp_path_factory.mktemp("instruct run") / "out"
+    settings = {"lora_rank": 1, "steps": 1, "batch_size": 1, "learning_rate": 1e-2, "warmup_steps": 0}
+    config = FinetuneConfig(model=instruct, data=[data], output=output, context=64, **settings)
+    return finetune(config, progress=False).output
+
+
+def test_what_is_exported_has_every_file_of_the_base(instruct, instruct_run, tmp_path):
+    merge(MergeConfig(run=instruct_run, output=tmp_path / "model"))
+    merge(MergeConfig(run=instruct_run, output=tmp_path / "adapter", adapter=True))
+    merge(MergeConfig(run=tmp_path / "adapter", output=tmp_path / "again"))
+    shutil.copytree(tmp_path / "adapter", tmp_path / "bare")
+    (tmp_path / "bare" / "tokenizer.json").unlink()  # so the base's tokenizer is taken
+    merge(MergeConfig(run=tmp_path / "bare", output=tmp_path / "bare again"))
+    weights = {"config.json", "model.safetensors", "README.md"}
+    expected = {name: content for name, content in files_of(instruct).items() if name not in weights}
+    del expected["generation_config.json"]
+    for folder in (
+        instruct_run,
+        *(tmp_path / name for name in ("model", "adapter", "again", "bare again")),
+    ):
+        found = files_of(folder)
+        assert {name: found.get(name) for name in expected} == expected, folder
+        assert "README.md" not in found
+        generation = json.loads(found["generation_config.json"])
+        assert generation == GENERATION | {"eos_token_id": [256, 257]}, folder
+        assert load_config(folder).eos_token_ids == (256, 257)
+
+
+def test_several_adapters_by_weight(config, run, instruct, instruct_run, tmp_path, capsys):
+    def merged(*options, runs=("one", "two"), code=0):
+        paths = [str(tmp_path / name) for name in runs]
+        output = tmp_path / "_".join(options)
+        assert main(["merge", "--run", *paths, "--output", str(output), *options]) == code
+        out, err = capsys.readouterr()
+        assert (out == f"{output}: the model of 2 adapters and their base\n") == (code == 0)
+        assert output.exists() == (code == 0)
+        return Llama.from_pretrained(output) if code == 0 else err
+
+    for name, step in (("one", 2), ("two", 3)):
+        merge(MergeConfig(run=run, output=tmp_path / name, adapter=True, step=step))
+    last = Llama.from_pretrained(run)
+    whole = merged("--weights", "0.25", "0.75", runs=("two", "two"))
+    assert whole.config == last.config
+    np.testing.assert_allclose(logits(whole), logits(last), atol=2e-5)
+    mixed = merged("--weights", "-0.5", "1.5")
+    earlier = [Llama.from_pretrained(config.model) for _ in range(2)]
+    for model, name in zip(earlier, ("one", "two"), strict=True):
+        load_adapter(model, tmp_path / name)
+    scales = [np.asarray(model.norm.scale[...]) for model in earlier]
+    np.testing.assert_allclose(mixed.norm.scale[...], -0.5 * scales[0] + 1.5 * scales[1], atol=1e-6)
+    assert not np.allclose(logits(mixed), logits(last), atol=1e-3)
+
+    for weights, message in (
+        (None, r"weights must have one number for each run, which are 2, not \[\]"),
+        ([1.0], r"which are 2, not \[1.0\]"),
+        ([1.0, float("nan")], "weights must be finite numbers, not nan"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            MergeConfig(run=("one", "two"), output="new", weights=weights)
+    err = merged("--weights", "1", "1", runs=("one", "nowhere"), code=2)
+    assert f"run={tmp_path / 'nowhere'} has no adapter_config.json" in err
+    assert "several runs are adapters already" in merged("--weights", "1", "1", "--adapter", code=2)
+    merge(MergeConfig(run=instruct_run, output=tmp_path / "other", adapter=True))
+    err = merged("--weights", "1", "1", runs=("one", "other"), code=2)
+    assert (
+        f"{tmp_path / 'one'} is an adapter of {config.model}, and {tmp_path / 'other'} of {instruct}" in err
+    )
+    shutil.copytree(tmp_path / "one", tmp_path / "more tokens")
+    tokenizer = byte_tokenizer()
+    tokenizer.add_tokens(["its own"])
+    tokenizer.save(str(tmp_path / "more tokens" / "tokenizer.json"))
+    err = merged("--weights", "1", "1", runs=("one", "more tokens"), code=2)
+    assert f"tokenizers of {tmp_path / 'one'} and {tmp_path / 'more tokens'} have different tokens" in err
+    shutil.copytree(tmp_path / "one", tmp_path / "plain")
+    (tmp_path / "plain" / "config.json").unlink()  # as PEFT writes it, trained with the base's RoPE
+    err = merged("--weights", "1", "1", runs=("one", "plain"), code=2)
+    assert "trained with one RoPE, but" in err and str(tmp_path / "one") in err and "/plain has" in err
+
+
+def test_how_to_load_an_extended_rope_in_transformers(
+    config, run, instruct_run, hub_cache, store_snapshot, tmp_path, capsys
+):
+    def merged(run, name, *options):
+        output = str(tmp_path / name)
+        assert main(["merge", "--run", str(run), "--output", output, *options]) == 0
+        return output, *capsys.readouterr()
+
+    adapter, out, err = merged(run, "adapter", "--adapter")
+    lines = out.splitlines()
+    assert lines[2:] == [
+        f"  config = AutoConfig.from_pretrained({adapter!r})",
+        f"  base = AutoModelForCausalLM.from_pretrained({str(config.model)!r}, config=config)",
+        f"  model = PeftModel.from_pretrained(base, {adapter!r})",
+    ]
+    assert "its RoPE is extended, and PEFT has no place for that" in lines[1] and err == ""
+    for source in (run, adapter):
+        model, out, err = merged(source, f"model of {Path(source).name}")
+        assert len(out.splitlines()) == 1
+        assert f"from_pretrained({model!r}) needs nothing else: config.json has it" in err
+    for options in ((), ("--adapter",)):  # within the base's own context
+        _, out, err = merged(instruct_run, f"short{options}", *options)
+        assert "RoPE" not in out + err and len(out.splitlines()) == 1
+
+    commit = "c" * 40
+    files = {file.name: file.read_bytes() for file in Path(config.model).iterdir()}
+    store_snapshot(hub_cache, "org/name", commit, files, main=commit)
+    advice = loading_advice(tmp_path / "adapter", f"org/name@{commit}")
+    assert advice is not None
+    assert f"from_pretrained('org/name', revision='{commit}', config=config)" in advice
