@@ -35,6 +35,7 @@ from jsparse.models.merge_adapters import POSITION_FIELDS, agreed_config, merge_
 from jsparse.models.patterns import AttentionPattern, save_pattern
 from jsparse.models.safetensors_folder import read_json, write_json
 from jsparse.models.sharding import MeshConfig
+from jsparse.texts.plain_form import TEMPLATE_FILE, plain_chat_template
 from jsparse.train.config import FinetuneConfig
 from jsparse.train.merge_config import MergeConfig as MergeConfig
 from jsparse.train.run.checkpoint import open_checkpoints
@@ -44,11 +45,18 @@ from jsparse.train.start import extended_config, is_trained, load_start
 
 
 def export_model(
-    config: FinetuneConfig, model: Llama, pattern: AttentionPattern, output: Path | None = None
+    config: FinetuneConfig,
+    model: Llama,
+    pattern: AttentionPattern,
+    output: Path | None = None,
+    *,
+    form: str = "",
 ) -> None:
     """Merge the adapters and write the Hugging Face folder.
 
     The tokenizer and its like come first, because the config.json, written last, makes the folder a model.
+
+    - form: what rendered the instructions and conversations of the run (``Findings.form``).
     """
     output = config.output_folder if output is None else output
     if has_lora(model):
@@ -57,9 +65,20 @@ def export_model(
     if jax.process_count() > 1:
         model = _gathered(model)
     if is_first_process():
-        copy_files(companions(config.model_folder), output)
+        _copy_companions(config, output, form)
         save_pattern(pattern, output)
         model.save_pretrained(output)
+
+
+def _copy_companions(config: FinetuneConfig, output: Path, form: str) -> None:
+    """The files beside the weights, and the plain form as chat template if the run taught it to the model."""
+    copy_files(companions(config.model_folder), output)
+    if form == "plain":
+        tokenizer = load_tokenizer(config.model)
+        template = plain_chat_template(
+            tokenizer, end_token(config.model, tokenizer, load_config(config.model))
+        )
+        (output / TEMPLATE_FILE).write_text(template.templates["default"].source, encoding="utf-8")
 
 
 def _stopping_config(config: FinetuneConfig, model: Llama) -> LlamaConfig:
@@ -145,12 +164,12 @@ def _merge_run(merging: MergeConfig, run: str | Path, output: Path) -> Merged:
     model = split.exported(state.params)
     if merging.adapter:
         model.config = _stopping_config(config, model)
-        copy_files(companions(config.model_folder), output)
+        _copy_companions(config, output, described.get("form", ""))
         write_json(output / GENERATION_FILE, generation_fields(output, model.config))
         save_adapter(model, output, base=config.model, trained=is_trained(config))
     else:
         pattern = AttentionPattern.from_json(json.dumps(described["attention"]))
-        export_model(config, model, pattern, output)
+        export_model(config, model, pattern, output, form=described.get("form", ""))
     return Merged(step, str(config.model))
 
 

@@ -179,7 +179,7 @@ def finetune(config: FinetuneConfig, *, progress: bool = True) -> FinetuneResult
             exported_step = best["step"] if is_best else int(state.step)
             state = _state_of(exported_step, state, checkpoints)
     if exported_step is not None:
-        export_model(config, split.exported(state.params), pattern)
+        export_model(config, split.exported(state.params), pattern, form=findings.form)
         if is_first_process():
             shutil.rmtree(config.output_folder / DATA)
         wait_for_all("export")

@@ -40,6 +40,9 @@ _SOURCE = """\
 """
 
 
+TEMPLATE_FILE = "chat_template.jinja"  # in a model's folder
+
+
 def plain_chat_template(tokenizer: tokenizers.Tokenizer, end_token_id: int | None) -> ChatTemplate:
     """A chat template for a base model that has none: that of Alpaca, without its preamble.
 
