@@ -225,12 +225,15 @@ def test_what_is_exported_has_every_file_of_the_base(instruct, instruct_run, tmp
     shutil.copytree(tmp_path / "adapter", tmp_path / "bare")
     (tmp_path / "bare" / "tokenizer.json").unlink()  # so the base's tokenizer is taken
     merge(MergeConfig(run=tmp_path / "bare", output=tmp_path / "bare again"))
+    shutil.copytree(tmp_path / "adapter", tmp_path / "plain")
+    (tmp_path / "plain" / "config.json").unlink()  # PEFT writes none
+    merge(MergeConfig(run=tmp_path / "plain", output=tmp_path / "plain again"))
     weights = {"config.json", "model.safetensors", "README.md"}
     expected = {name: content for name, content in files_of(instruct).items() if name not in weights}
     del expected["generation_config.json"]
     for folder in (
         instruct_run,
-        *(tmp_path / name for name in ("model", "adapter", "again", "bare again")),
+        *(tmp_path / name for name in ("model", "adapter", "again", "bare again", "plain again")),
     ):
         found = files_of(folder)
         assert {name: found.get(name) for name in expected} == expected, folder
