@@ -213,8 +213,17 @@ def instruct_run(instruct, tmp_path_factory):
     data = tmp_path_factory.mktemp("data") / "text.txt"
     data.write_text("some words in a line\n" * 40)
     output = tmp_path_factory.mktemp("instruct run") / "out"
-    settings = {"lora_rank": 1, "steps": 1, "batch_size": 1, "learning_rate": 1e-2, "warmup_steps": 0}
-    config = FinetuneConfig(model=instruct, data=[data], output=output, context=64, **settings)
+    config = FinetuneConfig(
+        model=instruct,
+        data=[data],
+        output=output,
+        context=64,
+        lora_rank=1,
+        steps=1,
+        batch_size=1,
+        learning_rate=1e-2,
+        warmup_steps=0,
+    )
     return finetune(config, progress=False).output
 
 
