@@ -1,7 +1,7 @@
 """Several adapters of one base, added to it by weight."""
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -55,8 +55,9 @@ def merge_adapters(model: Llama, adapters: Sequence[tuple[Path, float]]) -> None
         for whole in wholes:
             whole.restore()
         load_adapter(model, folder)
-        for path, linear in list(_adapted(model)):
-            assert linear.lora_a is not None and linear.lora_b is not None
+        for path, linear in _linears(model).items():
+            if linear.lora_a is None or linear.lora_b is None:
+                continue
             part = _Part(linear.lora_a[...], weight * linear.lora_scale * linear.lora_b[...])
             parts.setdefault(path, []).append(part)
             linear.lora_a = linear.lora_b = None
@@ -65,9 +66,9 @@ def merge_adapters(model: Llama, adapters: Sequence[tuple[Path, float]]) -> None
         model.config = base_config
     for whole in wholes:
         whole.parameter.set_value(whole.total())
-    modules = {".".join(map(str, path)): module for path, module in nnx.iter_modules(model)}
+    linears = _linears(model)
     for path, added in parts.items():
-        linear = modules[path]
+        linear = linears[path]
         linear.lora_a = LoRAParam(jnp.concatenate([part.a for part in added], axis=1))
         linear.lora_b = LoRAParam(jnp.concatenate([part.scaled_b for part in added], axis=0))
         linear.lora_scale = 1.0
@@ -103,10 +104,10 @@ def _trained_config(folder: Path, base: LlamaConfig) -> LlamaConfig:
     return dataclasses.replace(base, **{name: getattr(stored, name) for name in POSITION_FIELDS})
 
 
-def _adapted(model: Llama) -> Iterator[tuple[str, Linear]]:
-    for path, module in nnx.iter_modules(model):
-        if isinstance(module, Linear) and module.lora_a is not None:
-            yield ".".join(map(str, path)), module
+def _linears(model: Llama) -> dict[str, Linear]:
+    """All by their paths, with lm_head."""
+    modules = {".".join(map(str, path)): module for path, module in nnx.iter_modules(model)}
+    return {path: module for path, module in modules.items() if isinstance(module, Linear)}
 
 
 class _Part(NamedTuple):

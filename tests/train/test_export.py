@@ -213,8 +213,17 @@ def instruct_run(instruct, tmp_path_factory):
     data = tmp_path_factory.mktemp("data") / "text.txt"
     data.write_text("some words in a line\n" * 40)
     output = tmp_path_factory.mktemp("instruct run") / "out"
-    settings = {"lora_rank": 1, "steps": 1, "batch_size": 1, "learning_rate": 1e-2, "warmup_steps": 0}
-    config = FinetuneConfig(model=instruct, data=[data], output=output, context=64, **settings)
+    config = FinetuneConfig(
+        model=instruct,
+        data=[data],
+        output=output,
+        context=64,
+        lora_rank=1,
+        steps=1,
+        batch_size=1,
+        learning_rate=1e-2,
+        warmup_steps=0,
+    )
     return finetune(config, progress=False).output
 
 
@@ -225,12 +234,15 @@ def test_what_is_exported_has_every_file_of_the_base(instruct, instruct_run, tmp
     shutil.copytree(tmp_path / "adapter", tmp_path / "bare")
     (tmp_path / "bare" / "tokenizer.json").unlink()  # so the base's tokenizer is taken
     merge(MergeConfig(run=tmp_path / "bare", output=tmp_path / "bare again"))
+    shutil.copytree(tmp_path / "adapter", tmp_path / "plain")
+    (tmp_path / "plain" / "config.json").unlink()  # PEFT writes none
+    merge(MergeConfig(run=tmp_path / "plain", output=tmp_path / "plain again"))
     weights = {"config.json", "model.safetensors", "README.md"}
     expected = {name: content for name, content in files_of(instruct).items() if name not in weights}
     del expected["generation_config.json"]
     for folder in (
         instruct_run,
-        *(tmp_path / name for name in ("model", "adapter", "again", "bare again")),
+        *(tmp_path / name for name in ("model", "adapter", "again", "bare again", "plain again")),
     ):
         found = files_of(folder)
         assert {name: found.get(name) for name in expected} == expected, folder
