@@ -151,8 +151,7 @@ def _merge_adapter(merging: MergeConfig, adapter: Path, output: Path) -> None:
 def run_config(run: dict, *, model: str | Path | None = None) -> FinetuneConfig:
     """The settings that a run was started with, for one device, from the description in its checkpoints."""
     fields: dict[str, Any] = dict(run["config"], mesh=MeshConfig())
-    for name in ("lora_targets", "full_layers"):
-        fields[name] = fields[name] if fields[name] is None else tuple(fields[name])
+    fields = {name: tuple(value) if isinstance(value, list) else value for name, value in fields.items()}
     if model is not None:
         fields["model"] = model
     return FinetuneConfig(**fields)

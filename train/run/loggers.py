@@ -165,7 +165,9 @@ def _open_wandb(output: Path, settings: Mapping[str, Any], run: str | None, quie
         project=os.environ.get("WANDB_PROJECT", "jsparse"),
         name=os.environ.get("WANDB_NAME", output.absolute().name),
         config=dict(settings),
-        settings=wandb.Settings(console="off", silent=quiet),  # the terminal has a progress bar
+        settings=wandb.Settings(
+            console="off", **({"silent": True} if quiet else {})
+        ),  # it leaves the bar alone
     )
     return _Service(
         opened.id,
