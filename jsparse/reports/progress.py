@@ -85,11 +85,11 @@ def print_line(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
-def duration(seconds: float) -> str:
+def duration(seconds: float | int) -> str:
     """A time in one unit, or two where one would be rough.
 
     >>> duration(7.4), duration(240), duration(3720), duration(200_000)
-    ('7 s', '4 min', '1 h 2 min', '2 d 8 h')
+    ('7 s', '4 min', '1 h 2 min', '2 d 7 h')
     """
     whole = round(seconds)
     if whole < 90:

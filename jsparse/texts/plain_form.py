@@ -9,6 +9,8 @@ from jsparse.texts.chat_template import ChatTemplate
 from jsparse.texts.jinja_sandbox import compile_template
 from jsparse.texts.tokenizer import start_ids
 
+TEMPLATE_FILE = "chat_template.jinja"  # in a model's folder
+
 # Each tag strips the space around it, so that it does not matter whether a program trims blocks.
 _SOURCE = """\
 {%- if tools %}
@@ -38,9 +40,6 @@ _SOURCE = """\
     {{- "### Response:\\n" }}
 {%- endif %}
 """
-
-
-TEMPLATE_FILE = "chat_template.jinja"  # in a model's folder
 
 
 def plain_chat_template(tokenizer: tokenizers.Tokenizer, end_token_id: int | None) -> ChatTemplate:

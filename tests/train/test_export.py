@@ -51,7 +51,7 @@ def logits(model):
 def test_the_last_checkpoint_merges_into_the_runs_own_model(run, tmp_path):
     assert merge(MergeConfig(run=run, output=tmp_path / "merged")) == 3
     names = {path.name for path in (tmp_path / "merged").iterdir()}
-    assert names == {path.name for path in run.iterdir()} - {"checkpoints", "metrics.jsonl"}
+    assert names == {path.name for path in run.iterdir()} - {"checkpoints", "metrics.jsonl", "run.yaml"}
     for name in names:
         assert (tmp_path / "merged" / name).read_bytes() == (run / name).read_bytes()
 

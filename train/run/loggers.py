@@ -157,6 +157,9 @@ def _open_tensorboard(output: Path, settings: Mapping[str, Any], run: str | None
 def _open_wandb(output: Path, settings: Mapping[str, Any], run: str | None, quiet: bool) -> _Service:
     import wandb  # type: ignore
 
+    ours = wandb.Settings(console="off")  # leaves the progress bar alone
+    if quiet:
+        ours.silent = True
     opened = wandb.init(
         dir=output,
         id=run,
@@ -165,7 +168,7 @@ def _open_wandb(output: Path, settings: Mapping[str, Any], run: str | None, quie
         project=os.environ.get("WANDB_PROJECT", "jsparse"),
         name=os.environ.get("WANDB_NAME", output.absolute().name),
         config=dict(settings),
-        settings=wandb.Settings(console="off", silent=quiet),  # the terminal has a progress bar
+        settings=ours,
     )
     return _Service(
         opened.id,

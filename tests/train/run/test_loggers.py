@@ -1,6 +1,5 @@
 """TensorBoard, Weights & Biases and MLflow, with their own packages, offline: they hold what was logged."""
 
-import contextlib
 import dataclasses
 import importlib
 import json
@@ -65,14 +64,20 @@ def of_mlflow(output):
 READ = {"tensorboard": of_tensorboard, "wandb": of_wandb, "mlflow": of_mlflow}
 
 
+@pytest.fixture(autouse=True)
+def wandb_forgets():
+    """It reads the environment once in a process."""
+    yield
+    if "wandb" in sys.modules:
+        sys.modules["wandb"].teardown()
+
+
 @pytest.fixture(params=SERVICES)
 def service(request, monkeypatch):
     """The name of a service whose package is installed, with nothing of the user's in its environment."""
+    pytest.importorskip(request.param)
     if request.param == "mlflow":
         pytest.importorskip("sqlalchemy")
-    with contextlib.suppress(ImportError):
-        importlib.import_module(request.param)
-    pytest.importorskip(request.param)
     monkeypatch.setenv("WANDB_MODE", "offline")
     for name in ("MLFLOW_TRACKING_URI", "MLFLOW_EXPERIMENT_NAME", "WANDB_PROJECT", "WANDB_NAME"):
         monkeypatch.delenv(name, raising=False)
