@@ -63,10 +63,11 @@ def check_equal(folder, name, expected):
         assert one["tokens"] == other["tokens"]
         np.testing.assert_allclose(one["loss"], other["loss"], rtol=1e-5)
         np.testing.assert_allclose(one["grad_norm"], other["grad_norm"], rtol=1e-5)
-        for name in {"eval", "eval_before"} & other.keys():
-            assert one[name]["tokens"] == other[name]["tokens"]
+        for when in {"eval", "eval_before"} & other.keys():
             for kind in ("documents", "instructions"):
-                np.testing.assert_allclose(one[name][kind]["loss"], other[name][kind]["loss"], rtol=1e-5)
+                ours, theirs = one[when][kind], other[when][kind]
+                assert ours["tokens"] == theirs["tokens"]
+                np.testing.assert_allclose(ours["loss"], theirs["loss"], rtol=1e-5)
     states = [
         dict(nnx.to_flat_state(nnx.state(Llama.from_pretrained(folder / one)))) for one in (name, expected)
     ]
