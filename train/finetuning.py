@@ -25,9 +25,10 @@ from jsparse.train.config import FinetuneConfig
 from jsparse.train.data.batches import batch_at, position_at
 from jsparse.train.data.run_data import (
     find_run_data,
+    print_findings,
     removed_on_failure,
     store_run_data,
-    tell_of_data,
+    warn_of_data,
 )
 from jsparse.train.data.windows import Windows
 from jsparse.train.export import export_model
@@ -138,8 +139,10 @@ def finetune(config: FinetuneConfig, *, progress: bool = True) -> FinetuneResult
     if held_out is not None:
         measure = held_out_loss(config, split, mesh, held_out)
         evaluations = Evaluations(measure, config.evaluation_interval, config.patience)
-    if progress and start == 0 and is_first_process():
-        tell_of_data(stored)
+    if start == 0 and is_first_process():
+        if progress:
+            print_findings(findings)
+        warn_of_data(stored)
     _write_settings(asked)
     with (
         loggers_open(

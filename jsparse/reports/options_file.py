@@ -13,6 +13,7 @@ from typing import Any
 import yaml
 
 _OPTION = "--config"
+_MAPPINGS = (dict, collections.abc.Mapping)
 
 
 def with_file(config: type, options: Sequence[str]) -> list[str]:
@@ -92,6 +93,9 @@ def _options_of(path: Path, config: type, content: Mapping[Any, Any], above: str
             yield option if value else f"--{above}no-{name}".replace("_", "-")
         elif isinstance(value, list):
             yield from [option, *map(str, value)]
+        elif isinstance(value, dict):
+            if value:  # the command line has no word for an empty one, which is what it is by default
+                yield from [option, *(str(word) for pair in value.items() for word in pair)]
         else:
             yield f"{option}={value}"
 
@@ -104,6 +108,9 @@ def _fits(value: Any, hint: Any) -> bool:
     if origin in (tuple, collections.abc.Sequence):
         values = value if isinstance(value, list) else [value]
         return all(_fits(each, inner[0]) for each in values)
+    if origin in _MAPPINGS:
+        is_dict = isinstance(value, dict)
+        return is_dict and all(_fits(k, inner[0]) and _fits(v, inner[1]) for k, v in value.items())
     if hint is type(None):
         return value is None or value == "None"
     if hint is float:
@@ -130,6 +137,8 @@ def _in_words(hint: Any) -> str:
         return " or ".join(dict.fromkeys(map(_in_words, inner)))
     if origin in (tuple, collections.abc.Sequence):
         return f"a list, each {_in_words(inner[0])}"
+    if origin in _MAPPINGS:
+        return f"a mapping from {_in_words(inner[0])} to {_in_words(inner[1])}"
     names = {type(None): "null", bool: "true or false", int: "an integer", float: "a number"}
     return names.get(hint, "text")
 

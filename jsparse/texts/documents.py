@@ -1,5 +1,6 @@
 """Files to tokens: documents to pre-train on, and questions of several shapes to learn the answers of."""
 
+import contextlib
 import functools
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -11,6 +12,7 @@ from tokenizers import Tokenizer
 
 from jsparse.texts.chat_template import ChatTemplate
 from jsparse.texts.data_files import Found, find_data
+from jsparse.texts.file_kinds import ROWS, DataFile
 from jsparse.texts.findings import LIMIT, Findings
 from jsparse.texts.plain_form import plain_chat_template
 from jsparse.texts.reading import Reading
@@ -160,6 +162,22 @@ def read_samples(
             yield sample
     if reading.bad_rows == "error":
         refuse_bad_rows(findings)
+
+
+def needs_chat_template(files: Found, reading: Reading) -> bool:
+    """Whether the first row of a file is an instruction or a conversation, so that a template renders it."""
+    return any(_first_shape(file, reading) in (Instruction, Conversation) for file in files.files)
+
+
+def _first_shape(file: DataFile, reading: Reading) -> type[Record] | None:
+    """The shape of the first row that can be read; None without any, or for a text."""
+    if file.kind not in ROWS:
+        return None
+    for row in read_rows(file):
+        if isinstance(row, Row) and isinstance(row.content, dict):
+            with contextlib.suppress(BadShape):
+                return type(read_record(row.content, reading.fields)[0])
+    return None
 
 
 def refuse_bad_rows(findings: Findings) -> None:

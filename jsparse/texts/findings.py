@@ -78,8 +78,9 @@ class Findings:
 
     def add_row(self, shape: str, place: str) -> None:
         """Count a row of the last file."""
-        shapes = self.files[-1]["shapes"]
-        shapes.setdefault(shape, {"rows": 0, "first": place})["rows"] += 1
+        file = self.files[-1]
+        first = place.removeprefix(f"{file['file']}, ")
+        file["shapes"].setdefault(shape, {"rows": 0, "first": first})["rows"] += 1
 
     def mixed_file(self) -> str | None:
         """What is wrong with a file that holds several shapes; None if there is no such file."""

@@ -7,7 +7,8 @@ import logging
 import numpy as np
 import pytest
 
-from jsparse.train import FinetuneConfig, MergeConfig, finetune, finetuning, merge
+from jsparse.train import FinetuneConfig, MergeConfig, finetune, merge
+from jsparse.train.data import run_data
 
 
 def lines_of(folder):
@@ -69,7 +70,7 @@ def test_another_length_is_refused_if_the_schedule_depends_on_it(config, run, ch
 
 
 def test_another_run_is_refused_before_the_data_are_read_for_their_windows(config, run, monkeypatch):
-    monkeypatch.setattr(finetuning, "write_windows", None)
+    monkeypatch.setattr(run_data, "write_windows", None)
     with pytest.raises(ValueError, match="its seed is 0, here 1"):
         finetune(dataclasses.replace(config, seed=1), progress=False)
 

@@ -161,7 +161,7 @@ def test_completions_end_with_the_tokenizers_end_token_and_the_model_stops_there
     config = FinetuneConfig(
         model=base, data=[data], output=tmp_path / "out", context=64, steps=1, batch_size=1
     )
-    with mock.patch("jsparse.train.finetuning.write_windows", wraps=write_windows) as write:
+    with mock.patch("jsparse.train.data.run_data.write_windows", wraps=write_windows) as write:
         finetune(config, progress=False)
     assert write.call_args.kwargs["eos_token_id"] == 257
     assert load_config(tmp_path / "out").eos_token_ids == (256, 257)

@@ -24,11 +24,15 @@ DOCUMENTS = ["THE DOG SAT.", "THE CAT RAN."]
 ANSWERED = [("WHO RAN? ", "THE DOG."), ("AND WHO SAT ON THE MAT? ", "THE CAT.")]
 
 
-def write_lines(file, documents, answered):
-    lines = [{"text": text} for text in documents]
-    lines += [{"prompt": prompt, "completion": answer} for prompt, answer in answered]
-    file.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
-    return file
+def write_lines(folder, documents, answered):
+    """A folder with a file of documents, and one of answers."""
+    shapes = [{"text": text} for text in documents], [{"prompt": p, "completion": c} for p, c in answered]
+    folder.mkdir()
+    for name, lines in zip(("0.jsonl", "1.jsonl"), shapes, strict=True):
+        if lines:
+            text = "".join(json.dumps(line) + "\n" for line in lines)
+            (folder / name).write_text(text, encoding="utf-8")
+    return folder
 
 
 def lines_of(folder):
@@ -49,7 +53,7 @@ def checkpoints(folder):
 
 @pytest.fixture(scope="module")
 def held_out(tmp_path_factory):
-    return write_lines(tmp_path_factory.mktemp("held-out") / "held.jsonl", DOCUMENTS, ANSWERED)
+    return write_lines(tmp_path_factory.mktemp("held-out") / "held", DOCUMENTS, ANSWERED)
 
 
 @pytest.fixture(scope="module")
@@ -296,8 +300,8 @@ def test_a_loss_that_is_not_finite_is_null_and_never_the_best(config, held_out, 
 
 
 def test_samples_that_are_trained_on_are_warned_of_in_one_line(config, text, tmp_path, caplog):
-    lines = write_lines(tmp_path / "b.jsonl", [text[1].read_text(), "new"], ANSWERED)
-    trained = write_lines(tmp_path / "c.jsonl", DOCUMENTS, ANSWERED[:1])
+    lines = write_lines(tmp_path / "b", [text[1].read_text(), "new"], ANSWERED)
+    trained = write_lines(tmp_path / "c", DOCUMENTS, ANSWERED[:1])
     shared = dataclasses.replace(
         config, data=(*text, trained), eval_data=(lines,), output=tmp_path / "o", steps=1
     )
@@ -317,12 +321,12 @@ def test_samples_that_are_trained_on_are_warned_of_in_one_line(config, text, tmp
     [
         ("no.txt", FileNotFoundError, "eval_data: .*no.txt does not exist"),
         ("empty.txt", ValueError, "eval_data: .*empty.txt is empty"),
-        ("held.jsonl", ValueError, "eval_data: .*held.jsonl, line 1 has 72 tokens"),
+        ("held", ValueError, "eval_data: .*held/1.jsonl, line 1 has 72 tokens"),
     ],
 )
 def test_held_out_files_that_cannot_be_used_are_named_as_such(config, tmp_path, eval_data, error, message):
     (tmp_path / "empty.txt").write_text("")
-    write_lines(tmp_path / "held.jsonl", [], [("a" * 70, "b")])
+    write_lines(tmp_path / "held", [], [("a" * 70, "b")])
     with pytest.raises(error, match=f"^{message}"):
         finetune(
             dataclasses.replace(config, eval_data=(tmp_path / eval_data,), output=tmp_path / "o"),
@@ -343,7 +347,7 @@ def test_errors_in_the_data_leave_nothing_of_the_held_out_data(config, tmp_path)
 def test_data_without_a_target_is_refused(config, text, save_checkpoint, tmp_path):
     """With no token for the end, a text of one token has nothing to predict."""
     base = save_checkpoint(tmp_path / "base", eos_token_ids=())
-    one = write_lines(tmp_path / "one.jsonl", ["a"] * 64, [])
+    one = write_lines(tmp_path / "one", ["a"] * 64, [])
     for data, held, name in ((text, (one,), "eval_data"), ((one,), text, "data")):
         bad = dataclasses.replace(
             config, model=base, data=data, eval_data=held, output=tmp_path / "o", eval_every=None

@@ -83,7 +83,9 @@ def folder(base, text, tmp_path_factory):
     shutil.copytree(base, folder / "base")
     shutil.copy(text[0], folder / "text.txt")
     held_out = {"prompt": "who sat? ", "completion": "the cat."}, {"text": "the dog ran. " * 7}
-    (folder / "held.jsonl").write_text("".join(json.dumps(line) + "\n" for line in held_out))
+    (folder / "held").mkdir()
+    for number, line in enumerate(held_out):
+        (folder / "held" / f"{number}.jsonl").write_text(json.dumps(line))
     return folder
 
 
@@ -92,7 +94,7 @@ def cases(meshes, **settings):
 
 
 def test_meshes_of_eight_devices_train_as_one_device_does(folder):
-    held_out = {"eval_data": [str(folder / "held.jsonl")], "eval_every": 1}
+    held_out = {"eval_data": [str(folder / "held")], "eval_every": 1}
     meshes = {name: SHIFTED[name] for name in ("tensor", "sequence")}
     launch(folder, {"one": held_out} | cases(meshes, **held_out), devices=8)
     assert '"eval"' in (folder / "one" / "metrics.jsonl").read_text()
@@ -113,7 +115,7 @@ def test_other_meshes_and_full_attention_in_a_ring(folder):
 
 @pytest.mark.slow
 def test_two_processes_train_as_one_device_does(folder):
-    held_out = {"eval_data": [str(folder / "held.jsonl")], "eval_every": 1}
+    held_out = {"eval_data": [str(folder / "held")], "eval_every": 1}
     launch(folder, {"alone": held_out}, devices=1)
     meshes = {"two, fsdp": {"data": 2, "fsdp": 4}, "two, sequence": {"sequence": 4, "tensor": 2}}
     launch(folder, cases(meshes, **held_out), devices=4, processes=2)

@@ -18,6 +18,7 @@ from jsparse.models.end_token import end_token
 from jsparse.reports.console import for_terminal
 from jsparse.texts.chat_template import find_chat_template
 from jsparse.texts.data_files import Found, find_data
+from jsparse.texts.documents import needs_chat_template
 from jsparse.texts.findings import Findings
 from jsparse.train.config import FinetuneConfig
 from jsparse.train.data.batches import digest_data
@@ -56,18 +57,20 @@ class RunWindows(NamedTuple):
 
 def find_run_data(config: FinetuneConfig, tokenizer: Tokenizer, model: LlamaConfig) -> RunData:
     """The files of a run and their digests. Raises what ``find_data`` raises, naming data or eval_data."""
-    files = find_data(config.data_files)
-    settings = {
-        "context": config.context,
-        "eos_token_id": end_token(config.model, tokenizer, model),
-        "chat_template": find_chat_template(config.model),
-        "reading": config.reading,
-    }
-    eval_files, eval_digest = None, None
+    files, eval_files, eval_digest = find_data(config.data_files), None, None
     if config.eval_files:
         with _of_eval_data():
             eval_files = find_data(config.eval_files)
-            eval_digest = digest_data(eval_files, tokenizer, **settings)
+    reading = config.reading
+    is_rendered = any(needs_chat_template(some, reading) for some in (files, eval_files) if some is not None)
+    settings = {
+        "context": config.context,
+        "eos_token_id": end_token(config.model, tokenizer, model),
+        "chat_template": find_chat_template(config.model) if is_rendered else None,
+        "reading": reading,
+    }
+    if eval_files is not None:
+        eval_digest = digest_data(eval_files, tokenizer, **settings)
     digest = digest_data(files, tokenizer, **settings)
     return RunData(files, eval_files, digest, eval_digest, tokenizer, model.vocab_size, settings)
 
@@ -85,10 +88,14 @@ def store_run_data(data: RunData, output: Path, *, progress: bool) -> RunWindows
     return RunWindows(windows, _rows(windows), held_out, read_findings(folder))
 
 
-def tell_of_data(data: RunWindows) -> None:
-    """Print what was found in the data, which windows are not taken, and which held-out samples are in it."""
-    for line in data.findings.lines():
+def print_findings(findings: Findings) -> None:
+    """Say on stderr what was found in the data."""
+    for line in findings.lines():
         print(for_terminal(f"data: {line}"), file=sys.stderr)
+
+
+def warn_of_data(data: RunWindows) -> None:
+    """One line each for windows that are not taken, and for held-out samples that are trained on."""
     log = logging.getLogger("jsparse")
     without = len(data.windows) - len(data.rows)
     if without:
