@@ -4,6 +4,7 @@ import importlib.metadata
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -295,6 +296,23 @@ def test_a_run_that_was_stopped_has_an_exit_code_of_its_own(tmp_path, monkeypatc
     options = ["--model", "base", "--data", "a.txt", "--output", str(tmp_path), "--context", "64"]
     assert main(["finetune", *options]) == 128 + number
     assert f"stopped by {name} after step 2, last loss 2.5000" in capsys.readouterr().err
+
+
+def test_a_finished_run_names_its_best_step_and_the_step_of_its_model(tmp_path, monkeypatch, capsys):
+    from jsparse.train import FinetuneResult
+
+    def finished(config):
+        best = {"best_step": 1, "best_loss": 2.25, "exported_step": 1}
+        assert config.eval_files == (Path("held.txt"),) and config.patience == 1
+        return FinetuneResult(config.output_folder, (3.0, 2.5), {}, **best)
+
+    monkeypatch.setattr("jsparse.train.finetuning.finetune", finished)
+    options = ["--model", "base", "--data", "a.txt", "--output", str(tmp_path), "--context", "64"]
+    assert main(["finetune", *options, "--eval-data", "held.txt", "--patience", "1", "--epochs", "2"]) == 0
+    assert capsys.readouterr().out == (
+        f"{tmp_path}: trained for 2 steps, last loss 2.5000, lowest held-out loss 2.2500 after step 1; "
+        "the model is that of step 1\n"
+    )
 
 
 def test_processes_are_named_in_full(capsys):

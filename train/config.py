@@ -330,7 +330,7 @@ class FinetuneConfig:
         """These settings in steps: ``epochs`` and ``warmup_ratio`` as ``steps`` and ``warmup_steps``.
 
         The last step of ``epochs`` is the one that takes the last window of them; the rest of its batch is of
-        the next epoch. A warm-up is rounded down to whole steps.
+        the next epoch. A warm-up is rounded up to whole steps, as in transformers, but never takes them all.
 
         - windows: how many windows the data fill.
 
@@ -341,13 +341,13 @@ class FinetuneConfig:
         ... )
         >>> config = config.for_windows(100)
         >>> config.steps, config.warmup_steps
-        (38, 3)
+        (38, 4)
         """
         steps, warmup = self.steps, self.warmup_steps
         if self.epochs is not None:
             steps = max(1, math.ceil(self.epochs * windows / self.batch_size - _ROUNDING))
         if self.warmup_ratio is not None:
-            warmup = int(self.warmup_ratio * steps + _ROUNDING)
+            warmup = min(steps - 1, math.ceil(self.warmup_ratio * steps - _ROUNDING))
         return dataclasses.replace(self, steps=steps, epochs=None, warmup_steps=warmup, warmup_ratio=None)
 
     @property

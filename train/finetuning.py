@@ -178,8 +178,7 @@ def finetune(config: FinetuneConfig, *, progress: bool = True) -> FinetuneResult
         best = None if held_out is None else best_line(metrics)
         exported_step = None
         if stopped_by is None:
-            is_best = best is not None and not config.export_last
-            exported_step = best["step"] if is_best else int(state.step)
+            exported_step = int(state.step) if best is None or config.export_last else best["step"]
             state = _state_of(exported_step, state, checkpoints)
     if exported_step is not None:
         export_model(config, split.exported(state.params), pattern, form=findings.form)
@@ -192,8 +191,8 @@ def finetune(config: FinetuneConfig, *, progress: bool = True) -> FinetuneResult
         metrics=metrics[-1] if metrics else {},
         finished=stopped_by is None,
         stopped_by=stopped_by,
-        best_step=best and best["step"],
-        best_loss=best and best[EVAL]["loss"],
+        best_step=None if best is None else best["step"],
+        best_loss=None if best is None else best[EVAL]["loss"],
         exported_step=exported_step,
     )
 

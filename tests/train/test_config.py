@@ -177,7 +177,9 @@ def test_the_optimizer_clips_and_decays_matrices_only():
         ({"epochs": 1.1}, 8 * 10, 11, 20),  # and 1.1 * 10 is 11.00...02
         ({"epochs": 1e-9}, 3, 1, 20),
         ({"warmup_ratio": 0.03}, 100, 1000, 30),
-        ({"epochs": 3.0, "warmup_ratio": 0.1}, 100, 38, 3),
+        ({"epochs": 3.0, "warmup_ratio": 0.1}, 100, 38, 4),
+        ({"warmup_ratio": 0.1, "steps": 30}, 100, 30, 3),  # 0.1 * 30 is 3.00...04
+        ({"warmup_ratio": 0.1, "steps": 1, "schedule": "cosine"}, 100, 1, 0),
         ({"warmup_ratio": 0.0, "steps": 10, "schedule": "cosine"}, 100, 10, 0),
     ],
 )
