@@ -224,13 +224,15 @@ def test_all_bad_rows_are_named_up_to_a_limit(tmp_path):
 def test_samples_without_tokens_are_named(tmp_path):
     words = word_tokenizer(start=0)
     words.normalizer = tokenizers.normalizers.Replace("one", " ")  # after which nothing is left
-    for fields, message in [
-        ({"prompt": "one", "completion": "two"}, "line 1: the prompt has no tokens"),
-        ({"prompt": "two", "completion": "one"}, "line 1: the completion has no tokens"),
+    for fields, end, message in [
+        ({"prompt": "one", "completion": "two"}, 1, "line 1: the prompt has no tokens"),
+        ({"prompt": "two", "completion": "one"}, None, "line 1: the completion has no tokens"),
     ]:
         file = lines(tmp_path / "a.jsonl", fields)
         with pytest.raises(ValueError, match=message):
-            samples(file, tokenizer=words, eos_token_id=1, vocab_size=200_000)
+            samples(file, tokenizer=words, eos_token_id=end, vocab_size=200_000)
+    (sample,) = samples(file, tokenizer=words, eos_token_id=1, vocab_size=200_000)
+    assert sample.tokens.tolist() == [0, 5, 1]  # an empty answer is its end
     words.post_processor = tokenizers.processors.ByteLevel()
     file = lines(tmp_path / "a.jsonl", {"text": "one"})
     with pytest.raises(ValueError, match="line 1 has no tokens"):
