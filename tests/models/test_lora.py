@@ -199,7 +199,7 @@ def test_gradients_reach_adapters_only_when_asked(tiny_model):
         ({"alpha": 0}, "alpha must be a positive number, not 0"),
         ({"alpha": float("nan")}, "alpha"),
         ({"targets": ("q_proj", "w_proj")}, "'w_proj'.*allowed are down_proj, gate_proj, k_proj, o_proj"),
-        ({"targets": ("lm_head",)}, "lm_head"),
+        ({"targets": ("q_proj", "head")}, r"\['head'\] match.*v_proj, lm_head, all-linear, and"),
         (
             {"targets": ("q_proj", "layers.2.*")},
             r"\['layers.2.\*'\] match.*like layers.0.mlp.down_proj \(the last is layers.1.self_attn.v_proj",
