@@ -151,8 +151,9 @@ def _merge_adapter(merging: MergeConfig, adapter: Path, output: Path) -> None:
 def run_config(run: dict, *, model: str | Path | None = None) -> FinetuneConfig:
     """The settings that a run was started with, for one device, from the description in its checkpoints."""
     fields: dict[str, Any] = dict(run["config"], mesh=MeshConfig())
-    for name in ("lora_targets", "full_layers"):
-        fields[name] = fields[name] if fields[name] is None else tuple(fields[name])
+    for name in ("lora_targets", "lora_layers", "modules_to_save", "full_layers"):
+        if fields.get(name) is not None:
+            fields[name] = tuple(fields[name])
     if model is not None:
         fields["model"] = model
     return FinetuneConfig(**fields)
