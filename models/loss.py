@@ -54,7 +54,8 @@ def token_nll(
     [[0.0, 0.0, 0.0, 100.0]]
     """
     batch, length, _ = hidden.shape
-    vocab = jax.eval_shape(logits_of, hidden).shape[-1]
+    whole = () if key is None else (key,)
+    vocab = jax.eval_shape(logits_of, hidden, *whole).shape[-1]
     part = length // parts
     stretches = -(-part // max(1, logits_at_once // vocab))
 
@@ -64,7 +65,7 @@ def token_nll(
         return optax.softmax_cross_entropy_with_integer_labels(logits, targets)
 
     if stretches == 1:
-        return nll(hidden, targets, *([] if key is None else [key]))
+        return nll(hidden, targets, *whole)
     size = -(-part // stretches)
 
     def stretched(x):  # [B, T, ...] to [stretches, B, parts, size, ...]
@@ -72,7 +73,7 @@ def token_nll(
         x = jnp.pad(x, [(0, 0), (0, 0), (0, stretches * size - part), *[(0, 0)] * (x.ndim - 3)])
         return jnp.moveaxis(x.reshape(batch, parts, stretches, size, *x.shape[3:]), 2, 0)
 
-    keys = [] if key is None else [jax.random.split(key, stretches)]
+    keys = [jax.random.split(one, stretches) for one in whole]
     out = jax.lax.map(lambda x: nll(*x), (stretched(hidden), stretched(targets), *keys))
     out = jnp.moveaxis(out, 0, 2).reshape(batch, parts, stretches * size)
     return out[:, :, :part].reshape(batch, length)
