@@ -186,7 +186,7 @@ def _head(model: Any) -> Linear:
         head = nnx.eval_shape(
             lambda: Linear(embed, vocab, axes, std=0.0, rngs=nnx.Rngs(0), dtype=jnp.float32)
         )
-        head.kernel = nnx.data(None)
+        head.kernel = nnx.data(None)  # type: ignore  # as in a frozen base
         model.lm_head = head
     return model.lm_head
 

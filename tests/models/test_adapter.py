@@ -560,6 +560,7 @@ def test_a_head_beside_its_adapter(tiny_config, tmp_path):
         if config.tie_word_embeddings:
             np.testing.assert_array_equal(model.embed_tokens.embedding[...], head)
         else:
+            assert model.lm_head is not None
             np.testing.assert_array_equal(model.lm_head.kernel[...], head.T)
         edit_weights(directory, lambda t, head=head: t.update({f"{PREFIX}lm_head.weight": head}))
         refused(config, directory, ValueError, "unexpected lm_head.weight")
@@ -576,12 +577,14 @@ def test_merging_unties_an_adapted_head(tiny_config, tmp_path):
     config = dataclasses.replace(tiny_config, tie_word_embeddings=True)
     model = make_tuned(config, targets=("lm_head", "q_proj"), trained=LoRAParam)
     table = np.asarray(model.embed_tokens.embedding[...])
-    a, b = (np.asarray(x[...], np.float64) for x in (model.lm_head.lora_a, model.lm_head.lora_b))
+    head = model.lm_head
+    assert head is not None and head.lora_a is not None and head.lora_b is not None
+    a, b = (np.asarray(x[...], np.float64) for x in (head.lora_a, head.lora_b))
     adapted = model(TOKENS)
     merge_lora(model)
     assert not model.config.tie_word_embeddings and not has_lora(model)
     np.testing.assert_array_equal(model.embed_tokens.embedding[...], table)
-    np.testing.assert_allclose(model.lm_head.kernel[...], table.T + 2 * a @ b, atol=1e-5)
+    np.testing.assert_allclose(head.kernel[...], table.T + 2 * a @ b, atol=1e-5)
     np.testing.assert_allclose(model(TOKENS), adapted, atol=1e-4)
     model.save_pretrained(tmp_path)
     np.testing.assert_array_equal(Llama.from_pretrained(tmp_path)(TOKENS), model(TOKENS))

@@ -369,3 +369,12 @@ def test_peft_reads_all_that_ours_may_say(case, tmp_path):
     again = Llama.from_pretrained(tmp_path / "base")
     load_adapter(again, tmp_path / "adapter")
     assert_same_logits(again(TOKENS), ours)
+
+
+@pytest.mark.filterwarnings("ignore")  # PEFT warns of it
+def test_merged_in_peft_an_adapter_on_a_tied_head_is_another_model(tmp_path):
+    """What the guide says, and why ``merge_lora`` unties the head."""
+    make_base(tmp_path / "base", tie_word_embeddings=True)
+    theirs = make_theirs(tmp_path / "base", tmp_path / "adapter", target_modules=["lm_head"])
+    before = logits(theirs)
+    assert np.abs(logits(theirs.merge_and_unload()) - before).max() > 1

@@ -138,6 +138,7 @@ def test_an_adapter_on_the_head_adds_its_formula(tied, dtype, tolerance, tiny_co
     np.testing.assert_array_equal(ours, theirs)  # the head comes last: the others start as without it
     randomize(model)
     head = model.lm_head
+    assert head is not None and head.lora_a is not None and head.lora_b is not None
     assert (head.kernel is None) == tied and has_lora(model)
     x, a, b = (np.asarray(v, np.float64) for v in (hidden, head.lora_a[...], head.lora_b[...]))
     added = np.asarray(model.logits(hidden), np.float64) - np.asarray(plain, np.float64)
@@ -157,6 +158,7 @@ def test_the_heads_adapter_drops_by_the_key_that_it_is_given(tiny_model):
     assert len(np.unique(drawn[:, 0, 0, 0])) > 3900
     spread = drawn.std(0) / len(keys) ** 0.5
     assert (np.abs(drawn.mean(0) - plain) < 6 * spread + 1e-5).all()  # the same on average
+    assert tiny_model.lm_head is not None and tiny_model.lm_head.dropout_key is not None
     own = tiny_model.lm_head.dropout_key[...]
     np.testing.assert_array_equal(tiny_model.logits(hidden), tiny_model.logits(hidden, own))
 
