@@ -236,7 +236,7 @@ def _check_targets(targets: Sequence[str], adaptable: Sequence[str]) -> None:
 
 
 def _check_layers(layers: Sequence[int] | None, linears: dict[str, Linear]) -> None:
-    numbers = {_layer(path) for path in linears} - {None}
+    numbers = {number for number in map(_layer, linears) if number is not None}
     if layers is not None and not (layers and numbers.issuperset(layers)):
         raise ValueError(
             f"layers must be None or some of the model's layers, 0 to {max(numbers, default=-1)}, "

@@ -161,9 +161,11 @@ def short_targets(chosen: Iterable[str], modules: Iterable[str]) -> tuple[tuple[
     """
     chosen, modules = set(chosen), list(modules)
     names = tuple(sorted({_last(module) for module in chosen}))
-    layers = {_layer(module, ()) for module in chosen} - {None}
-    everywhere = layers == {_layer(module, ()) for module in modules} - {None}
-    if layers and not everywhere and chosen == set(targets_among(names, modules, layers=tuple(layers))):
+    layers, all_layers = (
+        {layer for layer in (_layer(module, ()) for module in some) if layer is not None}
+        for some in (chosen, modules)
+    )
+    if layers and layers != all_layers and chosen == set(targets_among(names, modules, layers=tuple(layers))):
         return names, tuple(sorted(layers))
     return short_names(chosen, modules, targets_among), ()
 

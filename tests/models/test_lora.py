@@ -134,8 +134,11 @@ def test_an_adapter_on_the_head_adds_its_formula(tied, dtype, tolerance, tiny_co
     add_lora(model, rank=2, alpha=3, rngs=nnx.Rngs(1), targets=("lm_head", "q_proj"))
     add_lora(others, rank=2, alpha=3, rngs=nnx.Rngs(1), targets=("q_proj",))
     np.testing.assert_array_equal(model.logits(hidden), plain)  # nothing at first
-    ours, theirs = (each.layers[1].self_attn.q_proj.lora_a[...] for each in (model, others))
-    np.testing.assert_array_equal(ours, theirs)  # the head comes last: the others start as without it
+    ours, theirs = (each.layers[1].self_attn.q_proj.lora_a for each in (model, others))
+    assert ours is not None and theirs is not None
+    np.testing.assert_array_equal(
+        ours[...], theirs[...]
+    )  # the head comes last: the others start as without it
     randomize(model)
     head = model.lm_head
     assert head is not None and head.lora_a is not None and head.lora_b is not None
