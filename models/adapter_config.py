@@ -5,14 +5,24 @@ A field that is not known here may change the mathematics, so it is an error, as
 
 import dataclasses
 import math
-import re
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from jsparse.hub import split_id
 from jsparse.integers import require_integer
+from jsparse.models.peft_names import (
+    check_expression,
+    excluded_among,
+    find_named,
+    not_adapted_among,
+    pattern_value,
+    targets_among,
+    whole_among,
+)
 from jsparse.models.safetensors_folder import read_json
+
+V = TypeVar("V")
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
@@ -25,19 +35,22 @@ _INERT_VALUES: dict[str, tuple[Any, ...]] = {
     "task_type": ("CAUSAL_LM", None),
     "bias": ("none",),
     "init_lora_weights": (True, False, "gaussian", None),  # pissa, olora, corda and loftq change the base
-    **dict.fromkeys(("rank_pattern", "alpha_pattern", "loftq_config"), ({}, None)),
-    **dict.fromkeys(("layers_to_transform", "exclude_modules", "target_parameters"), ([], None)),
-    **dict.fromkeys(("fan_in_fan_out", "use_rslora", "use_dora", "use_qalora", "lora_bias"), (False, None)),
+    "loftq_config": ({}, None),
+    "target_parameters": ([], None),
+    **dict.fromkeys(("fan_in_fan_out", "use_dora", "use_qalora", "lora_bias"), (False, None)),
     **dict.fromkeys(("layer_replication", "trainable_token_indices", "alora_invocation_tokens"), (None,)),
     **dict.fromkeys(("eva_config", "corda_config", "lora_ga_config", "arrow_config", "use_bdlora"), (None,)),
     **dict.fromkeys(("kasa_config", "velora_config", "monteclora_config", "megatron_config"), (None,)),
 }
 _REQUIRED = ("peft_type", "r", "lora_alpha", "target_modules")
-_OPTIONAL = ("lora_dropout", "modules_to_save", "ensure_weight_tying")
+_OPTIONAL = (
+    *("lora_dropout", "use_rslora", "rank_pattern", "alpha_pattern", "layers_to_transform", "layers_pattern"),
+    *("exclude_modules", "modules_to_save", "ensure_weight_tying"),
+)
 # Where an adapter comes from, and options of the features refused above.
 _IGNORED = frozenset(
     """
-    base_model_name_or_path revision auto_mapping peft_version inference_mode layers_pattern megatron_core
+    base_model_name_or_path revision auto_mapping peft_version inference_mode megatron_core
     qalora_group_size runtime_config
     """.split()
 )
@@ -47,13 +60,19 @@ _IGNORED = frozenset(
 class AdapterConfig:
     """What an ``adapter_config.json`` says about LoRA; the comments give the names there.
 
-    ``targets_among`` and ``whole_among`` find the modules that ``targets`` and ``whole`` name.
+    Modules are named as in transformers; ``jsparse.models.peft_names`` has the rules.
     """
 
     rank: int  # r
     alpha: float | int  # lora_alpha
+    rslora: bool = False  # use_rslora: the product is scaled by alpha / sqrt(rank)
+    rank_pattern: Mapping[str, int] = dataclasses.field(default_factory=dict)
+    alpha_pattern: Mapping[str, float | int] = dataclasses.field(default_factory=dict)
     dropout: float | int = 0.0  # lora_dropout
-    targets: tuple[str, ...] | str  # target_modules: a string is a regular expression
+    targets: tuple[str, ...] | str  # target_modules: a string is a regular expression, or all-linear
+    layers: tuple[int, ...] = ()  # layers_to_transform; none means all
+    layers_patterns: tuple[str, ...] = ()  # layers_pattern
+    excluded: tuple[str, ...] | str = ()  # exclude_modules
     whole: tuple[str, ...] = ()  # modules_to_save: not adapted, but replaced
     tied: bool = False  # ensure_weight_tying: an lm_head tied to the embedding is replaced with it
 
@@ -73,11 +92,27 @@ class AdapterConfig:
                 problems.append(f"{name}={value!r} is not known")
         if problems:
             raise ValueError(f"the adapter may compute something else than LoRA: {'; '.join(problems)}")
+        targets = _modules("target_modules", fields["target_modules"])
+        if not targets:
+            raise ValueError(
+                f"target_modules must name at least one module, not {fields['target_modules']!r}"
+            )
+        layers = _layers(fields.get("layers_to_transform"))
+        if layers and isinstance(targets, str):
+            raise ValueError(
+                f"layers_to_transform={list(layers)} needs a list of target_modules, not {targets!r}"
+            )
         return cls(
-            rank=_rank(fields["r"]),
+            rank=_rank("r", fields["r"]),
             alpha=_number("lora_alpha", fields["lora_alpha"]),
+            rslora=_flag("use_rslora", fields.get("use_rslora")),
+            rank_pattern=_pattern("rank_pattern", fields.get("rank_pattern"), _rank),
+            alpha_pattern=_pattern("alpha_pattern", fields.get("alpha_pattern"), _number),
             dropout=_number("lora_dropout", fields.get("lora_dropout") or 0.0),
-            targets=_targets(fields["target_modules"]),
+            targets=targets,
+            layers=layers,
+            layers_patterns=_layers_patterns(fields.get("layers_pattern")),
+            excluded=_modules("exclude_modules", fields.get("exclude_modules")),
             whole=_names("modules_to_save", fields.get("modules_to_save") or []),
             tied=bool(fields.get("ensure_weight_tying")),
         )
@@ -97,10 +132,45 @@ class AdapterConfig:
             "target_modules": self.targets if isinstance(self.targets, str) else list(self.targets),
             "modules_to_save": list(self.whole) or None,
         }
-        if revision is not None:
-            fields["revision"] = revision
-        # Only where it is needed: an older PEFT does not know it.
-        return fields | {"ensure_weight_tying": True} if self.tied else fields
+        # Only where they are needed: an older PEFT does not know some of them.
+        others = {
+            "revision": revision,
+            "use_rslora": self.rslora,
+            "rank_pattern": dict(self.rank_pattern),
+            "alpha_pattern": dict(self.alpha_pattern),
+            "layers_to_transform": list(self.layers),
+            "layers_pattern": list(self.layers_patterns),
+            "exclude_modules": self.excluded if isinstance(self.excluded, str) else list(self.excluded),
+            "ensure_weight_tying": self.tied,
+        }
+        return fields | {name: value for name, value in others.items() if value}
+
+    def find(self, modules: Iterable[str], savable: Iterable[str]) -> tuple[list[str], list[str]]:
+        """Those of the linear ``modules`` that PEFT adapts, and those of the ``savable`` that it replaces.
+
+        ValueError for names that mean no module, and where none is left to adapt.
+        """
+        modules = list(modules)
+        saved = find_named("modules_to_save", self.whole, savable, whole_among)
+        find_named("target_modules", self.targets, modules, targets_among)
+        targets = targets_among(
+            self.targets, modules, layers=self.layers, layers_patterns=self.layers_patterns
+        )
+        not_adapted = {*excluded_among(self.excluded, modules), *not_adapted_among(self.whole, modules)}
+        adapted = [module for module in targets if module not in not_adapted]
+        if not adapted:
+            raise ValueError(
+                f"target_modules {self.targets!r} leave no module to adapt, with layers_to_transform="
+                f"{list(self.layers)}, exclude_modules={self.excluded!r} and modules_to_save={self.whole!r}"
+            )
+        both = sorted(set(adapted).intersection(saved))
+        if both:
+            raise ValueError(f"modules_to_save {self.whole!r} and target_modules both name {', '.join(both)}")
+        return adapted, saved
+
+    def rank_of(self, module: str) -> int:
+        """The rank of a module's adapter."""
+        return pattern_value(self.rank_pattern, module, self.rank)
 
 
 def named_base(directory: Path) -> str | None:
@@ -137,28 +207,56 @@ def pickled(name: str) -> str:
     return name.replace(".safetensors", ".bin")
 
 
-def _rank(value: Any) -> int:
-    require_integer("r", value)
+def _rank(name: str, value: Any) -> int:
+    require_integer(name, value)
     return value
 
 
 def _number(name: str, value: Any) -> float | int:
-    allowed = {"lora_alpha": "a positive number", "lora_dropout": "a number in [0, 1)"}[name]
+    may_be_zero = name == "lora_dropout"
     is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    if not is_number or not (0 < value < math.inf if name == "lora_alpha" else 0 <= value < 1):
+    if not is_number or not (0 <= value < 1 if may_be_zero else 0 < value < math.inf):
+        allowed = "a number in [0, 1)" if may_be_zero else "a positive number"
         raise ValueError(f"{name} must be {allowed}, not {value!r}")
     return value
 
 
-def _targets(value: Any) -> tuple[str, ...] | str:
-    if not value:
-        raise ValueError(f"target_modules must name at least one module, not {value!r}")
-    if not isinstance(value, str):
-        return _names("target_modules", value)
-    try:
-        re.compile(value)
-    except re.error as error:
-        raise ValueError(f"target_modules {value!r} is no regular expression: {error}") from error
+def _flag(name: str, value: Any) -> bool:
+    if value not in (True, False, None):
+        raise ValueError(f"{name} must be True, False or None, not {value!r}")
+    return bool(value)
+
+
+def _pattern(name: str, value: Any, read: Callable[[str, Any], V]) -> dict[str, V]:
+    """A rank_pattern or alpha_pattern, each value read by ``read(name, value)``."""
+    if not isinstance(value or {}, dict):
+        raise ValueError(f"{name} must map names of modules to numbers, not {value!r}")
+    for key in value or {}:
+        check_expression(name, key)
+    return {key: read(f"{name}[{key!r}]", one) for key, one in (value or {}).items()}
+
+
+def _layers(value: Any) -> tuple[int, ...]:
+    numbers = [value] if isinstance(value, int) and not isinstance(value, bool) else value or []
+    if not isinstance(numbers, list):
+        raise ValueError(f"layers_to_transform must be a number or a list of numbers, not {value!r}")
+    for number in numbers:
+        require_integer("layers_to_transform", number, 0)
+    return tuple(numbers)
+
+
+def _layers_patterns(value: Any) -> tuple[str, ...]:
+    patterns = _names("layers_pattern", [value] if value and isinstance(value, str) else value or [])
+    for pattern in patterns:
+        check_expression("layers_pattern", pattern)
+    return patterns
+
+
+def _modules(name: str, value: Any) -> tuple[str, ...] | str:
+    """Names, or a regular expression."""
+    if not value or not isinstance(value, str):
+        return _names(name, value or [])
+    check_expression(name, value)
     return value
 
 
@@ -166,63 +264,3 @@ def _names(name: str, value: Any) -> tuple[str, ...]:
     if not isinstance(value, list) or not all(isinstance(one, str) and one for one in value):
         raise ValueError(f"{name} must be a list of module names, not {value!r}")
     return tuple(value)
-
-
-# How PEFT finds modules by name. For modules to adapt, a name is the end of a path, from a dot on. For
-# modules to save whole it is the end of the string, so "norm" means input_layernorm too.
-
-
-def targets_among(names: Iterable[str] | str, modules: Iterable[str]) -> list[str]:
-    """Those of ``modules`` that PEFT adapts for ``target_modules`` ``names``.
-
-    >>> targets_among(["v_proj"], ["layers.0.v_proj", "layers.0.kv_proj"])
-    ['layers.0.v_proj']
-    """
-    if isinstance(names, str):
-        return [module for module in modules if re.fullmatch(names, module)]
-    return [module for module in modules if any(f".{module}".endswith(f".{name}") for name in names)]
-
-
-def whole_among(names: Iterable[str], modules: Iterable[str]) -> list[str]:
-    """Those of ``modules`` that PEFT replaces for ``modules_to_save`` ``names``.
-
-    >>> whole_among(["norm"], ["norm", "layers.0.input_layernorm", "embed_tokens"])
-    ['norm', 'layers.0.input_layernorm']
-    """
-    return [module for module in modules if module.endswith(tuple(names))]
-
-
-def find_named(
-    field: str, names: Iterable[str] | str, modules: Iterable[str], among: Callable[..., list[str]]
-) -> list[str]:
-    """What ``among``, one of the two above, finds; ValueError for those of ``names`` that mean no module."""
-    modules = list(modules)
-    found = {name: among(name if isinstance(names, str) else [name], modules) for name in _listed(names)}
-    strangers = [name for name, meant in found.items() if not meant]
-    if strangers:
-        allowed = ", ".join(sorted({_last(module) for module in modules}))
-        raise ValueError(f"{field} {strangers} name no module of the model; allowed are {allowed}")
-    return among(names, modules)
-
-
-def short_names(
-    chosen: Iterable[str], modules: Iterable[str], among: Callable[..., list[str]]
-) -> tuple[str, ...]:
-    """Names with which ``among`` finds exactly the ``chosen`` modules.
-
-    The last part of a path, or the whole where the last part means others too.
-
-    >>> short_names(["model.norm"], ["model.norm", "model.layers.0.input_layernorm"], whole_among)
-    ('model.norm',)
-    """
-    chosen, modules = set(chosen), list(modules)
-    clear = {last for last in map(_last, chosen) if chosen.issuperset(among([last], modules))}
-    return tuple(sorted({_last(module) if _last(module) in clear else module for module in chosen}))
-
-
-def _listed(names):
-    return [names] if isinstance(names, str) else names
-
-
-def _last(module):
-    return module.rsplit(".", 1)[-1]

@@ -68,6 +68,7 @@ class Linear(nnx.Module):
         self.lora_a: LoRAParam | None = nnx.data(None)
         self.lora_b: LoRAParam | None = nnx.data(None)
         self.lora_scale = 0.0
+        self.lora_rslora = False  # whether the scale is alpha / sqrt(rank), not alpha / rank
         self.lora_dropout = 0.0
         self.dropout_key: DropoutKey | None = nnx.data(None)
 
@@ -79,14 +80,16 @@ class Linear(nnx.Module):
         if self.bias is not None:
             y = y + self.bias[...].astype(x.dtype)
         if self.lora_a is not None and self.lora_b is not None:
-            low_rank = self._drop(x) @ self.lora_a[...].astype(x.dtype)
+            low_rank = self.drop(x) @ self.lora_a[...].astype(x.dtype)
             y = y + self.lora_scale * (low_rank @ self.lora_b[...].astype(x.dtype))
         return y
 
-    def _drop(self, x):
+    def drop(self, x: Float[Array, "... in"], key: jax.Array | None = None) -> Float[Array, "... in"]:
+        """What the adapter sees of x: with a key, ``key`` or else the layer's own, x after dropout."""
         if self.dropout_key is None:
             return x
-        kept = jax.random.bernoulli(self.dropout_key[...], 1 - self.lora_dropout, x.shape)
+        key = self.dropout_key[...] if key is None else key
+        kept = jax.random.bernoulli(key, 1 - self.lora_dropout, x.shape)
         return jnp.where(kept, x / (1 - self.lora_dropout), 0)
 
 
@@ -106,6 +109,17 @@ def times(x: Float[Array, "*batch in"], kernel: Float[Array, "in out"]) -> Float
     parts = x.reshape(_PIECES, 1, -1) @ kernel.reshape(_PIECES, inputs // _PIECES, -1)
     # Added one by one, not reduced: XLA then adds where the sum is used.
     return functools.reduce(jnp.add, parts).reshape(*x.shape[:-1], -1)
+
+
+def adaptable_layers(model: nnx.Module) -> Iterator[tuple[str, Linear]]:
+    """(dotted path, module) of every Linear that can carry an adapter: ``linear_layers``, then lm_head.
+
+    A head that is tied to the embedding is among them once it has an adapter.
+    """
+    yield from linear_layers(model)
+    head = getattr(model, "lm_head", None)
+    if isinstance(head, Linear):
+        yield "lm_head", head
 
 
 def linear_layers(model: nnx.Module) -> Iterator[tuple[str, Linear]]:

@@ -33,7 +33,8 @@ class Llama(nnx.Module):
     ``Llama(config, rngs=nnx.Rngs(0))`` has random weights, normal with ``config.initializer_range``;
     ``from_pretrained`` reads a checkpoint. It computes in the dtype of its parameters; norms, rotations and
     softmax inside are float32, and logits are float32. The sub-modules are named as in Hugging Face's
-    checkpoints, with ``lm_head`` None when it is tied to the embedding.
+    checkpoints, with ``lm_head`` None when it is tied to the embedding. An adapter on such a head makes it a
+    Linear that has the adapter, but no kernel.
 
     >>> config = LlamaConfig.tiny()
     >>> model = Llama(config, rngs=nnx.Rngs(0))
@@ -48,9 +49,8 @@ class Llama(nnx.Module):
         self.embed_tokens = Embedding(config.vocab_size, config.hidden_size, std=std, **made)
         self.layers = nnx.List([DecoderLayer(config, **made) for _ in range(config.num_hidden_layers)])
         self.norm = RMSNorm(config.hidden_size, "embed", eps=config.rms_norm_eps, dtype=dtype)
-        if config.tie_word_embeddings:
-            self.lm_head = None
-        else:
+        self.lm_head: Linear | None = nnx.data(None)
+        if not config.tie_word_embeddings:
             self.lm_head = Linear(config.hidden_size, config.vocab_size, ("embed", "vocab"), std=std, **made)
 
     def __call__(
@@ -126,13 +126,27 @@ class Llama(nnx.Module):
             x = keep_tokens_split(run(x, cos, sin, functools.partial(attend, number)))
         return self.norm(x)
 
-    def logits(self, hidden: Float[Array, "... embed"]) -> Float[Array, "... vocab"]:
-        """Scores of every vocabulary entry, float32."""
-        if self.lm_head is None:
+    def logits(
+        self, hidden: Float[Array, "... embed"], dropout_key: jax.Array | None = None
+    ) -> Float[Array, "... vocab"]:
+        """Scores of every vocabulary entry, float32.
+
+        ``dropout_key`` takes the place of the key that ``set_dropout_keys`` gave the head's adapter.
+        """
+        head = self.lm_head
+        if head is None or self.config.tie_word_embeddings:
             table = self.embed_tokens.embedding[...].astype(hidden.dtype)
-            return jnp.einsum("...e,ve->...v", hidden, table, preferred_element_type=jnp.float32)
-        kernel = self.lm_head.kernel[...].astype(hidden.dtype)
-        return jnp.einsum("...e,ev->...v", hidden, kernel, preferred_element_type=jnp.float32)
+            scores = jnp.einsum("...e,ve->...v", hidden, table, preferred_element_type=jnp.float32)
+        else:
+            kernel = head.kernel[...].astype(hidden.dtype)
+            scores = jnp.einsum("...e,ev->...v", hidden, kernel, preferred_element_type=jnp.float32)
+        if head is not None and head.lora_a is not None and head.lora_b is not None:
+            low_rank = head.drop(hidden, dropout_key) @ head.lora_a[...].astype(hidden.dtype)
+            up = head.lora_b[...].astype(hidden.dtype)
+            scores += head.lora_scale * jnp.einsum(
+                "...r,rv->...v", low_rank, up, preferred_element_type=jnp.float32
+            )
+        return scores
 
     @classmethod
     def from_pretrained(cls, directory: str | Path, *, dtype=None, mesh: Mesh | None = None) -> "Llama":

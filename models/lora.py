@@ -1,7 +1,10 @@
 """Low-rank adapters (LoRA, arXiv 2106.09685) on linear layers, in place."""
 
-from collections.abc import Sequence
+import dataclasses
+import math
+from collections.abc import Collection, Mapping, Sequence
 from fnmatch import fnmatchcase
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +12,22 @@ from flax import nnx
 
 from jsparse.integers import require_integer
 from jsparse.models.frozen_base import dequantize_base, is_quantized
-from jsparse.models.layers import DropoutKey, Linear, LoRAParam, linear_layers, logical_axes
+from jsparse.models.layers import (
+    DropoutKey,
+    Linear,
+    LoRAParam,
+    adaptable_layers,
+    linear_layers,
+    logical_axes,
+)
+from jsparse.models.peft_names import (
+    ALL_LINEAR,
+    HEAD,
+    check_expression,
+    module_name,
+    pattern_value,
+    unmatched_keys,
+)
 
 
 def add_lora(
@@ -20,52 +38,96 @@ def add_lora(
     rngs: nnx.Rngs,
     targets: Sequence[str] = ("q_proj", "k_proj", "v_proj", "o_proj"),
     dropout: float | int = 0.0,
+    rslora: bool = False,
+    rank_pattern: Mapping[str, int] | None = None,
+    alpha_pattern: Mapping[str, float | int] | None = None,
+    layers: Sequence[int] | None = None,
+    exclude: Collection[str] = (),
 ) -> None:
     """Attach adapters to every linear layer that one of ``targets`` names.
 
-    From now on it computes ``x W + b + (alpha / rank) (x A) B``. A [in, rank] is normal with variance ``1 /
-    in``, B [rank, out] is zero, so the model's output does not change at first. Both are LoRAParam in
-    float32, whatever the model's dtype, and are cast where they are used.
+    From now on it computes ``x W + b + scale (x A) B``, with ``scale = alpha / rank``. A [in, rank] is normal
+    with variance ``1 / in``, B [rank, out] is zero, so the model's output does not change at first. Both are
+    LoRAParam in float32, whatever the model's dtype, and are cast where they are used.
 
-    A target is the last name of layers ("q_proj"), or a pattern (``fnmatch``) of their whole dotted paths:
-    "layers.*.mlp.up_proj", "layers.0.self_attn.*", or "*" for all. ``lm_head`` is not among them.
+    - targets: the last names of layers ("q_proj"), or patterns (``fnmatch``) of their whole dotted paths:
+      "layers.*.mlp.up_proj", "layers.0.self_attn.*". "*" and "all-linear" stand for all layers but the head,
+      "lm_head" for the head. A head that is tied to the embedding gets an adapter of its own; the embedding
+      stays as it is.
+    - dropout: as in PEFT: A sees each element of x with probability ``1 - dropout``, divided by that, and
+      otherwise zero; W sees all of x. Without a key from ``set_dropout_keys`` nothing is dropped.
+    - rslora: ``scale = alpha / sqrt(rank)`` (arXiv 2312.03732).
+    - rank_pattern, alpha_pattern: other ranks and alphas for some layers, by PEFT's rule: the first key
+      counts that is a regular expression for the end of the layer's name, from a dot on: "down_proj",
+      "layers.0.self_attn.q_proj", r"layers\\.[01]\\..*".
+    - layers: of the decoder's layers, only these get adapters. None: all. The head is none of them.
+    - exclude: dotted paths of layers that get none.
 
-    ``dropout`` is as in PEFT: A sees each element of x with probability ``1 - dropout``, divided by that, and
-    otherwise zero; W sees all of x. Without a key from ``set_dropout_keys`` nothing is dropped.
-
-    Raises ValueError for a rank or alpha that is not positive, a dropout outside [0, 1), for targets that
-    match no linear layer, and for a model that has adapters already; then nothing is attached.
+    Raises ValueError for a rank or alpha that is not positive, a dropout outside [0, 1), for targets and
+    patterns that match no layer that is left, for layers that the model does not have, and for a model that
+    has adapters already; then nothing is attached.
 
     >>> from jsparse.models import Llama, LlamaConfig
     >>> model = Llama(LlamaConfig.tiny(), rngs=nnx.Rngs(0))
-    >>> add_lora(model, rank=2, alpha=4, rngs=nnx.Rngs(1), targets=("q_proj", "layers.*.mlp.*"))
-    >>> model.layers[0].self_attn.q_proj.lora_a.shape
-    (32, 2)
+    >>> add_lora(
+    ...     model,
+    ...     rank=2,
+    ...     alpha=4,
+    ...     rngs=nnx.Rngs(1),
+    ...     targets=("q_proj", "layers.*.mlp.*"),
+    ...     rank_pattern={"up_proj": 8},
+    ... )
+    >>> model.layers[0].self_attn.q_proj.lora_a.shape, model.layers[0].mlp.up_proj.lora_a.shape
+    ((32, 2), (32, 8))
     """
-    require_integer("rank", rank)
-    if isinstance(alpha, bool) or not isinstance(alpha, int | float) or not 0 < alpha < float("inf"):
-        raise ValueError(f"alpha must be a positive number, not {alpha!r}")
+    rank_pattern, alpha_pattern = rank_pattern or {}, alpha_pattern or {}
+    for name, value in {"rank": rank, **_entries("rank_pattern", rank_pattern)}.items():
+        require_integer(name, value)
+    for name, value in {"alpha": alpha, **_entries("alpha_pattern", alpha_pattern)}.items():
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < float("inf"):
+            raise ValueError(f"{name} must be a positive number, not {value!r}")
     if isinstance(dropout, bool) or not isinstance(dropout, int | float) or not 0 <= dropout < 1:
         raise ValueError(f"dropout must be a number in [0, 1), not {dropout!r}")
-    linears = dict(linear_layers(model))
-    _check_targets(targets, linears)
     if has_lora(model):
         raise ValueError("the model has LoRA adapters already; merge_lora(model) folds them in")
-    for path, linear in linears.items():
-        if any(_names(target, path) for target in targets):
-            a = linear.in_size**-0.5 * jax.random.normal(rngs.params(), (linear.in_size, rank), jnp.float32)
-            b = jnp.zeros((rank, linear.out_size), jnp.float32)
-            linear.lora_a = LoRAParam(a, **logical_axes(linear.axes[0], None))
-            linear.lora_b = LoRAParam(b, **logical_axes(None, linear.axes[1]))
-            linear.lora_scale = alpha / rank
-            linear.lora_dropout = float(dropout)
+    linears = dict(linear_layers(model))
+    adaptable = [*linears, HEAD] if hasattr(model, HEAD) else list(linears)
+    _check_targets(targets, adaptable)
+    _check_layers(layers, linears)
+    among = [path for path in adaptable if path not in exclude and _in_layers(path, layers)]
+    left = {target: [path for path in among if _names(target, path)] for target in targets}
+    if not all(left.values()):
+        nothing = [target for target, paths in left.items() if not paths]
+        raise ValueError(
+            f"targets {nothing} match no linear layer among layers={layers} without exclude={sorted(exclude)}"
+        )
+    chosen = [path for path in among if any(path in paths for paths in left.values())]
+    names = [module_name(path) for path in chosen]
+    for name, pattern in (("rank_pattern", rank_pattern), ("alpha_pattern", alpha_pattern)):
+        unmatched = unmatched_keys(pattern, names)
+        if unmatched:
+            raise ValueError(
+                f"{name} {unmatched} match no layer with an adapter; allowed are "
+                f"{', '.join(sorted({one.rsplit('.', 1)[-1] for one in names}))}, "
+                f"and expressions for the end of a name like {names[0]}"
+            )
+    if HEAD in chosen:
+        linears[HEAD] = _head(model)
+    for path, name in zip(chosen, names, strict=True):
+        own_rank = pattern_value(rank_pattern, name, rank)
+        _attach(linears[path], own_rank, rngs)
+        own_alpha = pattern_value(alpha_pattern, name, alpha)
+        linears[path].lora_scale = own_alpha / (math.sqrt(own_rank) if rslora else own_rank)
+        linears[path].lora_rslora = rslora
+        linears[path].lora_dropout = float(dropout)
 
 
 def merge_lora(model: nnx.Module) -> None:
-    """Fold every adapter into its kernel, ``W + (alpha / rank) A B`` in float32, and remove it.
+    """Fold every adapter into its kernel, ``W + scale A B`` in float32, and remove it.
 
     In a frozen base of 4 or 8 bits, W is what its codes stand for, as when the adapters were trained. The
-    whole model then has ordinary kernels again, in the dtype they had.
+    whole model then has ordinary kernels again, in the dtype they had. A head that is tied to the embedding
+    gets a kernel of its own, if it has an adapter: the model is no longer tied.
 
     Raises ValueError if there is no adapter.
     """
@@ -73,7 +135,8 @@ def merge_lora(model: nnx.Module) -> None:
         raise ValueError("the model has no LoRA adapters to merge")
     if is_quantized(model):
         dequantize_base(model)
-    for _, linear in linear_layers(model):
+    _untie(model)
+    for _, linear in adaptable_layers(model):
         if linear.lora_a is not None and linear.lora_b is not None:
             kernel = linear.kernel[...]
             update = jnp.matmul(linear.lora_a[...], linear.lora_b[...], precision="highest")
@@ -81,6 +144,7 @@ def merge_lora(model: nnx.Module) -> None:
             linear.kernel[...] = merged.astype(kernel.dtype)
             linear.lora_a = linear.lora_b = linear.dropout_key = None
             linear.lora_scale = linear.lora_dropout = 0.0
+            linear.lora_rslora = False
 
 
 def set_dropout_keys(model: nnx.Module, key: jax.Array | None) -> None:
@@ -95,7 +159,7 @@ def set_dropout_keys(model: nnx.Module, key: jax.Array | None) -> None:
     >>> set_dropout_keys(model, jax.random.key(0))  # training
     >>> set_dropout_keys(model, None)  # evaluation
     """
-    for index, (_, linear) in enumerate(linear_layers(model)):
+    for index, (_, linear) in enumerate(adaptable_layers(model)):
         if key is None or not linear.lora_dropout:
             linear.dropout_key = None
         else:
@@ -104,21 +168,77 @@ def set_dropout_keys(model: nnx.Module, key: jax.Array | None) -> None:
 
 def has_lora(model: nnx.Module) -> bool:
     """Whether any linear layer carries an adapter."""
-    return any(linear.lora_a is not None for _, linear in linear_layers(model))
+    return any(linear.lora_a is not None for _, linear in adaptable_layers(model))
+
+
+def _attach(linear: Linear, rank: int, rngs: nnx.Rngs) -> None:
+    a = linear.in_size**-0.5 * jax.random.normal(rngs.params(), (linear.in_size, rank), jnp.float32)
+    b = jnp.zeros((rank, linear.out_size), jnp.float32)
+    linear.lora_a = LoRAParam(a, **logical_axes(linear.axes[0], None))
+    linear.lora_b = LoRAParam(b, **logical_axes(None, linear.axes[1]))
+
+
+def _head(model: Any) -> Linear:
+    """The head; of a model that ties it to the embedding a new one, which has no kernel."""
+    if model.lm_head is None:
+        vocab, embed = model.embed_tokens.embedding[...].shape
+        axes = ("embed", "vocab")
+        head = nnx.eval_shape(
+            lambda: Linear(embed, vocab, axes, std=0.0, rngs=nnx.Rngs(0), dtype=jnp.float32)
+        )
+        head.kernel = nnx.data(None)  # type: ignore  # as in a frozen base
+        model.lm_head = head
+    return model.lm_head
+
+
+def _untie(model: Any) -> None:
+    """Give a head that has an adapter, but no kernel, the embedding's values as its kernel."""
+    head = getattr(model, "lm_head", None)
+    if isinstance(head, Linear) and head.kernel is None:
+        head.kernel = nnx.Param(model.embed_tokens.embedding[...].T, **logical_axes(*head.axes))
+        model.config = dataclasses.replace(model.config, tie_word_embeddings=False)
 
 
 def _names(target, path):
-    return target == path.rsplit(".", 1)[-1] or fnmatchcase(path, target)
+    if path == HEAD:
+        return target == HEAD
+    return target in (path.rsplit(".", 1)[-1], ALL_LINEAR) or fnmatchcase(path, target)
 
 
-def _check_targets(targets: Sequence[str], linears: dict[str, Linear]) -> None:
+def _in_layers(path: str, layers: Sequence[int] | None) -> bool:
+    return layers is None or path == HEAD or _layer(path) in layers
+
+
+def _layer(path: str) -> int | None:
+    """The number of the decoder layer that a path lies in; None for a module that is in none."""
+    parent, number, *_ = [*path.split("."), ""]
+    return int(number) if parent == "layers" else None
+
+
+def _entries(name: str, pattern: Mapping[str, Any]) -> dict[str, Any]:
+    """The values of a pattern, by what a message calls them."""
+    for key in pattern:
+        check_expression(name, key)
+    return {f"{name}[{key!r}]": value for key, value in pattern.items()}
+
+
+def _check_targets(targets: Sequence[str], adaptable: Sequence[str]) -> None:
     if isinstance(targets, str):
         raise ValueError(f"targets must be a sequence of names, not the string {targets!r}")
-    unmatched = [target for target in targets if not any(_names(target, path) for path in linears)]
+    unmatched = [target for target in targets if not any(_names(target, path) for path in adaptable)]
     if unmatched or not targets:
-        names = sorted({path.rsplit(".", 1)[-1] for path in linears})
-        paths = list(linears)
+        paths = [path for path in adaptable if path != HEAD]
+        names = [*sorted({path.rsplit(".", 1)[-1] for path in paths}), HEAD]
         raise ValueError(
             f"targets {unmatched or list(targets)} match no linear layer; allowed are {', '.join(names)}, "
-            f"and patterns with * that match a path like {paths[0]} (the last is {paths[-1]})"
+            f"{ALL_LINEAR}, and patterns with * that match a path like {paths[0]} (the last is {paths[-1]})"
+        )
+
+
+def _check_layers(layers: Sequence[int] | None, linears: dict[str, Linear]) -> None:
+    numbers = {number for number in map(_layer, linears) if number is not None}
+    if layers is not None and not (layers and numbers.issuperset(layers)):
+        raise ValueError(
+            f"layers must be None or some of the model's layers, 0 to {max(numbers, default=-1)}, "
+            f"not {tuple(layers)}"
         )

@@ -31,9 +31,10 @@ def next_targets(
 
 def token_nll(
     hidden: Float[Array, "B T E"],
-    logits_of: Callable[[Array], Array],
+    logits_of: Callable[..., Array],
     targets: Int32[Array, "B T"],
     *,
+    key: jax.Array | None = None,
     parts: int = 1,
     logits_at_once: int = _LOGITS_AT_ONCE,
 ) -> Float32[Array, "B T"]:
@@ -43,6 +44,7 @@ def token_nll(
     would take 51 GB. They are computed for one stretch of each sequence at a time, and again in the backward
     pass.
 
+    - key: ``logits_of(hidden, key)`` gets a random key made from this one, another for each stretch.
     - parts: how many devices share each sequence; a stretch takes equally many tokens from each device.
     - logits_at_once: at most this many numbers of a sequence at a time.
 
@@ -52,16 +54,18 @@ def token_nll(
     [[0.0, 0.0, 0.0, 100.0]]
     """
     batch, length, _ = hidden.shape
-    vocab = jax.eval_shape(logits_of, hidden).shape[-1]
+    whole = () if key is None else (key,)
+    vocab = jax.eval_shape(logits_of, hidden, *whole).shape[-1]
     part = length // parts
     stretches = -(-part // max(1, logits_at_once // vocab))
 
     @jax.checkpoint
-    def nll(hidden, targets):
-        return optax.softmax_cross_entropy_with_integer_labels(logits_of(hidden).astype(jnp.float32), targets)
+    def nll(hidden, targets, *key):
+        logits = logits_of(hidden, *key).astype(jnp.float32)
+        return optax.softmax_cross_entropy_with_integer_labels(logits, targets)
 
     if stretches == 1:
-        return nll(hidden, targets)
+        return nll(hidden, targets, *whole)
     size = -(-part // stretches)
 
     def stretched(x):  # [B, T, ...] to [stretches, B, parts, size, ...]
@@ -69,6 +73,7 @@ def token_nll(
         x = jnp.pad(x, [(0, 0), (0, 0), (0, stretches * size - part), *[(0, 0)] * (x.ndim - 3)])
         return jnp.moveaxis(x.reshape(batch, parts, stretches, size, *x.shape[3:]), 2, 0)
 
-    out = jax.lax.map(lambda x: nll(*x), (stretched(hidden), stretched(targets)))
+    keys = [jax.random.split(one, stretches) for one in whole]
+    out = jax.lax.map(lambda x: nll(*x), (stretched(hidden), stretched(targets), *keys))
     out = jnp.moveaxis(out, 0, 2).reshape(batch, parts, stretches * size)
     return out[:, :, :part].reshape(batch, length)

@@ -263,7 +263,18 @@ def folder(tmp_path_factory, save_tiny_model):
     return path
 
 
-@pytest.mark.parametrize("options", [{}, {"lora_rank": None, "attention": "full"}])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"lora_rank": None, "attention": "full"},
+        {
+            "lora_targets": ("all-linear", "lm_head"),
+            "lora_rank_pattern": {"lm_head": 3},
+            "modules_to_save": ("up_proj",),
+        },
+    ],
+)
 def test_the_step_of_a_plan_takes_what_finetune_starts_with(folder, options):
     config = FinetuneConfig(
         model=folder, data="-", output="-", context=128, batch_size=4, micro_batches=2, **options

@@ -9,8 +9,10 @@ from typing import TYPE_CHECKING, Any
 import jsparse
 from jsparse.checks import require_choice, require_integers, require_numbers
 from jsparse.hub import model_folder
+from jsparse.integers import is_integer, require_integer
 from jsparse.models.choices import EXTENSIONS, KINDS, REMAT
 from jsparse.models.mesh_config import MeshConfig
+from jsparse.models.peft_names import check_expression
 from jsparse.texts.reading import Reading
 from jsparse.train.run.paths import as_paths
 
@@ -111,12 +113,26 @@ class FinetuneConfig:
     """Rank of the LoRA matrices. None trains every parameter instead, without LoRA."""
     lora_alpha: float = 16.0
     """The LoRA product is scaled by alpha / rank."""
+    rslora: bool = False
+    """Scale the LoRA product by alpha / sqrt(rank) instead (rank-stabilized LoRA)."""
+    lora_rank_pattern: dict[str, int] = dataclasses.field(default_factory=dict)
+    """Other ranks for some layers: the end of a name, from a dot on, as a regular expression ("down_proj",
+    "layers.0.mlp.*"), and its rank. The first that fits counts, as in PEFT."""
+    lora_alpha_pattern: dict[str, float] = dataclasses.field(default_factory=dict)
+    """Other alphas for some layers, in the same way."""
+    lora_layers: tuple[int, ...] | None = None
+    """The decoder layers that get adapters (PEFT's layers_to_transform); None for all. lm_head is in none."""
     lora_dropout: float = 0.0
     """Fraction of the adapters' inputs that is dropped in training."""
     lora_targets: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj")
-    """The linear layers that get adapters: names, or dotted paths with * ("layers.*.mlp.*")."""
+    """The linear layers that get adapters: names, or dotted paths with * ("layers.*.mlp.*"). "all-linear" is
+    all but the head, "lm_head" the head."""
     train_embeddings_and_norms: bool = True
     """Train embeddings and norms beside LoRA, as LongLoRA must to reach long contexts."""
+    modules_to_save: tuple[str, ...] = ()
+    """Modules that are trained whole beside LoRA, without adapters, by the ends of their names as in PEFT:
+    "lm_head", "embed_tokens", "norm" (every norm), "layers.0.mlp.up_proj". Those that
+    train_embeddings_and_norms means are trained too, unless it is off."""
     base_bits: int | None = None
     """Keep the frozen matrices in 4 or 8 bits (QLoRA; needs the extra qlora). None keeps them in dtype."""
     dtype: str | None = None
@@ -230,6 +246,31 @@ class FinetuneConfig:
             )
         if self.lora_dropout >= 1:
             raise ValueError(f"lora_dropout must be a number in [0, 1), not {self.lora_dropout!r}")
+        for name in ("rslora", "lora_rank_pattern", "lora_alpha_pattern", "lora_layers", "modules_to_save"):
+            value = getattr(self, name)
+            if self.lora_rank is None and value not in (False, {}, None, ()):
+                raise ValueError(
+                    f"{name}={value!r} is for LoRA, but lora_rank=None trains every parameter; give a rank"
+                )
+        for name in ("lora_targets", "modules_to_save"):
+            if isinstance(getattr(self, name), str):
+                raise ValueError(f"{name} must be a tuple of names, not the string {getattr(self, name)!r}")
+        if self.lora_layers is not None and not (
+            self.lora_layers and all(is_integer(layer) and layer >= 0 for layer in self.lora_layers)
+        ):
+            raise ValueError(
+                f"lora_layers must be None or numbers of layers, from 0, not {self.lora_layers!r}"
+            )
+        self._check_patterns()
+
+    def _check_patterns(self):
+        for key, rank in self.lora_rank_pattern.items():
+            check_expression("lora_rank_pattern", key)
+            require_integer(f"lora_rank_pattern[{key!r}]", rank)
+        for key, alpha in self.lora_alpha_pattern.items():
+            check_expression("lora_alpha_pattern", key)
+            if isinstance(alpha, bool) or not isinstance(alpha, int | float) or not 0 < alpha < math.inf:
+                raise ValueError(f"lora_alpha_pattern[{key!r}] must be a number > 0, not {alpha!r}")
 
     def _check_batch(self):
         if self.batch_size % self.micro_batches:

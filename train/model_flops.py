@@ -1,7 +1,7 @@
 """FLOPs of a training step of a Llama, counted from its sizes and from the block lists of its masks."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 from jsparse.attention import Mask
 from jsparse.masks.block_mask import BlockMask, default_block_sizes
@@ -9,6 +9,7 @@ from jsparse.masks.token_mask import causal
 from jsparse.models import Llama, has_lora
 from jsparse.models.layers import Linear, linear_layers
 from jsparse.models.masking import ModelMask, layer_masks
+from jsparse.models.peft_names import EMBEDDING, HEAD, module_name
 from jsparse.plan.flops import Passes, StepFlops, attention_flops
 
 # The parts of a layer that the backward pass recomputes.
@@ -27,6 +28,7 @@ def step_flops(
     context: int,
     windows: int,
     train_embeddings: bool = True,
+    whole: Collection[str] = (),
     remat: str = "none",
 ) -> StepFlops:
     """FLOPs of a step over ``windows`` windows of ``context`` tokens, on all devices together.
@@ -35,6 +37,7 @@ def step_flops(
       frozen.
     - mask: as the model takes it.
     - train_embeddings: whether the embeddings are trained.
+    - whole: modules of a frozen base that are trained nevertheless, by their names in transformers.
     - remat: as in ``Llama.hidden``. "layers" recomputes all of a layer except its last product, "attention"
       the same except attention, "dots" attention alone.
 
@@ -63,7 +66,8 @@ def step_flops(
         one_token = Passes()
         for path, linear in linear_layers(model):
             if f".{module}." in path:
-                one_token += _linear(linear, base_trained=base_trained, last=path.endswith("down_proj"))
+                trained = base_trained or module_name(path) in whole
+                one_token += _linear(linear, base_trained=trained, last=path.endswith("down_proj"))
         passes = one_token.times(context * windows)
         return passes if "products" in again else dataclasses.replace(passes, again=0)
 
@@ -75,23 +79,37 @@ def step_flops(
         passes = passes if "attention" in again else dataclasses.replace(passes, again=0)
         return passes.times(windows)
 
-    head = 2 * config.hidden_size * config.vocab_size * context * windows
-    head_trained = base_trained or (config.tie_word_embeddings and train_embeddings)
+    tied = config.tie_word_embeddings
+    head_trained = base_trained or HEAD in whole or (tied and (train_embeddings or EMBEDDING in whole))
+    head = _head(model, base_trained=head_trained).times(context * windows)
     return StepFlops(
         attention=attention(layer_masks(config, mask)),
         causal_attention=attention([causal()] * config.num_hidden_layers),
         projections=products("self_attn"),
         mlp=products("mlp"),
-        head=Passes(head, 2 * head if head_trained else head, head),
+        head=head,
+    )
+
+
+def _head(model: Llama, *, base_trained: bool) -> Passes:
+    """FLOPs of the head per token, with its adapter."""
+    rank = 0 if model.lm_head is None else _rank(model.lm_head)
+    return _product(
+        model.config.hidden_size, model.config.vocab_size, rank, base_trained=base_trained, last=False
     )
 
 
 def _linear(linear: Linear, *, base_trained: bool, last: bool) -> Passes:
+    return _product(linear.in_size, linear.out_size, _rank(linear), base_trained=base_trained, last=last)
+
+
+def _rank(linear: Linear) -> int:
+    return 0 if linear.lora_b is None else linear.lora_b.shape[0]
+
+
+def _product(inputs: int, outputs: int, rank: int, *, base_trained: bool, last: bool) -> Passes:
     """FLOPs of ``x W + (x A) B`` per token. Of a layer's ``last`` product only ``x A`` is recomputed."""
-    rank = 0 if linear.lora_b is None else linear.lora_b.shape[0]
-    base, down, up = (
-        2 * n for n in (linear.in_size * linear.out_size, linear.in_size * rank, rank * linear.out_size)
-    )
+    base, down, up = (2 * n for n in (inputs * outputs, inputs * rank, rank * outputs))
     return Passes(
         forward=base + down + up,
         backward=base * (2 if base_trained else 1) + 2 * (down + up),

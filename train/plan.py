@@ -15,7 +15,7 @@ from jsparse.plan.compile_only import compile_only_devices, find_device
 from jsparse.plan.program import DEFAULT_MEMORY_FRACTION, Plan, Program, check_memory_fraction, plan_program
 from jsparse.train.config import FinetuneConfig
 from jsparse.train.model_flops import step_flops
-from jsparse.train.start import extended_config, is_trained, make_step, prepare
+from jsparse.train.start import extended_config, is_trained, make_step, prepare, whole_modules
 from jsparse.train.step import new_state, split_model
 
 STORED_DTYPE = "bfloat16"  # assumed if a run keeps the dtype: nearly all published weights are bfloat16
@@ -53,12 +53,14 @@ def plan_finetune(
     devices = compile_only_devices(chosen, config.mesh.devices, hosts=hosts)
     mesh = config.mesh.make(devices)
     program = step_program(config, model_config, mask, mesh)
+    prepared = _abstract_model(config, model_config)
     flops = step_flops(
-        _abstract_model(config, model_config),
+        prepared,
         mask,
         context=config.context,
         windows=config.batch_size,
         train_embeddings=config.train_embeddings_and_norms,
+        whole=whole_modules(config, prepared),
         remat=config.remat,
     )
     return Plan(
@@ -115,6 +117,8 @@ def _settings(config: FinetuneConfig) -> dict[str, Any]:
     """The settings of a run that decide its memory and its FLOPs."""
     names = ("context", "attention", "lora_rank", "lora_targets", "train_embeddings_and_norms", "base_bits")
     settings = {name: getattr(config, name) for name in (*names, "remat", "batch_size", "micro_batches")}
+    given = ("lora_rank_pattern", "lora_layers", "modules_to_save")  # with them others are trained
+    settings |= {name: getattr(config, name) for name in given if getattr(config, name)}
     if config.groups is not None:
         settings["group_size"] = config.groups
     return settings | {"dtype": config.dtype or STORED_DTYPE}

@@ -10,8 +10,10 @@ from jax.sharding import Mesh
 from jaxtyping import PyTree
 
 from jsparse.models import Llama, LlamaConfig, LoRAParam, add_lora, quantize_base
+from jsparse.models.layers import linear_layers
 from jsparse.models.longlora import is_trained_with_lora
 from jsparse.models.masking import ModelMask
+from jsparse.models.peft_names import HEAD, find_named, module_name, whole_among
 from jsparse.models.positions import describe, note, positions_of
 from jsparse.models.sharding import parameter_shardings, put
 from jsparse.train.config import FinetuneConfig
@@ -61,19 +63,47 @@ def load_start(
 
 
 def prepare(config: FinetuneConfig, model: Llama) -> Llama:
-    """Give the model the frozen base and the adapters that the run trains it with."""
+    """Give the model the frozen base and the adapters that the run trains it with.
+
+    Raises ValueError for targets, patterns, layers and modules to save that the model does not have.
+    """
+    if config.lora_rank is None:
+        return model
+    whole = whole_modules(config, model)
+    linears = {path: module_name(path) for path, _ in linear_layers(model)}
     if config.base_bits is not None:
+        unfrozen = [name for name in linears.values() if name in whole]
+        if unfrozen:
+            raise ValueError(
+                f"modules_to_save={config.modules_to_save} trains {', '.join(unfrozen)}, which base_bits="
+                f"{config.base_bits} keeps frozen; allowed are embeddings, norms and lm_head"
+            )
         quantize_base(model, config.base_bits)
-    if config.lora_rank is not None:
-        add_lora(
-            model,
-            rank=config.lora_rank,
-            alpha=config.lora_alpha,
-            rngs=nnx.Rngs(config.seed),
-            targets=config.lora_targets,
-            dropout=config.lora_dropout,
-        )
+    add_lora(
+        model,
+        rank=config.lora_rank,
+        alpha=config.lora_alpha,
+        rngs=nnx.Rngs(config.seed),
+        targets=config.lora_targets,
+        dropout=config.lora_dropout,
+        rslora=config.rslora,
+        rank_pattern=config.lora_rank_pattern,
+        alpha_pattern=config.lora_alpha_pattern,
+        layers=config.lora_layers,
+        exclude=[path for path in (*linears, HEAD) if module_name(path) in whole],
+    )
     return model
+
+
+def whole_modules(config: FinetuneConfig, model: Llama) -> list[str]:
+    """The modules that ``modules_to_save`` trains whole, by their names in transformers."""
+    modules = list(dict.fromkeys(module_name(".".join(path[:-1])) for path in _parameter_paths(model)))
+    if model.config.tie_word_embeddings and whole_among(config.modules_to_save, [HEAD]):
+        raise ValueError(
+            f"modules_to_save={config.modules_to_save} names lm_head, which the model ties to the embedding; "
+            "embed_tokens trains both"
+        )
+    return find_named("modules_to_save", config.modules_to_save, modules, whole_among)
 
 
 def make_step(
@@ -94,7 +124,19 @@ def is_trained(config: FinetuneConfig) -> Any:
     """A filter for ``nnx.split``: which parameters to train."""
     if config.lora_rank is None:
         return nnx.Param
-    return is_trained_with_lora if config.train_embeddings_and_norms else LoRAParam
+    beside = is_trained_with_lora if config.train_embeddings_and_norms else LoRAParam
+    if not config.modules_to_save:
+        return beside
+
+    def is_whole(path: tuple, variable: nnx.Variable) -> bool:
+        module = module_name(".".join(map(str, path[:-1])))
+        return isinstance(variable, nnx.Param) and bool(whole_among(config.modules_to_save, [module]))
+
+    return nnx.Any(beside, is_whole)
+
+
+def _parameter_paths(model: Llama) -> list[tuple[str, ...]]:
+    return [tuple(map(str, path)) for path, _ in nnx.to_flat_state(nnx.state(model, nnx.Param))]
 
 
 def _placed(tree: PyTree, mesh: Mesh) -> PyTree:

@@ -120,7 +120,9 @@ def train_step(
             set_dropout_keys(model, key)
         hidden = model.hidden(tokens, None, model.attend(mask, segment_ids), **options)
         targets, counts = next_targets(tokens, segment_ids, scored)
-        nll = token_nll(hidden, model.logits, targets, parts=parts)
+        dropout = None if model.lm_head is None else model.lm_head.dropout_key
+        head_key = None if dropout is None else dropout[...]
+        nll = token_nll(hidden, model.logits, targets, key=head_key, parts=parts)
         return jnp.where(counts, nll, 0.0).sum() / total
 
     def gradient(params, frozen, batches, step, total):

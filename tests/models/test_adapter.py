@@ -15,8 +15,9 @@ import safetensors.numpy
 from flax import nnx
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from jsparse.models import Llama, LoRAParam, RopeConfig, add_lora, has_lora, merge_lora
+from jsparse.models import Llama, LoRAParam, RopeConfig, add_lora, has_lora, merge_lora, quantize_base
 from jsparse.models.adapter import load_adapter, save_adapter
+from jsparse.models.layers import adaptable_layers
 
 TOKENS = np.random.default_rng(0).integers(0, 61, (2, 24)).astype(np.int32)
 PREFIX = "base_model.model."
@@ -136,6 +137,37 @@ def test_fields_of_the_config(folder):
     assert isinstance(fields["lora_alpha"], int)
 
 
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({"alpha": 6}, {}),
+        ({"rslora": True, "rank": 4, "alpha": 5}, {"r": 4, "lora_alpha": 5, "use_rslora": True}),
+        (
+            {"rank": 2, "rank_pattern": {"layers.1.self_attn.q_proj": 8}, "alpha_pattern": {"v_proj": 3}},
+            {"r": 2, "rank_pattern": {"layers.1.self_attn.q_proj": 8}, "alpha_pattern": {"v_proj": 3}},
+        ),
+        (
+            {"targets": ("q_proj", "up_proj"), "layers": (1,)},
+            {"target_modules": ["q_proj", "up_proj"], "layers_to_transform": [1]},
+        ),
+        (
+            {"targets": ("q_proj", "layers.0.mlp.up_proj", "lm_head")},
+            {"target_modules": ["lm_head", "model.layers.0.mlp.up_proj", "q_proj"]},
+        ),
+    ],
+)
+def test_settings_are_written_where_they_differ(options, expected, tiny_config, tmp_path):
+    targets = ("q_proj", "v_proj")
+    model = make_tuned(tiny_config, **({"rank": 3, "alpha": 6, "targets": targets} | options))
+    save_adapter(model, tmp_path, base="base", trained=LoRAParam)
+    fields = json.loads((tmp_path / CONFIG).read_text())
+    optional = ("use_rslora", "rank_pattern", "alpha_pattern", "layers_to_transform", "layers_pattern")
+    assert {name for name in optional if name in fields} == expected.keys() & set(optional)
+    plain = {"r": 3, "lora_alpha": 6, "target_modules": ["q_proj", "v_proj"]}
+    for name, value in (plain | expected).items():
+        assert fields[name] == value
+
+
 # Round trips
 
 
@@ -146,6 +178,9 @@ def test_fields_of_the_config(folder):
         ({"tie_word_embeddings": True}, {"targets": ("q_proj", "down_proj")}),
         ({"model_type": "qwen3", "head_dim": 16}, {"targets": ("layers.1.self_attn.*", "gate_proj")}),
         ({"model_type": "qwen2"}, {"rank": 1, "alpha": 0.3, "dropout": 0.25}),
+        ({}, {"rslora": True, "targets": ("q_proj", "down_proj"), "rank_pattern": {"down_proj": 7}}),
+        ({}, {"targets": ("*",), "layers": (1,), "alpha_pattern": {"layers.1.self_attn.q_proj": 0.7}}),
+        ({"tie_word_embeddings": True}, {"targets": ("all-linear", "lm_head"), "alpha": 5}),
     ],
 )
 def test_round_trip(variant, options, tiny_config, tmp_path):
@@ -155,9 +190,11 @@ def test_round_trip(variant, options, tiny_config, tmp_path):
     model = Llama(config, rngs=nnx.Rngs(0))
     load_adapter(model, tmp_path)
     assert_same(model, tuned)
-    ours, theirs = (each.layers[1].self_attn.q_proj for each in (model, tuned))
-    assert ours.lora_scale == pytest.approx(theirs.lora_scale, rel=1e-12)
-    assert ours.lora_dropout == theirs.lora_dropout
+    theirs = dict(adaptable_layers(tuned))
+    for path, linear in adaptable_layers(model):
+        assert linear.lora_scale == pytest.approx(theirs[path].lora_scale, rel=1e-12)
+        assert linear.lora_dropout == theirs[path].lora_dropout
+        assert linear.lora_rslora == theirs[path].lora_rslora
 
 
 def test_loaded_logits_and_merged_weights(tiny_config, tuned, folder):
@@ -346,22 +383,37 @@ def test_added_tokens(tiny_config, folder):
         ({"peft_type": "IA3"}, "peft_type='IA3'"),
         ({"task_type": "SEQ_CLS"}, "task_type='SEQ_CLS'"),
         ({"use_dora": True}, "use_dora=True is not supported (allowed: False or None)"),
-        ({"use_rslora": True, "bias": "all"}, "use_rslora=True"),
-        ({"use_rslora": True, "bias": "all"}, "bias='all'"),
-        ({"rank_pattern": {"q_proj": 8}}, "rank_pattern={'q_proj': 8}"),
-        ({"alpha_pattern": {"q_proj": 8}}, "alpha_pattern"),
+        ({"use_dora": True, "bias": "all"}, "bias='all'"),
+        ({"use_rslora": "no"}, "use_rslora must be True, False or None, not 'no'"),
+        ({"rank_pattern": {"q_proj": 8}}, "q_proj.lora_A.weight has shape [3, 32], not [8, 32]"),
+        ({"rank_pattern": {"q_proj": 0}}, "rank_pattern['q_proj'] must be an integer >= 1, not 0"),
+        ({"rank_pattern": [8]}, "rank_pattern must map names of modules to numbers, not [8]"),
+        ({"rank_pattern": {"(q_proj": 8}}, "rank_pattern '(q_proj' is no regular expression"),
+        ({"alpha_pattern": {"q_proj": -8}}, "alpha_pattern['q_proj'] must be a positive number, not -8"),
         ({"init_lora_weights": "pissa"}, "init_lora_weights='pissa'"),
-        ({"layers_to_transform": [0]}, "layers_to_transform=[0]"),
+        ({"layers_to_transform": [0]}, "unexpected model.layers.1.self_attn.k_proj.lora_A.weight"),
+        ({"layers_to_transform": [2]}, "leave no module to adapt, with layers_to_transform=[2]"),
+        ({"layers_to_transform": [-1]}, "layers_to_transform must be an integer >= 0, not -1"),
+        ({"layers_to_transform": "0"}, "layers_to_transform must be a number or a list of numbers, not '0'"),
+        ({"layers_to_transform": [0], "target_modules": "all-linear"}, "needs a list of target_modules"),
+        ({"layers_to_transform": 0, "layers_pattern": ["("]}, "layers_pattern '(' is no regular expression"),
+        ({"exclude_modules": ["k_proj"]}, "unexpected model.layers.0.self_attn.k_proj.lora_A.weight"),
+        ({"exclude_modules": ".*"}, "leave no module to adapt"),
         ({"trainable_token_indices": [3]}, "trainable_token_indices"),
         ({"use_something_new": True}, "use_something_new=True is not known"),
         ({"target_modules": ["q_proj", "c_attn"]}, "target_modules ['c_attn'] name no module"),
-        ({"target_modules": ["lm_head"]}, "target_modules ['lm_head'] name no module"),
+        ({"target_modules": ["embed_tokens"]}, "target_modules ['embed_tokens'] name no module"),
+        ({"target_modules": ["lm_head"]}, "missing lm_head.lora_A.weight"),
+        ({"target_modules": "all-linear"}, "missing model.layers.0.mlp.down_proj.lora_A.weight"),
         ({"target_modules": "["}, "no regular expression"),
         ({"target_modules": "q_proj"}, "target_modules ['q_proj'] name no module"),
         ({"target_modules": []}, "target_modules must name at least one module, not []"),
         ({"target_modules": ["q_proj", 1]}, "target_modules must be a list of module names"),
         ({"modules_to_save": ["embed_tokens", "classifier"]}, "modules_to_save ['classifier']"),
         ({"modules_to_save": "norm"}, "modules_to_save must be a list"),
+        ({"modules_to_save": ["v_proj"]}, "missing model.layers.0.self_attn.v_proj.weight"),
+        ({"modules_to_save": ["k_proj"]}, "unexpected model.layers.0.self_attn.k_proj.lora_A.weight"),
+        ({"modules_to_save": ["_proj"]}, "both name model.layers.0.self_attn.k_proj"),
         ({"target_modules": ["q_proj"]}, "unexpected model.layers.0.self_attn.k_proj.lora_A.weight"),
     ],
 )
@@ -454,10 +506,8 @@ def test_models_that_no_adapter_folder_holds(tiny_config, tiny_model, tmp_path):
     with pytest.raises(ValueError, match="no LoRA adapters.*save_pretrained"):
         save_adapter(tiny_model, tmp_path / "a", base="base", trained=is_trained)
     tuned = make_tuned(tiny_config)
-    tuned.layers[0].self_attn.q_proj.lora_scale = 7.0
-    with pytest.raises(
-        ValueError, match=r"one rank, scale and dropout.*\(3, 2\.0, 0\.0\), \(3, 7\.0, 0\.0\)"
-    ):
+    tuned.layers[0].self_attn.q_proj.lora_dropout = 0.5
+    with pytest.raises(ValueError, match=r"one dropout, but the model has \[0\.0, 0\.5\]"):
         save_adapter(tuned, tmp_path / "a", base="base", trained=is_trained)
     assert not (tmp_path / "a").exists()
 
@@ -481,3 +531,81 @@ def test_parameters_on_a_mesh_stay_there(tiny_config, tuned, folder):
     placed = model.norm.scale[...].sharding
     assert isinstance(placed, NamedSharding) and placed.mesh == mesh
     assert_same(model, tuned)
+
+
+def test_keys_that_mean_nothing_are_noted(tiny_config, tuned, folder, caplog):
+    """PEFT warns, and trains without them."""
+    edit_config(folder, alpha_pattern={"c_attn": 1, "up_proj": 2})
+    model = Llama(tiny_config, rngs=nnx.Rngs(0))
+    load_adapter(model, folder)
+    assert_same(model, tuned)
+    assert "alpha_pattern ['c_attn', 'up_proj'] means none of the adapted modules" in caplog.text
+
+
+def test_a_head_beside_its_adapter(tiny_config, tmp_path):
+    """What PEFT writes as the base of an adapted head replaces the model's; a whole one has no place."""
+    tied = dataclasses.replace(tiny_config, tie_word_embeddings=True)
+    for config in (tiny_config, tied):
+        directory = tmp_path / str(config.tie_word_embeddings)
+        save_adapter(
+            make_tuned(config, targets=("lm_head",), trained=LoRAParam),
+            directory,
+            base="b",
+            trained=LoRAParam,
+        )
+        head = np.random.default_rng(3).standard_normal((61, 32)).astype(np.float32)
+        edit_weights(directory, lambda t, head=head: t.update({f"{PREFIX}lm_head.base_layer.weight": head}))
+        model = Llama(config, rngs=nnx.Rngs(0))
+        load_adapter(model, directory)
+        if config.tie_word_embeddings:
+            np.testing.assert_array_equal(model.embed_tokens.embedding[...], head)
+        else:
+            assert model.lm_head is not None
+            np.testing.assert_array_equal(model.lm_head.kernel[...], head.T)
+        edit_weights(directory, lambda t, head=head: t.update({f"{PREFIX}lm_head.weight": head}))
+        refused(config, directory, ValueError, "unexpected lm_head.weight")
+
+    edit_weights(directory, lambda t: t.pop(f"{PREFIX}lm_head.weight"))
+    edit_weights(directory, lambda t: t.update({f"{PREFIX}model.embed_tokens.weight": 2 * head}))
+    edit_config(directory, modules_to_save=["embed_tokens"])
+    refused(tied, directory, ValueError, "ties lm_head to the embedding, but with this adapter PEFT")
+    edit_config(directory, ensure_weight_tying=True)
+    refused(tied, directory, ValueError, "with ensure_weight_tying, lm_head is the embedding")
+
+
+def test_merging_unties_an_adapted_head(tiny_config, tmp_path):
+    config = dataclasses.replace(tiny_config, tie_word_embeddings=True)
+    model = make_tuned(config, targets=("lm_head", "q_proj"), trained=LoRAParam)
+    table = np.asarray(model.embed_tokens.embedding[...])
+    head = model.lm_head
+    assert head is not None and head.lora_a is not None and head.lora_b is not None
+    a, b = (np.asarray(x[...], np.float64) for x in (head.lora_a, head.lora_b))
+    adapted = model(TOKENS)
+    merge_lora(model)
+    assert not model.config.tie_word_embeddings and not has_lora(model)
+    np.testing.assert_array_equal(model.embed_tokens.embedding[...], table)
+    np.testing.assert_allclose(head.kernel[...], table.T + 2 * a @ b, atol=1e-5)
+    np.testing.assert_allclose(model(TOKENS), adapted, atol=1e-4)
+    model.save_pretrained(tmp_path)
+    np.testing.assert_array_equal(Llama.from_pretrained(tmp_path)(TOKENS), model(TOKENS))
+
+
+def test_layers_of_a_frozen_base_are_not_replaced(tiny_config, tmp_path):
+    pytest.importorskip("qwix", reason="codes need qwix, from the extra `qlora`")
+    tuned = make_tuned(
+        tiny_config, targets=("q_proj", "lm_head"), rank_pattern={"lm_head": 2}, trained=LoRAParam
+    )
+    save_adapter(tuned, tmp_path, base="base", trained=LoRAParam)
+    model = Llama(tiny_config, rngs=nnx.Rngs(0))
+    quantize_base(model, 8)
+    load_adapter(model, tmp_path)
+    expected = model(TOKENS)
+    merge_lora(model)
+    np.testing.assert_allclose(model(TOKENS), expected, atol=1e-4)
+    edit_config(tmp_path, modules_to_save=["v_proj"])
+    model = Llama(tiny_config, rngs=nnx.Rngs(0))
+    quantize_base(model, 8)
+    with pytest.raises(
+        ValueError, match=r"replaces model.layers.0.self_attn.v_proj, .*v_proj, but .*call dequantize_base"
+    ):
+        load_adapter(model, tmp_path)

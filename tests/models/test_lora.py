@@ -1,5 +1,6 @@
 """LoRA: nothing at first, then what its formula says, and the same after merging."""
 
+import dataclasses
 import functools
 
 import jax
@@ -9,7 +10,7 @@ import pytest
 from flax import nnx
 
 from jsparse.models import Llama, LoRAParam, add_lora, has_lora, merge_lora
-from jsparse.models.layers import Linear, linear_layers
+from jsparse.models.layers import Linear, adaptable_layers, linear_layers
 from jsparse.models.lora import set_dropout_keys
 
 TOKENS = np.random.default_rng(0).integers(0, 61, (2, 24)).astype(np.int32)
@@ -80,11 +81,89 @@ ALL_LAYERS = {
          | {"layers.0.mlp.gate_proj"}),
         (("k_proj", "layers.*.self_attn.k_proj"), {path for path in ALL_LAYERS if path.endswith("k_proj")}),
         (("*",), ALL_LAYERS),  # and not lm_head
+        (("all-linear",), ALL_LAYERS),
+        (("lm_head", "layers.0.mlp.up_proj"), {"lm_head", "layers.0.mlp.up_proj"}),
     ],
 )  # fmt: skip
 def test_targets_by_path(targets, expected, tiny_model):
     add_lora(tiny_model, rank=1, alpha=1, rngs=nnx.Rngs(1), targets=targets)
-    assert {path for path, linear in linear_layers(tiny_model) if linear.lora_a is not None} == expected
+    assert {path for path, linear in adaptable_layers(tiny_model) if linear.lora_a is not None} == expected
+
+
+def adapters(model):
+    """(rank, scale) by path."""
+    return {
+        path: (linear.lora_a.shape[1], linear.lora_scale)
+        for path, linear in adaptable_layers(model)
+        if linear.lora_a is not None
+    }
+
+
+def test_ranks_and_alphas_of_some_layers(tiny_model):
+    options = {"targets": ("q_proj", "up_proj", "lm_head"), "rank": 4, "alpha": 8, "rngs": nnx.Rngs(1)}
+    add_lora(
+        tiny_model,
+        rank_pattern={r"layers\.1\.mlp.*": 2, "up_proj": 16, "lm_head": 1},  # the first counts
+        alpha_pattern={"1.self_attn.q_proj": 3, "up_proj": 0.5},
+        **options,
+    )
+    assert adapters(tiny_model) == {
+        "layers.0.self_attn.q_proj": (4, 8 / 4),
+        "layers.1.self_attn.q_proj": (4, 3 / 4),
+        "layers.0.mlp.up_proj": (16, 0.5 / 16),
+        "layers.1.mlp.up_proj": (2, 0.5 / 2),
+        "lm_head": (1, 8 / 1),
+    }
+
+
+def test_rslora_and_layers(tiny_model):
+    options = {"targets": ("q_proj", "lm_head"), "alpha": 8, "rngs": nnx.Rngs(1)}
+    add_lora(tiny_model, rank=4, rank_pattern={"lm_head": 9}, layers=(1,), rslora=True, **options)
+    scales = {"layers.1.self_attn.q_proj": (4, 8 / 2), "lm_head": (9, 8 / 3)}
+    assert adapters(tiny_model) == scales
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(jnp.float32, 2e-5), (jnp.bfloat16, 0.15)])
+def test_an_adapter_on_the_head_adds_its_formula(tied, dtype, tolerance, tiny_config):
+    config = dataclasses.replace(tiny_config, tie_word_embeddings=tied)
+    model = Llama(config, rngs=nnx.Rngs(0), dtype=dtype)
+    hidden = jax.random.normal(jax.random.key(0), (2, 5, 32), dtype)
+    plain = model.logits(hidden)
+    others = Llama(config, rngs=nnx.Rngs(0), dtype=dtype)
+    add_lora(model, rank=2, alpha=3, rngs=nnx.Rngs(1), targets=("lm_head", "q_proj"))
+    add_lora(others, rank=2, alpha=3, rngs=nnx.Rngs(1), targets=("q_proj",))
+    np.testing.assert_array_equal(model.logits(hidden), plain)  # nothing at first
+    ours, theirs = (each.layers[1].self_attn.q_proj.lora_a for each in (model, others))
+    assert ours is not None and theirs is not None
+    np.testing.assert_array_equal(
+        ours[...], theirs[...]
+    )  # the head comes last: the others start as without it
+    randomize(model)
+    head = model.lm_head
+    assert head is not None and head.lora_a is not None and head.lora_b is not None
+    assert (head.kernel is None) == tied and has_lora(model)
+    x, a, b = (np.asarray(v, np.float64) for v in (hidden, head.lora_a[...], head.lora_b[...]))
+    added = np.asarray(model.logits(hidden), np.float64) - np.asarray(plain, np.float64)
+    np.testing.assert_allclose(added, 3 / 2 * x @ a @ b, atol=tolerance)
+    assert model.logits(hidden).dtype == jnp.float32
+
+
+def test_the_heads_adapter_drops_by_the_key_that_it_is_given(tiny_model):
+    add_lora(tiny_model, rank=2, alpha=4, rngs=nnx.Rngs(1), targets=("lm_head",), dropout=0.5)
+    randomize(tiny_model)
+    hidden = jax.random.normal(jax.random.key(0), (1, 3, 32))
+    plain = tiny_model.logits(hidden)
+    np.testing.assert_array_equal(tiny_model.logits(hidden, jax.random.key(5)), plain)  # not in training
+    set_dropout_keys(tiny_model, jax.random.key(1))
+    keys = jax.random.split(jax.random.key(2), 4000)
+    drawn = np.asarray(jax.vmap(lambda key: tiny_model.logits(hidden, key))(keys))
+    assert len(np.unique(drawn[:, 0, 0, 0])) > 3900
+    spread = drawn.std(0) / len(keys) ** 0.5
+    assert (np.abs(drawn.mean(0) - plain) < 6 * spread + 1e-5).all()  # the same on average
+    assert tiny_model.lm_head is not None and tiny_model.lm_head.dropout_key is not None
+    own = tiny_model.lm_head.dropout_key[...]
+    np.testing.assert_array_equal(tiny_model.logits(hidden), tiny_model.logits(hidden, own))
 
 
 def dropping(size, dropout):
@@ -199,7 +278,7 @@ def test_gradients_reach_adapters_only_when_asked(tiny_model):
         ({"alpha": 0}, "alpha must be a positive number, not 0"),
         ({"alpha": float("nan")}, "alpha"),
         ({"targets": ("q_proj", "w_proj")}, "'w_proj'.*allowed are down_proj, gate_proj, k_proj, o_proj"),
-        ({"targets": ("lm_head",)}, "lm_head"),
+        ({"targets": ("q_proj", "head")}, r"\['head'\] match.*v_proj, lm_head, all-linear, and"),
         (
             {"targets": ("q_proj", "layers.2.*")},
             r"\['layers.2.\*'\] match.*like layers.0.mlp.down_proj \(the last is layers.1.self_attn.v_proj",
@@ -209,6 +288,17 @@ def test_gradients_reach_adapters_only_when_asked(tiny_model):
         ({"dropout": -0.1}, "dropout"),
         ({"dropout": True}, "dropout"),
         ({"dropout": float("nan")}, "dropout"),
+        ({"rank_pattern": {"q_proj": 0}}, r"rank_pattern\['q_proj'\] must be an integer >= 1, not 0"),
+        (
+            {"rank_pattern": {"up_proj": 3}},
+            r"rank_pattern \['up_proj'\] match no .*k_proj, o_proj, q_proj, v_proj",
+        ),
+        ({"alpha_pattern": {"q_proj": 0}}, r"alpha_pattern\['q_proj'\] must be a positive number, not 0"),
+        ({"alpha_pattern": {"[": 1}}, r"alpha_pattern '\[' is no regular expression"),
+        ({"layers": (0, 2)}, r"layers must be None or some of the model's layers, 0 to 1, not \(0, 2\)"),
+        ({"layers": ()}, r"layers .* not \(\)"),
+        ({"layers": (1,), "targets": ("layers.0.mlp.*",)}, r"match no linear layer among layers=\(1,\)"),
+        ({"exclude": ("layers.0.mlp.up_proj",), "targets": ("layers.0.mlp.up_*",)}, "without exclude="),
         ({"targets": ()}, "targets"),
         ({"targets": "q_proj"}, "string 'q_proj'"),
     ],

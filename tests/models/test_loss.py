@@ -84,3 +84,19 @@ def test_all_logits_are_never_there_at_once():
     compiled = jax.jit(jax.grad(loss, (0, 1))).lower(hidden, table, targets).compile()
     memory = compiled.memory_analysis()
     assert memory is not None and memory.temp_size_in_bytes < length * vocab * 4 / 3
+
+
+def test_every_stretch_has_a_key_of_its_own():
+    """The noise that an adapter's dropout is, here in the logits themselves."""
+
+    def logits_of(hidden, key):
+        return jax.random.normal(key, (*hidden.shape[:-1], 8))
+
+    hidden, targets = jnp.zeros((1, 12, 4)), jnp.zeros((1, 12), jnp.int32)
+    nll = np.asarray(token_nll(hidden, logits_of, targets, key=jax.random.key(0), logits_at_once=24))[0]
+    assert len(set(nll.tolist())) == 12  # not the same three again and again
+    again = token_nll(hidden, logits_of, targets, key=jax.random.key(0), logits_at_once=24)
+    np.testing.assert_array_equal(again[0], nll)
+    whole = token_nll(hidden, logits_of, targets, key=jax.random.key(0))
+    expected = -jax.nn.log_softmax(logits_of(hidden, jax.random.key(0)))[..., 0]
+    np.testing.assert_allclose(whole, expected, rtol=1e-6)

@@ -2,6 +2,7 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
+import jaxtyping
 import numpy as np
 import pytest
 
@@ -85,6 +86,18 @@ def test_group_size_is_a_quarter_of_the_context_unless_given():
         ),
         ({"attention": "longgen", "head_pattern": "heads.tsv"}, "head_pattern=heads.tsv is for"),
         ({"lora_rank": None, "base_bits": 4}, "base_bits=4 keeps the base frozen"),
+        ({"lora_rank": None, "rslora": True}, "rslora=True is for LoRA, but lora_rank=None"),
+        ({"lora_rank": None, "lora_rank_pattern": {"q_proj": 4}}, "lora_rank_pattern={'q_proj': 4} is for"),
+        ({"lora_rank": None, "lora_layers": (0,)}, r"lora_layers=\(0,\) is for LoRA"),
+        ({"lora_rank": None, "modules_to_save": ("norm",)}, r"modules_to_save=\('norm',\) is for LoRA"),
+        ({"lora_layers": ()}, r"lora_layers must be None or numbers of layers, from 0, not \(\)"),
+        ({"lora_layers": (-1,)}, r"lora_layers must be .*, not \(-1,\)"),
+        (
+            {"lora_rank_pattern": {"q_proj": 0}},
+            r"lora_rank_pattern\['q_proj'\] must be an integer >= 1, not 0",
+        ),
+        ({"lora_rank_pattern": {"(": 4}}, r"lora_rank_pattern '\(' is no regular expression"),
+        ({"lora_alpha_pattern": {"q": -1.0}}, r"lora_alpha_pattern\['q'\] must be a number > 0, not -1.0"),
         ({"batch_size": 8, "micro_batches": 3}, "micro_batches=3 must divide batch_size=8"),
         ({"batch_size": 6, "mesh": MeshConfig(data=2, fsdp=2)}, "6 windows at a time, which 4 devices"),
         ({"mesh": MeshConfig(sequence=3)}, "context=64 must be a multiple of the mesh's sequence=3"),
@@ -100,6 +113,16 @@ def test_group_size_is_a_quarter_of_the_context_unless_given():
 def test_settings_that_do_not_fit_one_another(changes, message):
     with pytest.raises(ValueError, match=message):
         dataclasses.replace(CONFIG, **changes)
+
+
+@pytest.mark.parametrize("field", ["lora_targets", "modules_to_save"])
+def test_one_name_is_not_taken_for_its_letters(field):
+    jaxtyping.config.update("jaxtyping_disable", True)  # only tests check types
+    try:
+        with pytest.raises(ValueError, match=f"{field} must be a tuple of names, not the string 'norm'"):
+            dataclasses.replace(CONFIG, **{field: "norm"})
+    finally:
+        jaxtyping.config.update("jaxtyping_disable", False)
 
 
 def test_each_kind_of_attention_becomes_its_pattern(tmp_path):

@@ -114,6 +114,16 @@ def test_other_meshes_and_full_attention_in_a_ring(folder):
 
 
 @pytest.mark.slow
+def test_adapters_on_the_head_and_whole_layers_on_a_mesh(folder):
+    settings = {"lora_targets": ["all-linear", "lm_head"], "modules_to_save": ["layers.0.mlp.up_proj"]}
+    settings |= {"lora_rank_pattern": {"lm_head": 4}, "lora_dropout": 0.1}
+    meshes = {f"{name}, head": SHIFTED[name] for name in ("tensor", "sequence")}
+    launch(folder, {"one, head": settings} | cases(meshes, **settings), devices=8)
+    for name in meshes:
+        check_equal(folder, name, "one, head")
+
+
+@pytest.mark.slow
 def test_two_processes_train_as_one_device_does(folder):
     held_out = {"eval_data": [str(folder / "held")], "eval_every": 1}
     launch(folder, {"alone": held_out}, devices=1)

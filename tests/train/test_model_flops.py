@@ -162,6 +162,14 @@ CASES = {
     "adapters, tied": ({"rank": 3}, dataclasses.replace(SMALL, tie_word_embeddings=True)),
     "adapters on all": ({"rank": 3, "targets": ("*",)}, SMALL),
     "adapters in one layer": ({"rank": 3, "targets": ("layers.1.mlp.*", "layers.0.self_attn.k_proj")}, SMALL),
+    "adapters of many ranks, the head's too": (
+        {"rank": 3, "targets": ("all-linear", "lm_head"), "rank_pattern": {"up_proj": 5, "lm_head": 7}},
+        SMALL,
+    ),
+    "an adapter on a tied head": (
+        {"rank": 3, "targets": ("lm_head", "q_proj")},
+        dataclasses.replace(SMALL, tie_word_embeddings=True),
+    ),
 }
 
 
@@ -174,6 +182,8 @@ CASES = {
         ("adapters, tied", "dots"),
         ("adapters on all", "attention"),
         ("adapters in one layer", "layers"),
+        ("adapters of many ranks, the head's too", "none"),
+        ("an adapter on a tied head", "layers"),
     ],
 )
 def test_the_step_traces_these_products(monkeypatch, case, remat):
@@ -202,6 +212,21 @@ def test_the_step_traces_these_products(monkeypatch, case, remat):
     flops = step_flops(abstract_model(config, **lora), None, context=16, windows=2, remat=remat)
     expected = sum(part.total for part in (flops.projections, flops.mlp, flops.head))
     assert product_flops(traced.jaxpr.jaxpr) == expected
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_modules_trained_whole_have_gradients_of_their_own(tied):
+    config = dataclasses.replace(SMALL, tie_word_embeddings=tied)
+    model = abstract_model(config, rank=3, targets=("q_proj",))
+
+    def of(*whole):
+        return step_flops(model, None, context=16, windows=2, train_embeddings=False, whole=whole)
+
+    plain, more = of(), of("model.layers.1.mlp.up_proj", "model.embed_tokens" if tied else "lm_head")
+    per_token = 2 * config.hidden_size * config.intermediate_size
+    assert more.mlp.backward - plain.mlp.backward == 32 * per_token
+    assert more.head.backward == 2 * plain.head.backward == 2 * plain.head.forward
+    assert more.projections == plain.projections
 
 
 def product_flops(jaxpr) -> int:

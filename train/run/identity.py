@@ -23,9 +23,14 @@ _FIELDS = (
     "context",
     "lora_rank",
     "lora_alpha",
+    "rslora",
+    "lora_rank_pattern",
+    "lora_alpha_pattern",
+    "lora_layers",
     "lora_dropout",
     "lora_targets",
     "train_embeddings_and_norms",
+    "modules_to_save",
     "base_bits",
     "dtype",
     "batch_size",
@@ -149,6 +154,7 @@ def _read_step(folder: Path, run: dict, unknown: tuple[str, ...]) -> int:
         if step is None:
             return 0
         theirs = checkpoints.read_run(step)
+    theirs = {name: value for name, value in _defaults().items() if name in run} | theirs
     not_compared = ["config", "position", "form", *unknown]
     if theirs.get("eval_data") is None:  # none so far
         not_compared.append("eval_data")
@@ -163,6 +169,14 @@ def _read_step(folder: Path, run: dict, unknown: tuple[str, ...]) -> int:
             "Choose a new output folder, or the settings of that run"
         )
     return step
+
+
+def _defaults() -> dict[str, Any]:
+    """The settings that a run was started with, if it did not know them yet, as JSON."""
+    fields = [field for field in dataclasses.fields(FinetuneConfig) if field.name in _FIELDS]
+    factories = {f.name: f.default_factory() for f in fields if callable(f.default_factory)}
+    plain = {f.name: f.default for f in fields if f.default is not dataclasses.MISSING}
+    return json.loads(json.dumps(plain | factories))
 
 
 def _difference(name: str, run: dict, theirs: dict) -> str:
