@@ -146,7 +146,12 @@ def finetune(config: FinetuneConfig, *, progress: bool = True) -> FinetuneResult
     _write_settings(asked)
     with (
         loggers_open(
-            config.log_to, config.output_folder, run["config"], start=start, quiet=not progress
+            config.log_to,
+            config.output_folder,
+            run["config"],
+            start=start,
+            steps=config.steps,
+            quiet=not progress,
         ) as log,
         open_checkpoints(checkpoint_folder(config.output_folder), writable=True) as checkpoints,
         jax.set_mesh(mesh) if mesh is not None else contextlib.nullcontext(),

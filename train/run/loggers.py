@@ -33,7 +33,13 @@ def require_loggers(services: Sequence[str]) -> None:
 
 @contextlib.contextmanager
 def loggers_open(
-    services: Sequence[str], output: Path, settings: Mapping[str, Any], *, start: int, quiet: bool
+    services: Sequence[str],
+    output: Path,
+    settings: Mapping[str, Any],
+    *,
+    start: int,
+    steps: int,
+    quiet: bool,
 ) -> Iterator[Callable[[Mapping[str, Any]], None]]:
     """Within this context, ``log(line)`` sends a line of metrics.jsonl to all services.
 
@@ -44,6 +50,7 @@ def loggers_open(
     - output: the folder of the run. Its metrics.jsonl must still have the lines after ``start``.
     - settings: of the run, which the services show beside it.
     - start: how many steps were taken earlier; at 0 the services begin anew.
+    - steps: of the whole run. Once it has ended, a service that has every line is not opened.
     - quiet: print nothing.
 
     Raises ValueError, saying what to do, for a service that does not start. One that fails later gets no more
@@ -76,6 +83,8 @@ def loggers_open(
     failed = True
     try:
         for name in services:
+            if start >= steps and after[name] >= start:
+                continue
             try:
                 taking[name] = _OPEN[name](output, settings, runs.get(name, {}).get("run"), quiet)
             except Exception as error:

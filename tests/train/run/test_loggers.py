@@ -94,7 +94,7 @@ pytestmark = [
 def written(output, lines, start=0, services=(), stop=None):
     """Log lines after ``start`` as a run does; with ``stop``, a crash comes after that step."""
     before = [line for line in lines if line["step"] <= start]
-    with loggers_open(services, output, SETTINGS, start=start, quiet=True) as log:
+    with loggers_open(services, output, SETTINGS, start=start, steps=lines[-1]["step"], quiet=True) as log:
         with open(output / "metrics.jsonl", "w") as file:
             file.writelines(json.dumps(line) + "\n" for line in before)
             for line in lines[len(before) :]:
@@ -166,6 +166,15 @@ def test_a_service_that_comes_later_or_pauses_gets_the_lines_between(service, tm
         written(tmp_path, lines_of(6), start=3, stop=5)
     written(tmp_path, lines_of(6), start=4, services=(service,))
     check(service, tmp_path, 6)
+
+
+def test_a_finished_run_sends_nothing_again(service, tmp_path):
+    written(tmp_path, lines_of(3), services=(service,))
+    files = sorted(tmp_path.rglob("*"))
+    written(tmp_path, lines_of(3), start=3, services=(service,))
+    assert sorted(tmp_path.rglob("*")) == files
+    written(tmp_path, lines_of(4), start=3, services=(service,))
+    check(service, tmp_path, 4)
 
 
 def test_a_run_that_starts_over_is_another(service, tmp_path):
