@@ -68,9 +68,10 @@ def save_adapter(model: Llama, directory: str | Path, *, base: str | Path, train
     ``adapter_model.safetensors`` has every adapter, ``lora_A`` [rank, in] and ``lora_B`` [out, rank]. It also
     has, whole, the embedding, norms, linear layers and ``lm_head`` that ``trained`` selects;
     ``adapter_config.json`` names those as ``modules_to_save``. A tied embedding is written as ``lm_head``
-    too, because PEFT would otherwise keep the base's. Ranks and alphas that differ are written as
-    ``rank_pattern`` and ``alpha_pattern``, rsLoRA as ``use_rslora``. ``config.json`` is the model's own, with
-    its RoPE, which may be extended: PEFT has no place for that. Load it in transformers with ::
+    too, because PEFT would otherwise keep the base's; with an adapter on that head, as its ``base_layer``.
+    Ranks and alphas that differ are written as ``rank_pattern`` and ``alpha_pattern``, rsLoRA as
+    ``use_rslora``. ``config.json`` is the model's own, with its RoPE, which may be extended: PEFT has no
+    place for that. Load it in transformers with ::
 
         longer = AutoModelForCausalLM.from_pretrained(base, config=AutoConfig.from_pretrained(directory))
         model = PeftModel.from_pretrained(longer, directory)

@@ -11,6 +11,7 @@ from jsparse import HeadPattern
 from jsparse.models import LlamaConfig
 from jsparse.models.patterns import StridedBlocks
 from jsparse.models.sharding import MeshConfig
+from jsparse.reports.console import parse
 from jsparse.train import FinetuneConfig
 
 CONFIG = FinetuneConfig(model=Path("base"), data=(Path("text"),), output=Path("out"), context=64)
@@ -123,6 +124,18 @@ def test_one_name_is_not_taken_for_its_letters(field):
             dataclasses.replace(CONFIG, **{field: "norm"})
     finally:
         jaxtyping.config.update("jaxtyping_disable", False)
+
+
+def test_the_settings_of_lora_on_the_command_line():
+    options = "--model base --data text --output out --context 64 --rslora --lora-layers 0 2"
+    options += " --lora-rank-pattern down_proj 16 layers.0.* 4 --lora-alpha-pattern q_proj 8"
+    options += " --lora-targets all-linear lm_head --modules-to-save norm lm_head"
+    config = parse(FinetuneConfig, "finetune", options.split())
+    assert config.rslora and config.lora_layers == (0, 2)
+    assert config.lora_rank_pattern == {"down_proj": 16, "layers.0.*": 4}
+    assert config.lora_alpha_pattern == {"q_proj": 8.0}
+    assert config.lora_targets == ("all-linear", "lm_head")
+    assert config.modules_to_save == ("norm", "lm_head")
 
 
 def test_each_kind_of_attention_becomes_its_pattern(tmp_path):
