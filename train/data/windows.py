@@ -95,7 +95,8 @@ class Windows:
         """The tokens of every document, and of every prompt with its completion, whole and in order.
 
         >>> flags = np.array([[1, 2, 1], [2, 2, 4], [1, 2, 4]], np.uint8)
-        >>> [sample.tolist() for sample in Windows(np.arange(9, dtype=np.uint8).reshape(3, 3), flags).samples()]
+        >>> windows = Windows(np.arange(9, dtype=np.uint8).reshape(3, 3), flags)
+        >>> [sample.tolist() for sample in windows.samples()]
         [[0, 1], [2, 3, 4], [6, 7]]
         """
         parts = []  # of the sample that has not ended yet
