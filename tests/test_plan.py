@@ -31,7 +31,7 @@ from jsparse.train.plan import plan_finetune, step_program
 from jsparse.train.start import extended_config, load_start
 
 CONFIG = LlamaConfig.tiny()
-FINETUNE = FinetuneConfig(model="-", data="-", output="-", context=64, batch_size=2)
+FINETUNE = FinetuneConfig(model="-", data="-", output="-", context=64, attention="shifted", batch_size=2)
 ONE_DEVICE = MeshConfig().make(jax.devices()[:1])
 FLOPS = StepFlops(Passes(1, 3, 1), Passes(2, 6, 2), Passes(10, 20), Passes(30, 60), Passes(4, 8, 4))
 
@@ -263,7 +263,7 @@ def folder(tmp_path_factory, save_tiny_model):
     return path
 
 
-@pytest.mark.parametrize("options", [{}, {"lora_rank": None, "attention": "full"}])
+@pytest.mark.parametrize("options", [{"attention": "shifted"}, {"lora_rank": None, "attention": "full"}])
 def test_the_step_of_a_plan_takes_what_finetune_starts_with(folder, options):
     config = FinetuneConfig(
         model=folder, data="-", output="-", context=128, batch_size=4, micro_batches=2, **options

@@ -24,7 +24,7 @@ BLOCK = 128  # tokens, of strided attention
 
 
 _CHOICES = {
-    "attention": KINDS,
+    "attention": (None, *KINDS),
     "rope": (None, *EXTENSIONS),
     "base_bits": (None, 4, 8),
     "dtype": (None, "float32", "bfloat16"),
@@ -42,7 +42,7 @@ _READ_BY = {
 
 @dataclasses.dataclass(frozen=True)
 class FinetuneConfig:
-    """The settings of a fine-tuning run; the defaults are LongLoRA's recipe.
+    """The settings of a fine-tuning run; where the context is extended, the defaults are LongLoRA's recipe.
 
     With ``lora_rank=None`` and ``attention="full"``, the same program trains every parameter with causal
     attention. From a checkpoint of random weights, that is pretraining.
@@ -50,9 +50,13 @@ class FinetuneConfig:
     Raises ValueError, naming the field, the value and what is allowed. ``finetune`` checks, before it starts,
     that the files exist and fit one another.
 
+    >>> from jsparse.models import LlamaConfig
     >>> config = FinetuneConfig(model="base", data="book.txt", output="longer", context=1024)
-    >>> config.groups
-    256
+    >>> config.for_model(LlamaConfig.tiny(max_position_embeddings=1024)).attention
+    'full'
+    >>> longer = config.for_model(LlamaConfig.tiny(max_position_embeddings=512))
+    >>> longer.attention, longer.groups
+    ('shifted', 256)
     """
 
     model: str | Path
@@ -71,10 +75,11 @@ class FinetuneConfig:
     """How many positions the model has, if its linear RoPE factor may be within max_position_embeddings or on
     top of it and the context is longer than both readings; the error then names the two."""
 
-    attention: str = "shifted"
-    """"shifted" groups (LongLoRA's S²-Attn, causal form), the same "grouped" without the shift, "full" causal
-    attention, "longgen" (some layers full, the others sink and window, or strided blocks), or "streaming"
-    (the streaming heads of a head_pattern see sink and window)."""
+    attention: str | None = None
+    """"full" causal attention, "shifted" groups (LongLoRA's S²-Attn, causal form), the same "grouped" without
+    the shift, "longgen" (some layers full, the others sink and window, or strided blocks), or "streaming"
+    (the streaming heads of a head_pattern see sink and window). None: "full" within the model's own context
+    and "shifted" where it is extended, or where a group_size or group_ratio is given."""
     group_size: int | None = None
     """Tokens per group: even, and a divisor of the context. Default: group_ratio of the context."""
     group_ratio: float = 0.25
@@ -180,14 +185,19 @@ class FinetuneConfig:
             )
 
     def _check_attention(self):
-        """Refuse what the chosen attention does not read: it would be ignored."""
+        """Refuse what the chosen attention does not read: it would be ignored. Groups ask for the shifted."""
         fields = {field.name: field for field in dataclasses.fields(self)}
+        if self.attention is None and any(
+            getattr(self, name) != fields[name].default for name in ("group_size", "group_ratio")
+        ):
+            object.__setattr__(self, "attention", "shifted")
         for names, kinds in _READ_BY.items():
             for name in names:
                 value = getattr(self, name)
                 if self.attention not in kinds and value != fields[name].default:
                     wanted = " or ".join(map(repr, kinds))
-                    raise ValueError(f"{name}={value} is for attention={wanted}, not for {self.attention!r}")
+                    given = "which must be given" if self.attention is None else f"not for {self.attention!r}"
+                    raise ValueError(f"{name}={value} is for attention={wanted}, {given}")
         if self.attention in ("longgen", "streaming"):
             require_integers(self, 0, "sink")
             require_integers(self, 1, "window")
@@ -240,21 +250,46 @@ class FinetuneConfig:
 
     @property
     def groups(self) -> int | None:
-        """``group_size`` with its default filled in; None for attention without groups."""
+        """``group_size`` with its default filled in; None for attention without groups, or not chosen yet."""
         if self.attention not in ("shifted", "grouped"):
             return None
         if self.group_size is not None:
             return self.group_size
         return int(self.context * self.group_ratio + 1e-6)  # whole tokens: 0.29 * 100 is 28.99...
 
+    def for_model(self, model: LlamaConfig) -> "FinetuneConfig":
+        """These settings with the attention that they take where none is given.
+
+        That is full attention if the context is within the model's own positions, and shifted groups if its
+        RoPE is extended. A note says which.
+
+        - model: the checkpoint's config, before its context is extended.
+
+        Raises ValueError for a context that groups do not fit, and whatever ``LlamaConfig.extend_context``
+        raises.
+        """
+        if self.attention is not None:
+            return self
+        from jsparse.models.positions import note
+
+        extended = model.extend_context(self.context, self.rope, positions=self.positions).rope != model.rope
+        chosen, where = ("shifted", "beyond") if extended else ("full", "within")
+        note(f"attention is {chosen!r}, for context={self.context} is {where} the model's own positions")
+        return dataclasses.replace(self, attention=chosen)
+
     def pattern(self, model: LlamaConfig) -> AttentionPattern:
         """What each layer and query head of a model sees.
 
         Raises ValueError or FileNotFoundError for a head pattern that cannot be used, and ValueError for
-        layers or heads that the model does not have.
+        layers or heads that the model does not have, and while no attention is chosen.
         """
         from jsparse.models import patterns
 
+        if self.attention is None:
+            raise ValueError(
+                "attention=None depends on the model: take for_model(model).pattern(...), or give one of "
+                f"{', '.join(map(repr, KINDS))}"
+            )
         if self.attention == "full":
             return patterns.full_pattern(model)
         if self.groups is not None:
