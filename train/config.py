@@ -21,7 +21,9 @@ else:
     LlamaConfig = AttentionPattern = GradientTransformation = Schedule = Any
 
 BLOCK = 128  # tokens, of strided attention
-
+# By default, with LoRA and without: benchmarks/training/learning_rates.py found that LoRA takes several times
+# the rate of all parameters, on a small model. So 2e-5, LongLoRA's own, is for all parameters here.
+LORA_RATE, FULL_RATE = 2e-4, 2e-5
 
 _CHOICES = {
     "attention": (None, *KINDS),
@@ -124,8 +126,10 @@ class FinetuneConfig:
     """Windows per step."""
     micro_batches: int = 1
     """Compute the windows of a step in this many parts, one after another: less memory, the same step."""
-    learning_rate: float = 2e-5
-    """AdamW's learning rate after the warm-up (betas 0.9 and 0.95)."""
+    learning_rate: float | None = None
+    """AdamW's learning rate after the warm-up (betas 0.9 and 0.95). None: 2e-4 with LoRA, and 2e-5 without,
+    since LoRA took several times the rate of all parameters where it was measured, on the shipped model
+    (docs/results/training.md). LongLoRA's own is 2e-5."""
     warmup_steps: int = 20
     """Steps over which the learning rate rises to its value."""
     schedule: str = "constant"
@@ -147,7 +151,9 @@ class FinetuneConfig:
         require_integers(self, 1, "steps", "batch_size", "micro_batches", "checkpoint_every", "max_skipped")
         require_integers(self, 2, "context")
         require_integers(self, 0, "warmup_steps", "seed")
-        require_numbers(self, "learning_rate", "max_grad_norm", "lora_alpha")
+        require_numbers(self, "max_grad_norm", "lora_alpha")
+        if self.learning_rate is not None:
+            require_numbers(self, "learning_rate")
         require_numbers(self, "weight_decay", "lora_dropout", allow_zero=True)
         for field in ("attention", "rope", "base_bits", "dtype", "remat", "schedule"):
             require_choice(self, field, *_CHOICES[field])
@@ -257,10 +263,17 @@ class FinetuneConfig:
             return self.group_size
         return int(self.context * self.group_ratio + 1e-6)  # whole tokens: 0.29 * 100 is 28.99...
 
-    def for_model(self, model: LlamaConfig) -> "FinetuneConfig":
-        """These settings with the attention that they take where none is given.
+    @property
+    def peak_learning_rate(self) -> float:
+        """``learning_rate`` with its default filled in."""
+        if self.learning_rate is not None:
+            return self.learning_rate
+        return FULL_RATE if self.lora_rank is None else LORA_RATE
 
-        That is full attention if the context is within the model's own positions, and shifted groups if its
+    def for_model(self, model: LlamaConfig) -> "FinetuneConfig":
+        """These settings with the attention and the learning rate that they take where none is given.
+
+        Attention is full if the context is within the model's own positions, and in shifted groups if its
         RoPE is extended. A note says which.
 
         - model: the checkpoint's config, before its context is extended.
@@ -268,14 +281,15 @@ class FinetuneConfig:
         Raises ValueError for a context that groups do not fit, and whatever ``LlamaConfig.extend_context``
         raises.
         """
+        config = dataclasses.replace(self, learning_rate=self.peak_learning_rate)
         if self.attention is not None:
-            return self
+            return config
         from jsparse.models.positions import note
 
         extended = model.extend_context(self.context, self.rope, positions=self.positions).rope != model.rope
         chosen, where = ("shifted", "beyond") if extended else ("full", "within")
         note(f"attention is {chosen!r}, for context={self.context} is {where} the model's own positions")
-        return dataclasses.replace(self, attention=chosen)
+        return dataclasses.replace(config, attention=chosen)
 
     def pattern(self, model: LlamaConfig) -> AttentionPattern:
         """What each layer and query head of a model sees.
@@ -328,13 +342,13 @@ class FinetuneConfig:
     def _schedule(self) -> Schedule:
         import optax
 
-        falling = self.steps - self.warmup_steps
+        peak, falling = self.peak_learning_rate, self.steps - self.warmup_steps
         if self.schedule == "cosine":
-            after = optax.cosine_decay_schedule(self.learning_rate, falling, alpha=0.1)
+            after = optax.cosine_decay_schedule(peak, falling, alpha=0.1)
         elif self.schedule == "linear":
-            after = optax.linear_schedule(self.learning_rate, 0.1 * self.learning_rate, falling)
+            after = optax.linear_schedule(peak, 0.1 * peak, falling)
         else:
-            after = optax.constant_schedule(self.learning_rate)
+            after = optax.constant_schedule(peak)
         # Rises through 1/n, 2/n, ... to 1, so that the first step is not wasted on a rate of 0.
-        warmup = optax.linear_schedule(0.0, self.learning_rate, self.warmup_steps)
+        warmup = optax.linear_schedule(0.0, peak, self.warmup_steps)
         return optax.join_schedules([lambda step: warmup(step + 1), after], [self.warmup_steps])

@@ -100,8 +100,8 @@ def test_attention_is_full_within_the_models_context_and_shifted_beyond(settings
     undecided = dataclasses.replace(CONFIG, **settings)
     known = LlamaConfig.tiny(**model)
     config = undecided.for_model(known)
-    assert config == dataclasses.replace(undecided, attention=chosen)
-    assert config.for_model(known) is config and config.pattern(known).kind == chosen
+    assert config == dataclasses.replace(undecided, attention=chosen, learning_rate=2e-4)
+    assert config.for_model(known) == config and config.pattern(known).kind == chosen
 
 
 def test_a_note_says_what_attention_was_chosen(caplog):
@@ -197,6 +197,19 @@ def test_learning_rate_rises_then_stays_or_falls_to_a_tenth():
     assert dataclasses.replace(config, warmup_steps=0).learning_rate_at(0) == 1.0
     with pytest.raises(ValueError, match="warmup_steps=4 must be less than steps=4"):
         dataclasses.replace(config, schedule="cosine", steps=4)
+
+
+def test_the_learning_rate_depends_on_what_is_trained_unless_it_is_given():
+    def rates(**changes):
+        config = dataclasses.replace(CONFIG, warmup_steps=0, **changes)
+        known = config.for_model(LlamaConfig.tiny())
+        assert known.learning_rate == known.peak_learning_rate == config.peak_learning_rate
+        assert config.learning_rate_at(0) == pytest.approx(known.learning_rate)
+        return known.learning_rate
+
+    assert (rates(), rates(train_embeddings_and_norms=False)) == (2e-4, 2e-4)
+    assert rates(lora_rank=None) == 2e-5
+    assert rates(learning_rate=0.5) == rates(learning_rate=0.5, lora_rank=None) == 0.5
 
 
 def test_the_optimizer_clips_and_decays_matrices_only():
