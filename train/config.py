@@ -21,8 +21,8 @@ else:
     LlamaConfig = AttentionPattern = GradientTransformation = Schedule = Any
 
 BLOCK = 128  # tokens, of strided attention
-# By default, with LoRA and without: benchmarks/training/learning_rates.py found that LoRA takes several times
-# the rate of all parameters, on a small model. So 2e-5, LongLoRA's own, is for all parameters here.
+# By default, with LoRA and without. benchmarks/training/learning_rates.py found LoRA best at 6e-3, and all
+# parameters equally good at 6e-4 and 2e-3. Both defaults are far lower, for larger models and longer runs.
 LORA_RATE, FULL_RATE = 2e-4, 2e-5
 
 _CHOICES = {
@@ -44,8 +44,9 @@ _READ_BY = {
 
 @dataclasses.dataclass(frozen=True)
 class FinetuneConfig:
-    """The settings of a fine-tuning run; where the context is extended, the defaults are LongLoRA's recipe.
+    """The settings of a fine-tuning run.
 
+    Where the context is extended, the defaults are LongLoRA's recipe, except for the learning rate.
     With ``lora_rank=None`` and ``attention="full"``, the same program trains every parameter with causal
     attention. From a checkpoint of random weights, that is pretraining.
 
@@ -128,8 +129,8 @@ class FinetuneConfig:
     """Compute the windows of a step in this many parts, one after another: less memory, the same step."""
     learning_rate: float | None = None
     """AdamW's learning rate after the warm-up (betas 0.9 and 0.95). None: 2e-4 with LoRA, and 2e-5 without,
-    since LoRA took several times the rate of all parameters where it was measured, on the shipped model
-    (docs/results/training.md). LongLoRA's own is 2e-5."""
+    since on the shipped model LoRA did best at three to ten times the rate of all parameters. Both are far
+    below what was best there, for larger models (docs/results/training.md). LongLoRA's own is 2e-5."""
     warmup_steps: int = 20
     """Steps over which the learning rate rises to its value."""
     schedule: str = "constant"
