@@ -31,7 +31,7 @@ from jsparse.train.plan import plan_finetune, step_program
 from jsparse.train.start import extended_config, load_start
 
 CONFIG = LlamaConfig.tiny()
-FINETUNE = FinetuneConfig(model="-", data="-", output="-", context=64, batch_size=2)
+FINETUNE = FinetuneConfig(model="-", data="-", output="-", context=64, attention="shifted", batch_size=2)
 ONE_DEVICE = MeshConfig().make(jax.devices()[:1])
 FLOPS = StepFlops(Passes(1, 3, 1), Passes(2, 6, 2), Passes(10, 20), Passes(30, 60), Passes(4, 8, 4))
 
@@ -266,9 +266,10 @@ def folder(tmp_path_factory, save_tiny_model):
 @pytest.mark.parametrize(
     "options",
     [
-        {},
+        {"attention": "shifted"},
         {"lora_rank": None, "attention": "full"},
         {
+            "attention": "shifted",
             "lora_targets": ("all-linear", "lm_head"),
             "lora_rank_pattern": {"lm_head": 3},
             "modules_to_save": ("up_proj",),

@@ -25,11 +25,17 @@ else:
     LlamaConfig = AttentionPattern = GradientTransformation = Schedule = Any
 
 BLOCK = 128  # tokens, of strided attention
+<<<<<<< HEAD
 SERVICES = ("tensorboard", "wandb", "mlflow")
 
+=======
+# By default, with LoRA and without. benchmarks/training/learning_rates.py found LoRA best at 6e-3, and all
+# parameters equally good at 6e-4 and 2e-3. Both defaults are far lower, for larger models and longer runs.
+LORA_RATE, FULL_RATE = 2e-4, 2e-5
+>>>>>>> defaults
 
 _CHOICES = {
-    "attention": KINDS,
+    "attention": (None, *KINDS),
     "rope": (None, *EXTENSIONS),
     "base_bits": (None, 4, 8),
     "dtype": (None, "float32", "bfloat16"),
@@ -48,17 +54,22 @@ _ROUNDING = 1e-6  # 0.29 * 100 is 28.99...
 
 @dataclasses.dataclass(frozen=True)
 class FinetuneConfig:
-    """The settings of a fine-tuning run; the defaults are LongLoRA's recipe.
+    """The settings of a fine-tuning run.
 
+    Where the context is extended, the defaults are LongLoRA's recipe, except for the learning rate.
     With ``lora_rank=None`` and ``attention="full"``, the same program trains every parameter with causal
     attention. From a checkpoint of random weights, that is pretraining.
 
     Raises ValueError, naming the field, the value and what is allowed. ``finetune`` checks, before it starts,
     that the files exist and fit one another.
 
+    >>> from jsparse.models import LlamaConfig
     >>> config = FinetuneConfig(model="base", data="book.txt", output="longer", context=1024)
-    >>> config.groups
-    256
+    >>> config.for_model(LlamaConfig.tiny(max_position_embeddings=1024)).attention
+    'full'
+    >>> longer = config.for_model(LlamaConfig.tiny(max_position_embeddings=512))
+    >>> longer.attention, longer.groups
+    ('shifted', 256)
     """
 
     model: str | Path
@@ -87,10 +98,11 @@ class FinetuneConfig:
     """How many positions the model has, if its linear RoPE factor may be within max_position_embeddings or on
     top of it and the context is longer than both readings; the error then names the two."""
 
-    attention: str = "shifted"
-    """"shifted" groups (LongLoRA's S²-Attn, causal form), the same "grouped" without the shift, "full" causal
-    attention, "longgen" (some layers full, the others sink and window, or strided blocks), or "streaming"
-    (the streaming heads of a head_pattern see sink and window)."""
+    attention: str | None = None
+    """"full" causal attention, "shifted" groups (LongLoRA's S²-Attn, causal form), the same "grouped" without
+    the shift, "longgen" (some layers full, the others sink and window, or strided blocks), or "streaming"
+    (the streaming heads of a head_pattern see sink and window). None: "full" within the model's own context
+    and "shifted" where it is extended, or where a group_size or group_ratio is given."""
     group_size: int | None = None
     """Tokens per group: even, and a divisor of the context. Default: group_ratio of the context."""
     group_ratio: float = 0.25
@@ -152,8 +164,10 @@ class FinetuneConfig:
     """Windows per step."""
     micro_batches: int = 1
     """Compute the windows of a step in this many parts, one after another: less memory, the same step."""
-    learning_rate: float = 2e-5
-    """AdamW's learning rate after the warm-up (betas 0.9 and 0.95)."""
+    learning_rate: float | None = None
+    """AdamW's learning rate after the warm-up (betas 0.9 and 0.95). None: 2e-4 with LoRA, and 2e-5 without,
+    since on the shipped model LoRA did best at three to ten times the rate of all parameters. Both are far
+    below what was best there, for larger models (docs/results/training.md). LongLoRA's own is 2e-5."""
     warmup_steps: int = 20
     """Steps over which the learning rate rises to its value."""
     warmup_ratio: float | None = None
@@ -194,7 +208,9 @@ class FinetuneConfig:
         require_integers(self, 1, "steps", "batch_size", "micro_batches", "checkpoint_every", "max_skipped")
         require_integers(self, 2, "context")
         require_integers(self, 0, "warmup_steps", "seed")
-        require_numbers(self, "learning_rate", "max_grad_norm", "lora_alpha")
+        require_numbers(self, "max_grad_norm", "lora_alpha")
+        if self.learning_rate is not None:
+            require_numbers(self, "learning_rate")
         require_numbers(self, "weight_decay", "lora_dropout", allow_zero=True)
         for field in ("attention", "rope", "base_bits", "dtype", "remat", "schedule"):
             require_choice(self, field, *_CHOICES[field])
@@ -289,14 +305,19 @@ class FinetuneConfig:
             )
 
     def _check_attention(self):
-        """Refuse what the chosen attention does not read: it would be ignored."""
+        """Refuse what the chosen attention does not read: it would be ignored. Groups ask for the shifted."""
         fields = {field.name: field for field in dataclasses.fields(self)}
+        if self.attention is None and any(
+            getattr(self, name) != fields[name].default for name in ("group_size", "group_ratio")
+        ):
+            object.__setattr__(self, "attention", "shifted")
         for names, kinds in _READ_BY.items():
             for name in names:
                 value = getattr(self, name)
                 if self.attention not in kinds and value != fields[name].default:
                     wanted = " or ".join(map(repr, kinds))
-                    raise ValueError(f"{name}={value} is for attention={wanted}, not for {self.attention!r}")
+                    given = "which must be given" if self.attention is None else f"not for {self.attention!r}"
+                    raise ValueError(f"{name}={value} is for attention={wanted}, {given}")
         if self.attention in ("longgen", "streaming"):
             require_integers(self, 0, "sink")
             require_integers(self, 1, "window")
@@ -393,21 +414,54 @@ class FinetuneConfig:
 
     @property
     def groups(self) -> int | None:
-        """``group_size`` with its default filled in; None for attention without groups."""
+        """``group_size`` with its default filled in; None for attention without groups, or not chosen yet."""
         if self.attention not in ("shifted", "grouped"):
             return None
         if self.group_size is not None:
             return self.group_size
         return int(self.context * self.group_ratio + _ROUNDING)  # whole tokens
 
+    @property
+    def peak_learning_rate(self) -> float:
+        """``learning_rate`` with its default filled in."""
+        if self.learning_rate is not None:
+            return self.learning_rate
+        return FULL_RATE if self.lora_rank is None else LORA_RATE
+
+    def for_model(self, model: LlamaConfig) -> "FinetuneConfig":
+        """These settings with the attention and the learning rate that they take where none is given.
+
+        Attention is full if the context is within the model's own positions, and in shifted groups if its
+        RoPE is extended. A note says which.
+
+        - model: the checkpoint's config, before its context is extended.
+
+        Raises ValueError for a context that groups do not fit, and whatever ``LlamaConfig.extend_context``
+        raises.
+        """
+        config = dataclasses.replace(self, learning_rate=self.peak_learning_rate)
+        if self.attention is not None:
+            return config
+        from jsparse.models.positions import note
+
+        extended = model.extend_context(self.context, self.rope, positions=self.positions).rope != model.rope
+        chosen, where = ("shifted", "beyond") if extended else ("full", "within")
+        note(f"attention is {chosen!r}, for context={self.context} is {where} the model's own positions")
+        return dataclasses.replace(config, attention=chosen)
+
     def pattern(self, model: LlamaConfig) -> AttentionPattern:
         """What each layer and query head of a model sees.
 
         Raises ValueError or FileNotFoundError for a head pattern that cannot be used, and ValueError for
-        layers or heads that the model does not have.
+        layers or heads that the model does not have, and while no attention is chosen.
         """
         from jsparse.models import patterns
 
+        if self.attention is None:
+            raise ValueError(
+                "attention=None depends on the model: take for_model(model).pattern(...), or give one of "
+                f"{', '.join(map(repr, KINDS))}"
+            )
         if self.attention == "full":
             return patterns.full_pattern(model)
         if self.groups is not None:
@@ -446,13 +500,17 @@ class FinetuneConfig:
     def _schedule(self) -> Schedule:
         import optax
 
+<<<<<<< HEAD
         falling = max(1, self.steps - self.warmup_steps)  # less only while the steps are not known
+=======
+        peak, falling = self.peak_learning_rate, self.steps - self.warmup_steps
+>>>>>>> defaults
         if self.schedule == "cosine":
-            after = optax.cosine_decay_schedule(self.learning_rate, falling, alpha=0.1)
+            after = optax.cosine_decay_schedule(peak, falling, alpha=0.1)
         elif self.schedule == "linear":
-            after = optax.linear_schedule(self.learning_rate, 0.1 * self.learning_rate, falling)
+            after = optax.linear_schedule(peak, 0.1 * peak, falling)
         else:
-            after = optax.constant_schedule(self.learning_rate)
+            after = optax.constant_schedule(peak)
         # Rises through 1/n, 2/n, ... to 1, so that the first step is not wasted on a rate of 0.
-        warmup = optax.linear_schedule(0.0, self.learning_rate, self.warmup_steps)
+        warmup = optax.linear_schedule(0.0, peak, self.warmup_steps)
         return optax.join_schedules([lambda step: warmup(step + 1), after], [self.warmup_steps])

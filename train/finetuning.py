@@ -78,11 +78,11 @@ class FinetuneResult:
 def finetune(config: FinetuneConfig, *, progress: bool = True) -> FinetuneResult:
     """Train ``config.model`` on ``config.data`` and write a Hugging Face folder to ``config.output``.
 
-    The default is LongLoRA. Linear position interpolation reaches a context beyond the model's own; its
-    factor multiplies the checkpoint's and is saved in the new config.json. Attention is in shifted groups,
-    which never see a later token. LoRA on q, k, v and o, with embeddings and norms trained beside it, is
-    merged into the weights at the end. The result is an ordinary Llama: serve it with full or any sparse
-    attention.
+    LoRA on q, k, v and o, with embeddings and norms trained beside it, is merged into the weights at the
+    end. A context within the model's own is read with full attention. For a longer one the default is
+    LongLoRA: linear position interpolation, whose factor multiplies the checkpoint's and is saved in the new
+    config.json, and attention in shifted groups, which never see a later token. The result is an ordinary
+    Llama: serve it with full or any sparse attention.
 
     During the run, ``output`` holds ``metrics.jsonl`` (one line per step: step, loss, tokens that had a
     target, tokens per second, learning rate, gradient norm before clipping, steps skipped so far),
@@ -121,6 +121,7 @@ def finetune(config: FinetuneConfig, *, progress: bool = True) -> FinetuneResult
     config = with_commit(config)
     base_config = load_config(config.model)
     model_config = extended_config(config, base_config)
+    config = config.for_model(base_config)
     pattern = config.pattern(model_config)
     mask = pattern.masks(model_config, config.context)
     data = find_run_data(config, load_tokenizer(config.model), base_config)
