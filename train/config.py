@@ -25,14 +25,10 @@ else:
     LlamaConfig = AttentionPattern = GradientTransformation = Schedule = Any
 
 BLOCK = 128  # tokens, of strided attention
-<<<<<<< HEAD
 SERVICES = ("tensorboard", "wandb", "mlflow")
-
-=======
 # By default, with LoRA and without. benchmarks/training/learning_rates.py found LoRA best at 6e-3, and all
 # parameters equally good at 6e-4 and 2e-3. Both defaults are far lower, for larger models and longer runs.
 LORA_RATE, FULL_RATE = 2e-4, 2e-5
->>>>>>> defaults
 
 _CHOICES = {
     "attention": (None, *KINDS),
@@ -500,11 +496,8 @@ class FinetuneConfig:
     def _schedule(self) -> Schedule:
         import optax
 
-<<<<<<< HEAD
-        falling = max(1, self.steps - self.warmup_steps)  # less only while the steps are not known
-=======
-        peak, falling = self.peak_learning_rate, self.steps - self.warmup_steps
->>>>>>> defaults
+        # Less than one step falls only while the steps are not known.
+        peak, falling = self.peak_learning_rate, max(1, self.steps - self.warmup_steps)
         if self.schedule == "cosine":
             after = optax.cosine_decay_schedule(peak, falling, alpha=0.1)
         elif self.schedule == "linear":

@@ -78,7 +78,16 @@ def _trained(config: FinetuneConfig) -> str:
         return "everything"
     beside = ", embeddings and norms" if config.train_embeddings_and_norms else ""
     base = f" (the rest is frozen in {config.base_bits} bits)" if config.base_bits else ""
-    return f"LoRA of rank {config.lora_rank} on {', '.join(config.lora_targets)}{beside}{base}"
+    if config.modules_to_save:
+        beside += f", {', '.join(config.modules_to_save)} whole"
+    scale = "rsLoRA" if config.rslora else "LoRA"
+    layers = "" if config.lora_layers is None else f" of layers {', '.join(map(str, config.lora_layers))}"
+    return f"{scale} of {_ranks(config)} on {', '.join(config.lora_targets)}{layers}{beside}{base}"
+
+
+def _ranks(config: FinetuneConfig) -> str:
+    others = (f", {rank} on {name}" for name, rank in config.lora_rank_pattern.items())
+    return f"rank {config.lora_rank}{''.join(others)}"
 
 
 def _rope(config: LlamaConfig) -> str:
@@ -122,7 +131,7 @@ def _optimizer(config: FinetuneConfig) -> str:
     then = "constant" if config.schedule == "constant" else f"falling to a tenth ({config.schedule})"
     warmup = _count(config.warmup_steps, "step")
     return (
-        f"AdamW, learning rate {config.learning_rate:g} after {warmup} of warm-up, then {then}; "
+        f"AdamW, learning rate {config.peak_learning_rate:g} after {warmup} of warm-up, then {then}; "
         f"weight decay {config.weight_decay:g}, gradients clipped at norm {config.max_grad_norm:g}"
     )
 
