@@ -496,8 +496,8 @@ class FinetuneConfig:
     def _schedule(self) -> Schedule:
         import optax
 
-        # Less than one step falls only while the steps are not known.
-        peak, falling = self.peak_learning_rate, max(1, self.steps - self.warmup_steps)
+        peak = self.peak_learning_rate
+        falling = max(1, self.steps - self.warmup_steps)  # less only while the steps are not known
         if self.schedule == "cosine":
             after = optax.cosine_decay_schedule(peak, falling, alpha=0.1)
         elif self.schedule == "linear":
