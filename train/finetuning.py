@@ -16,6 +16,7 @@ from jsparse.models import LlamaConfig, load_tokenizer
 from jsparse.models.checkpoint import load_config
 from jsparse.models.end_token import end_token
 from jsparse.models.masking import ModelMask
+from jsparse.models.positions import note
 from jsparse.models.sharding import batch_sharding, put
 from jsparse.texts.documents import check_files
 from jsparse.train.config import FinetuneConfig
@@ -90,7 +91,7 @@ def finetune(config: FinetuneConfig, *, progress: bool = True) -> FinetuneResult
     config = with_commit(config)
     base_config = load_config(config.model)
     model_config = extended_config(config, base_config)
-    config = config.for_model(base_config)
+    asked, config = config, config.for_model(base_config)
     pattern = config.pattern(model_config)
     mask = pattern.masks(model_config, config.context)
     tokenizer = load_tokenizer(config.model)
@@ -100,6 +101,11 @@ def finetune(config: FinetuneConfig, *, progress: bool = True) -> FinetuneResult
     start = steps_taken(config, run)
     mesh = config.mesh.make() if config.mesh.devices > 1 or jax.process_count() > 1 else None
     state, split = load_start(config, model_config, mesh)
+    if asked.attention is None:
+        where = "within" if config.attention == "full" else "beyond"
+        note(
+            f"attention is {config.attention!r}: context={config.context} is {where} the model's own context"
+        )
     windows = _windows(config, tokenizer, model_config, digest, eos_token_id=eos, progress=progress)
     with (
         open_checkpoints(checkpoint_folder(config.output_folder), writable=True) as checkpoints,

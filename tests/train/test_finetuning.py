@@ -10,6 +10,7 @@ from flax import nnx
 
 from jsparse.models import Llama
 from jsparse.models.patterns import full_pattern, load_pattern, shifted_pattern
+from jsparse.models.positions import note
 from jsparse.train import FinetuneConfig, finetune, finetuning
 from jsparse.train.run.checkpoint import open_checkpoints
 from jsparse.train.start import load_start
@@ -202,6 +203,18 @@ def test_pretraining_trains_every_parameter(config, text, tmp_path):
     assert load_pattern(result.output) == full_pattern(trained.config)
     with open_checkpoints(result.output / "checkpoints", writable=False) as checkpoints:
         assert checkpoints.read_run(6)["config"]["attention"] == "full"  # what None came to
+
+
+@pytest.mark.parametrize(
+    ("context", "said"), [(CONTEXT, "'full': context=32 is within"), (64, "'shifted': context=64 is beyond")]
+)
+def test_a_note_says_what_attention_was_chosen(config, tmp_path, caplog, context, said):
+    note.cache_clear()  # which are logged once in a process
+    short = dataclasses.replace(config, output=tmp_path / "o", context=context, steps=1, warmup_steps=0)
+    finetune(dataclasses.replace(short, attention="full"), progress=False)
+    assert not caplog.messages
+    finetune(dataclasses.replace(short, output=tmp_path / "chosen"), progress=False)
+    assert caplog.messages == [f"note: attention is {said} the model's own context"]
 
 
 def test_a_loss_that_is_not_finite_ends_the_run_and_writes_no_model(config, tmp_path):
