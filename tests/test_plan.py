@@ -136,6 +136,15 @@ def test_a_run_that_the_model_refuses():
         plan_finetune(config, LlamaConfig.from_hf(fields), device="h200")
 
 
+@pytest.mark.parametrize(("context", "attention", "group_size"), [(64, "full", None), (128, "shifted", 32)])
+def test_a_run_is_planned_with_the_attention_that_it_will_take(monkeypatch, context, attention, group_size):
+    config = FinetuneConfig(model="-", data="-", output="-", context=context, batch_size=1)
+    monkeypatch.setattr("jsparse.train.plan.compile_only_devices", lambda *_, **__: jax.devices()[:1])
+    monkeypatch.setattr("jsparse.train.plan.plan_program", lambda *_: peak_of(100))
+    settings = plan_finetune(config, CONFIG, device="h200").settings
+    assert (settings["attention"], settings.get("group_size")) == (attention, group_size)
+
+
 # --- what follows from what the compiler says ---
 
 

@@ -428,7 +428,7 @@ class FinetuneConfig:
         """These settings with the attention and the learning rate that they take where none is given.
 
         Attention is full if the context is within the model's own positions, and in shifted groups if its
-        RoPE is extended. A note says which.
+        RoPE is extended.
 
         - model: the checkpoint's config, before its context is extended.
 
@@ -438,12 +438,16 @@ class FinetuneConfig:
         config = dataclasses.replace(self, learning_rate=self.peak_learning_rate)
         if self.attention is not None:
             return config
-        from jsparse.models.positions import note
-
-        extended = model.extend_context(self.context, self.rope, positions=self.positions).rope != model.rope
-        chosen, where = ("shifted", "beyond") if extended else ("full", "within")
-        note(f"attention is {chosen!r}, for context={self.context} is {where} the model's own positions")
-        return dataclasses.replace(config, attention=chosen)
+        extended = model.extend_context(self.context, self.rope, positions=self.positions)
+        if extended.rope == model.rope:
+            return dataclasses.replace(config, attention="full")
+        try:
+            return dataclasses.replace(config, attention="shifted")
+        except ValueError as error:
+            raise ValueError(
+                f"{error}. Where no attention is given, it is 'shifted' beyond the model's own context; "
+                "'full' has no groups"
+            ) from error
 
     def pattern(self, model: LlamaConfig) -> AttentionPattern:
         """What each layer and query head of a model sees.

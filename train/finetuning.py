@@ -121,7 +121,7 @@ def finetune(config: FinetuneConfig, *, progress: bool = True) -> FinetuneResult
     config = with_commit(config)
     base_config = load_config(config.model)
     model_config = extended_config(config, base_config)
-    config = config.for_model(base_config)
+    asked, config = config, config.for_model(base_config)
     pattern = config.pattern(model_config)
     mask = pattern.masks(model_config, config.context)
     data = find_run_data(config, load_tokenizer(config.model), base_config)
@@ -132,7 +132,7 @@ def finetune(config: FinetuneConfig, *, progress: bool = True) -> FinetuneResult
     with removed_on_failure(config.output_folder, config.output_folder / DATA):
         stored = store_run_data(data, config.output_folder, progress=progress)
         windows, rows, held_out, findings = stored
-        asked, config = config, config.for_windows(len(rows))
+        config = config.for_windows(len(rows))
         run = describe_run(config, data.digest, model_config, pattern, eval_digest=data.eval_digest)
         start = steps_taken(config, run)
     wait_for_all("run")  # all have looked into the folder before the first process makes something there
@@ -162,7 +162,8 @@ def finetune(config: FinetuneConfig, *, progress: bool = True) -> FinetuneResult
         if progress and start < config.steps and is_first_process():
             trained = sum(leaf.size for leaf in jax.tree.leaves(state.params))
             counts = {"trained": trained, "windows": len(rows), "start": start}
-            print_facts(summarize(config, base_config, model_config, pattern, **counts))
+            chosen = asked.attention is None
+            print_facts(summarize(config, base_config, model_config, pattern, chosen=chosen, **counts))
 
         def save(step: int, state: TrainState, best: int | None) -> None:
             position = position_at(len(rows), step, config.batch_size)

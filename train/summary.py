@@ -21,6 +21,7 @@ def summarize(
     trained: int,
     windows: int,
     start: int = 0,
+    chosen: bool = False,
 ) -> dict[str, str]:
     """A run by what matters of it: the model, what is trained, positions, attention, batch, steps, optimizer.
 
@@ -29,6 +30,7 @@ def summarize(
     - trained: how many parameters are trained.
     - windows: how many windows of ``config.context`` tokens the data gives.
     - start: how many steps were taken earlier.
+    - chosen: whether the attention follows from the context, because none was given.
     """
     layers, tokens = after.num_hidden_layers, config.batch_size * config.context
     resumed = f", going on after step {start}" if start else ""
@@ -37,7 +39,7 @@ def summarize(
         "trained": f"{_trained(config)}: {trained:,} parameters",
         "context": f"{config.context} tokens",
         "RoPE": _rope(before) if before == after else f"{_rope(before)}, becomes {_rope(after)}",
-        "attention": _attention(config, pattern) + _own_windows(after),
+        "attention": _attention(config, pattern) + _own_windows(after) + (_why(config) if chosen else ""),
         "batch": f"{_count(config.batch_size, 'window')}, {_count(tokens, 'token')} per step{_parts(config)}",
         "steps": f"{config.steps:,}, {config.steps * config.batch_size / windows:.2f} epochs of "
         f"{_count(windows, 'window')}{resumed}",
@@ -113,6 +115,11 @@ def _attention(config: FinetuneConfig, pattern: AttentionPattern) -> str:
             f"blocks of {BLOCK} tokens: the last {config.window // BLOCK}, and one of every {config.stride}"
         )
     return f"layers {', '.join(full) or 'none'} see all earlier tokens, the others {seen}"
+
+
+def _why(config: FinetuneConfig) -> str:
+    where = "within" if config.attention == "full" else "beyond"
+    return f" (by default: the context is {where} the model's own)"
 
 
 def _own_windows(config: LlamaConfig) -> str:

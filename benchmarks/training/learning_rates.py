@@ -47,7 +47,7 @@ _EVERY = 6  # one document in six is held out
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LearningRates:
-    """The settings of the experiment. The defaults take about eight minutes on two CPU cores."""
+    """The settings of the experiment."""
 
     output: Path
     """A new folder for results.json and learning_rates.png."""
@@ -142,8 +142,8 @@ def make_documents(texts: Mapping[str, str] = topics) -> tuple[list[str], list[s
     documents is held out. Left out are short ones, and "debugger", which pdb.py says in its docstrings.
 
     >>> train, held_out = make_documents()
-    >>> len(train), len(held_out), sum(map(len, held_out)) > 20_000
-    (48, 10, True)
+    >>> len(train) > 3 * len(held_out) > 0, sum(map(len, held_out)) > 20_000
+    (True, True)
     """
     seen: set[str] = set()
     documents = []

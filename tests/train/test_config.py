@@ -10,7 +10,6 @@ import jsparse
 from jsparse import HeadPattern
 from jsparse.models import LlamaConfig, RopeConfig
 from jsparse.models.patterns import StridedBlocks
-from jsparse.models.positions import note
 from jsparse.models.sharding import MeshConfig
 from jsparse.reports.console import parse
 from jsparse.train import FinetuneConfig
@@ -60,14 +59,13 @@ def test_a_bad_value_is_named_with_what_is_allowed(field, value, allowed):
     ids=["no divisor", "too long", "9 by default", "1 by default", "odd", "0 by default"],
 )
 def test_groups_that_do_not_fit_the_context(context, group_size):
-    refused = pytest.raises(ValueError, match=f"does not fit context={context}: it must be even and divide")
-    with refused:
+    with pytest.raises(ValueError, match=f"does not fit context={context}: it must be even and divide"):
         dataclasses.replace(CONFIG, context=context, attention="shifted", group_size=group_size)
     dataclasses.replace(CONFIG, context=context, attention="full")  # which has no groups to fit
     if group_size is None:  # found out where the model is known
         undecided = dataclasses.replace(CONFIG, context=context)
         assert undecided.for_model(LlamaConfig.tiny()).attention == "full"
-        with refused:
+        with pytest.raises(ValueError, match=f"does not fit context={context}.* it is 'shifted' beyond"):
             undecided.for_model(LlamaConfig.tiny(max_position_embeddings=1))
 
 
@@ -107,18 +105,6 @@ def test_attention_is_full_within_the_models_context_and_shifted_beyond(settings
     config = undecided.for_model(known)
     assert config == dataclasses.replace(undecided, attention=chosen, learning_rate=2e-4)
     assert config.for_model(known) == config and config.pattern(known).kind == chosen
-
-
-def test_a_note_says_what_attention_was_chosen(caplog):
-    for positions, said in (
-        (96, "attention is 'full', for context=96 is within the model's own positions"),
-        (48, "attention is 'shifted', for context=96 is beyond the model's own positions"),
-    ):
-        caplog.clear()
-        note.cache_clear()
-        undecided = dataclasses.replace(CONFIG, context=96)
-        undecided.for_model(LlamaConfig.tiny(max_position_embeddings=positions))
-        assert caplog.messages == [f"note: {said}"]
 
 
 def test_no_pattern_follows_from_attention_that_is_not_chosen():

@@ -75,6 +75,21 @@ def test_a_run_says_what_it_is_about_to_do(config, capsys):
     assert facts["time"].endswith("for 5 steps")
 
 
+@pytest.mark.parametrize(
+    ("context", "words"),
+    [
+        (32, "every head sees all earlier tokens (by default: the context is within the model's own)"),
+        (
+            64,
+            "groups of 16 tokens, half of the heads shifted by 8 (by default: the context is beyond the model's own)",
+        ),
+    ],
+)
+def test_a_run_says_which_attention_it_takes_if_none_is_given(config, capsys, context, words):
+    finetune(dataclasses.replace(config, attention=None, context=context, steps=1))
+    assert facts_of(capsys.readouterr().err)[0]["attention"] == words
+
+
 def test_the_memory_is_that_of_the_compiled_step(config, capsys):
     """The model and the optimizer, which are known, and what the compiler lays out beside them."""
     finetune(dataclasses.replace(config, steps=1))
