@@ -81,8 +81,9 @@ class LearningRates:
 
     def run(self, folder: Path, kind: str, rate: float, seed: int) -> FinetuneConfig:
         """One run. Runs of one seed differ only in what is trained and in the learning rate."""
+        settings: dict[str, Any] = {"lora_rank": self.lora_rank} | KINDS[kind]
         return FinetuneConfig(
-            **{"lora_rank": self.lora_rank} | KINDS[kind],
+            **settings,
             model=self.model,
             data=[folder / TRAIN],
             output=folder / f"{kind}-{rate:g}-{seed}",

@@ -175,7 +175,7 @@ def test_the_settings_of_lora_on_the_command_line():
     options = "--model base --data text --output out --context 64 --rslora --lora-layers 0 2"
     options += " --lora-rank-pattern down_proj 16 layers.0.* 4 --lora-alpha-pattern q_proj 8"
     options += " --lora-targets all-linear lm_head --modules-to-save norm lm_head"
-    config = parse(FinetuneConfig, "finetune", options.split())
+    config = parse(FinetuneConfig, "finetune", [*options.split()])
     assert config.rslora and config.lora_layers == (0, 2)
     assert config.lora_rank_pattern == {"down_proj": 16, "layers.0.*": 4}
     assert config.lora_alpha_pattern == {"q_proj": 8.0}

@@ -266,7 +266,8 @@ def test_held_out_data_may_be_added_to_a_run_but_not_changed_or_left_away(config
     result = finetune(dataclasses.replace(config, output=added.output, steps=4), progress=False)
     lines = lines_of(added.output)
     assert [line["step"] for line in lines if "eval" in line] == [2, 3, 4]
-    assert result.losses == run.losses[:4] and result.best_step == best_line(lines)["step"]
+    best = best_line(lines)
+    assert result.losses == run.losses[:4] and best is not None and result.best_step == best["step"]
 
 
 def test_a_best_checkpoint_that_is_gone_is_named(config, run, tmp_path):

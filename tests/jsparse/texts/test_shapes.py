@@ -112,7 +112,7 @@ def test_every_field_is_read_or_named(row):
     except BadShape:
         assert not {"text"} <= row.keys() and not {"prompt", "completion"} <= row.keys()
         return
-    assert sorted([*record, *(row[name] for name in unread)]) == sorted(row.values())
+    assert sorted([*map(str, record), *(row[name] for name in unread)]) == sorted(row.values())
 
 
 @pytest.mark.parametrize(
