@@ -93,11 +93,12 @@ class Findings:
         return None
 
     def to_json(self) -> dict[str, Any]:
-        return dataclasses.asdict(self)
+        # asdict would make a Counter of the pairs that a Counter has.
+        return dataclasses.asdict(self) | {"ignored": dict(self.ignored)}
 
     @classmethod
     def from_json(cls, fields: dict[str, Any]) -> "Findings":
-        problems = {name: Problems(**fields[name]) for name in ("bad", "long")}
+        problems = {name: _read_problems(**fields[name]) for name in ("bad", "long")}
         return cls(**{**fields, **problems, "ignored": Counter(fields["ignored"])})
 
     def lines(self) -> list[str]:
@@ -121,6 +122,10 @@ class Findings:
         if self.example:
             found.append(f"first sample, targets between ⟦ and ⟧: {self.example}")
         return found
+
+
+def _read_problems(count: int, first: list[list[str]]) -> Problems:
+    return Problems(count, [(place, reason) for place, reason in first])
 
 
 def _file_line(file: dict[str, Any]) -> str:

@@ -672,3 +672,10 @@ def test_a_dataset_that_is_not_there(hub_cache, here, monkeypatch):
     )
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     refused("org/name", message=r"data: org/name .*'.\[hub\]'", error=MissingExtra)
+
+
+def test_lines_that_end_as_old_macs_end_them_are_told_so(tmp_path):
+    file = tmp_path / "a.jsonl"
+    file.write_bytes(b'{"text": "a"}\r{"text": "b"}\r')
+    with pytest.raises(ValueError, match=r"beginning is not valid JSON \(Extra data at character 13\)"):
+        find_data([file])
