@@ -19,7 +19,7 @@ class Problems:
     >>> problems.add("a.jsonl, line 2", " is not valid JSON")
     >>> problems.add("a.jsonl, line 5", " is not valid JSON")
     >>> str(problems)
-    'a.jsonl, line 2 is not valid JSON (and so a.jsonl, line 5)'
+    'a.jsonl, line 2 is not valid JSON (and so line 5)'
     """
 
     count: int = 0
@@ -39,7 +39,7 @@ class Problems:
         for place, reason in self.first:
             by_reason.setdefault(reason, []).append(place)
         told = [
-            f"{first}{reason}" + (f" (and so {', '.join(others)})" if others else "")
+            f"{first}{reason}" + (f" (and so {_in_brief(first, others)})" if others else "")
             for reason, (first, *others) in by_reason.items()
         ]
         more = self.count - len(self.first)
@@ -93,11 +93,17 @@ class Findings:
         return None
 
     def to_json(self) -> dict[str, Any]:
-        return dataclasses.asdict(self)
+        fields = dataclasses.asdict(self)
+        return fields | {"ignored": dict(self.ignored)}  # asdict would count the pairs of a Counter
 
     @classmethod
     def from_json(cls, fields: dict[str, Any]) -> "Findings":
-        problems = {name: Problems(**fields[name]) for name in ("bad", "long")}
+        problems = {
+            name: Problems(
+                fields[name]["count"], [(place, reason) for place, reason in fields[name]["first"]]
+            )
+            for name in ("bad", "long")
+        }
         return cls(**{**fields, **problems, "ignored": Counter(fields["ignored"])})
 
     def lines(self) -> list[str]:
@@ -121,6 +127,15 @@ class Findings:
         if self.example:
             found.append(f"first sample, targets between ⟦ and ⟧: {self.example}")
         return found
+
+
+def _in_brief(first: str, others: list[str]) -> str:
+    """Places, each without its file where that is the file of the place before."""
+    files = [place.rpartition(", ")[0] for place in (first, *others)]
+    return ", ".join(
+        place.removeprefix(f"{file}, ") if file == before else place
+        for before, file, place in zip(files, files[1:], others, strict=False)
+    )
 
 
 def _file_line(file: dict[str, Any]) -> str:
