@@ -19,7 +19,7 @@ class Problems:
     >>> problems.add("a.jsonl, line 2", " is not valid JSON")
     >>> problems.add("a.jsonl, line 5", " is not valid JSON")
     >>> str(problems)
-    'a.jsonl, line 2 is not valid JSON (and so a.jsonl, line 5)'
+    'a.jsonl, line 2 is not valid JSON (and so line 5)'
     """
 
     count: int = 0
@@ -39,7 +39,7 @@ class Problems:
         for place, reason in self.first:
             by_reason.setdefault(reason, []).append(place)
         told = [
-            f"{first}{reason}" + (f" (and so {', '.join(others)})" if others else "")
+            f"{first}{reason}" + (f" (and so {_in_brief(first, others)})" if others else "")
             for reason, (first, *others) in by_reason.items()
         ]
         more = self.count - len(self.first)
@@ -126,6 +126,15 @@ class Findings:
 
 def _read_problems(count: int, first: list[list[str]]) -> Problems:
     return Problems(count, [(place, reason) for place, reason in first])
+
+
+def _in_brief(first: str, others: list[str]) -> str:
+    """Places, each without its file where that is the file of the place before."""
+    files = [place.rpartition(", ")[0] for place in (first, *others)]
+    return ", ".join(
+        place.removeprefix(f"{file}, ") if file == before else place
+        for before, file, place in zip(files, files[1:], others, strict=False)
+    )
 
 
 def _file_line(file: dict[str, Any]) -> str:

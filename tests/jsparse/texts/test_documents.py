@@ -13,7 +13,7 @@ from jsparse.models import byte_tokenizer
 from jsparse.texts import documents
 from jsparse.texts.chat_template import load_chat_template
 from jsparse.texts.documents import read_documents, read_samples
-from jsparse.texts.findings import Findings
+from jsparse.texts.findings import Findings, Problems
 from jsparse.texts.reading import Reading
 from jsparse.texts.tokenizer import load_tokenizer, prompt_ids
 
@@ -234,8 +234,9 @@ def test_all_bad_rows_are_named_up_to_a_limit(tmp_path):
         samples(file)
     assert all(f"line {n}" in str(error.value) for n in (2, 4, 5)) and "3 bad rows" in str(error.value)
     file = lines(tmp_path / "b.jsonl", *[{"text": 1}] * 30, {"text": "good"})
-    with pytest.raises(ValueError, match="20 bad rows") as error:
+    with pytest.raises(ValueError, match="the first 20 bad rows") as error:
         samples(file)
+    assert "b.jsonl, line 1:" in str(error.value) and "(and so line 2, line 3," in str(error.value)
     assert "line 20)" in str(error.value) and "line 21" not in str(error.value)
     found = Findings()
     skipping = {"reading": Reading(bad_rows="skip"), "findings": found}
@@ -243,6 +244,28 @@ def test_all_bad_rows_are_named_up_to_a_limit(tmp_path):
         len(list(read_samples([file], byte_tokenizer(), eos_token_id=None, vocab_size=257, **skipping))) == 1
     )
     assert found.bad.count == 30 and "and 10 more" in str(found.bad)
+
+
+def test_findings_survive_their_file(tmp_path):
+    file = lines(
+        tmp_path / "a.jsonl", {"text": "a", "id": 1, "meta": {}}, {"text": "b", "id": 2}, {"text": 1}
+    )
+    found = Findings()
+    skipping = {"reading": Reading(bad_rows="skip"), "findings": found}
+    list(read_samples([file], byte_tokenizer(), eos_token_id=None, vocab_size=257, **skipping))
+    stored = Findings.from_json(json.loads(json.dumps(found.to_json())))
+    assert stored.ignored == {"id": 2, "meta": 1}
+    assert (
+        stored.lines() == found.lines()
+        and "fields not read, with their rows: id (2), meta (1)" in stored.lines()
+    )
+
+
+def test_places_are_told_with_their_files_where_these_change():
+    problems = Problems()
+    for place in ("a, b.jsonl, line 1", "a, b.jsonl, line 2", "c.jsonl, line 3", "c.jsonl, line 4", "d.txt"):
+        problems.add(place, " is bad")
+    assert str(problems) == "a, b.jsonl, line 1 is bad (and so line 2, c.jsonl, line 3, line 4, d.txt)"
 
 
 def test_samples_without_tokens_are_named(tmp_path):
