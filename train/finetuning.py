@@ -131,7 +131,7 @@ def finetune(config: FinetuneConfig, *, progress: bool = True) -> FinetuneResult
     state, split = load_start(config, model_config, mesh)
     with removed_on_failure(config.output_folder, config.output_folder / DATA):
         stored = store_run_data(data, config.output_folder, progress=progress)
-        windows, rows, held_out, findings = stored
+        windows, rows, held_out = stored.windows, stored.rows, stored.held_out
         config = config.for_windows(len(rows))
         run = describe_run(config, data.digest, model_config, pattern, eval_digest=data.eval_digest)
         start = steps_taken(config, run)
@@ -142,7 +142,7 @@ def finetune(config: FinetuneConfig, *, progress: bool = True) -> FinetuneResult
         evaluations = Evaluations(measure, config.evaluation_interval, config.patience)
     if start == 0 and is_first_process():
         if progress:
-            print_findings(findings)
+            print_findings(stored)
         warn_of_data(stored)
     _write_settings(asked)
     with (
@@ -167,7 +167,9 @@ def finetune(config: FinetuneConfig, *, progress: bool = True) -> FinetuneResult
 
         def save(step: int, state: TrainState, best: int | None) -> None:
             position = position_at(len(rows), step, config.batch_size)
-            checkpoints.save(step, state, run | {"position": position, "form": findings.form}, keep=best)
+            checkpoints.save(
+                step, state, run | {"position": position, "form": stored.findings.form}, keep=best
+            )
 
         state, metrics, stopped_by = run_steps(
             state,
@@ -188,7 +190,7 @@ def finetune(config: FinetuneConfig, *, progress: bool = True) -> FinetuneResult
             exported_step = int(state.step) if best is None or config.export_last else best["step"]
             state = _state_of(exported_step, state, checkpoints)
     if exported_step is not None:
-        export_model(config, split.exported(state.params), pattern, form=findings.form)
+        export_model(config, split.exported(state.params), pattern, form=stored.findings.form)
         if is_first_process():
             shutil.rmtree(config.output_folder / DATA)
         wait_for_all("export")

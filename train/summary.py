@@ -137,8 +137,9 @@ def _parts(config: FinetuneConfig) -> str:
 def _optimizer(config: FinetuneConfig) -> str:
     then = "constant" if config.schedule == "constant" else f"falling to a tenth ({config.schedule})"
     warmup = _count(config.warmup_steps, "step")
+    ends = ", which the run does not reach the end of" if config.warmup_steps >= config.steps else ""
     return (
-        f"AdamW, learning rate {config.peak_learning_rate:g} after {warmup} of warm-up, then {then}; "
+        f"AdamW, learning rate {config.peak_learning_rate:g} after {warmup} of warm-up{ends}, then {then}; "
         f"weight decay {config.weight_decay:g}, gradients clipped at norm {config.max_grad_norm:g}"
     )
 

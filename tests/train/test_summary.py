@@ -66,7 +66,7 @@ def test_a_run_says_what_it_is_about_to_do(config, capsys):
     assert facts["batch"] == "2 windows, 128 tokens per step"
     assert facts["steps"] == "5, 0.62 epochs of 16 windows"  # 982 tokens
     assert facts["optimizer"].startswith(
-        "AdamW, learning rate 0.0002 after 20 steps of warm-up, then constant"
+        "AdamW, learning rate 0.0002 after 20 steps of warm-up, which the run does not reach the end of, then"
     )
 
     lines = [json.loads(line) for line in (config.output / "metrics.jsonl").read_text().splitlines()]

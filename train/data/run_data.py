@@ -53,6 +53,7 @@ class RunWindows(NamedTuple):
     rows: Integer[np.ndarray, " M"]
     held_out: Windows | None
     findings: Findings
+    eval_findings: Findings | None
 
 
 def find_run_data(config: FinetuneConfig, tokenizer: Tokenizer, model: LlamaConfig) -> RunData:
@@ -77,21 +78,23 @@ def find_run_data(config: FinetuneConfig, tokenizer: Tokenizer, model: LlamaConf
 
 def store_run_data(data: RunData, output: Path, *, progress: bool) -> RunWindows:
     """The windows of a run on disk, from an earlier call or made now, and what is to be said about them."""
-    held_out = None
+    held_out, eval_findings = None, None
     if data.eval_files is not None and data.eval_digest is not None:
         folder = output / DATA / f"held-out-{data.eval_digest[:16]}"
         with _of_eval_data():
             held_out = _windows(data, data.eval_files, folder, progress=progress, may_be_short=True)
             _rows(held_out)
+        eval_findings = read_findings(folder)
     folder = output / DATA / data.digest[:16]
     windows = _windows(data, data.files, folder, progress=progress)
-    return RunWindows(windows, _rows(windows), held_out, read_findings(folder))
+    return RunWindows(windows, _rows(windows), held_out, read_findings(folder), eval_findings)
 
 
-def print_findings(findings: Findings) -> None:
+def print_findings(data: RunWindows) -> None:
     """Say on stderr what was found in the data."""
-    for line in findings.lines():
-        print(for_terminal(f"data: {line}"), file=sys.stderr)
+    for name, findings in (("data", data.findings), ("eval_data", data.eval_findings)):
+        for line in [] if findings is None else findings.lines():
+            print(for_terminal(f"{name}: {line}"), file=sys.stderr)
 
 
 def warn_of_data(data: RunWindows) -> None:
