@@ -7,13 +7,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import jsparse
-from jsparse.checks import require_choice, require_integers, require_numbers
 from jsparse.hub import model_folder
-from jsparse.integers import is_integer, require_integer
-from jsparse.models.choices import EXTENSIONS, KINDS, REMAT
+from jsparse.models.choices import KINDS
 from jsparse.models.mesh_config import MeshConfig
-from jsparse.models.peft_names import check_expression
 from jsparse.texts.reading import Reading
+from jsparse.train.config_checks import BLOCK, check_settings
 from jsparse.train.run.paths import as_paths
 
 if TYPE_CHECKING:  # what needs jax is imported late: the command line lists these settings without it
@@ -24,27 +22,11 @@ if TYPE_CHECKING:  # what needs jax is imported late: the command line lists the
 else:
     LlamaConfig = AttentionPattern = GradientTransformation = Schedule = Any
 
-BLOCK = 128  # tokens, of strided attention
-SERVICES = ("tensorboard", "wandb", "mlflow")
 # By default, with LoRA and without. benchmarks/training/learning_rates.py found LoRA best at 6e-3, and all
 # parameters equally good at 6e-4 and 2e-3. Both defaults are far lower, for larger models and longer runs.
 LORA_RATE, FULL_RATE = 2e-4, 2e-5
 
-_CHOICES = {
-    "attention": (None, *KINDS),
-    "rope": (None, *EXTENSIONS),
-    "base_bits": (None, 4, 8),
-    "dtype": (None, "float32", "bfloat16"),
-    "remat": REMAT,
-    "schedule": ("constant", "cosine", "linear"),
-}
-# The kinds of attention that each setting is for.
-_READ_BY = {
-    ("group_size", "group_ratio"): ("shifted", "grouped"),
-    ("sink", "window"): ("longgen", "streaming"),
-    ("stride", "full_layers"): ("longgen",),
-    ("head_pattern", "sparsity"): ("streaming",),
-}
+_GROUP_RATIO = 0.25
 _ROUNDING = 1e-6  # 0.29 * 100 is 28.99...
 
 
@@ -101,7 +83,7 @@ class FinetuneConfig:
     and "shifted" where it is extended, or where a group_size or group_ratio is given."""
     group_size: int | None = None
     """Tokens per group: even, and a divisor of the context. Default: group_ratio of the context."""
-    group_ratio: float = 0.25
+    group_ratio: float = _GROUP_RATIO
     """Fraction of the context that a group takes if no group_size is given."""
     sink: int = 128
     """First tokens that heads see with "longgen" and "streaming"."""
@@ -198,159 +180,9 @@ class FinetuneConfig:
     held-out loss, whose checkpoint is always kept."""
 
     def __post_init__(self):
-        if not self.data_files:
-            raise ValueError("data must name at least one text file")
-        _ = self.reading  # which checks its settings
-        require_integers(self, 1, "steps", "batch_size", "micro_batches", "checkpoint_every", "max_skipped")
-        require_integers(self, 2, "context")
-        require_integers(self, 0, "warmup_steps", "seed")
-        require_numbers(self, "max_grad_norm", "lora_alpha")
-        if self.learning_rate is not None:
-            require_numbers(self, "learning_rate")
-        require_numbers(self, "weight_decay", "lora_dropout", allow_zero=True)
-        for field in ("attention", "rope", "base_bits", "dtype", "remat", "schedule"):
-            require_choice(self, field, *_CHOICES[field])
-        if not set(self.log_to) <= set(SERVICES):
-            raise ValueError(f"log_to must be some of {', '.join(map(repr, SERVICES))}, not {self.log_to!r}")
-        if len(set(self.log_to)) < len(self.log_to):
-            raise ValueError(f"log_to must name each service once, not {self.log_to!r}")
-        self._check_lora()
-        self._check_batch()
-        self._check_attention()
-        self._check_length()
-        self._check_evaluation()
-
-    def _check_length(self):
-        """Of the run, and of its warm-up."""
-        defaults = {field.name: field.default for field in dataclasses.fields(FinetuneConfig)}
-        for name, other in (("epochs", "steps"), ("warmup_ratio", "warmup_steps")):
-            if getattr(self, name) is not None and getattr(self, other) != defaults[other]:
-                raise ValueError(
-                    f"{name}={getattr(self, name)} and {other}={getattr(self, other)} say the same in two "
-                    "ways; give one of them"
-                )
-        if self.epochs is not None:
-            require_numbers(self, "epochs")
-        if self.warmup_ratio is not None:
-            require_numbers(self, "warmup_ratio", allow_zero=True)
-            if self.warmup_ratio >= 1:
-                raise ValueError(f"warmup_ratio must be a number in [0, 1), not {self.warmup_ratio!r}")
-        elif self.epochs is None and self.schedule != "constant" and self.warmup_steps >= self.steps:
-            raise ValueError(f"warmup_steps={self.warmup_steps} must be less than steps={self.steps}")
-
-    def _check_evaluation(self):
-        for name, default in (("eval_every", None), ("patience", None), ("export_last", False)):
-            if not self.eval_files and getattr(self, name) != default:
-                raise ValueError(
-                    f"{name}={getattr(self, name)} is for a run with eval_data, and none is given"
-                )
-        for name in ("eval_every", "patience"):
-            if getattr(self, name) is not None:
-                require_integers(self, 1, name)
-
-    def _check_lora(self):
-        if self.lora_rank is not None:
-            require_integers(self, 1, "lora_rank")
-        elif self.base_bits is not None:
-            raise ValueError(
-                f"base_bits={self.base_bits} keeps the base frozen, but lora_rank=None trains all of it; "
-                "give a lora_rank"
-            )
-        if self.lora_dropout >= 1:
-            raise ValueError(f"lora_dropout must be a number in [0, 1), not {self.lora_dropout!r}")
-        for name in ("rslora", "lora_rank_pattern", "lora_alpha_pattern", "lora_layers", "modules_to_save"):
-            value = getattr(self, name)
-            if self.lora_rank is None and value not in (False, {}, None, ()):
-                raise ValueError(
-                    f"{name}={value!r} is for LoRA, but lora_rank=None trains every parameter; give a rank"
-                )
-        for name in ("lora_targets", "modules_to_save"):
-            if isinstance(getattr(self, name), str):
-                raise ValueError(f"{name} must be a tuple of names, not the string {getattr(self, name)!r}")
-        if self.lora_layers is not None and not (
-            self.lora_layers and all(is_integer(layer) and layer >= 0 for layer in self.lora_layers)
-        ):
-            raise ValueError(
-                f"lora_layers must be None or numbers of layers, from 0, not {self.lora_layers!r}"
-            )
-        self._check_patterns()
-
-    def _check_patterns(self):
-        for key, rank in self.lora_rank_pattern.items():
-            check_expression("lora_rank_pattern", key)
-            require_integer(f"lora_rank_pattern[{key!r}]", rank)
-        for key, alpha in self.lora_alpha_pattern.items():
-            check_expression("lora_alpha_pattern", key)
-            if isinstance(alpha, bool) or not isinstance(alpha, int | float) or not 0 < alpha < math.inf:
-                raise ValueError(f"lora_alpha_pattern[{key!r}] must be a number > 0, not {alpha!r}")
-
-    def _check_batch(self):
-        if self.batch_size % self.micro_batches:
-            raise ValueError(
-                f"micro_batches={self.micro_batches} must divide batch_size={self.batch_size} windows"
-            )
-        windows = self.batch_size // self.micro_batches
-        if windows % self.mesh.batch:
-            raise ValueError(
-                f"batch_size={self.batch_size} in micro_batches={self.micro_batches} is {windows} windows at "
-                f"a time, which {self.mesh.batch} devices (data * fsdp of the mesh) cannot share evenly"
-            )
-        if self.context % self.mesh.sequence:
-            raise ValueError(
-                f"context={self.context} must be a multiple of the mesh's sequence={self.mesh.sequence}"
-            )
-
-    def _check_attention(self):
-        """Refuse what the chosen attention does not read: it would be ignored. Groups ask for the shifted."""
-        fields = {field.name: field for field in dataclasses.fields(self)}
-        if self.attention is None and any(
-            getattr(self, name) != fields[name].default for name in ("group_size", "group_ratio")
-        ):
+        if self.attention is None and (self.group_size is not None or self.group_ratio != _GROUP_RATIO):
             object.__setattr__(self, "attention", "shifted")
-        for names, kinds in _READ_BY.items():
-            for name in names:
-                value = getattr(self, name)
-                if self.attention not in kinds and value != fields[name].default:
-                    wanted = " or ".join(map(repr, kinds))
-                    given = "which must be given" if self.attention is None else f"not for {self.attention!r}"
-                    raise ValueError(f"{name}={value} is for attention={wanted}, {given}")
-        if self.attention in ("longgen", "streaming"):
-            require_integers(self, 0, "sink")
-            require_integers(self, 1, "window")
-        if self.stride is not None:
-            require_integers(self, 1, "stride")
-            if self.mesh.sequence > 1:
-                raise ValueError(
-                    f"stride={self.stride} gives lists of blocks, which are not split over the mesh's "
-                    f"sequence={self.mesh.sequence} devices; allowed are sink and window, without a stride"
-                )
-            if self.window % BLOCK or self.window < BLOCK:
-                raise ValueError(
-                    f"window={self.window} must be a multiple of {BLOCK} tokens with a stride, which shows "
-                    "whole blocks"
-                )
-            if self.sink != BLOCK:
-                raise ValueError(
-                    f"sink={self.sink} is for sink and window; with a stride the first block of {BLOCK} "
-                    "tokens is seen, and every stride-th after it"
-                )
-        if self.attention == "streaming" and self.head_pattern is None:
-            raise ValueError("attention='streaming' needs a head_pattern that says which heads stream")
-        if not 0 <= self.sparsity <= 1:
-            raise ValueError(f"sparsity must be a number in [0, 1], not {self.sparsity!r}")
-        if self.attention not in ("shifted", "grouped"):
-            return
-        if self.group_size is not None:
-            require_integers(self, 2, "group_size")
-        if not 0 < self.group_ratio <= 1:
-            raise ValueError(f"group_ratio must be a number in (0, 1], not {self.group_ratio!r}")
-        size = self.groups
-        if size is None or size < 2 or size % 2 or self.context % size:
-            origin = f" ({self.group_ratio:g} of the context)" if self.group_size is None else ""
-            raise ValueError(
-                f"group_size={size}{origin} does not fit context={self.context}: "
-                "it must be even and divide the context"
-            )
+        check_settings(self)
 
     @property
     def model_folder(self) -> Path:
