@@ -2,17 +2,12 @@
 
 import dataclasses
 import math
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from jsparse.checks import require_choice, require_integers, require_numbers
 from jsparse.integers import is_integer, require_integer
 from jsparse.models.choices import EXTENSIONS, KINDS, REMAT
 from jsparse.models.peft_names import check_expression
-
-if TYPE_CHECKING:
-    from jsparse.train.config import FinetuneConfig
-else:
-    FinetuneConfig = Any
 
 BLOCK = 128  # tokens, of strided attention
 SERVICES = ("tensorboard", "wandb", "mlflow")
@@ -34,8 +29,8 @@ _READ_BY = {
 }
 
 
-def check_settings(config: FinetuneConfig) -> None:
-    """Raise ValueError for the first setting that cannot be, naming it, its value and what is allowed."""
+def check_settings(config: Any) -> None:
+    """Raise ValueError for the first setting of a FinetuneConfig that cannot be; it says what is allowed."""
     if not config.data_files:
         raise ValueError("data must name at least one text file")
     _ = config.reading  # which checks its settings
@@ -59,7 +54,7 @@ def check_settings(config: FinetuneConfig) -> None:
     _check_evaluation(config)
 
 
-def _check_length(config: FinetuneConfig) -> None:
+def _check_length(config: Any) -> None:
     """Of the run, and of its warm-up."""
     defaults = {field.name: field.default for field in dataclasses.fields(config)}
     for name, other in (("epochs", "steps"), ("warmup_ratio", "warmup_steps")):
@@ -78,7 +73,7 @@ def _check_length(config: FinetuneConfig) -> None:
         raise ValueError(f"warmup_steps={config.warmup_steps} must be less than steps={config.steps}")
 
 
-def _check_evaluation(config: FinetuneConfig) -> None:
+def _check_evaluation(config: Any) -> None:
     for name, default in (("eval_every", None), ("patience", None), ("export_last", False)):
         if not config.eval_files and getattr(config, name) != default:
             raise ValueError(f"{name}={getattr(config, name)} is for a run with eval_data, and none is given")
@@ -87,7 +82,7 @@ def _check_evaluation(config: FinetuneConfig) -> None:
             require_integers(config, 1, name)
 
 
-def _check_lora(config: FinetuneConfig) -> None:
+def _check_lora(config: Any) -> None:
     if config.lora_rank is not None:
         require_integers(config, 1, "lora_rank")
     elif config.base_bits is not None:
@@ -113,7 +108,7 @@ def _check_lora(config: FinetuneConfig) -> None:
     _check_patterns(config)
 
 
-def _check_patterns(config: FinetuneConfig) -> None:
+def _check_patterns(config: Any) -> None:
     for key, rank in config.lora_rank_pattern.items():
         check_expression("lora_rank_pattern", key)
         require_integer(f"lora_rank_pattern[{key!r}]", rank)
@@ -123,7 +118,7 @@ def _check_patterns(config: FinetuneConfig) -> None:
             raise ValueError(f"lora_alpha_pattern[{key!r}] must be a number > 0, not {alpha!r}")
 
 
-def _check_batch(config: FinetuneConfig) -> None:
+def _check_batch(config: Any) -> None:
     if config.batch_size % config.micro_batches:
         raise ValueError(
             f"micro_batches={config.micro_batches} must divide batch_size={config.batch_size} windows"
@@ -140,7 +135,7 @@ def _check_batch(config: FinetuneConfig) -> None:
         )
 
 
-def _check_attention(config: FinetuneConfig) -> None:
+def _check_attention(config: Any) -> None:
     """Refuse what the chosen attention does not read: it would be ignored."""
     fields = {field.name: field for field in dataclasses.fields(config)}
     for names, kinds in _READ_BY.items():

@@ -8,7 +8,8 @@ from jsparse.models import Llama, LlamaConfig
 from jsparse.models.patterns import AttentionPattern
 from jsparse.models.positions import describe
 from jsparse.plan.compile_only import bytes_a_device
-from jsparse.train.config import BLOCK, FinetuneConfig
+from jsparse.train.config import FinetuneConfig
+from jsparse.train.config_checks import BLOCK
 from jsparse.train.step import SplitModel, TrainState
 
 
