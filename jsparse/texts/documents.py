@@ -180,11 +180,12 @@ def _first_shape(file: DataFile, reading: Reading) -> type[Record] | None:
     return None
 
 
-def refuse_bad_rows(findings: Findings) -> None:
-    """Raise ValueError for the bad rows that were found."""
+def refuse_bad_rows(findings: Findings, *, all_read: bool = True) -> None:
+    """Raise ValueError for the bad rows that were found. ``all_read``: there are no more of them."""
     count = findings.bad.count
     if count > 1:
-        raise ValueError(f"data: {count} bad rows, which --bad-rows skip leaves out: {findings.bad}")
+        least = "" if all_read else "at least "
+        raise ValueError(f"data: {least}{count} bad rows, which --bad-rows skip leaves out: {findings.bad}")
     if count:
         raise ValueError(f"data: {findings.bad}")
 
@@ -199,7 +200,7 @@ def _read_records(files: Sources, reading: Reading, findings: Findings) -> Itera
             if placed is not None:
                 yield placed
             elif reading.bad_rows == "error" and findings.bad.count == LIMIT:
-                refuse_bad_rows(findings)
+                refuse_bad_rows(findings, all_read=False)
 
 
 def _read_row(row: Row | BadRow, reading: Reading, findings: Findings) -> _Placed | None:

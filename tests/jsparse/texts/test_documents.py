@@ -232,9 +232,9 @@ def test_all_bad_rows_are_named_up_to_a_limit(tmp_path):
     )
     with pytest.raises(ValueError) as error:
         samples(file)
-    assert all(f"line {n}" in str(error.value) for n in (2, 4, 5)) and "3 bad rows" in str(error.value)
+    assert all(f"line {n}" in str(error.value) for n in (2, 4, 5)) and "data: 3 bad rows" in str(error.value)
     file = lines(tmp_path / "b.jsonl", *[{"text": 1}] * 30, {"text": "good"})
-    with pytest.raises(ValueError, match="20 bad rows") as error:
+    with pytest.raises(ValueError, match="data: at least 20 bad rows") as error:
         samples(file)
     assert "line 20)" in str(error.value) and "line 21" not in str(error.value)
     found = Findings()
