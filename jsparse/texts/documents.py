@@ -305,10 +305,14 @@ class _Encoder:
         messages = record.messages(plain=self._plain) if isinstance(record, Instruction) else record.messages
         chat = self._chat
         try:
-            ids, mask = chat.encode_with_mask(messages, tools=tools)
+            if self._all:  # also where it cannot be told what the assistant writes
+                ids = chat.encode(messages, tools=tools, add_generation_prompt=False)
+                mask = [1] * len(ids)
+            else:
+                ids, mask = chat.encode_with_mask(messages, tools=tools)
         except ValueError as error:
             raise BadShape(f": {error}") from error
-        scored = np.ones(len(ids), bool) if self._all else np.array(mask, bool)
+        scored = np.array(mask, bool)
         if not scored[1:].any():
             raise BadShape(" has no target: the template writes nothing for the assistant")
         return ids, scored

@@ -197,6 +197,18 @@ def test_loss_on_all(tmp_path):
     assert sample.scored is not None and sample.scored.tolist() == [True] * 4 and sample.targets == 3
 
 
+def test_loss_on_all_needs_no_turns_of_the_assistant(tmp_path, save_chat_model):
+    save_chat_model(tmp_path / "model", "{{ messages | tojson }}<e>", ["<s>", "<e>"])
+    chat, tokenizer = load_chat_template(tmp_path / "model"), load_tokenizer(tmp_path / "model")
+    settings = {"eos_token_id": None, "vocab_size": tokenizer.get_vocab_size(), "chat_template": chat}
+    file = lines(tmp_path / "a.jsonl", {"messages": TALK})
+    with pytest.raises(ValueError, match="line 1: .* cannot be told"):
+        list(read_samples([file], tokenizer, **settings))
+    (sample,) = read_samples([file], tokenizer, **settings, reading=Reading(loss_on="all"))
+    assert sample.tokens.tolist() == chat.encode(TALK, add_generation_prompt=False)
+    assert sample.targets == len(sample.tokens) - 1
+
+
 def test_evaluation_takes_documents_only(tmp_path):
     file = lines(tmp_path / "a.jsonl", {"text": "a"}, {"prompt": "a", "completion": "b"})
     with pytest.raises(ValueError, match="a.jsonl, line 2 is a prompt .* for fine-tuning"):
