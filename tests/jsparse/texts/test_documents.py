@@ -304,7 +304,9 @@ def test_a_table_gives_messages_and_tools_no_nulls_and_json_keeps_its_own(tmp_pa
             [file], tokenizer, eos_token_id=None, vocab_size=tokenizer.get_vocab_size(), chat_template=chat
         )
         for sample, row in zip(found, content, strict=True):
-            assert sample.tokens.tolist() == chat.encode(**row, add_generation_prompt=False)
+            assert sample.tokens.tolist() == chat.encode(
+                row["messages"], tools=row["tools"], add_generation_prompt=False
+            )
 
 
 def test_what_is_nested_too_deep_is_a_bad_row(tmp_path):
