@@ -181,11 +181,11 @@ def _first_shape(file: DataFile, reading: Reading) -> type[Record] | None:
 
 
 def refuse_bad_rows(findings: Findings, *, all_read: bool = True) -> None:
-    """Raise ValueError for the bad rows that were found; there may be more unless all were read."""
+    """Raise ValueError for the bad rows that were found. ``all_read``: there are no more of them."""
     count = findings.bad.count
     if count > 1:
-        found = f"{count} bad rows" if all_read else f"the first {count} bad rows"
-        raise ValueError(f"data: {found}, which --bad-rows skip leaves out: {findings.bad}")
+        least = "" if all_read else "at least "
+        raise ValueError(f"data: {least}{count} bad rows, which --bad-rows skip leaves out: {findings.bad}")
     if count:
         raise ValueError(f"data: {findings.bad}")
 
@@ -305,10 +305,14 @@ class _Encoder:
         messages = record.messages(plain=self._plain) if isinstance(record, Instruction) else record.messages
         chat = self._chat
         try:
-            ids, mask = chat.encode_with_mask(messages, tools=tools)
+            if self._all:  # also where it cannot be told what the assistant writes
+                ids = chat.encode(messages, tools=tools, add_generation_prompt=False)
+                mask = [1] * len(ids)
+            else:
+                ids, mask = chat.encode_with_mask(messages, tools=tools)
         except ValueError as error:
             raise BadShape(f": {error}") from error
-        scored = np.ones(len(ids), bool) if self._all else np.array(mask, bool)
+        scored = np.array(mask, bool)
         if not scored[1:].any():
             raise BadShape(" has no target: the template writes nothing for the assistant")
         return ids, scored

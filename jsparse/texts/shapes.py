@@ -1,5 +1,6 @@
 """The shapes of training rows: which fields make a document, a completion, an instruction, a conversation."""
 
+import itertools
 import json
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, TypeAlias
@@ -75,9 +76,9 @@ class BadShape(ValueError):
 def read_record(row: Mapping[str, Any], fields: Mapping[str, str]) -> tuple[Record, set[str]]:
     """What a row is, and those of its fields that were not read.
 
-    A row that has the fields of several shapes is the first of these: messages, conversations, an
-    instruction, a prompt with its completion, a text. So the text that some sets give beside an instruction,
-    or the prompt beside a conversation, is not read.
+    A row that has the fields of several shapes, nulls aside, is the first of these: messages, conversations,
+    an instruction, a prompt with its completion, a text. So the text that some sets give beside an
+    instruction, or the prompt beside a conversation, is not read.
 
     - row: by the names of its fields.
     - fields: other names for fields: ``{"prompt": "question"}`` reads "question" as the prompt.
@@ -88,8 +89,10 @@ def read_record(row: Mapping[str, Any], fields: Mapping[str, str]) -> tuple[Reco
     (Completion(prompt='2+2=', completion='4'), {'id'})
     """
     renamed = _renamed(row, fields)
-    for needed, optional, make in _SHAPES:
-        if needed <= renamed.keys():
+    # Tables have nulls in the columns of other shapes. Without another shape, the error names the null.
+    given = {name for name, value in renamed.items() if value is not None}
+    for names, (needed, optional, make) in itertools.product((given, renamed.keys()), _SHAPES):
+        if needed <= names:
             used = {name: renamed[name] for name in needed | optional if name in renamed}
             unread = renamed.keys() - used.keys()
             return make(used), {fields.get(name, name) for name in unread}

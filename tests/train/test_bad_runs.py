@@ -29,6 +29,15 @@ def test_data_that_cannot_be_used(config, tmp_path):
     )
 
 
+@pytest.mark.parametrize("pattern", ["", "**/*.txt"])
+def test_an_output_that_a_resumed_run_would_read(config, tmp_path, pattern):
+    (tmp_path / "a.txt").write_text("the cat sat on the mat. " * 30)
+    inside = dataclasses.replace(config, data=(tmp_path / pattern,))
+    check_refused(inside, ValueError, "output=.*output is in data=.* when it is resumed; choose")
+    held_out = dataclasses.replace(config, eval_data=(tmp_path / pattern,))
+    check_refused(held_out, ValueError, "is in eval_data=")
+
+
 def test_a_model_that_cannot_be_used(config, tmp_path):
     check_refused(dataclasses.replace(config, model=tmp_path), FileNotFoundError, "config.json")
     other = copy_of(config.model, tmp_path / "other")

@@ -57,7 +57,11 @@ class RunWindows(NamedTuple):
 
 
 def find_run_data(config: FinetuneConfig, tokenizer: Tokenizer, model: LlamaConfig) -> RunData:
-    """The files of a run and their digests. Raises what ``find_data`` raises, naming data or eval_data."""
+    """The files of a run and their digests. Raises what ``find_data`` raises, naming data or eval_data.
+
+    Raises ValueError for an output folder in a folder of data too: a run that is resumed would read itself.
+    """
+    _require_apart(config)
     files, eval_files, eval_digest = find_data(config.data_files), None, None
     if config.eval_files:
         with _of_eval_data():
@@ -74,6 +78,20 @@ def find_run_data(config: FinetuneConfig, tokenizer: Tokenizer, model: LlamaConf
         eval_digest = digest_data(eval_files, tokenizer, **settings)
     digest = digest_data(files, tokenizer, **settings)
     return RunData(files, eval_files, digest, eval_digest, tokenizer, model.vocab_size, settings)
+
+
+def _require_apart(config: FinetuneConfig) -> None:
+    output = config.output_folder.resolve()
+    for name, sources in (("data", config.data_files), ("eval_data", config.eval_files)):
+        for source in sources:
+            # Of a pattern, the folder that all it matches is in, if it goes down into folders.
+            folder = source if source.exists() else Path(str(source).partition("**")[0])
+            is_read = "**" in str(source) or source.is_dir()
+            if is_read and folder.is_dir() and output.is_relative_to(folder.resolve()):
+                raise ValueError(
+                    f"output={config.output} is in {name}={source}, so the run would read what it wrote "
+                    "when it is resumed; choose an output folder elsewhere, or name the files"
+                )
 
 
 def store_run_data(data: RunData, output: Path, *, progress: bool) -> RunWindows:

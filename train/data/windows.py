@@ -309,7 +309,7 @@ def _refuse(findings: Findings, reading: Reading, context: int) -> None:
             "longer context, or give --too-long skip or truncate"
         )
     if not findings.samples:
-        raise ValueError(f"data: no sample is left; {findings.bad or findings.long}")
+        raise ValueError(f"data: no sample is left with {context=}; {findings.bad or findings.long}")
     mixed = None if reading.mixed else findings.mixed_file()
     if mixed is not None:
         raise ValueError(f"data: {mixed}")

@@ -197,6 +197,18 @@ def test_loss_on_all(tmp_path):
     assert sample.scored is not None and sample.scored.tolist() == [True] * 4 and sample.targets == 3
 
 
+def test_loss_on_all_needs_no_turns_of_the_assistant(tmp_path, save_chat_model):
+    save_chat_model(tmp_path / "model", "{{ messages | tojson }}<e>", ["<s>", "<e>"])
+    chat, tokenizer = load_chat_template(tmp_path / "model"), load_tokenizer(tmp_path / "model")
+    settings = {"eos_token_id": None, "vocab_size": tokenizer.get_vocab_size(), "chat_template": chat}
+    file = lines(tmp_path / "a.jsonl", {"messages": TALK})
+    with pytest.raises(ValueError, match="line 1: .* cannot be told"):
+        list(read_samples([file], tokenizer, **settings))
+    (sample,) = read_samples([file], tokenizer, **settings, reading=Reading(loss_on="all"))
+    assert sample.tokens.tolist() == chat.encode(TALK, add_generation_prompt=False)
+    assert sample.targets == len(sample.tokens) - 1
+
+
 def test_evaluation_takes_documents_only(tmp_path):
     file = lines(tmp_path / "a.jsonl", {"text": "a"}, {"prompt": "a", "completion": "b"})
     with pytest.raises(ValueError, match="a.jsonl, line 2 is a prompt .* for fine-tuning"):
@@ -232,9 +244,9 @@ def test_all_bad_rows_are_named_up_to_a_limit(tmp_path):
     )
     with pytest.raises(ValueError) as error:
         samples(file)
-    assert all(f"line {n}" in str(error.value) for n in (2, 4, 5)) and "3 bad rows" in str(error.value)
+    assert all(f"line {n}" in str(error.value) for n in (2, 4, 5)) and "data: 3 bad rows" in str(error.value)
     file = lines(tmp_path / "b.jsonl", *[{"text": 1}] * 30, {"text": "good"})
-    with pytest.raises(ValueError, match="the first 20 bad rows") as error:
+    with pytest.raises(ValueError, match="data: at least 20 bad rows") as error:
         samples(file)
     assert "b.jsonl, line 1:" in str(error.value) and "(and so line 2, line 3," in str(error.value)
     assert "line 20)" in str(error.value) and "line 21" not in str(error.value)
@@ -315,7 +327,9 @@ def test_a_table_gives_messages_and_tools_no_nulls_and_json_keeps_its_own(tmp_pa
             [file], tokenizer, eos_token_id=None, vocab_size=tokenizer.get_vocab_size(), chat_template=chat
         )
         for sample, row in zip(found, content, strict=True):
-            assert sample.tokens.tolist() == chat.encode(**row, add_generation_prompt=False)
+            assert sample.tokens.tolist() == chat.encode(
+                row["messages"], tools=row["tools"], add_generation_prompt=False
+            )
 
 
 def test_what_is_nested_too_deep_is_a_bad_row(tmp_path):
