@@ -130,7 +130,7 @@ def finetune(config: FinetuneConfig, *, progress: bool = True) -> FinetuneResult
     state, split = load_start(config, model_config, mesh)
     with removed_on_failure(config.output_folder, config.output_folder / DATA):
         stored = store_run_data(data, config.output_folder, progress=progress)
-        windows, rows, held_out, findings = stored
+        windows, rows, held_out, findings, _ = stored
         asked, config = config, config.for_windows(len(rows))
         run = describe_run(config, data.digest, model_config, pattern, eval_digest=data.eval_digest)
         start = steps_taken(config, run)
@@ -141,7 +141,7 @@ def finetune(config: FinetuneConfig, *, progress: bool = True) -> FinetuneResult
         evaluations = Evaluations(measure, config.evaluation_interval, config.patience)
     if start == 0 and is_first_process():
         if progress:
-            print_findings(findings)
+            print_findings(stored)
         warn_of_data(stored)
     _write_settings(asked)
     with (
