@@ -35,6 +35,7 @@ VERSIONS = tests/test_doctests.py tests/test_plan.py \
     tests/jsparse/test_attention.py tests/jsparse/masks/test_estimate.py \
     tests/jsparse/cache/test_decode.py tests/jsparse/cache/test_pages.py tests/jsparse/texts/test_tokenizer.py \
     tests/jsparse/texts/test_chat_template_parity.py tests/jsparse/texts/test_plain_form.py \
+    tests/jsparse/texts/test_samples_parity.py \
     tests/models/test_weights_parity.py \
     tests/serve/test_sampling_parity.py \
     tests/models/test_parity.py tests/models/test_adapter_parity.py \

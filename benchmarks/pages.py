@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from sections import PAGES, put_between
-from training import extension, plan_claims, train_step
+from training import extension, learning_rates, plan_claims, train_step
 
 from jsparse.evaluate.scoreboard_report import markdown_table
 from jsparse.evaluate.speed.cache_bytes import CacheBytes
@@ -36,6 +36,7 @@ def pages() -> dict[str, dict[str, str]]:
     """The sections of each page by name."""
     decode, prefill = load("cpu-decode/results.json"), load("cpu-prefill/results.json")
     step, extended = load("cpu-train/results.json"), load("cpu-extension/results.json")
+    rates = load("cpu-learning-rates/results.json")
     return {
         "scoreboard.md": {
             "scores": markdown_table(json.loads((ROOT / "models" / "small" / "scores.json").read_text())),
@@ -53,6 +54,9 @@ def pages() -> dict[str, dict[str, str]]:
             "extension": extension.markdown(
                 extension_config(extended["settings"]),
                 [extension.Row(**row | {"perplexity": tuple(row["perplexity"])}) for row in extended["rows"]],
+            ),
+            "rates": learning_rates.markdown(
+                rates["before"], [learning_rates.Row(**row) for row in rates["rows"]]
             ),
             "claims": plan_claims.short_table(load("plan/claims.json")),
         },

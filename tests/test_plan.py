@@ -31,7 +31,7 @@ from jsparse.train.plan import plan_finetune, step_program
 from jsparse.train.start import extended_config, load_start
 
 CONFIG = LlamaConfig.tiny()
-FINETUNE = FinetuneConfig(model="-", data="-", output="-", context=64, batch_size=2)
+FINETUNE = FinetuneConfig(model="-", data="-", output="-", context=64, attention="shifted", batch_size=2)
 ONE_DEVICE = MeshConfig().make(jax.devices()[:1])
 FLOPS = StepFlops(Passes(1, 3, 1), Passes(2, 6, 2), Passes(10, 20), Passes(30, 60), Passes(4, 8, 4))
 
@@ -134,6 +134,15 @@ def test_a_run_that_the_model_refuses():
         fields = CONFIG.to_hf() | {"rope_parameters": rope, "max_position_embeddings": 32}
         config = FinetuneConfig(model="-", data="-", output="-", context=64, rope="linear")
         plan_finetune(config, LlamaConfig.from_hf(fields), device="h200")
+
+
+@pytest.mark.parametrize(("context", "attention", "group_size"), [(64, "full", None), (128, "shifted", 32)])
+def test_a_run_is_planned_with_the_attention_that_it_will_take(monkeypatch, context, attention, group_size):
+    config = FinetuneConfig(model="-", data="-", output="-", context=context, batch_size=1)
+    monkeypatch.setattr("jsparse.train.plan.compile_only_devices", lambda *_, **__: jax.devices()[:1])
+    monkeypatch.setattr("jsparse.train.plan.plan_program", lambda *_: peak_of(100))
+    settings = plan_finetune(config, CONFIG, device="h200").settings
+    assert (settings["attention"], settings.get("group_size")) == (attention, group_size)
 
 
 # --- what follows from what the compiler says ---
@@ -266,9 +275,10 @@ def folder(tmp_path_factory, save_tiny_model):
 @pytest.mark.parametrize(
     "options",
     [
-        {},
+        {"attention": "shifted"},
         {"lora_rank": None, "attention": "full"},
         {
+            "attention": "shifted",
             "lora_targets": ("all-linear", "lm_head"),
             "lora_rank_pattern": {"lm_head": 3},
             "modules_to_save": ("up_proj",),

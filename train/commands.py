@@ -19,7 +19,7 @@ from jsparse.train.merge_config import MergeConfig
 from jsparse.train.pretrain_config import PretrainConfig
 
 # What the commands do, at the head of their --help.
-_FINETUNE = """Fine-tune a model, usually to a longer context; the defaults are LongLoRA's recipe.
+_FINETUNE = """Fine-tune a model in its own context, or to a longer one: then the defaults are LongLoRA's.
 
 With --lora-rank None and --attention full, every parameter is trained with causal attention.
 """

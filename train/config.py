@@ -7,13 +7,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import jsparse
-from jsparse.checks import require_choice, require_integers, require_numbers
 from jsparse.hub import model_folder
-from jsparse.integers import is_integer, require_integer
-from jsparse.models.choices import EXTENSIONS, KINDS, REMAT
+from jsparse.models.choices import KINDS
 from jsparse.models.mesh_config import MeshConfig
-from jsparse.models.peft_names import check_expression
 from jsparse.texts.reading import Reading
+from jsparse.train.config_checks import BLOCK, check_settings
 from jsparse.train.run.paths import as_paths
 
 if TYPE_CHECKING:  # what needs jax is imported late: the command line lists these settings without it
@@ -24,41 +22,32 @@ if TYPE_CHECKING:  # what needs jax is imported late: the command line lists the
 else:
     LlamaConfig = AttentionPattern = GradientTransformation = Schedule = Any
 
-BLOCK = 128  # tokens, of strided attention
-SERVICES = ("tensorboard", "wandb", "mlflow")
+# By default, with LoRA and without. benchmarks/training/learning_rates.py found LoRA best at 6e-3, and all
+# parameters equally good at 6e-4 and 2e-3. Both defaults are far lower, for larger models and longer runs.
+LORA_RATE, FULL_RATE = 2e-4, 2e-5
 
-
-_CHOICES = {
-    "attention": KINDS,
-    "rope": (None, *EXTENSIONS),
-    "base_bits": (None, 4, 8),
-    "dtype": (None, "float32", "bfloat16"),
-    "remat": REMAT,
-    "schedule": ("constant", "cosine", "linear"),
-}
-# The kinds of attention that each setting is for.
-_READ_BY = {
-    ("group_size", "group_ratio"): ("shifted", "grouped"),
-    ("sink", "window"): ("longgen", "streaming"),
-    ("stride", "full_layers"): ("longgen",),
-    ("head_pattern", "sparsity"): ("streaming",),
-}
+_GROUP_RATIO = 0.25
 _ROUNDING = 1e-6  # 0.29 * 100 is 28.99...
 
 
 @dataclasses.dataclass(frozen=True)
 class FinetuneConfig:
-    """The settings of a fine-tuning run; the defaults are LongLoRA's recipe.
+    """The settings of a fine-tuning run.
 
+    Where the context is extended, the defaults are LongLoRA's recipe, except for the learning rate.
     With ``lora_rank=None`` and ``attention="full"``, the same program trains every parameter with causal
     attention. From a checkpoint of random weights, that is pretraining.
 
     Raises ValueError, naming the field, the value and what is allowed. ``finetune`` checks, before it starts,
     that the files exist and fit one another.
 
+    >>> from jsparse.models import LlamaConfig
     >>> config = FinetuneConfig(model="base", data="book.txt", output="longer", context=1024)
-    >>> config.groups
-    256
+    >>> config.for_model(LlamaConfig.tiny(max_position_embeddings=1024)).attention
+    'full'
+    >>> longer = config.for_model(LlamaConfig.tiny(max_position_embeddings=512))
+    >>> longer.attention, longer.groups
+    ('shifted', 256)
     """
 
     model: str | Path
@@ -88,13 +77,14 @@ class FinetuneConfig:
     """How many positions the model has, if its linear RoPE factor may be within max_position_embeddings or on
     top of it and the context is longer than both readings; the error then names the two."""
 
-    attention: str = "shifted"
-    """"shifted" groups (LongLoRA's S²-Attn, causal form), the same "grouped" without the shift, "full" causal
-    attention, "longgen" (some layers full, the others sink and window, or strided blocks), or "streaming"
-    (the streaming heads of a head_pattern see sink and window)."""
+    attention: str | None = None
+    """"full" causal attention, "shifted" groups (LongLoRA's S²-Attn, causal form), the same "grouped" without
+    the shift, "longgen" (some layers full, the others sink and window, or strided blocks), or "streaming"
+    (the streaming heads of a head_pattern see sink and window). None: "full" within the model's own context
+    and "shifted" where it is extended, or where a group_size or group_ratio is given."""
     group_size: int | None = None
     """Tokens per group: even, and a divisor of the context. Default: group_ratio of the context."""
-    group_ratio: float = 0.25
+    group_ratio: float = _GROUP_RATIO
     """Fraction of the context that a group takes if no group_size is given."""
     sink: int = 128
     """First tokens that heads see with "longgen" and "streaming"."""
@@ -153,8 +143,10 @@ class FinetuneConfig:
     """Windows per step."""
     micro_batches: int = 1
     """Compute the windows of a step in this many parts, one after another: less memory, the same step."""
-    learning_rate: float = 2e-5
-    """AdamW's learning rate after the warm-up (betas 0.9 and 0.95)."""
+    learning_rate: float | None = None
+    """AdamW's learning rate after the warm-up (betas 0.9 and 0.95). None: 2e-4 with LoRA, and 2e-5 without,
+    since on the shipped model LoRA did best at three to ten times the rate of all parameters. Both are far
+    below what was best there, for larger models (docs/results/training.md). LongLoRA's own is 2e-5."""
     warmup_steps: int = 20
     """Steps over which the learning rate rises to its value."""
     warmup_ratio: float | None = None
@@ -189,152 +181,9 @@ class FinetuneConfig:
     held-out loss, whose checkpoint is always kept."""
 
     def __post_init__(self):
-        if not self.data_files:
-            raise ValueError("data must name at least one text file")
-        _ = self.reading  # which checks its settings
-        require_integers(self, 1, "steps", "batch_size", "micro_batches", "checkpoint_every", "max_skipped")
-        require_integers(self, 2, "context")
-        require_integers(self, 0, "warmup_steps", "seed")
-        require_numbers(self, "learning_rate", "max_grad_norm", "lora_alpha")
-        require_numbers(self, "weight_decay", "lora_dropout", allow_zero=True)
-        for field in ("attention", "rope", "base_bits", "dtype", "remat", "schedule"):
-            require_choice(self, field, *_CHOICES[field])
-        if not set(self.log_to) <= set(SERVICES):
-            raise ValueError(f"log_to must be some of {', '.join(map(repr, SERVICES))}, not {self.log_to!r}")
-        if len(set(self.log_to)) < len(self.log_to):
-            raise ValueError(f"log_to must name each service once, not {self.log_to!r}")
-        self._check_lora()
-        self._check_batch()
-        self._check_attention()
-        self._check_length()
-        self._check_evaluation()
-
-    def _check_length(self):
-        """Of the run, and of its warm-up."""
-        defaults = {field.name: field.default for field in dataclasses.fields(FinetuneConfig)}
-        for name, other in (("epochs", "steps"), ("warmup_ratio", "warmup_steps")):
-            if getattr(self, name) is not None and getattr(self, other) != defaults[other]:
-                raise ValueError(
-                    f"{name}={getattr(self, name)} and {other}={getattr(self, other)} say the same in two "
-                    "ways; give one of them"
-                )
-        if self.epochs is not None:
-            require_numbers(self, "epochs")
-        if self.warmup_ratio is not None:
-            require_numbers(self, "warmup_ratio", allow_zero=True)
-            if self.warmup_ratio >= 1:
-                raise ValueError(f"warmup_ratio must be a number in [0, 1), not {self.warmup_ratio!r}")
-        elif self.epochs is None and self.schedule != "constant" and self.warmup_steps >= self.steps:
-            raise ValueError(f"warmup_steps={self.warmup_steps} must be less than steps={self.steps}")
-
-    def _check_evaluation(self):
-        for name, default in (("eval_every", None), ("patience", None), ("export_last", False)):
-            if not self.eval_files and getattr(self, name) != default:
-                raise ValueError(
-                    f"{name}={getattr(self, name)} is for a run with eval_data, and none is given"
-                )
-        for name in ("eval_every", "patience"):
-            if getattr(self, name) is not None:
-                require_integers(self, 1, name)
-
-    def _check_lora(self):
-        if self.lora_rank is not None:
-            require_integers(self, 1, "lora_rank")
-        elif self.base_bits is not None:
-            raise ValueError(
-                f"base_bits={self.base_bits} keeps the base frozen, but lora_rank=None trains all of it; "
-                "give a lora_rank"
-            )
-        if self.lora_dropout >= 1:
-            raise ValueError(f"lora_dropout must be a number in [0, 1), not {self.lora_dropout!r}")
-        for name in ("rslora", "lora_rank_pattern", "lora_alpha_pattern", "lora_layers", "modules_to_save"):
-            value = getattr(self, name)
-            if self.lora_rank is None and value not in (False, {}, None, ()):
-                raise ValueError(
-                    f"{name}={value!r} is for LoRA, but lora_rank=None trains every parameter; give a rank"
-                )
-        for name in ("lora_targets", "modules_to_save"):
-            if isinstance(getattr(self, name), str):
-                raise ValueError(f"{name} must be a tuple of names, not the string {getattr(self, name)!r}")
-        if self.lora_layers is not None and not (
-            self.lora_layers and all(is_integer(layer) and layer >= 0 for layer in self.lora_layers)
-        ):
-            raise ValueError(
-                f"lora_layers must be None or numbers of layers, from 0, not {self.lora_layers!r}"
-            )
-        self._check_patterns()
-
-    def _check_patterns(self):
-        for key, rank in self.lora_rank_pattern.items():
-            check_expression("lora_rank_pattern", key)
-            require_integer(f"lora_rank_pattern[{key!r}]", rank)
-        for key, alpha in self.lora_alpha_pattern.items():
-            check_expression("lora_alpha_pattern", key)
-            if isinstance(alpha, bool) or not isinstance(alpha, int | float) or not 0 < alpha < math.inf:
-                raise ValueError(f"lora_alpha_pattern[{key!r}] must be a number > 0, not {alpha!r}")
-
-    def _check_batch(self):
-        if self.batch_size % self.micro_batches:
-            raise ValueError(
-                f"micro_batches={self.micro_batches} must divide batch_size={self.batch_size} windows"
-            )
-        windows = self.batch_size // self.micro_batches
-        if windows % self.mesh.batch:
-            raise ValueError(
-                f"batch_size={self.batch_size} in micro_batches={self.micro_batches} is {windows} windows at "
-                f"a time, which {self.mesh.batch} devices (data * fsdp of the mesh) cannot share evenly"
-            )
-        if self.context % self.mesh.sequence:
-            raise ValueError(
-                f"context={self.context} must be a multiple of the mesh's sequence={self.mesh.sequence}"
-            )
-
-    def _check_attention(self):
-        """Refuse what the chosen attention does not read: it would be ignored."""
-        fields = {field.name: field for field in dataclasses.fields(self)}
-        for names, kinds in _READ_BY.items():
-            for name in names:
-                value = getattr(self, name)
-                if self.attention not in kinds and value != fields[name].default:
-                    wanted = " or ".join(map(repr, kinds))
-                    raise ValueError(f"{name}={value} is for attention={wanted}, not for {self.attention!r}")
-        if self.attention in ("longgen", "streaming"):
-            require_integers(self, 0, "sink")
-            require_integers(self, 1, "window")
-        if self.stride is not None:
-            require_integers(self, 1, "stride")
-            if self.mesh.sequence > 1:
-                raise ValueError(
-                    f"stride={self.stride} gives lists of blocks, which are not split over the mesh's "
-                    f"sequence={self.mesh.sequence} devices; allowed are sink and window, without a stride"
-                )
-            if self.window % BLOCK or self.window < BLOCK:
-                raise ValueError(
-                    f"window={self.window} must be a multiple of {BLOCK} tokens with a stride, which shows "
-                    "whole blocks"
-                )
-            if self.sink != BLOCK:
-                raise ValueError(
-                    f"sink={self.sink} is for sink and window; with a stride the first block of {BLOCK} "
-                    "tokens is seen, and every stride-th after it"
-                )
-        if self.attention == "streaming" and self.head_pattern is None:
-            raise ValueError("attention='streaming' needs a head_pattern that says which heads stream")
-        if not 0 <= self.sparsity <= 1:
-            raise ValueError(f"sparsity must be a number in [0, 1], not {self.sparsity!r}")
-        if self.attention not in ("shifted", "grouped"):
-            return
-        if self.group_size is not None:
-            require_integers(self, 2, "group_size")
-        if not 0 < self.group_ratio <= 1:
-            raise ValueError(f"group_ratio must be a number in (0, 1], not {self.group_ratio!r}")
-        size = self.groups
-        if size is None or size < 2 or size % 2 or self.context % size:
-            origin = f" ({self.group_ratio:g} of the context)" if self.group_size is None else ""
-            raise ValueError(
-                f"group_size={size}{origin} does not fit context={self.context}: "
-                "it must be even and divide the context"
-            )
+        if self.attention is None and (self.group_size is not None or self.group_ratio != _GROUP_RATIO):
+            object.__setattr__(self, "attention", "shifted")
+        check_settings(self)
 
     @property
     def model_folder(self) -> Path:
@@ -394,21 +243,58 @@ class FinetuneConfig:
 
     @property
     def groups(self) -> int | None:
-        """``group_size`` with its default filled in; None for attention without groups."""
+        """``group_size`` with its default filled in; None for attention without groups, or not chosen yet."""
         if self.attention not in ("shifted", "grouped"):
             return None
         if self.group_size is not None:
             return self.group_size
         return int(self.context * self.group_ratio + _ROUNDING)  # whole tokens
 
+    @property
+    def peak_learning_rate(self) -> float:
+        """``learning_rate`` with its default filled in."""
+        if self.learning_rate is not None:
+            return self.learning_rate
+        return FULL_RATE if self.lora_rank is None else LORA_RATE
+
+    def for_model(self, model: LlamaConfig) -> "FinetuneConfig":
+        """These settings with the attention and the learning rate that they take where none is given.
+
+        Attention is full if the context is within the model's own positions, and in shifted groups if its
+        RoPE is extended.
+
+        - model: the checkpoint's config, before its context is extended.
+
+        Raises ValueError for a context that groups do not fit, and whatever ``LlamaConfig.extend_context``
+        raises.
+        """
+        config = dataclasses.replace(self, learning_rate=self.peak_learning_rate)
+        if self.attention is not None:
+            return config
+        extended = model.extend_context(self.context, self.rope, positions=self.positions)
+        if extended.rope == model.rope:
+            return dataclasses.replace(config, attention="full")
+        try:
+            return dataclasses.replace(config, attention="shifted")
+        except ValueError as error:
+            raise ValueError(
+                f"{error}. Where no attention is given, it is 'shifted' beyond the model's own context; "
+                "'full' has no groups"
+            ) from error
+
     def pattern(self, model: LlamaConfig) -> AttentionPattern:
         """What each layer and query head of a model sees.
 
         Raises ValueError or FileNotFoundError for a head pattern that cannot be used, and ValueError for
-        layers or heads that the model does not have.
+        layers or heads that the model does not have, and while no attention is chosen.
         """
         from jsparse.models import patterns
 
+        if self.attention is None:
+            raise ValueError(
+                "attention=None depends on the model: take for_model(model).pattern(...), or give one of "
+                f"{', '.join(map(repr, KINDS))}"
+            )
         if self.attention == "full":
             return patterns.full_pattern(model)
         if self.groups is not None:
@@ -447,13 +333,14 @@ class FinetuneConfig:
     def _schedule(self) -> Schedule:
         import optax
 
+        peak = self.peak_learning_rate
         falling = max(1, self.steps - self.warmup_steps)  # less only while the steps are not known
         if self.schedule == "cosine":
-            after = optax.cosine_decay_schedule(self.learning_rate, falling, alpha=0.1)
+            after = optax.cosine_decay_schedule(peak, falling, alpha=0.1)
         elif self.schedule == "linear":
-            after = optax.linear_schedule(self.learning_rate, 0.1 * self.learning_rate, falling)
+            after = optax.linear_schedule(peak, 0.1 * peak, falling)
         else:
-            after = optax.constant_schedule(self.learning_rate)
+            after = optax.constant_schedule(peak)
         # Rises through 1/n, 2/n, ... to 1, so that the first step is not wasted on a rate of 0.
-        warmup = optax.linear_schedule(0.0, self.learning_rate, self.warmup_steps)
+        warmup = optax.linear_schedule(0.0, peak, self.warmup_steps)
         return optax.join_schedules([lambda step: warmup(step + 1), after], [self.warmup_steps])

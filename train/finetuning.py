@@ -78,11 +78,11 @@ class FinetuneResult:
 def finetune(config: FinetuneConfig, *, progress: bool = True) -> FinetuneResult:
     """Train ``config.model`` on ``config.data`` and write a Hugging Face folder to ``config.output``.
 
-    The default is LongLoRA. Linear position interpolation reaches a context beyond the model's own; its
-    factor multiplies the checkpoint's and is saved in the new config.json. Attention is in shifted groups,
-    which never see a later token. LoRA on q, k, v and o, with embeddings and norms trained beside it, is
-    merged into the weights at the end. The result is an ordinary Llama: serve it with full or any sparse
-    attention.
+    LoRA on q, k, v and o, with embeddings and norms trained beside it, is merged into the weights at the
+    end. A context within the model's own is read with full attention. For a longer one the default is
+    LongLoRA: linear position interpolation, whose factor multiplies the checkpoint's and is saved in the new
+    config.json, and attention in shifted groups, which never see a later token. The result is an ordinary
+    Llama: serve it with full or any sparse attention.
 
     During the run, ``output`` holds ``metrics.jsonl`` (one line per step: step, loss, tokens that had a
     target, tokens per second, learning rate, gradient norm before clipping, steps skipped so far),
@@ -121,6 +121,7 @@ def finetune(config: FinetuneConfig, *, progress: bool = True) -> FinetuneResult
     config = with_commit(config)
     base_config = load_config(config.model)
     model_config = extended_config(config, base_config)
+    asked, config = config, config.for_model(base_config)
     pattern = config.pattern(model_config)
     mask = pattern.masks(model_config, config.context)
     data = find_run_data(config, load_tokenizer(config.model), base_config)
@@ -130,8 +131,8 @@ def finetune(config: FinetuneConfig, *, progress: bool = True) -> FinetuneResult
     state, split = load_start(config, model_config, mesh)
     with removed_on_failure(config.output_folder, config.output_folder / DATA):
         stored = store_run_data(data, config.output_folder, progress=progress)
-        windows, rows, held_out, findings, _ = stored
-        asked, config = config, config.for_windows(len(rows))
+        windows, rows, held_out = stored.windows, stored.rows, stored.held_out
+        config = config.for_windows(len(rows))
         run = describe_run(config, data.digest, model_config, pattern, eval_digest=data.eval_digest)
         start = steps_taken(config, run)
     wait_for_all("run")  # all have looked into the folder before the first process makes something there
@@ -161,11 +162,14 @@ def finetune(config: FinetuneConfig, *, progress: bool = True) -> FinetuneResult
         if progress and start < config.steps and is_first_process():
             trained = sum(leaf.size for leaf in jax.tree.leaves(state.params))
             counts = {"trained": trained, "windows": len(rows), "start": start}
-            print_facts(summarize(config, base_config, model_config, pattern, **counts))
+            chosen = asked.attention is None
+            print_facts(summarize(config, base_config, model_config, pattern, chosen=chosen, **counts))
 
         def save(step: int, state: TrainState, best: int | None) -> None:
             position = position_at(len(rows), step, config.batch_size)
-            checkpoints.save(step, state, run | {"position": position, "form": findings.form}, keep=best)
+            checkpoints.save(
+                step, state, run | {"position": position, "form": stored.findings.form}, keep=best
+            )
 
         state, metrics, stopped_by = run_steps(
             state,
@@ -186,7 +190,7 @@ def finetune(config: FinetuneConfig, *, progress: bool = True) -> FinetuneResult
             exported_step = int(state.step) if best is None or config.export_last else best["step"]
             state = _state_of(exported_step, state, checkpoints)
     if exported_step is not None:
-        export_model(config, split.exported(state.params), pattern, form=findings.form)
+        export_model(config, split.exported(state.params), pattern, form=stored.findings.form)
         if is_first_process():
             shutil.rmtree(config.output_folder / DATA)
         wait_for_all("export")

@@ -49,6 +49,7 @@ def plan_finetune(
     chosen = find_device(device)
     check_memory_fraction(memory_fraction)
     model_config = extended_config(config, model)
+    config = config.for_model(model)
     mask = config.pattern(model_config).masks(model_config, config.context)
     devices = compile_only_devices(chosen, config.mesh.devices, hosts=hosts)
     mesh = config.mesh.make(devices)

@@ -8,7 +8,8 @@ from jsparse.models import Llama, LlamaConfig
 from jsparse.models.patterns import AttentionPattern
 from jsparse.models.positions import describe
 from jsparse.plan.compile_only import bytes_a_device
-from jsparse.train.config import BLOCK, FinetuneConfig
+from jsparse.train.config import FinetuneConfig
+from jsparse.train.config_checks import BLOCK
 from jsparse.train.step import SplitModel, TrainState
 
 
@@ -21,6 +22,7 @@ def summarize(
     trained: int,
     windows: int,
     start: int = 0,
+    chosen: bool = False,
 ) -> dict[str, str]:
     """A run by what matters of it: the model, what is trained, positions, attention, batch, steps, optimizer.
 
@@ -29,6 +31,7 @@ def summarize(
     - trained: how many parameters are trained.
     - windows: how many windows of ``config.context`` tokens the data gives.
     - start: how many steps were taken earlier.
+    - chosen: whether the attention follows from the context, because none was given.
     """
     layers, tokens = after.num_hidden_layers, config.batch_size * config.context
     resumed = f", going on after step {start}" if start else ""
@@ -37,7 +40,7 @@ def summarize(
         "trained": f"{_trained(config)}: {trained:,} parameters",
         "context": f"{config.context} tokens",
         "RoPE": _rope(before) if before == after else f"{_rope(before)}, becomes {_rope(after)}",
-        "attention": _attention(config, pattern) + _own_windows(after),
+        "attention": _attention(config, pattern) + _own_windows(after) + (_why(config) if chosen else ""),
         "batch": f"{_count(config.batch_size, 'window')}, {_count(tokens, 'token')} per step{_parts(config)}",
         "steps": f"{config.steps:,}, {config.steps * config.batch_size / windows:.2f} epochs of "
         f"{_count(windows, 'window')}{resumed}",
@@ -78,7 +81,16 @@ def _trained(config: FinetuneConfig) -> str:
         return "everything"
     beside = ", embeddings and norms" if config.train_embeddings_and_norms else ""
     base = f" (the rest is frozen in {config.base_bits} bits)" if config.base_bits else ""
-    return f"LoRA of rank {config.lora_rank} on {', '.join(config.lora_targets)}{beside}{base}"
+    if config.modules_to_save:
+        beside += f", {', '.join(config.modules_to_save)} whole"
+    scale = "rsLoRA" if config.rslora else "LoRA"
+    layers = "" if config.lora_layers is None else f" of layers {', '.join(map(str, config.lora_layers))}"
+    return f"{scale} of {_ranks(config)} on {', '.join(config.lora_targets)}{layers}{beside}{base}"
+
+
+def _ranks(config: FinetuneConfig) -> str:
+    others = (f", {rank} on {name}" for name, rank in config.lora_rank_pattern.items())
+    return f"rank {config.lora_rank}{''.join(others)}"
 
 
 def _rope(config: LlamaConfig) -> str:
@@ -106,6 +118,11 @@ def _attention(config: FinetuneConfig, pattern: AttentionPattern) -> str:
     return f"layers {', '.join(full) or 'none'} see all earlier tokens, the others {seen}"
 
 
+def _why(config: FinetuneConfig) -> str:
+    where = "within" if config.attention == "full" else "beyond"
+    return f" (by default: the context is {where} the model's own)"
+
+
 def _own_windows(config: LlamaConfig) -> str:
     windows = [window for window in config.sliding_windows if window is not None]
     if not windows:
@@ -121,8 +138,9 @@ def _parts(config: FinetuneConfig) -> str:
 def _optimizer(config: FinetuneConfig) -> str:
     then = "constant" if config.schedule == "constant" else f"falling to a tenth ({config.schedule})"
     warmup = _count(config.warmup_steps, "step")
+    ends = ", which the run does not reach the end of" if config.warmup_steps >= config.steps else ""
     return (
-        f"AdamW, learning rate {config.learning_rate:g} after {warmup} of warm-up, then {then}; "
+        f"AdamW, learning rate {config.peak_learning_rate:g} after {warmup} of warm-up{ends}, then {then}; "
         f"weight decay {config.weight_decay:g}, gradients clipped at norm {config.max_grad_norm:g}"
     )
 

@@ -347,11 +347,18 @@ def _decode_part(ids: list[int], start: int, end: int, tokenizer: Tokenizer) -> 
     return tokenizer.decode(ids[start:end], skip_special_tokens=False)
 
 
+def _characters(placed: _Placed) -> int:
+    """About how many a record has: its bytes, or its texts if the file is compressed, as Parquet is."""
+    record = placed.record
+    texts = [one.get("content") for one in record.messages] if isinstance(record, Conversation) else record
+    return max(placed.size, sum(len(text) for text in texts if isinstance(text, str)))
+
+
 def _batches(records: Iterable[_Placed]) -> Iterator[list[_Placed]]:
     batch, characters = [], 0
     for placed in records:
         batch.append(placed)
-        characters += placed.size
+        characters += _characters(placed)
         if characters >= _BATCH_CHARACTERS:
             yield batch
             batch, characters = [], 0

@@ -171,7 +171,8 @@ def _text_kind(head: bytes, content: io.BufferedIOBase, path: Path, name: str) -
     if (text.startswith(b"{") or says_json) and (kind := _as_lines(text, content, name, says_json)):
         return kind
     if says_json:
-        reason = reason or parse_line(text.splitlines()[0]).problem
+        # By the line ends of JSON lines: what has those of old Macs is one line.
+        reason = reason or parse_line(text.split(b"\n")[0]).problem or "is no row"
         raise ValueError(
             f"data: {name} is named as JSON, but its beginning {reason}; rename it if it is text, and "
             f"mend it if it is not; {READ}"

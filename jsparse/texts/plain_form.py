@@ -14,12 +14,12 @@ TEMPLATE_FILE = "chat_template.jinja"  # in a model's folder
 # Each tag strips the space around it, so that it does not matter whether a program trims blocks.
 _SOURCE = """\
 {%- if tools %}
-    {{- raise_exception("the plain form of a base model has no tools") }}
+    {{- raise_exception("this template renders no tools") }}
 {%- endif %}
 {{- START }}
 {%- for message in messages %}
     {%- if message["tool_calls"] or message["content"] is not string %}
-        {{- raise_exception("the plain form of a base model takes messages whose content is a text") }}
+        {{- raise_exception("this template renders messages whose content is a text") }}
     {%- elif message["role"] == "system" %}
         {{- message["content"] + "\\n\\n" }}
     {%- elif message["role"] == "user" %}
@@ -33,7 +33,7 @@ _SOURCE = """\
             {{- "\\n\\n" }}
         {%- endif %}
     {%- else %}
-        {{- raise_exception("the plain form of a base model has the roles system, user and assistant") }}
+        {{- raise_exception("this template renders the roles system, user and assistant") }}
     {%- endif %}
 {%- endfor %}
 {%- if add_generation_prompt %}

@@ -140,4 +140,12 @@ def _table_rows(file: DataFile) -> Iterator[_Read]:
             except (ValueError, OverflowError) as error:  # strings that are not UTF-8, dates beyond Python's
                 yield _Read(None, place, f"cannot be read ({' '.join(str(error).split())})", at)
             else:
-                yield _Read(content, place, None, at)
+                fields = {name: _without_nulls(value) for name, value in content.items()}
+                yield _Read(fields, place, None, at)
+
+
+def _without_nulls(value: Any) -> Any:
+    """A value without the fields that only others of its column have, which a table gives it as nulls."""
+    if isinstance(value, dict):
+        return {name: _without_nulls(one) for name, one in value.items() if one is not None}
+    return [_without_nulls(one) for one in value] if isinstance(value, list) else value

@@ -134,9 +134,9 @@ def _completion(row: dict[str, Any]) -> Completion:
 def _instruction(row: dict[str, Any]) -> Instruction:
     return Instruction(
         _text(row, "instruction"),
-        _text(row, "input", blank=True, absent=True),
+        _some_text(row, "input"),
         _text(row, "output", blank=True),
-        _text(row, "system", blank=True, absent=True),
+        _some_text(row, "system"),
     )
 
 
@@ -147,12 +147,16 @@ def _text(row: Mapping[str, Any], name: str, *, blank: bool = False, absent: boo
         return ""
     if not isinstance(value, str):
         raise BadShape(f': "{name}" must be a string, not {_shortened(value)}')
-    if not value.strip():
-        if not blank:
-            raise BadShape(f': "{name}" is {value[:50]!r}; it must hold some text')
-        return ""
+    if not blank and not value.strip():
+        raise BadShape(f': "{name}" is {value[:50]!r}; it must hold some text')
     _check_unicode(value, name)
     return value
+
+
+def _some_text(row: Mapping[str, Any], name: str) -> str:
+    """A field that may be left out; "" also if it is blank, for then it says nothing."""
+    value = _text(row, name, blank=True, absent=True)
+    return value if value.strip() else ""
 
 
 def _check_unicode(value: str, name: str) -> None:
@@ -166,7 +170,9 @@ def _check_unicode(value: str, name: str) -> None:
 def _messages(row: dict[str, Any]) -> Conversation:
     messages = _decoded(row, "messages")
     _require_messages("messages", messages, "role")
-    return _conversation([_without_nulls(message) for message in messages], row)
+    # As templates do: a key whose value is null counts as absent.
+    present = [{name: value for name, value in one.items() if value is not None} for one in messages]
+    return _conversation(present, row)
 
 
 # ShareGPT's names of who speaks.
@@ -180,7 +186,7 @@ _SPEAKERS = {
 
 def _sharegpt(row: dict[str, Any]) -> Conversation:
     turns = _decoded(row, "conversations")
-    if isinstance(turns, list) and turns and all(isinstance(t, dict) and "role" in t for t in turns):
+    if isinstance(turns, list) and turns and all(_has_role(turn) for turn in turns):
         return _messages({**row, "messages": turns})
     _require_messages("conversations", turns, "from")
     messages = []
@@ -196,12 +202,23 @@ def _sharegpt(row: dict[str, Any]) -> Conversation:
     return _conversation(messages, row)
 
 
+def _has_role(turn: Any) -> bool:
+    """Whether a turn is a message; tables give every turn the fields of others, as nulls."""
+    return isinstance(turn, dict) and turn.get("role") is not None
+
+
 def _conversation(messages: list[dict[str, Any]], row: Mapping[str, Any]) -> Conversation:
-    system = _text(row, "system", blank=True, absent=True)
-    if system and messages[0]["role"] != "system":
-        messages = [{"role": "system", "content": system}, *messages]
-    if not any(message["role"] == "assistant" for message in messages):
-        raise BadShape(" has no message of the assistant, so there is nothing to learn in it")
+    system = {"role": "system", "content": _some_text(row, "system")}
+    if system["content"] and messages[0]["role"] != "system":
+        messages = [system, *messages]
+    elif system["content"] and messages[0].get("content") != system["content"]:
+        raise BadShape(': "system" and the first message are two system messages; one must go')
+    roles = list(dict.fromkeys(message["role"] for message in messages))
+    if "assistant" not in roles:
+        raise BadShape(
+            " has no message of the assistant, so there is nothing to learn in it; its roles are "
+            f"{_shortened(roles)}"
+        )
     tools = _decoded(row, "tools")
     if tools is not None and not isinstance(tools, list):
         raise BadShape(f': "tools" must be a list, not {_shortened(tools)}')
@@ -216,13 +233,6 @@ def _require_messages(name: str, messages: Any, role: str) -> None:
             raise BadShape(f': {name}[{number}] must have a text as "{role}", not {_shortened(message)}')
 
 
-def _without_nulls(value: Any) -> Any:
-    """Parquet and Arrow give every message the fields of all others, as nulls."""
-    if isinstance(value, dict):
-        return {name: _without_nulls(one) for name, one in value.items() if one is not None}
-    return [_without_nulls(one) for one in value] if isinstance(value, list) else value
-
-
 def _decoded(row: Mapping[str, Any], name: str) -> Any:
     """A field that may be written as JSON in a text, as tables do whose columns have one type."""
     value = row.get(name)
@@ -230,7 +240,7 @@ def _decoded(row: Mapping[str, Any], name: str) -> Any:
         return value
     try:
         return json.loads(value) if value.strip() else None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise BadShape(f': "{name}" is a text that is not JSON: {_shortened(value)}') from error
 
 

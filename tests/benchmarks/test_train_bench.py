@@ -1,4 +1,4 @@
-"""The two benchmarks of training, in miniature: the files come out, and the numbers are what they say."""
+"""The benchmarks of training, in miniature: the files come out, and the numbers are what they say."""
 
 import doctest
 import json
@@ -8,8 +8,9 @@ from typing import Any
 import numpy as np
 import pages
 import pytest
-from training import extension, train_step
+from training import extension, learning_rates, train_step
 from training.extension import ExtensionBench, bench_extension
+from training.learning_rates import LearningRates, Row, bench_learning_rates
 from training.train_step import TrainStepBench, bench_train_step
 
 from jsparse.models import Llama
@@ -31,7 +32,9 @@ SMALL: dict[str, Any] = {
 }
 
 
-@pytest.mark.parametrize("module", [train_step, extension, pages], ids=lambda module: module.__name__)
+@pytest.mark.parametrize(
+    "module", [train_step, extension, learning_rates, pages], ids=lambda module: module.__name__
+)
 def test_docstrings(module):
     assert doctest.testmod(module).failed == 0
 
@@ -197,6 +200,115 @@ def test_bad_settings_of_the_extension(tmp_path, settings, message):
         ExtensionBench(**{"output": tmp_path} | SMALL | settings)
 
 
+# Learning rates ----------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def rates(tmp_path_factory, save_tiny_model):
+    """The experiment with a tiny model, which learns with one of the rates: (config, before, rows)."""
+    folder = tmp_path_factory.mktemp("rates")
+    save_tiny_model(folder / "model", eos_token_ids=(256,))
+    config = LearningRates(
+        output=folder / "out",
+        model=folder / "model",
+        rates=(1e-12, 1e-2),
+        seeds=(1,),
+        context=32,
+        steps=12,
+        batch_size=2,
+        lora_rank=2,
+        held_out_windows=4,
+    )
+    return config, *bench_learning_rates(config)
+
+
+def test_every_kind_is_trained_with_every_rate(rates):
+    config, before, rows = rates
+    kinds = list(learning_rates.KINDS)
+    assert [(row.trained, row.learning_rate) for row in rows] == [(k, r) for r in config.rates for k in kinds]
+    for row in rows:
+        if row.learning_rate == 1e-12:
+            assert row.loss == pytest.approx(before, abs=1e-5)
+        else:
+            assert row.loss < before - 1e-3
+    results = json.loads((config.output / "results.json").read_text())
+    assert [Row(**row) for row in results["rows"]] == rows and results["before"] == before
+    assert results["machine"]["date"] and results["machine"]["optax"]
+    assert (config.output / "learning_rates.png").read_bytes().startswith(b"\x89PNG")
+    with pytest.raises(FileExistsError, match="has files"):
+        bench_learning_rates(config)
+
+
+def test_the_loss_before_is_that_of_the_documents_held_out(rates):
+    config, before, _ = rates
+    text = learning_rates.make_documents()[1][0].encode()[: 4 * 32]
+    windows = np.frombuffer(text, np.uint8).reshape(4, 32).astype(np.int32)
+    logits = np.asarray(Llama.from_pretrained(config.model)(windows), np.float64)[:, :-1]
+    picked = np.take_along_axis(logits, windows[:, 1:, None], axis=-1)[..., 0]
+    assert before == pytest.approx((np.log(np.exp(logits).sum(-1)) - picked).mean(), rel=1e-5)
+
+
+def test_runs_differ_in_what_is_trained(rates):
+    config, _, _ = rates
+    runs = [config.run(Path("out"), kind, 1e-3, 1) for kind in learning_rates.KINDS]
+    assert [(run.lora_rank, run.train_embeddings_and_norms) for run in runs] == [
+        (2, False),
+        (2, True),
+        (None, True),
+    ]
+    assert len({run.output for run in runs}) == 3
+
+
+def test_no_paragraph_is_in_two_documents():
+    long = ["a " * 300, "b " * 300, "c " * 300]
+    texts = {"one": "\n\n".join(long[:2]), "three": long[2], "two": "\n\n".join([long[1], "short"])}
+    assert learning_rates.make_documents(texts | {"debugger": "d " * 300}) == (
+        [long[2]],
+        ["\n\n".join(long[:2])],
+    )
+    train, held_out = ({p for t in part for p in t.split("\n\n")} for part in learning_rates.make_documents())
+    assert len(train) > 1000 and not train & held_out
+
+
+def test_a_run_that_breaks_down_has_no_loss(rates, monkeypatch):
+    def fail(run):
+        raise FloatingPointError("step 3: loss is nan")
+
+    config, _, _ = rates
+    monkeypatch.setattr(learning_rates, "finetune", fail)
+    run = config.run(Path("out"), "LoRA", 1e-3, 1)
+    assert learning_rates.trained_loss(config, run, np.arange(64)) is None
+
+
+def test_the_table_of_rates_has_means_and_the_best_in_bold():
+    rows = [
+        Row(kind, rate, seed, None if rate == 1 and seed else 2.0 + seed + rate)
+        for seed in (0, 1)
+        for rate in (0.1, 0.5, 1)
+        for kind in learning_rates.KINDS
+    ]
+    *_, before, best, second, broken = learning_rates.markdown(4.0, rows).splitlines()
+    assert before == "| *before training* | 4.000 | 4.000 | 4.000 |"
+    assert best == "| 0.1 |" + 3 * " **2.600** (2.100–3.100) |"
+    assert second == "| 0.5 |" + 3 * " 3.000 (2.500–3.500) |"
+    assert broken == "| 1 |" + 3 * " not finite |"
+
+
+@pytest.mark.parametrize(
+    "settings, message",
+    [
+        ({"rates": ()}, "rates must have at least one entry"),
+        ({"rates": (0.0,)}, "learning_rate must be a number > 0"),
+        ({"seeds": ()}, "seeds must have at least one entry"),
+        ({"steps": 0}, "steps must be an integer >= 1"),
+        ({"held_out_windows": 0}, "held_out_windows must be an integer >= 1"),
+    ],
+)
+def test_bad_settings_of_the_rates(tmp_path, settings, message):
+    with pytest.raises(ValueError, match=message):
+        LearningRates(output=tmp_path, **settings)
+
+
 # Pages -------------------------------------------------------------------------------------------------
 
 
@@ -212,4 +324,8 @@ def test_tables_have_the_numbers_of_the_files():
     assert "| 128k | 192.5 | 6.2 | 65.3 | 8.9 | 21.7 | 53.5 | 0.64 |" in written["decode_cpu.md"]["times"]
     assert "| int4 pages | 128 | 32 | 64 | 224 |  |" in written["decode_cpu.md"]["bytes"]
     assert "| 16k | 21.38 | 9.61 | 2.36 | 2.34 |" in written["training.md"]["step"]
+    assert (
+        "| 0.006 | **3.260** (3.259–3.262) | **3.199** (3.193–3.205) | 3.412"
+        in written["training.md"]["rates"]
+    )
     assert "| 70B | 32,768 | 70.4 | 70.7 | 113,049 | 29.5% |" in written["training.md"]["claims"]

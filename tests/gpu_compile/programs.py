@@ -80,6 +80,7 @@ def train_program(mesh: Mesh, batch: int, layers: int, remat: str = "layers") ->
         data="-",
         output="-",
         context=CONTEXT,
+        attention="shifted",
         batch_size=batch,
         mesh=MeshConfig(**mesh.shape),
         remat=remat,

@@ -21,7 +21,7 @@ additional_chat_templates/run.py model.safetensors.index.json trainer_state.json
 """.split()
 
 
-def write(folder, names, content="{}"):
+def write(folder, names, content: str | None = "{}"):
     for name in names:
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_text(f"{name} of {folder.name}" if content is None else content)

@@ -1,6 +1,7 @@
 """Adapters added to their base by weight, against sums in float64."""
 
 import json
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -20,7 +21,7 @@ def is_whole_norm(path, variable):
     return isinstance(variable, LoRAParam) or path[:1] == ("norm",)
 
 
-def make_adapter(folder, seed, *, rank, alpha, targets, trained=LoRAParam, extend=None):
+def make_adapter(folder, seed, *, rank, alpha, targets, trained: Any = LoRAParam, extend=None):
     model = make_base()
     if extend is not None:
         model.config = model.config.extend_context(extend)
@@ -113,6 +114,7 @@ def test_a_model_in_bfloat16_is_rounded_once(tmp_path):
         single = make_base()
         load_adapter(single, adapter)
         q_proj = single.layers[0].self_attn.q_proj
+        assert q_proj.lora_a is not None and q_proj.lora_b is not None
         update = np.asarray(q_proj.lora_a[...], np.float64) @ np.asarray(q_proj.lora_b[...], np.float64)
         expected[name] = expected[name] + weight * q_proj.lora_scale * update
         one_by_one = in_bfloat16(one_by_one + weight * q_proj.lora_scale * update)

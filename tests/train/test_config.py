@@ -8,7 +8,7 @@ import pytest
 
 import jsparse
 from jsparse import HeadPattern
-from jsparse.models import LlamaConfig
+from jsparse.models import LlamaConfig, RopeConfig
 from jsparse.models.patterns import StridedBlocks
 from jsparse.models.sharding import MeshConfig
 from jsparse.reports.console import parse
@@ -33,7 +33,7 @@ CONFIG = FinetuneConfig(model=Path("base"), data=(Path("text"),), output=Path("o
         ("max_grad_norm", -1.0, "> 0"),
         ("lora_alpha", float("inf"), "> 0"),
         ("weight_decay", -0.1, ">= 0"),
-        ("attention", "sparse", "'shifted', 'grouped', 'full'"),
+        ("attention", "sparse", "None, 'shifted', 'grouped', 'full'"),
         ("schedule", "steps", "'constant', 'cosine', 'linear'"),
         ("rope", "dynamic", "None, 'linear', 'ntk', 'yarn', 'llama3'"),
         ("base_bits", 2, "None, 4, 8"),
@@ -60,23 +60,68 @@ def test_a_bad_value_is_named_with_what_is_allowed(field, value, allowed):
 )
 def test_groups_that_do_not_fit_the_context(context, group_size):
     with pytest.raises(ValueError, match=f"does not fit context={context}: it must be even and divide"):
-        dataclasses.replace(CONFIG, context=context, group_size=group_size)
+        dataclasses.replace(CONFIG, context=context, attention="shifted", group_size=group_size)
     dataclasses.replace(CONFIG, context=context, attention="full")  # which has no groups to fit
+    if group_size is None:  # found out where the model is known
+        undecided = dataclasses.replace(CONFIG, context=context)
+        assert undecided.for_model(LlamaConfig.tiny()).attention == "full"
+        with pytest.raises(ValueError, match=f"does not fit context={context}.* it is 'shifted' beyond"):
+            undecided.for_model(LlamaConfig.tiny(max_position_embeddings=1))
 
 
 def test_group_size_is_a_quarter_of_the_context_unless_given():
-    assert CONFIG.groups == 16
-    assert dataclasses.replace(CONFIG, context=128).groups == 32
-    assert dataclasses.replace(CONFIG, group_size=32).groups == 32
-    assert dataclasses.replace(CONFIG, group_ratio=0.5).groups == 32
+    shifted = dataclasses.replace(CONFIG, attention="shifted")
+    assert shifted.groups == 16
+    assert dataclasses.replace(shifted, context=128).groups == 32
+    assert dataclasses.replace(shifted, group_size=32).groups == 32
+    assert dataclasses.replace(shifted, group_ratio=0.5).groups == 32
     assert dataclasses.replace(CONFIG, attention="full").groups is None
+    assert CONFIG.groups is None  # not chosen yet
+
+
+LINEAR_8 = RopeConfig(kind="linear", factor=8.0)
+
+
+@pytest.mark.parametrize(
+    ("settings", "model", "chosen"),
+    [
+        ({}, {"max_position_embeddings": 64}, "full"),
+        ({}, {"max_position_embeddings": 63}, "shifted"),
+        ({"rope": "ntk"}, {"max_position_embeddings": 64}, "full"),
+        ({"rope": "ntk"}, {"max_position_embeddings": 32}, "shifted"),
+        # Where a linear factor may be on top of max_position_embeddings, RoPE stays up to the larger reading.
+        ({}, {"max_position_embeddings": 8, "rope": LINEAR_8}, "full"),
+        ({"positions": 8}, {"max_position_embeddings": 8, "rope": LINEAR_8}, "shifted"),
+        ({"attention": "shifted"}, {"max_position_embeddings": 64}, "shifted"),
+        ({"attention": "full"}, {"max_position_embeddings": 32}, "full"),
+        ({"attention": "grouped"}, {"max_position_embeddings": 32}, "grouped"),
+        ({"group_size": 32}, {"max_position_embeddings": 64}, "shifted"),
+        ({"group_ratio": 0.5}, {"max_position_embeddings": 64}, "shifted"),
+    ],
+)
+def test_attention_is_full_within_the_models_context_and_shifted_beyond(settings, model, chosen):
+    undecided = dataclasses.replace(CONFIG, **settings)
+    known = LlamaConfig.tiny(**model)
+    config = undecided.for_model(known)
+    assert config == dataclasses.replace(undecided, attention=chosen, learning_rate=2e-4)
+    assert config.for_model(known) == config and config.pattern(known).kind == chosen
+
+
+def test_no_pattern_follows_from_attention_that_is_not_chosen():
+    with pytest.raises(ValueError, match=r"attention=None depends on the model: take for_model\(model\)"):
+        CONFIG.pattern(LlamaConfig.tiny())
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
         ({"attention": "full", "group_size": 16}, "group_size=16 is for attention='shifted' or 'grouped'"),
-        ({"window": 64}, "window=64 is for attention='longgen' or 'streaming', not for 'shifted'"),
+        ({"window": 64}, "window=64 is for attention='longgen' or 'streaming', which must be given"),
+        ({"stride": 4}, "stride=4 is for attention='longgen', which must be given"),
+        (
+            {"group_size": 16, "window": 64},
+            "window=64 is for attention='longgen' or 'streaming', not for 'shifted'",
+        ),
         ({"attention": "streaming", "stride": 4}, "stride=4 is for attention='longgen'"),
         ({"attention": "streaming"}, "needs a head_pattern"),
         ({"attention": "longgen", "stride": 4, "window": 100}, "window=100 must be a multiple of 128"),
@@ -130,7 +175,7 @@ def test_the_settings_of_lora_on_the_command_line():
     options = "--model base --data text --output out --context 64 --rslora --lora-layers 0 2"
     options += " --lora-rank-pattern down_proj 16 layers.0.* 4 --lora-alpha-pattern q_proj 8"
     options += " --lora-targets all-linear lm_head --modules-to-save norm lm_head"
-    config = parse(FinetuneConfig, "finetune", options.split())
+    config = parse(FinetuneConfig, "finetune", [*options.split()])
     assert config.rslora and config.lora_layers == (0, 2)
     assert config.lora_rank_pattern == {"down_proj": 16, "layers.0.*": 4}
     assert config.lora_alpha_pattern == {"q_proj": 8.0}
@@ -184,6 +229,19 @@ def test_learning_rate_rises_then_stays_or_falls_to_a_tenth():
     assert dataclasses.replace(config, warmup_steps=0).learning_rate_at(0) == 1.0
     with pytest.raises(ValueError, match="warmup_steps=4 must be less than steps=4"):
         dataclasses.replace(config, schedule="cosine", steps=4)
+
+
+def test_the_learning_rate_depends_on_what_is_trained_unless_it_is_given():
+    def rates(**changes):
+        config = dataclasses.replace(CONFIG, warmup_steps=0, **changes)
+        known = config.for_model(LlamaConfig.tiny())
+        assert known.learning_rate == known.peak_learning_rate == config.peak_learning_rate
+        assert config.learning_rate_at(0) == pytest.approx(known.learning_rate)
+        return known.learning_rate
+
+    assert (rates(), rates(train_embeddings_and_norms=False)) == (2e-4, 2e-4)
+    assert rates(lora_rank=None) == 2e-5
+    assert rates(learning_rate=0.5) == rates(learning_rate=0.5, lora_rank=None) == 0.5
 
 
 def test_the_optimizer_clips_and_decays_matrices_only():

@@ -4,6 +4,7 @@ import importlib.util
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 from unittest import mock
 
 import jax
@@ -268,7 +269,7 @@ def test_what_is_exported_has_every_file_of_the_base(instruct, instruct_run, tmp
 
 
 def test_several_adapters_by_weight(config, run, instruct, instruct_run, tmp_path, capsys):
-    def merged(*options, runs=("one", "two"), code=0):
+    def merged(*options, runs=("one", "two"), code=0) -> Any:
         paths = [str(tmp_path / name) for name in runs]
         output = tmp_path / "_".join(options)
         assert main(["merge", "--run", *paths, "--output", str(output), *options]) == code

@@ -9,7 +9,7 @@ import pytest
 from flax import nnx
 
 from jsparse.models import Llama
-from jsparse.models.patterns import load_pattern, shifted_pattern
+from jsparse.models.patterns import full_pattern, load_pattern, shifted_pattern
 from jsparse.train import FinetuneConfig, finetune, finetuning
 from jsparse.train.run.checkpoint import open_checkpoints
 from jsparse.train.start import load_start
@@ -195,7 +195,6 @@ def test_pretraining_trains_every_parameter(config, text, tmp_path):
         config,
         output=tmp_path / "output",
         context=CONTEXT,
-        attention="full",
         lora_rank=None,
         weight_decay=0.1,
     )
@@ -205,6 +204,9 @@ def test_pretraining_trains_every_parameter(config, text, tmp_path):
     assert not any(np.array_equal(before[name], after[name]) for name in before)
     trained = Llama.from_pretrained(result.output)
     assert trained.config == Llama.from_pretrained(config.model).config  # the context is not extended
+    assert load_pattern(result.output) == full_pattern(trained.config)
+    with open_checkpoints(result.output / "checkpoints", writable=False) as checkpoints:
+        assert checkpoints.read_run(6)["config"]["attention"] == "full"  # what None came to
 
 
 def test_a_loss_that_is_not_finite_ends_the_run_and_writes_no_model(config, tmp_path):

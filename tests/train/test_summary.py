@@ -23,6 +23,7 @@ def config(base, text, tmp_path):
         data=text,
         output=tmp_path / "out",
         context=64,
+        attention="shifted",
         lora_rank=4,
         steps=5,
         batch_size=2,
@@ -65,13 +66,26 @@ def test_a_run_says_what_it_is_about_to_do(config, capsys):
     assert facts["batch"] == "2 windows, 128 tokens per step"
     assert facts["steps"] == "5, 0.62 epochs of 16 windows"  # 982 tokens
     assert facts["optimizer"].startswith(
-        "AdamW, learning rate 2e-05 after 20 steps of warm-up, then constant"
+        "AdamW, learning rate 0.0002 after 20 steps of warm-up, which the run does not reach the end of, then"
     )
 
     lines = [json.loads(line) for line in (config.output / "metrics.jsonl").read_text().splitlines()]
     for line, shown in zip(lines, steps, strict=True):
         assert shown.startswith(f"step {line['step']}/5: loss {line['loss']:.4f}, ")
     assert facts["time"].endswith("for 5 steps")
+
+
+@pytest.mark.parametrize(
+    ("context", "words", "where"),
+    [
+        (32, "every head sees all earlier tokens", "within"),
+        (64, "groups of 16 tokens, half of the heads shifted by 8", "beyond"),
+    ],
+)
+def test_a_run_says_which_attention_it_takes_if_none_is_given(config, capsys, context, words, where):
+    finetune(dataclasses.replace(config, attention=None, context=context, steps=1))
+    told = facts_of(capsys.readouterr().err)[0]["attention"]
+    assert told == f"{words} (by default: the context is {where} the model's own)"
 
 
 def test_the_memory_is_that_of_the_compiled_step(config, capsys):

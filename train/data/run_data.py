@@ -47,16 +47,13 @@ class RunData:
 
 
 class RunWindows(NamedTuple):
-    """The windows of a run, of which ``rows`` have a target and are taken, and those of its held-out data.
-
-    - findings, held_out_findings: what was found in the files of both.
-    """
+    """The windows of a run, of which ``rows`` have a target and are taken, and those of its held-out data."""
 
     windows: Windows
     rows: Integer[np.ndarray, " M"]
     held_out: Windows | None
     findings: Findings
-    held_out_findings: Findings | None
+    eval_findings: Findings | None
 
 
 def find_run_data(config: FinetuneConfig, tokenizer: Tokenizer, model: LlamaConfig) -> RunData:
@@ -81,26 +78,23 @@ def find_run_data(config: FinetuneConfig, tokenizer: Tokenizer, model: LlamaConf
 
 def store_run_data(data: RunData, output: Path, *, progress: bool) -> RunWindows:
     """The windows of a run on disk, from an earlier call or made now, and what is to be said about them."""
-    held_out = held_out_findings = None
+    held_out, eval_findings = None, None
     if data.eval_files is not None and data.eval_digest is not None:
         folder = output / DATA / f"held-out-{data.eval_digest[:16]}"
         with _of_eval_data():
             held_out = _windows(data, data.eval_files, folder, progress=progress, may_be_short=True)
             _rows(held_out)
-        held_out_findings = read_findings(folder)
+        eval_findings = read_findings(folder)
     folder = output / DATA / data.digest[:16]
     windows = _windows(data, data.files, folder, progress=progress)
-    return RunWindows(windows, _rows(windows), held_out, read_findings(folder), held_out_findings)
+    return RunWindows(windows, _rows(windows), held_out, read_findings(folder), eval_findings)
 
 
 def print_findings(data: RunWindows) -> None:
-    """Say on stderr what was found in the data, and in the held-out data, whose first sample is not shown."""
-    told = [f"data: {line}" for line in data.findings.lines()]
-    if data.held_out_findings is not None:
-        held_out = dataclasses.replace(data.held_out_findings, example="")
-        told += [f"eval_data: {line}" for line in held_out.lines()]
-    for line in told:
-        print(for_terminal(line), file=sys.stderr)
+    """Say on stderr what was found in the data."""
+    for name, findings in (("data", data.findings), ("eval_data", data.eval_findings)):
+        for line in [] if findings is None else findings.lines():
+            print(for_terminal(f"{name}: {line}"), file=sys.stderr)
 
 
 def warn_of_data(data: RunWindows) -> None:

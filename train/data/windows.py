@@ -288,7 +288,7 @@ def _fit(samples: Iterable[Sample], context: int, too_long: str, findings: Findi
             findings.truncated += 1
             yield cut
             continue
-        prompt = sample.prompt_tokens
+        prompt = sample.prompt_tokens or 0
         findings.samples -= 1
         findings.long.add(
             sample.place,

@@ -444,10 +444,11 @@ def test_masks_of_templates_without_tags(family, save_chat_model, tmp_path):
 def test_the_mask_begins_where_the_served_prompt_ends(save_chat_model, tmp_path):
     """The prompt of an answer without thinking has closed it. The tags of a template cannot say so."""
     ours = load_chat_template(save_chat_model(tmp_path / "model", "qwen3", **FAMILIES["qwen3"]))
-    messages, options = [USER, ASSISTANT, AGAIN, AND], {"enable_thinking": False}
+    messages = [USER, ASSISTANT, AGAIN, AND]
+    options: dict[str, Any] = {"enable_thinking": False}
     ids, mask = ours.encode_with_mask(messages, **options)
     assert ours.render(messages[:3], **options).endswith("assistant\n<think>\n\n</think>\n\n")
-    tokenizer = load_tokenizer(ours.directory)
+    tokenizer = load_tokenizer(tmp_path / "model")
     chosen = [id for id, one in zip(ids, mask, strict=True) if one]
     text = "It is  <|im_end|>and 日本, é<|im_end|>"
     assert tokenizer.decode(chosen, skip_special_tokens=False) == text

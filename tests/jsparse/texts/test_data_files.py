@@ -293,6 +293,8 @@ def test_most_lines_decide_where_the_name_does_not(tmp_path):
         ("a.parquet", parquet([]), "has no rows"),
         ("a.jsonl", b"version https://git-lfs.github.com/spec/v1\noid", "cannot be read: .* git lfs pull"),
     ],
+    # gzip writes the time: without names of their own, two processes would have other tests.
+    ids=lambda value: "content" if isinstance(value, bytes) else None,
 )
 def test_what_is_refused(tmp_path, name, content, message):
     refused(write(tmp_path, name, content), message=f"^data: {tmp_path}/{name} (.* )?{message}")
@@ -672,3 +674,10 @@ def test_a_dataset_that_is_not_there(hub_cache, here, monkeypatch):
     )
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     refused("org/name", message=r"data: org/name .*'.\[hub\]'", error=MissingExtra)
+
+
+def test_lines_that_end_as_old_macs_end_them_are_told_so(tmp_path):
+    file = tmp_path / "a.jsonl"
+    file.write_bytes(b'{"text": "a"}\r{"text": "b"}\r')
+    with pytest.raises(ValueError, match=r"beginning is not valid JSON \(Extra data at character 13\)"):
+        find_data([file])

@@ -1,5 +1,6 @@
 """What stands in the files, and which tokens it becomes."""
 
+import gzip
 import json
 
 import numpy as np
@@ -10,12 +11,14 @@ from hypothesis import strategies as st
 
 from jsparse.models import byte_tokenizer
 from jsparse.texts import documents
+from jsparse.texts.chat_template import load_chat_template
 from jsparse.texts.documents import read_documents, read_samples
 from jsparse.texts.findings import Findings, Problems
 from jsparse.texts.reading import Reading
-from jsparse.texts.tokenizer import prompt_ids
+from jsparse.texts.tokenizer import load_tokenizer, prompt_ids
 
 END = 256
+TALK = [{"role": "user", "content": "a" * 900}, {"role": "assistant", "content": "b" * 100}]
 
 
 def read(*files, tokenizer=None, eos_token_id: int | None = END, vocab_size=257):
@@ -165,6 +168,27 @@ def test_instructions_of_a_base_model_have_the_plain_form(tmp_path):
     assert found.example == f"{heads[0]}### Response:\n⟦Ok<|endoftext|>⟧"
 
 
+@pytest.mark.parametrize("fields", [{"text": "a" * 1000}, {"messages": TALK}])
+@pytest.mark.parametrize("kind", ["Parquet", "gzip"])
+def test_compressed_rows_are_held_by_their_text(tmp_path, fields, kind, monkeypatch):
+    rows, file = [fields] * 300, tmp_path / "a.jsonl"
+    if kind == "Parquet":
+        pyarrow = pytest.importorskip("pyarrow")
+        pytest.importorskip("pyarrow.parquet").write_table(pyarrow.Table.from_pylist(rows), file)
+    else:
+        file.write_bytes(gzip.compress("".join(json.dumps(row) + "\n" for row in rows).encode()))
+    assert file.stat().st_size < 5_000
+    held, encode = [], documents._Encoder.samples
+
+    def noted(self, batch, findings):
+        held.append(len(batch))
+        return encode(self, batch, findings)
+
+    monkeypatch.setattr(documents, "_BATCH_CHARACTERS", 20_000)
+    monkeypatch.setattr(documents._Encoder, "samples", noted)
+    assert len(samples(file)) == 300 and held == [20] * 15
+
+
 def test_loss_on_all(tmp_path):
     file = lines(tmp_path / "a.jsonl", {"prompt": "ab", "completion": "c"})
     (sample,) = read_samples(
@@ -261,3 +285,46 @@ def test_samples_without_tokens_are_named(tmp_path):
     file = lines(tmp_path / "a.jsonl", {"text": "one"})
     with pytest.raises(ValueError, match="line 1 has no tokens"):
         samples(file, tokenizer=words, eos_token_id=None, vocab_size=200_000)
+
+
+def test_a_table_gives_messages_and_tools_no_nulls_and_json_keeps_its_own(tmp_path, save_chat_model):
+    """As ``generate --messages`` reads the same JSON; a table has nulls for what other rows have."""
+    pyarrow = pytest.importorskip("pyarrow")
+    template = (
+        "{% for t in tools %}{{ t | tojson }}{% endfor %}{% for m in messages %}[{{ m.role }}]{{ m.content }}"
+    )
+    template += "{{ m.tool_calls | tojson if m.tool_calls }}<e>{% endfor %}"
+    chat = load_chat_template(save_chat_model(tmp_path / "model", template, ["<s>", "<e>"]))
+    tokenizer = load_tokenizer(tmp_path / "model")
+
+    def talk(**arguments):
+        tools = [{"name": "f", "parameters": arguments}, {"name": "g"}]
+        call = {"role": "assistant", "content": "", "tool_calls": [{"name": "f", "arguments": arguments}]}
+        return {"messages": [{"role": "user", "content": "hi"}, call], "tools": tools}
+
+    rows = [talk(x="1"), talk(y="2")]
+    pytest.importorskip("pyarrow.parquet").write_table(
+        pyarrow.Table.from_pylist(rows), tmp_path / "a.parquet"
+    )
+    nulls = [talk(x="1", y=None)]
+    for file, content in [
+        (tmp_path / "a.parquet", rows),
+        (lines(tmp_path / "a.jsonl", *rows), rows),
+        (lines(tmp_path / "b.jsonl", *nulls), nulls),
+    ]:
+        found = read_samples(
+            [file], tokenizer, eos_token_id=None, vocab_size=tokenizer.get_vocab_size(), chat_template=chat
+        )
+        for sample, row in zip(found, content, strict=True):
+            assert sample.tokens.tolist() == chat.encode(**row, add_generation_prompt=False)
+
+
+def test_what_is_nested_too_deep_is_a_bad_row(tmp_path):
+    for name, depth in [("content", 120), ("content", 3000), ("tools", 50_000)]:
+        deep = "[" * depth + "]" * depth
+        row = {"messages": TALK, "tools": deep} if name == "tools" else {"messages": TALK[1:] + TALK[:1]}
+        text = json.dumps(row).replace(json.dumps(TALK[0]["content"]), deep if name == "content" else '"a"')
+        file = tmp_path / "a.jsonl"
+        file.write_text(text)
+        with pytest.raises(ValueError, match=r"data: .*a.jsonl,? "):
+            samples(file)

@@ -18,6 +18,8 @@ from jsparse.texts.shapes import (
 
 ASKED, ANSWERED = {"role": "user", "content": "hi"}, {"role": "assistant", "content": "yo"}
 TALK = Conversation([ASKED, ANSWERED], None)
+RULE = {"role": "system", "content": "be kind"}
+RULED = Conversation([RULE, ASKED, ANSWERED], None)
 
 
 @pytest.mark.parametrize(
@@ -26,6 +28,7 @@ TALK = Conversation([ASKED, ANSWERED], None)
         ({"text": "words", "meta": {"source": "c4"}}, Document("words"), {"meta"}),
         ({"prompt": "a", "completion": "b", "id": 3}, Completion("a", "b"), {"id"}),
         ({"prompt": "a", "completion": ""}, Completion("a", ""), set()),
+        ({"prompt": "a", "completion": " \n"}, Completion("a", " \n"), set()),
         ({"instruction": "a", "output": "b", "file": "x.pdf"}, Instruction("a", "", "b", ""), {"file"}),
         ({"instruction": "a", "input": None, "output": "b"}, Instruction("a", "", "b", ""), set()),
         ({"instruction": "a", "input": " ", "output": ""}, Instruction("a", "", "", ""), set()),
@@ -43,7 +46,18 @@ TALK = Conversation([ASKED, ANSWERED], None)
             Conversation([{"role": "system", "content": "be kind"}, ASKED, ANSWERED], [{"name": "f"}]),
             set(),
         ),
+        ({"messages": [RULE, ASKED, ANSWERED], "system": "be kind"}, RULED, set()),
         ({"conversations": [ASKED, ANSWERED]}, TALK, set()),
+        (
+            {
+                "conversations": [
+                    {"from": "human", "value": "hi", "role": None},
+                    {"from": "gpt", "value": "yo", "role": None},
+                ]
+            },
+            TALK,
+            set(),
+        ),
         ({"conversations": [{"from": "human", "value": "hi"}, {"from": "gpt", "value": "yo"}]}, TALK, set()),
         (
             {
@@ -73,6 +87,11 @@ def test_rows_that_people_have(row, record, unread):
         ({"messages": "hi"}, '"messages" is a text that is not JSON'),
         ({"messages": [{"content": "hi"}]}, r'messages\[0\] must have a text as "role", not'),
         ({"messages": [ASKED]}, "has no message of the assistant"),
+        ({"messages": [{"role": "gpt", "content": "yo"}]}, r'of the assistant.*; its roles are \["gpt"\]'),
+        (
+            {"messages": [RULE, ASKED, ANSWERED], "system": "be rude"},
+            '"system" and the first message are two',
+        ),
         ({"messages": [ASKED, ANSWERED], "tools": "f"}, '"tools" is a text that is not JSON'),
         ({"messages": [ASKED, ANSWERED], "tools": {"a": 1}}, '"tools" must be a list'),
         (
@@ -112,7 +131,7 @@ def test_every_field_is_read_or_named(row):
     except BadShape:
         assert not {"text"} <= row.keys() and not {"prompt", "completion"} <= row.keys()
         return
-    assert sorted([*record, *(row[name] for name in unread)]) == sorted(row.values())
+    assert sorted([*map(str, record), *(row[name] for name in unread)]) == sorted(row.values())
 
 
 @pytest.mark.parametrize(

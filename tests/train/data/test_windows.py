@@ -13,6 +13,8 @@ from hypothesis import strategies as st
 
 from jsparse.models import byte_tokenizer
 from jsparse.texts import documents
+from jsparse.texts.findings import Findings
+from jsparse.texts.reading import Reading
 from jsparse.train.data import windows
 from jsparse.train.data.windows import FLAGS, HEADER, TOKENS, open_windows, write_windows
 
@@ -243,3 +245,28 @@ def test_the_bar_counts_every_byte_and_no_more(tmp_path):
         passed = list(windows._watch(samples, bar, total=3 + lines.stat().st_size))
         assert len(passed) == 3 and bar.finished
         assert bar.tasks[0].fields["note"].endswith("tokens/s")
+
+
+def test_what_was_found_is_stored_beside_the_windows(tmp_path):
+    file = tmp_path / "rows.jsonl"
+    rows = [{"text": "abc", "meta": {"source": "c4"}}, {"text": "de", "meta": 1, "id": 2}, {"id": 3}]
+    file.write_text("\n".join(map(json.dumps, rows)))
+    found = Findings()
+    skip = Reading(bad_rows="skip")
+    list(
+        documents.read_samples(
+            [file], byte_tokenizer(), eos_token_id=END, vocab_size=257, reading=skip, findings=found
+        )
+    )
+    write_windows(
+        [file],
+        byte_tokenizer(),
+        tmp_path / "windows",
+        context=4,
+        eos_token_id=END,
+        vocab_size=257,
+        reading=skip,
+    )
+    stored = windows.read_findings(tmp_path / "windows")
+    assert stored.ignored == {"meta": 2, "id": 1} and stored.bad.count == 1
+    assert stored.lines() == found.lines()

@@ -1,0 +1,184 @@
+"""What the settings of a fine-tuning run must be, each alone and with one another."""
+
+import dataclasses
+import math
+from typing import Any
+
+from jsparse.checks import require_choice, require_integers, require_numbers
+from jsparse.integers import is_integer, require_integer
+from jsparse.models.choices import EXTENSIONS, KINDS, REMAT
+from jsparse.models.peft_names import check_expression
+
+BLOCK = 128  # tokens, of strided attention
+SERVICES = ("tensorboard", "wandb", "mlflow")
+
+_CHOICES = {
+    "attention": (None, *KINDS),
+    "rope": (None, *EXTENSIONS),
+    "base_bits": (None, 4, 8),
+    "dtype": (None, "float32", "bfloat16"),
+    "remat": REMAT,
+    "schedule": ("constant", "cosine", "linear"),
+}
+# The kinds of attention that each setting is for.
+_READ_BY = {
+    ("group_size", "group_ratio"): ("shifted", "grouped"),
+    ("sink", "window"): ("longgen", "streaming"),
+    ("stride", "full_layers"): ("longgen",),
+    ("head_pattern", "sparsity"): ("streaming",),
+}
+
+
+def check_settings(config: Any) -> None:
+    """Raise ValueError for the first setting of a FinetuneConfig that cannot be; it says what is allowed."""
+    if not config.data_files:
+        raise ValueError("data must name at least one text file")
+    _ = config.reading  # which checks its settings
+    require_integers(config, 1, "steps", "batch_size", "micro_batches", "checkpoint_every", "max_skipped")
+    require_integers(config, 2, "context")
+    require_integers(config, 0, "warmup_steps", "seed")
+    require_numbers(config, "max_grad_norm", "lora_alpha")
+    if config.learning_rate is not None:
+        require_numbers(config, "learning_rate")
+    require_numbers(config, "weight_decay", "lora_dropout", allow_zero=True)
+    for field in ("attention", "rope", "base_bits", "dtype", "remat", "schedule"):
+        require_choice(config, field, *_CHOICES[field])
+    if not set(config.log_to) <= set(SERVICES):
+        raise ValueError(f"log_to must be some of {', '.join(map(repr, SERVICES))}, not {config.log_to!r}")
+    if len(set(config.log_to)) < len(config.log_to):
+        raise ValueError(f"log_to must name each service once, not {config.log_to!r}")
+    _check_lora(config)
+    _check_batch(config)
+    _check_attention(config)
+    _check_length(config)
+    _check_evaluation(config)
+
+
+def _check_length(config: Any) -> None:
+    """Of the run, and of its warm-up."""
+    defaults = {field.name: field.default for field in dataclasses.fields(config)}
+    for name, other in (("epochs", "steps"), ("warmup_ratio", "warmup_steps")):
+        if getattr(config, name) is not None and getattr(config, other) != defaults[other]:
+            raise ValueError(
+                f"{name}={getattr(config, name)} and {other}={getattr(config, other)} say the same in two "
+                "ways; give one of them"
+            )
+    if config.epochs is not None:
+        require_numbers(config, "epochs")
+    if config.warmup_ratio is not None:
+        require_numbers(config, "warmup_ratio", allow_zero=True)
+        if config.warmup_ratio >= 1:
+            raise ValueError(f"warmup_ratio must be a number in [0, 1), not {config.warmup_ratio!r}")
+    elif config.epochs is None and config.schedule != "constant" and config.warmup_steps >= config.steps:
+        raise ValueError(f"warmup_steps={config.warmup_steps} must be less than steps={config.steps}")
+
+
+def _check_evaluation(config: Any) -> None:
+    for name, default in (("eval_every", None), ("patience", None), ("export_last", False)):
+        if not config.eval_files and getattr(config, name) != default:
+            raise ValueError(f"{name}={getattr(config, name)} is for a run with eval_data, and none is given")
+    for name in ("eval_every", "patience"):
+        if getattr(config, name) is not None:
+            require_integers(config, 1, name)
+
+
+def _check_lora(config: Any) -> None:
+    if config.lora_rank is not None:
+        require_integers(config, 1, "lora_rank")
+    elif config.base_bits is not None:
+        raise ValueError(
+            f"base_bits={config.base_bits} keeps the base frozen, but lora_rank=None trains all of it; "
+            "give a lora_rank"
+        )
+    if config.lora_dropout >= 1:
+        raise ValueError(f"lora_dropout must be a number in [0, 1), not {config.lora_dropout!r}")
+    for name in ("rslora", "lora_rank_pattern", "lora_alpha_pattern", "lora_layers", "modules_to_save"):
+        value = getattr(config, name)
+        if config.lora_rank is None and value not in (False, {}, None, ()):
+            raise ValueError(
+                f"{name}={value!r} is for LoRA, but lora_rank=None trains every parameter; give a rank"
+            )
+    for name in ("lora_targets", "modules_to_save"):
+        if isinstance(getattr(config, name), str):
+            raise ValueError(f"{name} must be a tuple of names, not the string {getattr(config, name)!r}")
+    if config.lora_layers is not None and not (
+        config.lora_layers and all(is_integer(layer) and layer >= 0 for layer in config.lora_layers)
+    ):
+        raise ValueError(f"lora_layers must be None or numbers of layers, from 0, not {config.lora_layers!r}")
+    _check_patterns(config)
+
+
+def _check_patterns(config: Any) -> None:
+    for key, rank in config.lora_rank_pattern.items():
+        check_expression("lora_rank_pattern", key)
+        require_integer(f"lora_rank_pattern[{key!r}]", rank)
+    for key, alpha in config.lora_alpha_pattern.items():
+        check_expression("lora_alpha_pattern", key)
+        if isinstance(alpha, bool) or not isinstance(alpha, int | float) or not 0 < alpha < math.inf:
+            raise ValueError(f"lora_alpha_pattern[{key!r}] must be a number > 0, not {alpha!r}")
+
+
+def _check_batch(config: Any) -> None:
+    if config.batch_size % config.micro_batches:
+        raise ValueError(
+            f"micro_batches={config.micro_batches} must divide batch_size={config.batch_size} windows"
+        )
+    windows = config.batch_size // config.micro_batches
+    if windows % config.mesh.batch:
+        raise ValueError(
+            f"batch_size={config.batch_size} in micro_batches={config.micro_batches} is {windows} windows at "
+            f"a time, which {config.mesh.batch} devices (data * fsdp of the mesh) cannot share evenly"
+        )
+    if config.context % config.mesh.sequence:
+        raise ValueError(
+            f"context={config.context} must be a multiple of the mesh's sequence={config.mesh.sequence}"
+        )
+
+
+def _check_attention(config: Any) -> None:
+    """Refuse what the chosen attention does not read: it would be ignored."""
+    fields = {field.name: field for field in dataclasses.fields(config)}
+    for names, kinds in _READ_BY.items():
+        for name in names:
+            value = getattr(config, name)
+            if config.attention not in kinds and value != fields[name].default:
+                wanted = " or ".join(map(repr, kinds))
+                given = "which must be given" if config.attention is None else f"not for {config.attention!r}"
+                raise ValueError(f"{name}={value} is for attention={wanted}, {given}")
+    if config.attention in ("longgen", "streaming"):
+        require_integers(config, 0, "sink")
+        require_integers(config, 1, "window")
+    if config.stride is not None:
+        require_integers(config, 1, "stride")
+        if config.mesh.sequence > 1:
+            raise ValueError(
+                f"stride={config.stride} gives lists of blocks, which are not split over the mesh's "
+                f"sequence={config.mesh.sequence} devices; allowed are sink and window, without a stride"
+            )
+        if config.window % BLOCK or config.window < BLOCK:
+            raise ValueError(
+                f"window={config.window} must be a multiple of {BLOCK} tokens with a stride, which shows "
+                "whole blocks"
+            )
+        if config.sink != BLOCK:
+            raise ValueError(
+                f"sink={config.sink} is for sink and window; with a stride the first block of {BLOCK} "
+                "tokens is seen, and every stride-th after it"
+            )
+    if config.attention == "streaming" and config.head_pattern is None:
+        raise ValueError("attention='streaming' needs a head_pattern that says which heads stream")
+    if not 0 <= config.sparsity <= 1:
+        raise ValueError(f"sparsity must be a number in [0, 1], not {config.sparsity!r}")
+    if config.attention not in ("shifted", "grouped"):
+        return
+    if config.group_size is not None:
+        require_integers(config, 2, "group_size")
+    if not 0 < config.group_ratio <= 1:
+        raise ValueError(f"group_ratio must be a number in (0, 1], not {config.group_ratio!r}")
+    size = config.groups
+    if size is None or size < 2 or size % 2 or config.context % size:
+        origin = f" ({config.group_ratio:g} of the context)" if config.group_size is None else ""
+        raise ValueError(
+            f"group_size={size}{origin} does not fit context={config.context}: "
+            "it must be even and divide the context"
+        )
