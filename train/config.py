@@ -62,7 +62,8 @@ class FinetuneConfig:
     context: int
     """Tokens per window. If this exceeds the model's own context, rope extends the positions."""
     fields: Mapping[str, str] = dataclasses.field(default_factory=dict)
-    """Other names for the fields of rows: prompt question completion answer."""
+    """Other names for the fields of rows, each after ours: with prompt question completion answer,
+    the field "question" is the prompt and "answer" the completion."""
     loss_on: str = "answers"
     """"answers" learns documents, completions and what the assistant says; "all" learns prompts too."""
     bad_rows: str = "error"

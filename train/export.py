@@ -151,7 +151,12 @@ def _merge_run(merging: MergeConfig, run: str | Path, output: Path) -> Merged:
             raise FileNotFoundError(f"{folder} has no checkpoint{asked}; it has steps {steps}")
         described = checkpoints.read_run(step)
         config = run_config(described, model=merging.model)
-        config = dataclasses.replace(config, model=pinned_model(config.model))
+        try:
+            config = dataclasses.replace(config, model=pinned_model(config.model))
+        except FileNotFoundError as error:
+            if merging.model is not None:
+                raise
+            raise FileNotFoundError(f"{error}. {run} began with it; --model says where else it is") from error
         if merging.adapter and config.lora_rank is None:
             raise ValueError(f"{run} trained all weights, without adapters; leave --adapter away")
         if digest_model(config.model_folder) != described["model"]:

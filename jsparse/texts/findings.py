@@ -1,6 +1,7 @@
 """What reading training data finds: files, shapes, counts, a first sample, and rows that cannot be used."""
 
 import dataclasses
+import re
 from collections import Counter
 from typing import Any
 
@@ -44,6 +45,15 @@ class Problems:
         ]
         more = self.count - len(self.first)
         return "; ".join(told) + (f"; and {more} more" if more else "")
+
+
+def _in_brief(first: str, others: list[str]) -> str:
+    """Places, each without its file where that is the file of the place before."""
+    files = [place.rpartition(", ")[0] for place in (first, *others)]
+    return ", ".join(
+        place.removeprefix(f"{file}, ") if file == before else place
+        for before, file, place in zip(files, files[1:], others, strict=False)
+    )
 
 
 @dataclasses.dataclass
@@ -114,11 +124,12 @@ class Findings:
             ignored = (f"{name} ({count:,})" for name, count in sorted(self.ignored.items()))
             found.append(f"fields not read, with their rows: {', '.join(ignored)}")
         if self.bad:
-            found.append(f"{self.bad.count:,} bad rows left out: {self.bad}")
+            found.append(f"{_rows(self.bad.count, 'bad ')} left out: {self.bad}")
         if self.long:
-            found.append(f"{self.long.count:,} rows longer than the context left out: {self.long}")
+            found.append(f"{_rows(self.long.count)} longer than the context left out: {self.long}")
         if self.truncated:
-            found.append(f"{self.truncated:,} rows longer than the context cut at their ends")
+            ends = "its end" if self.truncated == 1 else "their ends"
+            found.append(f"{_rows(self.truncated)} longer than the context cut at {ends}")
         if self.example:
             found.append(f"first sample, targets between ⟦ and ⟧: {self.example}")
         return found
@@ -128,15 +139,15 @@ def _read_problems(count: int, first: list[list[str]]) -> Problems:
     return Problems(count, [(place, reason) for place, reason in first])
 
 
-def _in_brief(first: str, others: list[str]) -> str:
-    """Places, each without its file where that is the file of the place before."""
-    files = [place.rpartition(", ")[0] for place in (first, *others)]
-    return ", ".join(
-        place.removeprefix(f"{file}, ") if file == before else place
-        for before, file, place in zip(files, files[1:], others, strict=False)
-    )
-
-
 def _file_line(file: dict[str, Any]) -> str:
-    rows = ", ".join(f"{found['rows']:,} {shape}" for shape, found in file["shapes"].items())
+    rows = ", ".join(_of_shape(found["rows"], shape) for shape, found in file["shapes"].items())
     return f"{file['file']}: {file['kind']}, {rows or 'no rows'}"
+
+
+def _of_shape(count: int, shape: str) -> str:
+    """One prompt with completion, two prompts with completions."""
+    return f"{count:,} " + (re.sub(r"s\b", "", shape) if count == 1 else shape)
+
+
+def _rows(count: int, kind: str = "") -> str:
+    return f"{count:,} {kind}row{'' if count == 1 else 's'}"

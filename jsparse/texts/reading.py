@@ -34,7 +34,7 @@ class Reading:
         if strangers:
             raise ValueError(
                 f"fields: {', '.join(strangers)} cannot be read from other names; allowed are "
-                f"{', '.join(FIELDS)}"
+                f"{', '.join(FIELDS)}, each before its name in the rows"
             )
         theirs = list(self.fields.values())
         twice = sorted({name for name in theirs if theirs.count(name) > 1})

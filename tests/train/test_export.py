@@ -148,6 +148,21 @@ def test_what_cannot_be_merged(config, run, tmp_path):
     assert not (tmp_path / "new").exists()
 
 
+def test_a_base_that_is_gone_can_be_named(config, run, tmp_path):
+    moved = config.model.rename(config.model.with_name("moved"))
+    try:
+        with pytest.raises(
+            FileNotFoundError, match=f"does not exist.*{run} began with it; --model says where"
+        ):
+            merge(MergeConfig(run=run, output=tmp_path / "new"))
+        with pytest.raises(FileNotFoundError, match="nowhere does not exist") as error:
+            merge(MergeConfig(run=run, output=tmp_path / "new", model=tmp_path / "nowhere"))
+        assert "--model" not in str(error.value)
+        assert merge(MergeConfig(run=run, output=tmp_path / "new", model=moved)) == 3
+    finally:
+        moved.rename(config.model)
+
+
 def test_completions_end_with_the_tokenizers_end_token_and_the_model_stops_there(tmp_path):
     """Llama 3 Instruct stops at the base model's end token too, which comes first."""
     base = tmp_path / "base"

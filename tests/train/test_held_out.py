@@ -317,6 +317,30 @@ def test_samples_that_are_trained_on_are_warned_of_in_one_line(config, text, tmp
     assert not caplog.records
 
 
+def test_a_run_says_what_is_in_its_held_out_data_and_what_is_left_out(config, tmp_path, capsys):
+    rows = [{"text": "held out", "id": 7}, {"text": 5}, {"prompt": "p", "completion": "c" * 200}]
+    for name, some in (("a.jsonl", rows[:2]), ("b.jsonl", [*rows[2:], {"prompt": "p", "completion": "cc"}])):
+        (tmp_path / name).write_text("".join(json.dumps(row) + "\n" for row in some))
+    finetune(
+        dataclasses.replace(
+            config,
+            eval_data=(tmp_path / "a.jsonl", tmp_path / "b.jsonl"),
+            bad_rows="skip",
+            too_long="skip",
+            output=tmp_path / "o",
+            steps=1,
+        )
+    )
+    told = [line for line in capsys.readouterr().err.splitlines() if line.startswith("eval_data: ")]
+    assert told[0].endswith("a.jsonl: JSON lines, 1 document")
+    assert told[1].endswith("b.jsonl: JSON lines, 2 prompts with completions")  # one is left out below
+    assert told[2] == "eval_data: 2 samples, 13 tokens, 11 of them targets"  # with their two ends
+    assert told[3] == "eval_data: fields not read, with their rows: id (1)"
+    assert told[4].startswith("eval_data: 1 bad row left out: ") and 'a.jsonl, line 2: "text"' in told[4]
+    assert told[5].startswith("eval_data: 1 row longer than the context left out: ")
+    assert told[6].startswith("eval_data: first sample") and len(told) == 7
+
+
 @pytest.mark.parametrize(
     ("eval_data", "error", "message"),
     [

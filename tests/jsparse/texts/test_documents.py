@@ -265,6 +265,7 @@ def test_findings_survive_their_file(tmp_path):
     found = Findings()
     skipping = {"reading": Reading(bad_rows="skip"), "findings": found}
     list(read_samples([file], byte_tokenizer(), eos_token_id=None, vocab_size=257, **skipping))
+    assert found.lines()[0].endswith("a.jsonl: JSON lines, 2 documents")
     stored = Findings.from_json(json.loads(json.dumps(found.to_json())))
     assert stored.ignored == {"id": 2, "meta": 1}
     assert (
