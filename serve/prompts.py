@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 from tokenizers import Tokenizer
 
 from jsparse.texts.chat_template import ChatTemplate
-from jsparse.texts.rows import text_of
+from jsparse.texts.files.rows import text_of
 from jsparse.texts.tokenizer import prompt_ids
 
 _ALLOWED = (

@@ -21,8 +21,8 @@ from jsparse.models.end_token import end_token
 from jsparse.models.positions import check_length
 from jsparse.reports.console import write_json
 from jsparse.reports.progress import progress_bar
-from jsparse.texts.data_files import Found, find_data
 from jsparse.texts.documents import read_documents
+from jsparse.texts.files.data_files import Found, find_data
 from jsparse.texts.passkeys import Passkeys, check_passkeys_fit, passkey_batch
 from jsparse.texts.tokenizer import prompt_ids
 from jsparse.train.head_gates import gate_loss

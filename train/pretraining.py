@@ -16,8 +16,8 @@ from jaxtyping import Array, Float, Int, Int32
 
 from jsparse.models import Llama, train_tokenizer
 from jsparse.reports.console import write_json
-from jsparse.texts.data_files import find_data
 from jsparse.texts.documents import read_documents, read_texts
+from jsparse.texts.files.data_files import find_data
 from jsparse.texts.passkeys import WORDS as PASSKEY_WORDS
 from jsparse.texts.tasks import WORDS
 from jsparse.texts.tokenizer import END_OF_TEXT

@@ -11,12 +11,12 @@ from jaxtyping import Bool, Int32
 from tokenizers import Tokenizer
 
 from jsparse.texts.chat_template import ChatTemplate
-from jsparse.texts.data_files import Found, find_data
-from jsparse.texts.file_kinds import ROWS, DataFile
+from jsparse.texts.files.data_files import Found, find_data
+from jsparse.texts.files.file_kinds import ROWS, DataFile
+from jsparse.texts.files.rows import BadRow, Row, read_rows
 from jsparse.texts.findings import LIMIT, Findings
 from jsparse.texts.plain_form import plain_chat_template
 from jsparse.texts.reading import Reading
-from jsparse.texts.rows import BadRow, Row, read_rows
 from jsparse.texts.shapes import (
     BadShape,
     Completion,
@@ -103,8 +103,8 @@ def read_samples(
 ) -> Iterator[Sample]:
     """Tokens of every document, and of every question with its answer, in the order of the files.
 
-    What a file is, is read from its content (``jsparse.texts.data_files``): a text file is one document, and
-    every row of a file of rows is one of
+    What a file is, is read from its content (``jsparse.texts.files``): a text file is one document, and every
+    row of a file of rows is one of
 
     - ``{"text": str}``: a document;
     - ``{"prompt": str, "completion": str}``: the completion's tokens are scored, the prompt's are not;

@@ -321,7 +321,7 @@ def test_what_the_hub_refuses(hub, tmp_path):
 
 DATA_SCRIPT = """
 import sys
-from jsparse.texts.data_files import find_data
+from jsparse.texts.files.data_files import find_data
 for source in sys.argv[1:]:
     try:
         print([file.name for file in find_data([source]).files])

@@ -142,6 +142,7 @@ def test_a_run_that_stopped_before_its_model_was_written_writes_it(config, run, 
         ({"schedule": "cosine"}, "schedule is 'constant', here 'cosine to step 6'"),
         ({"data": "one file less"}, "its data had other content"),
         ({"context": 32}, "^(?!.*other content).*its context is 64, here 32"),  # the text is the same
+        ({"loss_on": "all"}, "^(?!.*other content).*its loss_on is 'answers', here 'all'"),
         ({"model": "another"}, "its model had other content"),
         ({"steps": 5}, "steps=5, but .* has come to step 6"),
     ],

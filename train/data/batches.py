@@ -14,8 +14,8 @@ from jaxtyping import Integer
 from tokenizers import Tokenizer
 
 from jsparse.texts.chat_template import ChatTemplate
-from jsparse.texts.data_files import Found, find_data
 from jsparse.texts.documents import Sources
+from jsparse.texts.files.data_files import Found, find_data
 from jsparse.texts.reading import Reading
 from jsparse.texts.tokenizer import whole_text_tokenizer
 from jsparse.train.data.windows import TrainBatch, Windows

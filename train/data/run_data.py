@@ -17,8 +17,8 @@ from jsparse.models import LlamaConfig
 from jsparse.models.end_token import end_token
 from jsparse.reports.console import for_terminal
 from jsparse.texts.chat_template import find_chat_template
-from jsparse.texts.data_files import Found, find_data
 from jsparse.texts.documents import needs_chat_template
+from jsparse.texts.files.data_files import Found, find_data
 from jsparse.texts.findings import Findings
 from jsparse.train.config import FinetuneConfig
 from jsparse.train.data.batches import digest_data

@@ -18,8 +18,8 @@ from tokenizers import Tokenizer
 from jsparse.models.loss import PADDING
 from jsparse.reports.progress import progress_bar
 from jsparse.texts.chat_template import ChatTemplate
-from jsparse.texts.data_files import Found, find_data
 from jsparse.texts.documents import Sample, Sources, read_samples, refuse_bad_rows
+from jsparse.texts.files.data_files import Found, find_data
 from jsparse.texts.findings import LIMIT, Findings
 from jsparse.texts.reading import Reading
 

@@ -19,7 +19,9 @@ SETTINGS = "run.yaml"
 # What a run may find in its folder when it starts over: it wrote these before its first checkpoint.
 _STARTED = (METRICS, DATA, SETTINGS, "loggers.json", "tensorboard", "wandb", "mlflow")
 # What defines a run besides its model, its data and its schedule: other values give other weights.
+_READING = ("fields", "loss_on", "bad_rows", "too_long")
 _FIELDS = (
+    *_READING,
     "context",
     "lora_rank",
     "lora_alpha",
@@ -160,7 +162,7 @@ def _read_step(folder: Path, run: dict, unknown: tuple[str, ...]) -> int:
         not_compared.append("eval_data")
     shared = [name for name in run | theirs if name not in not_compared]
     names = [name for name in shared if run.get(name) != theirs.get(name)]
-    if "context" in names:  # the digest of the data covers how they are cut into windows
+    if set(names) & {"context", *_READING}:  # the digest of the data covers how they become windows
         names = [name for name in names if name not in ("data", "eval_data")]
     different = [_difference(name, run, theirs) for name in names]
     if different:

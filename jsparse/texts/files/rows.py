@@ -4,10 +4,10 @@ import io
 from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
-from jsparse.texts.compressed import decompress, open_bytes
-from jsparse.texts.file_kinds import BOM, DataFile
-from jsparse.texts.json_rows import ListReader, parse_line
-from jsparse.texts.tables import read_batches
+from jsparse.texts.files.compressed import decompress, open_bytes
+from jsparse.texts.files.file_kinds import BOM, DataFile
+from jsparse.texts.files.json_rows import ListReader, parse_line
+from jsparse.texts.files.tables import read_batches
 
 
 class Row(NamedTuple):
@@ -51,7 +51,7 @@ def read_rows(file: DataFile) -> Iterator[Row | BadRow]:
     is no JSON from some row on, and damaged Parquet, Arrow, gzip or zstd.
 
     >>> import pathlib
-    >>> from jsparse.texts.data_files import find_data
+    >>> from jsparse.texts.files.data_files import find_data
     >>> _ = pathlib.Path("two.jsonl").write_text('{"text": "a"}\\n\\n["b"]')
     >>> list(read_rows(*find_data(["two.jsonl"]).files))
     [Row(content={'text': 'a'}, place='two.jsonl, line 1', size=14), BadRow(place='two.jsonl, line 3', \

@@ -6,8 +6,8 @@ from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
 from jsparse.hub import fetch_files, list_dataset, split_id
-from jsparse.texts.data_names import LeftOut, split_of, why_left_out, without_other_splits
-from jsparse.texts.file_kinds import FILE_NAMES, JSON_NAMES, suffix_of
+from jsparse.texts.files.data_names import LeftOut, split_of, why_left_out, without_other_splits
+from jsparse.texts.files.file_kinds import FILE_NAMES, JSON_NAMES, suffix_of
 
 _READ = (*JSON_NAMES, ".parquet", ".arrow", ".txt")
 

@@ -11,9 +11,9 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
-from jsparse.texts.data_names import LeftOut, why_left_out, without_other_splits
-from jsparse.texts.file_kinds import ROWS, DataFile, NotData, look_at
-from jsparse.texts.hub_datasets import HubDataset, dataset_of, fetch_dataset
+from jsparse.texts.files.data_names import LeftOut, why_left_out, without_other_splits
+from jsparse.texts.files.file_kinds import ROWS, DataFile, NotData, look_at
+from jsparse.texts.files.hub_datasets import HubDataset, dataset_of, fetch_dataset
 
 STANDARD_INPUT = "standard input"
 

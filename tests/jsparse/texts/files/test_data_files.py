@@ -17,10 +17,10 @@ from hypothesis import strategies as st
 
 from jsparse.extras import MissingExtra
 from jsparse.serve.prompts import read_text
-from jsparse.texts import data_files, json_rows
-from jsparse.texts.data_files import find_data
-from jsparse.texts.data_names import split_of
-from jsparse.texts.rows import BadRow, Row, read_rows
+from jsparse.texts.files import data_files, json_rows
+from jsparse.texts.files.data_files import find_data
+from jsparse.texts.files.data_names import split_of
+from jsparse.texts.files.rows import BadRow, Row, read_rows
 
 pa = pytest.importorskip("pyarrow", reason="needs the extra `data`")
 pq = pytest.importorskip("pyarrow.parquet")

@@ -8,9 +8,9 @@ from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
 from jsparse.files import pointer_hint
-from jsparse.texts.compressed import is_compressed, open_bytes
-from jsparse.texts.json_rows import ListReader, is_cut_off, parse_line
-from jsparse.texts.tables import read_batches
+from jsparse.texts.files.compressed import is_compressed, open_bytes
+from jsparse.texts.files.json_rows import ListReader, is_cut_off, parse_line
+from jsparse.texts.files.tables import read_batches
 
 BOM = b"\xef\xbb\xbf"
 ROWS = ("JSON list", "JSON lines", "Parquet", "Arrow")

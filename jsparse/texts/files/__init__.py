@@ -1,0 +1,1 @@
+"""Files of training data: found, told apart by their content, and read row by row."""
