@@ -60,13 +60,20 @@ def is_spent(lines: Sequence[dict[str, Any]], patience: int | None) -> bool:
 
 
 def describe(lines: Sequence[dict[str, Any]]) -> str:
-    """The last held-out loss, to follow other words; "" if none is measured yet.
+    """The last held-out loss and when it was measured, to follow other words; "" if there is none yet.
 
-    >>> describe([{"eval": {"loss": 2.0, "perplexity": 7.389}}, {}])
-    ', held-out loss 2.0000'
+    >>> measured = {"step": 5, "eval": {"loss": 2.0, "perplexity": 7.389}}
+    >>> describe([measured]), describe([measured, {"step": 6}])
+    (', held-out loss 2.0000', ', held-out loss 2.0000 after step 5')
     """
-    found = (line.get(EVAL, line.get(BEFORE)) for line in reversed(lines))
-    last = next(filter(None, found), None)
-    if last is None:
-        return ""
-    return ", held-out loss " + ("not finite" if last["loss"] is None else f"{last['loss']:.4f}")
+    for line in reversed(lines):
+        if EVAL in line:
+            when = "" if line is lines[-1] else f" after step {line['step']}"
+            return f", held-out loss {_rounded(line[EVAL]['loss'])}{when}"
+        if BEFORE in line:
+            return f", held-out loss {_rounded(line[BEFORE]['loss'])} before the first step"
+    return ""
+
+
+def _rounded(loss: float | None) -> str:
+    return "not finite" if loss is None else f"{loss:.4f}"
