@@ -3,7 +3,9 @@
 import hashlib
 import os
 import platform
+import signal
 import sys
+import threading
 from importlib.metadata import version
 from pathlib import Path
 
@@ -12,6 +14,13 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("PJRT_NPROC", "8")  # interpreted GPU kernels: jsparse.device says why
 # Most of a test is compiling. XLA's own passes stay as they are; only machine code is optimised less.
 os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
+
+# A shell starts jobs in the background with Ctrl-C ignored, and so would be what the tests start.
+if (
+    threading.current_thread() is threading.main_thread()
+    and signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+):
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def compilation_cache() -> Path:

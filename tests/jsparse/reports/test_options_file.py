@@ -67,6 +67,7 @@ def test_what_is_written_is_read_as_the_same_settings(read):
         attention="longgen",
         full_layers=(0, 3),
         learning_rate=1 / 3e5,
+        fields={"prompt": "a question", "completion": "answer"},
         lora_targets=("layers.*.mlp.*", "q_proj"),
         train_embeddings_and_norms=False,
         base_bits=4,
@@ -75,7 +76,7 @@ def test_what_is_written_is_read_as_the_same_settings(read):
     found = read(as_yaml(config))
     for field in dataclasses.fields(FinetuneConfig):
         before, after = getattr(config, field.name), getattr(found, field.name)
-        if field.name == "data":
+        if field.name in ("data", "eval_data"):
             before, after = tuple(map(str, before)), tuple(map(str, after))
         assert str(after) == str(before) if field.name == "output" else after == before, field.name
 
@@ -89,12 +90,14 @@ def test_what_is_written_is_read_as_the_same_settings(read):
         ("steps: many", "steps must be an integer, not 'many'"),
         ("steps: 1.5", "steps must be an integer, not 1.5"),
         ("steps: true", "steps must be an integer, not True"),
-        ("learning_rate: fast", "learning_rate must be a number, not 'fast'"),
+        ("learning_rate: fast", "learning_rate must be a number or null, not 'fast'"),
+        ("weight_decay: much", "weight_decay must be a number, not 'much'"),
         ("lora_rank: [8]", "lora_rank must be an integer or null, not [8]"),
         ("train-embeddings-and-norms: 1", "train_embeddings_and_norms must be true or false, not 1"),
         ("rope: no", "rope must be text or null, not False"),
         ("output: 2026", "output must be text, not 2026"),
         ("data: [a.txt, 3]", "data must be a list, each text, not ['a.txt', 3]"),
+        ("fields: {prompt: 3}", "fields must be a mapping from text to text, not {'prompt': 3}"),
         ("mesh: 2", "mesh must have options of its own below it, not 2"),
         ("mesh: {fsdp: 2.0}", "mesh.fsdp must be an integer, not 2.0"),
         ("steps: 1\nsteps: 2", "steps is given twice"),
