@@ -58,7 +58,7 @@ _DTYPES = ("F32", "F16", "BF16")
 V = TypeVar("V")
 
 # Fields in which an adapter's config.json may differ: those it sets itself, and those no logit depends on.
-_OWN = ("rope", "max_position_embeddings", "max_sequence_length")
+POSITION_FIELDS = ("rope", "max_position_embeddings", "max_sequence_length")
 _FREE = ("eos_token_ids", "bos_token_id", "pad_token_id", "initializer_range")
 
 
@@ -365,7 +365,7 @@ def _extended(directory: Path, config: LlamaConfig) -> LlamaConfig:
     if not (directory / "config.json").is_file():
         return config
     stored = load_config(directory)
-    names = {field.name for field in dataclasses.fields(LlamaConfig)}.difference(_OWN, _FREE)
+    names = {field.name for field in dataclasses.fields(LlamaConfig)}.difference(POSITION_FIELDS, _FREE)
     differences = [
         f"{name} is {getattr(stored, name)!r}, the model's {getattr(config, name)!r}"
         for name in sorted(names)
@@ -373,7 +373,7 @@ def _extended(directory: Path, config: LlamaConfig) -> LlamaConfig:
     ]
     if differences:
         raise ValueError(f"{directory / 'config.json'} is of another model: {'; '.join(differences)}")
-    return dataclasses.replace(config, **{name: getattr(stored, name) for name in _OWN})
+    return dataclasses.replace(config, **{name: getattr(stored, name) for name in POSITION_FIELDS})
 
 
 def _find_tensors(directory: Path) -> dict[str, StoredTensor]:

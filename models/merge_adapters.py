@@ -9,14 +9,12 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from jsparse.models.adapter import load_adapter
+from jsparse.models.adapter import POSITION_FIELDS, load_adapter
 from jsparse.models.checkpoint import load_config
 from jsparse.models.config import LlamaConfig
-from jsparse.models.layers import Linear, LoRAParam, linear_layers
+from jsparse.models.layers import LoRAParam, adaptable_layers, linear_layers
 from jsparse.models.llama import Llama
 from jsparse.models.lora import merge_lora
-
-POSITION_FIELDS = ("rope", "max_position_embeddings", "max_sequence_length")
 
 
 def merge_adapters(model: Llama, adapters: Sequence[tuple[Path, float]]) -> None:
@@ -55,7 +53,7 @@ def merge_adapters(model: Llama, adapters: Sequence[tuple[Path, float]]) -> None
         for whole in wholes:
             whole.restore()
         load_adapter(model, folder)
-        for path, linear in _linears(model).items():
+        for path, linear in adaptable_layers(model):
             if linear.lora_a is None or linear.lora_b is None:
                 continue
             part = _Part(linear.lora_a[...], weight * linear.lora_scale * linear.lora_b[...])
@@ -66,7 +64,7 @@ def merge_adapters(model: Llama, adapters: Sequence[tuple[Path, float]]) -> None
         model.config = base_config
     for whole in wholes:
         whole.parameter.set_value(whole.total())
-    linears = _linears(model)
+    linears = dict(adaptable_layers(model))
     for path, added in parts.items():
         linear = linears[path]
         linear.lora_a = LoRAParam(jnp.concatenate([part.a for part in added], axis=1))
@@ -102,12 +100,6 @@ def _trained_config(folder: Path, base: LlamaConfig) -> LlamaConfig:
         return base
     stored = load_config(folder)
     return dataclasses.replace(base, **{name: getattr(stored, name) for name in POSITION_FIELDS})
-
-
-def _linears(model: Llama) -> dict[str, Linear]:
-    """All by their paths, with lm_head."""
-    modules = {".".join(map(str, path)): module for path, module in nnx.iter_modules(model)}
-    return {path: module for path, module in modules.items() if isinstance(module, Linear)}
 
 
 class _Part(NamedTuple):

@@ -20,6 +20,7 @@ from jsparse.models import (
     merge_lora,
     save_adapter,
 )
+from jsparse.models.adapter import POSITION_FIELDS
 from jsparse.models.adapter_config import CONFIG as ADAPTER_CONFIG
 from jsparse.models.adapter_config import named_base
 from jsparse.models.checkpoint import generation_fields
@@ -31,7 +32,7 @@ from jsparse.models.companions import (
 )
 from jsparse.models.end_token import also_ends_at, end_token
 from jsparse.models.hf_config import token_ids
-from jsparse.models.merge_adapters import POSITION_FIELDS, agreed_config, merge_adapters
+from jsparse.models.merge_adapters import agreed_config, merge_adapters
 from jsparse.models.patterns import AttentionPattern, save_pattern
 from jsparse.models.safetensors_folder import read_json, write_json
 from jsparse.models.sharding import MeshConfig
