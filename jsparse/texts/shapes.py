@@ -96,6 +96,9 @@ def read_record(row: Mapping[str, Any], fields: Mapping[str, str]) -> tuple[Reco
             used = {name: renamed[name] for name in needed | optional if name in renamed}
             unread = renamed.keys() - used.keys()
             return make(used), {fields.get(name, name) for name in unread}
+    missing = [theirs for theirs in fields.values() if theirs not in row]
+    if missing:
+        raise BadShape(f" has no {', '.join(missing)}, which --fields names, but the fields {sorted(row)}")
     raise BadShape(f" has the fields {sorted(row)}; {ALLOWED}; --fields reads other names")
 
 

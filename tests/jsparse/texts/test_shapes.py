@@ -124,7 +124,7 @@ def test_fields_of_other_names():
     assert read_record({"text": "a", "prompt": "b"}, swapped) == (Completion("a", "b"), set())
     with pytest.raises(BadShape, match="none of --fields: question"):
         read_record({"text": "a"}, {"prompt": "question"})
-    with pytest.raises(BadShape, match=r"has the fields \['question'\]"):
+    with pytest.raises(BadShape, match=r"has no answer, which --fields names, but the fields \['question'\]"):
         read_record({"question": "a"}, {"prompt": "question", "completion": "answer"})
 
 
