@@ -43,6 +43,7 @@ VERSIONS = tests/test_doctests.py tests/test_plan.py \
     tests/models/test_checkpoint.py tests/models/test_frozen_base.py \
     tests/serve/test_generation.py tests/evaluate/test_perplexity.py \
     tests/train/test_finetuning.py tests/train/test_export.py tests/train/test_export_parity.py \
+    tests/train/test_preferences_parity.py \
     tests/train/test_many_devices.py
 
 test-versions: $(VENV)/.installed-test

@@ -64,6 +64,11 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec(None, BATCH_AXES, SEQUENCE_AXIS))
 
 
+def row_sharding(mesh: Mesh) -> NamedSharding:
+    """The sharding of what rows of tokens have beside them, [micro-batches, B, ...]."""
+    return NamedSharding(mesh, PartitionSpec(None, BATCH_AXES))
+
+
 def keep_tokens_split(x: Array) -> Array:
     """Activations [B, T, ...], kept split by batch and sequence on the mesh in context, if there is one.
 

@@ -277,6 +277,7 @@ def folder(tmp_path_factory, save_tiny_model):
     [
         {"attention": "shifted"},
         {"lora_rank": None, "attention": "full"},
+        {"attention": "shifted", "dpo_beta": 0.1},
         {
             "attention": "shifted",
             "lora_targets": ("all-linear", "lm_head"),

@@ -159,6 +159,9 @@ class FinetuneConfig:
     """Gradients of a larger norm are scaled down to this."""
     max_skipped: int = 3
     """A step whose loss or gradient is not finite is skipped; this many in a row end the run."""
+    dpo_beta: float | None = None
+    """Learn from pairs of answers, "chosen" and "rejected", by direct preference optimisation (DPO). A larger
+    number holds the model closer to what it was before the run; 0.1 is usual."""
     seed: int = 0
     """Seed of the order of the windows, of the initial LoRA matrices and of dropout."""
     checkpoint_every: int = 100
@@ -205,6 +208,7 @@ class FinetuneConfig:
             loss_on=self.loss_on,
             bad_rows=self.bad_rows,
             too_long=self.too_long,
+            pairs=self.dpo_beta is not None,
             mixed=False,
         )
 

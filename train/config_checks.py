@@ -38,8 +38,11 @@ def check_settings(config: Any) -> None:
     require_integers(config, 2, "context")
     require_integers(config, 0, "warmup_steps", "seed")
     require_numbers(config, "max_grad_norm", "lora_alpha")
-    if config.learning_rate is not None:
-        require_numbers(config, "learning_rate")
+    for field in ("learning_rate", "dpo_beta"):
+        if getattr(config, field) is not None:
+            require_numbers(config, field)
+    if config.dpo_beta is not None and config.loss_on == "all":
+        raise ValueError("loss_on='all' is not for dpo_beta, which compares answers; leave one of them away")
     require_numbers(config, "weight_decay", "lora_dropout", allow_zero=True)
     for field in ("attention", "rope", "base_bits", "dtype", "remat", "schedule"):
         require_choice(config, field, *_CHOICES[field])

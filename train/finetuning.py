@@ -12,17 +12,17 @@ from typing import Any
 import jax
 import numpy as np
 from jax.sharding import Mesh
-from jaxtyping import Integer
+from jaxtyping import Float32, Integer
 
 from jsparse.models import load_tokenizer
 from jsparse.models.checkpoint import load_config
 from jsparse.models.masking import ModelMask
-from jsparse.models.sharding import batch_sharding, put
+from jsparse.models.sharding import batch_sharding, put, row_sharding
 from jsparse.reports.console import print_facts
 from jsparse.reports.options_file import as_yaml
 from jsparse.reports.progress import print_line
 from jsparse.train.config import FinetuneConfig
-from jsparse.train.data.batches import batch_at, position_at
+from jsparse.train.data.batches import position_at, rows_at
 from jsparse.train.data.run_data import (
     find_run_data,
     print_findings,
@@ -33,6 +33,7 @@ from jsparse.train.data.run_data import (
 from jsparse.train.data.windows import Windows
 from jsparse.train.export import export_model
 from jsparse.train.held_out import held_out_loss
+from jsparse.train.preferences import held_out_preferences, reference_margins
 from jsparse.train.run.checkpoint import Checkpoints, open_checkpoints
 from jsparse.train.run.evaluations import EVAL, Evaluations, best_line
 from jsparse.train.run.identity import (
@@ -47,7 +48,7 @@ from jsparse.train.run.loggers import loggers_open, require_loggers
 from jsparse.train.run.loop import run_steps
 from jsparse.train.run.processes import is_first_process, wait_for_all
 from jsparse.train.start import extended_config, load_start, make_step
-from jsparse.train.step import Metrics, SplitModel, TrainState
+from jsparse.train.step import Metrics, Rewards, SplitModel, TrainState
 from jsparse.train.summary import memory_line, summarize
 
 
@@ -100,6 +101,10 @@ def finetune(config: FinetuneConfig, *, progress: bool = True) -> FinetuneResult
     kept, and its model is written at the end. Samples of the held-out data that are in the training data too
     are counted in a warning.
 
+    With ``config.dpo_beta``, the data are pairs of answers, and the loss is that of direct preference
+    optimisation against the model before the run. Lines then also have "reward_margin" and
+    "reward_accuracy", the means over the pairs of the step.
+
     With a ``config.mesh``, the run uses all devices of all processes (call ``jax.distributed.initialize``
     first). Every process must make this call and see the same files.
 
@@ -115,7 +120,7 @@ def finetune(config: FinetuneConfig, *, progress: bool = True) -> FinetuneResult
     another run. While training: FloatingPointError, naming the step, if ``config.max_skipped`` steps in a row
     were not finite; OSError if a checkpoint cannot be written.
 
-    Source: LongLoRA (arXiv 2309.12307).
+    Sources: LongLoRA (arXiv 2309.12307), DPO (arXiv 2305.18290).
     """
     require_loggers(config.log_to)
     config = with_commit(config)
@@ -136,9 +141,14 @@ def finetune(config: FinetuneConfig, *, progress: bool = True) -> FinetuneResult
         run = describe_run(config, data.digest, model_config, pattern, eval_digest=data.eval_digest)
         start = steps_taken(config, run)
     wait_for_all("run")  # all have looked into the folder before the first process makes something there
-    evaluations = None
+    evaluations, reference = None, None
+    if config.dpo_beta is not None:
+        folder = config.output_folder / DATA
+        with _mesh_in_context(mesh):
+            reference = reference_margins(config, split, mask, mesh, windows, state, folder=folder, run=run)
     if held_out is not None:
-        measure = held_out_loss(config, split, mesh, held_out)
+        with _mesh_in_context(mesh):
+            measure = _measure(config, split, mesh, held_out, state)
         evaluations = Evaluations(measure, config.evaluation_interval, config.patience)
     if start == 0 and is_first_process():
         if progress:
@@ -155,7 +165,7 @@ def finetune(config: FinetuneConfig, *, progress: bool = True) -> FinetuneResult
             quiet=not progress,
         ) as log,
         open_checkpoints(checkpoint_folder(config.output_folder), writable=True) as checkpoints,
-        jax.set_mesh(mesh) if mesh is not None else contextlib.nullcontext(),
+        _mesh_in_context(mesh),
     ):
         if start:
             state = checkpoints.restore(start, state)
@@ -173,7 +183,7 @@ def finetune(config: FinetuneConfig, *, progress: bool = True) -> FinetuneResult
 
         state, metrics, stopped_by = run_steps(
             state,
-            _step_taker(config, split, mask, mesh, windows, rows, progress=progress),
+            _step_taker(config, split, mask, mesh, windows, rows, reference, progress=progress),
             output=config.output_folder,
             steps=config.steps,
             checkpoint_every=config.checkpoint_every,
@@ -220,6 +230,19 @@ def _state_of(step: int, state: TrainState, checkpoints: Checkpoints) -> TrainSt
     return checkpoints.restore(step, like)
 
 
+def _mesh_in_context(mesh: Mesh | None) -> contextlib.AbstractContextManager:
+    return jax.set_mesh(mesh) if mesh is not None else contextlib.nullcontext()
+
+
+def _measure(
+    config: FinetuneConfig, split: SplitModel, mesh: Mesh | None, held_out: Windows, state: TrainState
+) -> Callable[[TrainState], dict[str, Any]]:
+    """What is measured of the held-out data. ``state``: before the first step."""
+    if config.dpo_beta is None:
+        return held_out_loss(config, split, mesh, held_out)
+    return held_out_preferences(config, split, mesh, held_out, state)
+
+
 def _write_settings(config: FinetuneConfig) -> None:
     """All settings as a file from which the command line runs, or resumes, the same run."""
     if is_first_process():
@@ -235,6 +258,7 @@ def _step_taker(
     mesh: Mesh | None,
     windows: Windows,
     rows: Integer[np.ndarray, " M"],
+    reference: Float32[np.ndarray, "N P"] | None,
     *,
     progress: bool,
 ) -> Callable[[int, TrainState], tuple[TrainState, dict[str, Any]]]:
@@ -243,7 +267,7 @@ def _step_taker(
 
     def take_step(step: int, state: TrainState) -> tuple[TrainState, dict[str, Any]]:
         nonlocal compiled
-        batch = _batch(config, windows, rows, step, mesh)
+        batch = _batch(config, windows, rows, reference, step, mesh)
         if compiled is None:  # compiled here, so that the first step is not timed with it
             compiled = make_step(config, split, mask, mesh).lower(state, split.frozen, *batch).compile()
             if progress and is_first_process():
@@ -259,13 +283,18 @@ def _batch(
     config: FinetuneConfig,
     windows: Windows,
     rows: Integer[np.ndarray, " M"],
+    reference: Float32[np.ndarray, "N P"] | None,
     step: int,
     mesh: Mesh | None,
 ) -> tuple:
-    """Tokens, segment ids and which tokens are scored, [micro-batches, B, T] each."""
-    batch = batch_at(windows, step, batch_size=config.batch_size, seed=config.seed, among=rows)
-    parts = tuple(x.reshape(config.micro_batches, -1, config.context) for x in batch)
-    return parts if mesh is None else tuple(put(x, batch_sharding(mesh)) for x in parts)
+    """Tokens, segment ids and scored tokens, [micro-batches, B, T] each, and the margins of pairs."""
+    taken = rows_at(rows, step, batch_size=config.batch_size, seed=config.seed)
+    beside = () if reference is None else (np.array(reference[taken]),)
+    parts = tuple(x.reshape(config.micro_batches, -1, x.shape[-1]) for x in (*windows[taken], *beside))
+    if mesh is None:
+        return parts
+    shardings = [batch_sharding(mesh)] * 3 + [row_sharding(mesh)] * len(beside)
+    return tuple(put(x, sharding) for x, sharding in zip(parts, shardings, strict=True))
 
 
 def _metrics_line(config: FinetuneConfig, step: int, result: Metrics, began: float) -> dict[str, Any]:
@@ -288,7 +317,12 @@ def _metrics_line(config: FinetuneConfig, step: int, result: Metrics, began: flo
         "learning_rate": config.learning_rate_at(step - 1 - skipped + (1 if is_skipped else 0)),
         "grad_norm": None if is_skipped else grad_norm,
         "skipped": skipped,
+        **({} if result.rewards is None or is_skipped else _rewards_line(result.rewards)),
     }
+
+
+def _rewards_line(rewards: Rewards) -> dict[str, float]:
+    return {"reward_margin": float(rewards.margin), "reward_accuracy": float(rewards.accuracy)}
 
 
 def _note(line: dict[str, Any]) -> str:

@@ -10,7 +10,8 @@ from jax.sharding import Mesh
 
 from jsparse.models import Llama, LlamaConfig
 from jsparse.models.masking import ModelMask
-from jsparse.models.sharding import abstract_parameters, batch_sharding
+from jsparse.models.preference import most_pairs
+from jsparse.models.sharding import abstract_parameters, batch_sharding, row_sharding
 from jsparse.plan.compile_only import compile_only_devices, find_device
 from jsparse.plan.program import DEFAULT_MEMORY_FRACTION, Plan, Program, check_memory_fraction, plan_program
 from jsparse.train.config import FinetuneConfig
@@ -91,18 +92,28 @@ def step_program(config: FinetuneConfig, model_config: LlamaConfig, mask: ModelM
         (config.micro_batches, windows, config.context), jnp.int32, sharding=batch_sharding(mesh)
     )
     scored = jax.ShapeDtypeStruct(tokens.shape, jnp.bool_, sharding=tokens.sharding)
+    reference = _reference(config, mesh)
     step = make_step(config, splits[0], mask, mesh if config.mesh.devices > 1 else None)
     return Program(
         "train step",
         step,
-        (state, frozen, tokens, tokens, scored),
+        (state, frozen, tokens, tokens, scored, *reference),
         {
             "trained parameters": state.params,
             "optimizer state": state.opt_state,
             "frozen base": frozen,
-            "batch": (tokens, tokens, scored, state.step, state.skipped, state.skipped_in_row),
+            "batch": (tokens, tokens, scored, *reference, state.step, state.skipped, state.skipped_in_row),
         },
     )
+
+
+def _reference(config: FinetuneConfig, mesh: Mesh) -> list[jax.ShapeDtypeStruct]:
+    """The margins of the pairs that a step takes with its windows, if it learns from pairs."""
+    if config.dpo_beta is None:
+        return []
+    windows = config.batch_size // config.micro_batches
+    shape = config.micro_batches, windows, most_pairs(config.context)
+    return [jax.ShapeDtypeStruct(shape, jnp.float32, sharding=row_sharding(mesh))]
 
 
 def _model(config: FinetuneConfig, model_config: LlamaConfig) -> Llama:

@@ -116,6 +116,7 @@ def make_step(
         mask,
         remat=config.remat,
         dropout_seed=config.seed if config.lora_rank and config.lora_dropout else None,
+        dpo_beta=config.dpo_beta,
         mesh=mesh,
     )
 

@@ -13,6 +13,7 @@ from jaxtyping import Array, Bool, Float32, Int32, PyTree
 from jsparse.models import Llama, LoRAParam, set_dropout_keys
 from jsparse.models.loss import next_targets, token_nll
 from jsparse.models.masking import ModelMask
+from jsparse.models.preference import count_pairs, pair_margins, preference_sums
 from jsparse.models.sharding import parameter_shardings
 
 
@@ -26,14 +27,22 @@ class TrainState(NamedTuple):
     skipped_in_row: Int32[Array, ""]  # how many of these were the last steps, in a row
 
 
+class Rewards(NamedTuple):
+    """Over the pairs of a step: by how much the chosen answer gained on the rejected one, and how often."""
+
+    margin: Float32[Array, ""]
+    accuracy: Float32[Array, ""]
+
+
 class Metrics(NamedTuple):
-    """What one step reports: ``loss`` is the mean over its ``tokens``, before the update."""
+    """What one step reports: ``loss`` is the mean over its ``tokens`` or pairs, before the update."""
 
     loss: Float32[Array, ""]
     grad_norm: Float32[Array, ""]  # before clipping
     tokens: Int32[Array, ""]  # that had a target
     skipped: Int32[Array, ""]  # steps skipped so far
     skipped_in_row: Int32[Array, ""]
+    rewards: Rewards | None = None  # of a step that learns from pairs
 
 
 class SplitModel(NamedTuple):
@@ -91,6 +100,7 @@ def train_step(
     *,
     remat: str,
     dropout_seed: int | None = None,
+    dpo_beta: float | None = None,
     mesh: Mesh | None = None,
 ) -> Callable[..., tuple[TrainState, Metrics]]:
     """The jitted ``step(state, frozen, tokens, segment_ids, scored) -> state, metrics``, donating ``state``.
@@ -105,6 +115,8 @@ def train_step(
     - mask: as the model takes it.
     - remat: what the backward pass keeps (``Llama.hidden``).
     - dropout_seed: seed of the adapters' dropout, keyed by step and micro-batch; None without dropout.
+    - dpo_beta: learn from pairs of answers, by DPO with this beta. The step then also takes the margins of
+      the pairs under the model before training, [micro-batches, B, P], and its loss is the mean over pairs.
     - mesh: the mesh that the arguments lie on, which must be in context (``jax.set_mesh``); None for one
       device.
     """
@@ -113,8 +125,8 @@ def train_step(
     options = {"remat": remat, "trained": LoRAParam if some_frozen else nnx.Param}
 
     def loss_fn(params, frozen, batch, key, total):
-        """The micro-batch's part of the mean over ``total`` tokens."""
-        tokens, segment_ids, scored = batch
+        """The micro-batch's part of the mean over ``total`` tokens or pairs, and of the rewards of pairs."""
+        tokens, segment_ids, scored, *reference = batch
         model = split.join(params, frozen)
         if key is not None:
             set_dropout_keys(model, key)
@@ -123,17 +135,20 @@ def train_step(
         dropout = None if model.lm_head is None else model.lm_head.dropout_key
         head_key = None if dropout is None else dropout[...]
         nll = token_nll(hidden, model.logits, targets, key=head_key, parts=parts)
-        return jnp.where(counts, nll, 0.0).sum() / total
+        if dpo_beta is None:
+            return jnp.where(counts, nll, 0.0).sum() / total, None
+        sums = preference_sums(pair_margins(nll, counts, segment_ids), *reference, dpo_beta)
+        return sums.loss / total, Rewards(sums.margin / total, sums.right / total)
 
     def gradient(params, frozen, batches, step, total):
-        """Loss and gradient over all micro-batches."""
+        """Loss, rewards and gradient over all micro-batches."""
         keys = None
         if dropout_seed is not None:
             key = jax.random.fold_in(jax.random.key(dropout_seed), step)
             keys = jax.random.split(key, len(batches[0]))
 
         def one_gradient(batch, key):
-            return jax.value_and_grad(loss_fn)(params, frozen, batch, key, total)
+            return jax.value_and_grad(loss_fn, has_aux=True)(params, frozen, batch, key, total)
 
         if len(batches[0]) == 1:
             return one_gradient(*jax.tree.map(lambda x: x[0], (batches, keys)))
@@ -141,7 +156,8 @@ def train_step(
         def add(sums, x):
             return jax.tree.map(jnp.add, sums, one_gradient(*x)), None
 
-        zeros = jnp.zeros(()), jax.tree.map(jnp.zeros_like, params)
+        rewards = None if dpo_beta is None else Rewards(jnp.zeros(()), jnp.zeros(()))
+        zeros = (jnp.zeros(()), rewards), jax.tree.map(jnp.zeros_like, params)
         return jax.lax.scan(add, zeros, (batches, keys))[0]
 
     def step(
@@ -150,11 +166,14 @@ def train_step(
         tokens: Int32[Array, "A B T"],
         segment_ids: Int32[Array, "A B T"],
         scored: Bool[Array, "A B T"],
+        *reference: Float32[Array, "A B P"],
     ):
-        counted = jax.vmap(next_targets)(tokens, segment_ids, scored)[1].sum(dtype=jnp.int32)
-        total = jnp.maximum(counted, 1)  # a batch without any target has loss 0
-        batches = tokens, segment_ids, scored
-        loss, grads = gradient(state.params, frozen, batches, state.step, total)
+        counts = jax.vmap(next_targets)(tokens, segment_ids, scored)[1]
+        counted = counts.sum(dtype=jnp.int32)
+        of = counted if dpo_beta is None else jax.vmap(count_pairs)(counts, segment_ids).sum()
+        total = jnp.maximum(of, 1)  # a batch without any target has loss 0
+        batches = tokens, segment_ids, scored, *reference
+        (loss, rewards), grads = gradient(state.params, frozen, batches, state.step, total)
         norm = optax.tree.norm(grads)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
@@ -169,6 +188,6 @@ def train_step(
         state = TrainState(params, opt_state, state.step + 1, skipped, skipped_in_row)
         if mesh is not None:  # placed as it came in, whatever the compiler prefers
             state = jax.lax.with_sharding_constraint(state, parameter_shardings(state, mesh))
-        return state, Metrics(loss, norm, counted, skipped, skipped_in_row)
+        return state, Metrics(loss, norm, counted, skipped, skipped_in_row, rewards)
 
     return jax.jit(step, donate_argnums=0)

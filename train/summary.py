@@ -45,6 +45,7 @@ def summarize(
         "steps": f"{config.steps:,}, {config.steps * config.batch_size / windows:.2f} epochs of "
         f"{_count(windows, 'window')}{resumed}",
         "optimizer": _optimizer(config),
+        **({} if config.dpo_beta is None else {"objective": _objective(config.dpo_beta)}),
     }
 
 
@@ -133,6 +134,10 @@ def _own_windows(config: LlamaConfig) -> str:
 def _parts(config: FinetuneConfig) -> str:
     parts = f", in {config.micro_batches} parts one after another" if config.micro_batches > 1 else ""
     return parts + (f", on a mesh of {config.mesh}" if config.mesh.devices > 1 else "")
+
+
+def _objective(beta: float) -> str:
+    return f"DPO with beta {beta:g}: the chosen of two answers, against the model before the run"
 
 
 def _optimizer(config: FinetuneConfig) -> str:

@@ -18,11 +18,13 @@ from jsparse.texts.findings import LIMIT, Findings
 from jsparse.texts.plain_form import plain_chat_template
 from jsparse.texts.reading import Reading
 from jsparse.texts.shapes import (
+    Answered,
     BadShape,
     Completion,
     Conversation,
     Document,
     Instruction,
+    Preference,
     Record,
     read_record,
     shape_name,
@@ -43,12 +45,14 @@ class Sample(NamedTuple):
       tokens count.
     - place: file and line, for errors.
     - size: the bytes it took in its file.
+    - second: of a preference, where the rejected answer with its question begins; it follows the chosen one.
     """
 
     tokens: Int32[np.ndarray, " T"]
     scored: Bool[np.ndarray, " T"] | None
     place: str
     size: int
+    second: int | None = None
 
     @property
     def prompt_tokens(self) -> int | None:
@@ -166,17 +170,18 @@ def read_samples(
 
 def needs_chat_template(files: Found, reading: Reading) -> bool:
     """Whether the first row of a file is an instruction or a conversation, so that a template renders it."""
-    return any(_first_shape(file, reading) in (Instruction, Conversation) for file in files.files)
+    return any(isinstance(_first(file, reading), Instruction | Conversation) for file in files.files)
 
 
-def _first_shape(file: DataFile, reading: Reading) -> type[Record] | None:
-    """The shape of the first row that can be read; None without any, or for a text."""
+def _first(file: DataFile, reading: Reading) -> Record | None:
+    """The first row that can be read, of a preference its chosen answer; None without any, or for a text."""
     if file.kind not in ROWS:
         return None
     for row in read_rows(file):
         if isinstance(row, Row) and isinstance(row.content, dict):
             with contextlib.suppress(BadShape):
-                return type(read_record(row.content, reading.fields)[0])
+                record = read_record(row.content, reading.fields, pairs=reading.pairs)[0]
+                return record.chosen if isinstance(record, Preference) else record
     return None
 
 
@@ -207,11 +212,14 @@ def _read_row(row: Row | BadRow, reading: Reading, findings: Findings) -> _Place
     if isinstance(row, BadRow):
         findings.bad.add(row.place, f" {row.reason}")
         return None
+    if isinstance(row.content, str) and reading.pairs:
+        findings.bad.add(row.place, " is a text, and --dpo-beta learns from pairs of answers")
+        return None
     if isinstance(row.content, str):
         findings.add_row("documents", row.place)
         return _Placed(Document(row.content), row.place, row.size)
     try:
-        record, unread = read_record(row.content, reading.fields)
+        record, unread = read_record(row.content, reading.fields, pairs=reading.pairs)
     except BadShape as error:
         findings.bad.add(row.place, str(error))
         return None
@@ -258,14 +266,16 @@ class _Encoder:
         encoded_texts = iter(self._encode(texts))
         encoded_completions = iter(self._encode(completions))
         for record, place, size in batch:
+            second = None
             try:
                 if isinstance(record, Document):
                     ids, scored = self._document(next(encoded_texts))
                 elif isinstance(record, Completion):
                     ids, scored = self._completion(next(encoded_texts), next(encoded_completions))
+                elif isinstance(record, Preference):
+                    ids, scored, second = self._preference(record, findings)
                 else:
-                    findings.form = "plain" if self._plain else "template"
-                    ids, scored = self._messages(record)
+                    ids, scored = self._messages(record, findings)
             except BadShape as error:
                 findings.bad.add(place, str(error))
                 continue
@@ -274,7 +284,7 @@ class _Encoder:
                     f"data: {place} has token id {max(ids)}, but the model's vocabulary has "
                     f"{self._vocab_size} entries: the tokenizer is not this model's"
                 )
-            yield Sample(np.asarray(ids, np.int32), scored, place, size)
+            yield Sample(np.asarray(ids, np.int32), scored, place, size, second)
 
     @functools.cached_property
     def _chat(self) -> ChatTemplate:
@@ -300,7 +310,24 @@ class _Encoder:
             raise BadShape(f": the {name} has no tokens for this tokenizer")
         return prompt + answer, np.arange(len(prompt) + len(answer)) >= (0 if self._all else len(prompt))
 
-    def _messages(self, record: Instruction | Conversation) -> tuple[list[int], np.ndarray]:
+    def _preference(self, pair: Preference, findings: Findings) -> tuple[list[int], np.ndarray, int]:
+        chosen, rejected = (self._answered(record, findings) for record in pair)
+        if chosen[0] == rejected[0]:
+            raise BadShape(": the two answers are the same, so neither can be preferred")
+        scored = np.concatenate([chosen[1], rejected[1]])
+        second = len(chosen[0])
+        scored[second] = False  # nothing comes before it
+        return chosen[0] + rejected[0], scored, second
+
+    def _answered(self, record: Answered, findings: Findings) -> tuple[list[int], np.ndarray]:
+        if isinstance(record, Completion):
+            return self._completion(*self._encode([record.prompt, record.completion]))
+        return self._messages(record, findings)
+
+    def _messages(
+        self, record: Instruction | Conversation, findings: Findings
+    ) -> tuple[list[int], np.ndarray]:
+        findings.form = "plain" if self._plain else "template"
         tools = None if isinstance(record, Instruction) else record.tools
         messages = record.messages(plain=self._plain) if isinstance(record, Instruction) else record.messages
         chat = self._chat
@@ -353,9 +380,13 @@ def _decode_part(ids: list[int], start: int, end: int, tokenizer: Tokenizer) -> 
 
 def _characters(placed: _Placed) -> int:
     """About how many a record has: its bytes, or its texts if the file is compressed, as Parquet is."""
-    record = placed.record
+    records = placed.record if isinstance(placed.record, Preference) else [placed.record]
+    return max(placed.size, sum(map(_text_length, records)))
+
+
+def _text_length(record: Document | Answered) -> int:
     texts = [one.get("content") for one in record.messages] if isinstance(record, Conversation) else record
-    return max(placed.size, sum(len(text) for text in texts if isinstance(text, str)))
+    return sum(len(text) for text in texts if isinstance(text, str))
 
 
 def _batches(records: Iterable[_Placed]) -> Iterator[list[_Placed]]:

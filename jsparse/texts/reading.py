@@ -15,6 +15,7 @@ class Reading:
     - loss_on: "answers" learns completions and what the assistant says; "all" learns prompts too.
     - bad_rows: "error" refuses data with rows that cannot be read; "skip" leaves them out and counts them.
     - too_long: the same for answers that do not fit the context with their prompt; "truncate" cuts their end.
+    - pairs: rows are pairs of answers, one preferred (``chosen`` and ``rejected``), and nothing else.
     - mixed: whether one file may hold rows of several shapes.
 
     Raises ValueError, naming the field, the value and what is allowed.
@@ -24,6 +25,7 @@ class Reading:
     loss_on: str = "answers"
     bad_rows: str = "error"
     too_long: str = "error"
+    pairs: bool = False
     mixed: bool = True
 
     def __post_init__(self):

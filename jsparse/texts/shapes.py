@@ -14,6 +14,12 @@ ALLOWED = (
 )
 
 
+_ALLOWED_PAIR = (
+    'with --dpo-beta a row must have "chosen" and "rejected": texts beside a "prompt" or an "instruction", '
+    "or messages"
+)
+
+
 class Document(NamedTuple):
     """A text, all of which is learned, and which may be cut anywhere."""
 
@@ -63,17 +69,31 @@ FIELDS = (
     "output",
     "prompt",
     "completion",
+    "chosen",
+    "rejected",
     "text",
 )
 
-Record: TypeAlias = Document | Completion | Instruction | Conversation
+Answered: TypeAlias = Completion | Instruction | Conversation
+
+
+class Preference(NamedTuple):
+    """Two answers to one question, of which the first was preferred."""
+
+    chosen: Answered
+    rejected: Answered
+
+
+Record: TypeAlias = Document | Answered | Preference
 
 
 class BadShape(ValueError):
     """A row that is no training sample; the message goes on after the row's place."""
 
 
-def read_record(row: Mapping[str, Any], fields: Mapping[str, str]) -> tuple[Record, set[str]]:
+def read_record(
+    row: Mapping[str, Any], fields: Mapping[str, str], *, pairs: bool = False
+) -> tuple[Record, set[str]]:
     """What a row is, and those of its fields that were not read.
 
     A row that has the fields of several shapes, nulls aside, is the first of these: messages, conversations,
@@ -82,6 +102,7 @@ def read_record(row: Mapping[str, Any], fields: Mapping[str, str]) -> tuple[Reco
 
     - row: by the names of its fields.
     - fields: other names for fields: ``{"prompt": "question"}`` reads "question" as the prompt.
+    - pairs: whether a row is a preference, whatever else it has, and not one of the other shapes.
 
     Raises BadShape for a row of no shape, or with a field of the wrong kind or without text.
 
@@ -91,7 +112,8 @@ def read_record(row: Mapping[str, Any], fields: Mapping[str, str]) -> tuple[Reco
     renamed = _renamed(row, fields)
     # Tables have nulls in the columns of other shapes. Without another shape, the error names the null.
     given = {name for name, value in renamed.items() if value is not None}
-    for names, (needed, optional, make) in itertools.product((given, renamed.keys()), _SHAPES):
+    shapes = (_PAIR,) if pairs else _SHAPES
+    for names, (needed, optional, make) in itertools.product((given, renamed.keys()), shapes):
         if needed <= names:
             used = {name: renamed[name] for name in needed | optional if name in renamed}
             unread = renamed.keys() - used.keys()
@@ -99,6 +121,10 @@ def read_record(row: Mapping[str, Any], fields: Mapping[str, str]) -> tuple[Reco
     missing = [theirs for theirs in fields.values() if theirs not in row]
     if missing:
         raise BadShape(f" has no {', '.join(missing)}, which --fields names, but the fields {sorted(row)}")
+    if pairs:
+        raise BadShape(f" has the fields {sorted(row)}; {_ALLOWED_PAIR}; --fields reads other names")
+    if _PAIR[0] <= given:
+        raise BadShape(" is a pair of answers, one preferred; --dpo-beta 0.1 learns from such pairs")
     raise BadShape(f" has the fields {sorted(row)}; {ALLOWED}; --fields reads other names")
 
 
@@ -113,6 +139,7 @@ def shape_name(record: Record) -> str:
         Completion: "prompts with completions",
         Instruction: "instructions",
         Conversation: "conversations",
+        Preference: "preferences",
     }[type(record)]
 
 
@@ -179,6 +206,28 @@ def _messages(row: dict[str, Any]) -> Conversation:
     # As templates do: a key whose value is null counts as absent.
     present = [{name: value for name, value in one.items() if value is not None} for one in messages]
     return _conversation(present, row)
+
+
+def _preference(row: dict[str, Any]) -> Preference:
+    return Preference(_answered(row, "chosen"), _answered(row, "rejected"))
+
+
+def _answered(row: dict[str, Any], name: str) -> Answered:
+    """The question with one of its answers: a text, or messages, which may begin with the question."""
+    answer, prompt = row[name], row.get("prompt")
+    if isinstance(answer, str) and "instruction" in row:
+        return _instruction({**row, "output": answer})
+    if isinstance(answer, str) and isinstance(prompt, str):
+        return _completion({"prompt": prompt, "completion": answer})
+    if isinstance(answer, str):
+        answer = [{"role": "assistant", "content": answer}]
+    _require_messages(name, answer, "role")
+    if isinstance(prompt, str) and answer[0]["role"] == "assistant":
+        prompt = [{"role": "user", "content": prompt}]
+    before = prompt if isinstance(prompt, list) else []
+    if not before and all(message["role"] == "assistant" for message in answer):
+        raise BadShape(f': "{name}" answers nothing; {_ALLOWED_PAIR}')
+    return _messages({**row, "messages": [*before, *answer]})
 
 
 # ShareGPT's names of who speaks.
@@ -256,6 +305,11 @@ def _shortened(value: Any) -> str:
 
 
 _Shape: TypeAlias = tuple[set[str], set[str], Callable[[dict[str, Any]], Record]]
+_PAIR: _Shape = (
+    {"chosen", "rejected"},
+    {"prompt", "instruction", "input", "tools", "system"},
+    _preference,
+)
 # What a shape must have, what it may have besides, and what reads it.
 _SHAPES: tuple[_Shape, ...] = (
     ({"messages"}, {"tools", "system"}, _messages),

@@ -23,7 +23,7 @@ def main(folder: str, meshes: str, port: str | None = None, index: str | None = 
         mesh = MeshConfig(**settings.pop("mesh", {}))
         config = FinetuneConfig(
             model=Path(folder, "base"),
-            data=[Path(folder, "text.txt")],
+            data=[Path(folder, settings.pop("data", "text.txt"))],
             output=Path(folder, name),
             context=64,
             lora_rank=2,

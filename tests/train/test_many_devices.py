@@ -124,6 +124,19 @@ def test_adapters_on_the_head_and_whole_layers_on_a_mesh(folder):
 
 
 @pytest.mark.slow
+def test_pairs_of_answers_on_meshes(folder):
+    words = ["cat", "dog", "tree", "house", "river", "stone", "bird", "salt"] * 3
+    rows = [{"prompt": f"{word}: ", "chosen": word, "rejected": word[::-1]} for word in words]
+    (folder / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    settings = {"data": "pairs.jsonl", "dpo_beta": 0.5}
+    meshes = {f"{name}, pairs": SHIFTED[name] for name in ("tensor", "sequence")}
+    launch(folder, {"one, pairs": settings} | cases(meshes, **settings), devices=8)
+    assert '"reward_margin"' in (folder / "one, pairs" / "metrics.jsonl").read_text()
+    for name in meshes:
+        check_equal(folder, name, "one, pairs")
+
+
+@pytest.mark.slow
 def test_two_processes_train_as_one_device_does(folder):
     held_out = {"eval_data": [str(folder / "held")], "eval_every": 1}
     launch(folder, {"alone": held_out}, devices=1)

@@ -49,10 +49,17 @@ def batch_at(
     >>> [batch_at(windows, step, batch_size=2, seed=0).tokens[:, 0].tolist() for step in range(3)]
     [[6, 0], [3, 9], [9, 0]]
     """
-    count = len(windows) if among is None else len(among)
+    rows = np.arange(len(windows)) if among is None else among
+    return windows[rows_at(rows, step, batch_size=batch_size, seed=seed)]
+
+
+def rows_at(
+    rows: Integer[np.ndarray, " M"], step: int, *, batch_size: int, seed: int
+) -> Integer[np.ndarray, " B"]:
+    """Which of ``rows`` the batch number ``step`` has, in their order there."""
+    count = len(rows)
     positions = range(step * batch_size, (step + 1) * batch_size)
-    order = [_permutation(seed, position // count, count)[position % count] for position in positions]
-    return windows[np.array(order) if among is None else among[order]]
+    return rows[[_permutation(seed, position // count, count)[position % count] for position in positions]]
 
 
 def position_at(windows_count: int, step: int, batch_size: int) -> dict[str, int]:

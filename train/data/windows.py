@@ -259,6 +259,8 @@ def _lay_out(samples: Iterable[Sample], context: int) -> Iterator[_Piece]:
         if sample.scored is not None:
             flags = np.where(sample.scored, np.uint8(_SCORED | _ANSWERS), np.uint8(0))
         flags[0] |= _STARTS
+        if sample.second is not None:
+            flags[sample.second] |= _STARTS
         yield _Piece(sample.tokens, flags)
         used = (used + length) % context
     if used:
@@ -282,21 +284,25 @@ def _fit(samples: Iterable[Sample], context: int, too_long: str, findings: Findi
         cut = sample._replace(tokens=sample.tokens[:context], scored=sample.scored[:context])
         findings.tokens -= length
         findings.targets -= sample.targets
-        if too_long == "truncate" and cut.targets:
+        if too_long == "truncate" and cut.targets and sample.second is None:
             findings.tokens += context
             findings.targets += cut.targets
             findings.truncated += 1
             yield cut
             continue
-        prompt = sample.prompt_tokens or 0
         findings.samples -= 1
-        findings.long.add(
-            sample.place,
-            f" has {length} tokens, {prompt} of the prompt and {length - prompt} of the completion "
-            "with its end",
-        )
+        findings.long.add(sample.place, _told_length(sample))
         if too_long == "error" and findings.long.count == LIMIT:
             return
+
+
+def _told_length(sample: Sample) -> str:
+    length, prompt = len(sample.tokens), sample.prompt_tokens or 0
+    if sample.second is not None:
+        return f" has {length} tokens, the question with each of its answers"
+    return (
+        f" has {length} tokens, {prompt} of the prompt and {length - prompt} of the completion with its end"
+    )
 
 
 def _refuse(findings: Findings, reading: Reading, context: int) -> None:

@@ -41,6 +41,7 @@ _FIELDS = (
     "warmup_steps",
     "weight_decay",
     "max_grad_norm",
+    "dpo_beta",
     "seed",
 )
 
