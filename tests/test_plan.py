@@ -298,8 +298,10 @@ def test_the_step_of_a_plan_takes_what_finetune_starts_with(folder, options):
     planned_state, planned_frozen, *batch = planned.shapes
     assert described(planned_state) == described(state)
     assert described(planned_frozen) == described(split.frozen)
+    margins = [((2, 2, 32), jnp.float32)] if config.dpo_beta else []  # of at most 32 pairs
     assert [(x.shape, x.dtype) for x in batch] == [
-        ((2, 2, 128), d) for d in (jnp.int32, jnp.int32, jnp.bool_)
+        *(((2, 2, 128), d) for d in (jnp.int32, jnp.int32, jnp.bool_)),
+        *margins,
     ]
     assert described(planned.parts["trained parameters"])[1] == described(state.params)[1]
     assert bytes_a_device(dict(planned.parts)) == bytes_a_device(planned.shapes)

@@ -22,7 +22,7 @@ from jsparse.reports.console import print_facts
 from jsparse.reports.options_file import as_yaml
 from jsparse.reports.progress import print_line
 from jsparse.train.config import FinetuneConfig
-from jsparse.train.data.batches import position_at, rows_at
+from jsparse.train.data.batches import batch_at, position_at, rows_at
 from jsparse.train.data.run_data import (
     find_run_data,
     print_findings,
@@ -288,9 +288,10 @@ def _batch(
     mesh: Mesh | None,
 ) -> tuple:
     """Tokens, segment ids and scored tokens, [micro-batches, B, T] each, and the margins of pairs."""
-    taken = rows_at(rows, step, batch_size=config.batch_size, seed=config.seed)
-    beside = () if reference is None else (np.array(reference[taken]),)
-    parts = tuple(x.reshape(config.micro_batches, -1, x.shape[-1]) for x in (*windows[taken], *beside))
+    order = {"batch_size": config.batch_size, "seed": config.seed}
+    batch = batch_at(windows, step, among=rows, **order)
+    beside = () if reference is None else (np.array(reference[rows_at(rows, step, **order)]),)
+    parts = tuple(x.reshape(config.micro_batches, -1, x.shape[-1]) for x in (*batch, *beside))
     if mesh is None:
         return parts
     shardings = [batch_sharding(mesh)] * 3 + [row_sharding(mesh)] * len(beside)

@@ -45,7 +45,8 @@ def reference_margins(
     exists = file.is_file()
     wait_for_all("reference")  # all have looked before the first process writes
     if not exists:
-        margins = pairs_of(config, split, mask, mesh, windows, np.arange(len(windows)), state.params).margins
+        rows = np.arange(len(windows))
+        margins = np.asarray(pairs_of(config, split, mask, mesh, windows, rows, state.params).margins)
         if is_first_process():
             partial = file.with_suffix(".partial")
             with partial.open("wb") as stream:

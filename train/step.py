@@ -126,7 +126,7 @@ def train_step(
 
     def loss_fn(params, frozen, batch, key, total):
         """The micro-batch's part of the mean over ``total`` tokens or pairs, and of the rewards of pairs."""
-        tokens, segment_ids, scored, *reference = batch
+        tokens, segment_ids, scored, *beside = batch
         model = split.join(params, frozen)
         if key is not None:
             set_dropout_keys(model, key)
@@ -137,7 +137,8 @@ def train_step(
         nll = token_nll(hidden, model.logits, targets, key=head_key, parts=parts)
         if dpo_beta is None:
             return jnp.where(counts, nll, 0.0).sum() / total, None
-        sums = preference_sums(pair_margins(nll, counts, segment_ids), *reference, dpo_beta)
+        (reference,) = beside
+        sums = preference_sums(pair_margins(nll, counts, segment_ids), reference, dpo_beta)
         return sums.loss / total, Rewards(sums.margin / total, sums.right / total)
 
     def gradient(params, frozen, batches, step, total):

@@ -225,7 +225,7 @@ def test_the_learning_rate_reported_is_that_of_the_steps_the_optimizer_took(conf
     """In line 5, ``taken`` steps have moved the weights before: the one that is skipped there has not."""
     rising = dataclasses.replace(config, learning_rate=1.0, warmup_steps=10)
     numbers = (jnp.float32(2.0), jnp.float32(1.0), *(jnp.int32(n) for n in (7, skipped, in_row)))
-    line = finetuning._metrics_line(rising, 5, finetuning.Metrics(*numbers), 0.0)
+    line = finetuning._metrics_line(rising, 5, finetuning.Metrics(*numbers, rewards=None), 0.0)
     np.testing.assert_allclose(line["learning_rate"], (taken + 1) / 10, rtol=1e-6)
     assert (line["loss"] is None) == (in_row > 0) and line["skipped"] == skipped
 
@@ -235,6 +235,6 @@ def test_the_line_of_a_step_without_a_target_has_no_loss(config, in_row):
     """It is counted as skipped; steps before it that were not finite end no run with it."""
     rising = dataclasses.replace(config, learning_rate=1.0, warmup_steps=10, max_skipped=2)
     numbers = (jnp.float32(0.0), jnp.float32(0.0), *(jnp.int32(n) for n in (0, 1 + in_row, in_row)))
-    line = finetuning._metrics_line(rising, 5, finetuning.Metrics(*numbers), 0.0)
+    line = finetuning._metrics_line(rising, 5, finetuning.Metrics(*numbers, rewards=None), 0.0)
     assert (line["loss"], line["grad_norm"], line["tokens"]) == (None, None, 0)
     np.testing.assert_allclose(line["learning_rate"], (4 - in_row + 1) / 10, rtol=1e-6)
