@@ -9,10 +9,9 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Bool, Float32, Int32, PyTree
 
-from jsparse.models.loss import next_targets, token_nll
-from jsparse.models.sharding import batch_sharding, put
 from jsparse.train.config import FinetuneConfig
 from jsparse.train.data.windows import Windows
+from jsparse.train.scoring import in_batches, token_losses
 from jsparse.train.step import SplitModel, TrainState
 
 KINDS = ("documents", "instructions")
@@ -35,16 +34,17 @@ def held_out_loss(
     at_a_time = config.batch_size // config.micro_batches
     compiled = _sums(split, mesh)
 
+    def arrays_of(some: np.ndarray) -> tuple[np.ndarray, ...]:
+        return *windows[some], windows.answers(some)
+
     def measure(state: TrainState) -> dict[str, Any]:
         nll, tokens = np.zeros(len(KINDS)), np.zeros(len(KINDS), np.int64)
-        for first in range(0, len(rows), at_a_time):
-            batch = _batch(windows, rows[first : first + at_a_time], at_a_time, mesh)
+        for _, batch in in_batches(rows, at_a_time, arrays_of, mesh):
             sums, counts = compiled(state.params, split.frozen, *batch)
             nll += np.asarray(sums, np.float64).sum(axis=0)
             tokens += np.asarray(counts, np.int64).sum(axis=0)
-        each = dict(zip(KINDS, zip(nll.tolist(), tokens.tolist(), strict=True), strict=True))
-        kinds = {name: _summary(*sums) for name, sums in each.items() if sums[1]}
-        return _summary(float(nll.sum()), int(tokens.sum())) | kinds
+        kinds = {name: _summary(*of) for name, *of in zip(KINDS, nll, tokens, strict=True) if of[1]}
+        return _summary(nll.sum(), tokens.sum()) | kinds
 
     return measure
 
@@ -60,18 +60,11 @@ def _summary(nll: float, tokens: int) -> dict[str, Any]:
     }
 
 
-def _batch(windows: Windows, rows: np.ndarray, size: int, mesh: Mesh | None) -> list[Any]:
-    """Tokens, segment ids, scored tokens and which of them are answers, [1, size, T] each, padded."""
-    batch = [*windows[rows], windows.answers(rows)]
-    padded = [np.pad(x, [(0, size - len(rows)), (0, 0)])[None] for x in batch]
-    return padded if mesh is None else [put(x, batch_sharding(mesh)) for x in padded]
-
-
 def _sums(split: SplitModel, mesh: Mesh | None) -> Callable[..., tuple[Array, Array]]:
     """The jitted ``sums(params, frozen, tokens, segment_ids, scored, answers)``: of each window and kind, the
     sum of the negative log-likelihoods and the number of tokens.
     """
-    parts = 1 if mesh is None else mesh.shape["sequence"]
+    losses = token_losses(split, None, mesh)
 
     def sums(
         params: PyTree,
@@ -81,12 +74,8 @@ def _sums(split: SplitModel, mesh: Mesh | None) -> Callable[..., tuple[Array, Ar
         scored: Bool[Array, "1 B T"],
         answers: Bool[Array, "1 B T"],
     ) -> tuple[Float32[Array, "B K"], Int32[Array, "B K"]]:
-        tokens, segment_ids, scored, answers = (x[0] for x in (tokens, segment_ids, scored, answers))
-        model = split.join(params, frozen)
-        hidden = model.hidden(tokens, None, model.attend(None, segment_ids))
-        targets, counts = next_targets(tokens, segment_ids, scored)
-        nll = token_nll(hidden, model.logits, targets, parts=parts)
-        answers = jnp.roll(answers, -1, axis=1)
+        nll, counts = losses(params, frozen, tokens[0], segment_ids[0], scored[0])
+        answers = jnp.roll(answers[0], -1, axis=1)
         kinds = jnp.stack([counts & ~answers, counts & answers], axis=-1)
         return jnp.where(kinds, nll[..., None], 0.0).sum(axis=1), kinds.sum(axis=1, dtype=jnp.int32)
 

@@ -7,18 +7,16 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Bool, Float32, Int32, PyTree
 
-from jsparse.models.loss import next_targets, token_nll
 from jsparse.models.masking import ModelMask
 from jsparse.models.preference import Pairs, most_pairs, pair_margins
-from jsparse.models.sharding import batch_sharding, put
 from jsparse.train.config import FinetuneConfig
 from jsparse.train.data.windows import Windows
 from jsparse.train.run.processes import is_first_process, wait_for_all
+from jsparse.train.scoring import in_batches, token_losses
 from jsparse.train.step import SplitModel, TrainState
 
 
@@ -100,19 +98,16 @@ def pairs_of(
     compiled = _margins(split, mask, mesh)
     margins = np.zeros((len(rows), most_pairs(windows.context)), np.float32)
     exist = np.zeros(margins.shape, bool)
-    for first in range(0, len(rows), at_a_time):
-        some = rows[first : first + at_a_time]
-        batch = [np.pad(x, [(0, at_a_time - len(some)), (0, 0)])[None] for x in windows[some]]
-        placed = batch if mesh is None else [put(x, batch_sharding(mesh)) for x in batch]
-        found = compiled(params, split.frozen, *placed)
-        margins[first : first + len(some)] = np.asarray(found.margins)[: len(some)]
-        exist[first : first + len(some)] = np.asarray(found.exist)[: len(some)]
+    for at, batch in in_batches(rows, at_a_time, windows.__getitem__, mesh):
+        found = compiled(params, split.frozen, *batch)
+        count = at.stop - at.start
+        margins[at], exist[at] = np.asarray(found.margins)[:count], np.asarray(found.exist)[:count]
     return Pairs(margins, exist)  # type: ignore[arg-type]
 
 
 def _margins(split: SplitModel, mask: ModelMask | None, mesh: Mesh | None) -> Callable[..., Pairs]:
     """The jitted ``margins(params, frozen, tokens, segment_ids, scored) -> pairs``, without dropout."""
-    parts = 1 if mesh is None else mesh.shape["sequence"]
+    losses = token_losses(split, mask, mesh)
 
     def margins(
         params: PyTree,
@@ -121,12 +116,8 @@ def _margins(split: SplitModel, mask: ModelMask | None, mesh: Mesh | None) -> Ca
         segment_ids: Int32[Array, "1 B T"],
         scored: Bool[Array, "1 B T"],
     ) -> Pairs:
-        tokens, segment_ids, scored = tokens[0], segment_ids[0], scored[0]
-        model = split.join(params, frozen)
-        hidden = model.hidden(tokens, None, model.attend(mask, segment_ids))
-        targets, counts = next_targets(tokens, segment_ids, scored)
-        nll = token_nll(hidden, model.logits, targets, parts=parts)
-        return pair_margins(jnp.where(counts, nll, 0.0), counts, segment_ids)
+        nll, counts = losses(params, frozen, tokens[0], segment_ids[0], scored[0])
+        return pair_margins(nll, counts, segment_ids[0])
 
     # Every process reads the margins of all windows.
     whole = None if mesh is None else NamedSharding(mesh, PartitionSpec())
