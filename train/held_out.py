@@ -43,8 +43,9 @@ def held_out_loss(
             sums, counts = compiled(state.params, split.frozen, *batch)
             nll += np.asarray(sums, np.float64).sum(axis=0)
             tokens += np.asarray(counts, np.int64).sum(axis=0)
-        kinds = {name: _summary(*of) for name, *of in zip(KINDS, nll, tokens, strict=True) if of[1]}
-        return _summary(nll.sum(), tokens.sum()) | kinds
+        each = dict(zip(KINDS, zip(nll.tolist(), tokens.tolist(), strict=True), strict=True))
+        kinds = {name: _summary(*sums) for name, sums in each.items() if sums[1]}
+        return _summary(float(nll.sum()), int(tokens.sum())) | kinds
 
     return measure
 
