@@ -20,11 +20,14 @@ SERVICES = ("tensorboard", "wandb", "mlflow")
 
 
 def of_tensorboard(output):
+    """All numbers with their steps. TensorBoard reads its files by name, which for two of one second is not
+    the order in which they were written, so by steps; one that is there twice is seen nevertheless.
+    """
     accumulator = importlib.import_module("tensorboard.backend.event_processing.event_accumulator")
     make = importlib.import_module("tensorboard.util.tensor_util").make_ndarray
     events = accumulator.EventAccumulator(str(output / "tensorboard"), size_guidance={"tensors": 0}).Reload()
     return {
-        name: [(event.step, float(make(event.tensor_proto))) for event in events.Tensors(name)]
+        name: sorted((event.step, float(make(event.tensor_proto))) for event in events.Tensors(name))
         for name in events.Tags()["tensors"]
     }
 
