@@ -39,22 +39,24 @@ def pair_margins(
     >>> margins.tolist(), exist.tolist()
     ([[2.0]], [[True]])
     """
-    pairs = most_pairs(nll.shape[1])
-
-    def by_segment(values):
-        def sums(row, ids):
-            return jax.ops.segment_sum(row, ids, num_segments=2 * pairs + 1)
-
-        return jax.vmap(sums)(values, segment_ids)[:, 1:].reshape(-1, pairs, 2)
-
-    logps = -by_segment(jnp.where(counts, nll, 0.0))
-    exist = (by_segment(counts.astype(jnp.int32)) > 0).all(axis=-1)
+    exist = pairs_exist(counts, segment_ids)
+    logps = -_by_answer(jnp.where(counts, nll, 0.0), segment_ids)
     return Pairs(jnp.where(exist, logps[..., 0] - logps[..., 1], 0.0), exist)
 
 
-def count_pairs(counts: Bool[Array, "B T"], segment_ids: Int32[Array, "B T"]) -> Int32[Array, ""]:
-    """How many pairs rows have."""
-    return pair_margins(jnp.zeros(counts.shape), counts, segment_ids).exist.sum(dtype=jnp.int32)
+def pairs_exist(counts: Bool[Array, "B T"], segment_ids: Int32[Array, "B T"]) -> Bool[Array, "B P"]:
+    """Which of the pairs that rows may have they have: both of its answers are scored."""
+    return (_by_answer(counts.astype(jnp.int32), segment_ids) > 0).all(axis=-1)
+
+
+def _by_answer(values: Array, segment_ids: Int32[Array, "B T"]) -> Array:
+    """The sums [B, P, 2] of values [B, T] over the answers of pairs."""
+    pairs = most_pairs(segment_ids.shape[1])
+
+    def sums(row, ids):
+        return jax.ops.segment_sum(row, ids, num_segments=2 * pairs + 1)
+
+    return jax.vmap(sums)(values, segment_ids)[:, 1:].reshape(-1, pairs, 2)
 
 
 class PreferenceSums(NamedTuple):

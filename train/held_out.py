@@ -3,15 +3,14 @@
 from collections.abc import Callable
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float32, Int32, PyTree
 
 from jsparse.train.config import FinetuneConfig
 from jsparse.train.data.windows import Windows
-from jsparse.train.scoring import in_batches, token_losses
+from jsparse.train.scoring import in_batches, jit_for_all, token_losses
 from jsparse.train.step import SplitModel, TrainState
 
 KINDS = ("documents", "instructions")
@@ -80,6 +79,4 @@ def _sums(split: SplitModel, mesh: Mesh | None) -> Callable[..., tuple[Array, Ar
         kinds = jnp.stack([counts & ~answers, counts & answers], axis=-1)
         return jnp.where(kinds, nll[..., None], 0.0).sum(axis=1), kinds.sum(axis=1, dtype=jnp.int32)
 
-    # Every process reads the sums of all windows.
-    whole = None if mesh is None else NamedSharding(mesh, PartitionSpec())
-    return jax.jit(sums, out_shardings=whole)
+    return jit_for_all(sums, mesh)

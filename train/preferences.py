@@ -6,9 +6,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float32, Int32, PyTree
 
 from jsparse.models.masking import ModelMask
@@ -16,7 +15,7 @@ from jsparse.models.preference import Pairs, most_pairs, pair_margins
 from jsparse.train.config import FinetuneConfig
 from jsparse.train.data.windows import Windows
 from jsparse.train.run.processes import is_first_process, wait_for_all
-from jsparse.train.scoring import in_batches, token_losses
+from jsparse.train.scoring import in_batches, jit_for_all, token_losses
 from jsparse.train.step import SplitModel, TrainState
 
 
@@ -119,6 +118,4 @@ def _margins(split: SplitModel, mask: ModelMask | None, mesh: Mesh | None) -> Ca
         nll, counts = losses(params, frozen, tokens[0], segment_ids[0], scored[0])
         return pair_margins(nll, counts, segment_ids[0])
 
-    # Every process reads the margins of all windows.
-    whole = None if mesh is None else NamedSharding(mesh, PartitionSpec())
-    return jax.jit(margins, out_shardings=whole)
+    return jit_for_all(margins, mesh)

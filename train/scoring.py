@@ -3,8 +3,9 @@
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import jax
 import numpy as np
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Bool, Float32, Int32, Integer, PyTree
 
 from jsparse.models.loss import next_targets, token_nll
@@ -37,6 +38,11 @@ def token_losses(
         return token_nll(hidden, model.logits, targets, parts=parts), counts
 
     return losses
+
+
+def jit_for_all(function: Callable[..., Any], mesh: Mesh | None) -> Callable[..., Any]:
+    """``jax.jit``, with results that every process reads whole."""
+    return jax.jit(function, out_shardings=None if mesh is None else NamedSharding(mesh, PartitionSpec()))
 
 
 def in_batches(

@@ -13,7 +13,7 @@ from jaxtyping import Array, Bool, Float32, Int32, PyTree
 from jsparse.models import Llama, LoRAParam, set_dropout_keys
 from jsparse.models.loss import next_targets, token_nll
 from jsparse.models.masking import ModelMask
-from jsparse.models.preference import count_pairs, pair_margins, preference_sums
+from jsparse.models.preference import pair_margins, pairs_exist, preference_sums
 from jsparse.models.sharding import parameter_shardings
 
 
@@ -171,7 +171,7 @@ def train_step(
     ):
         counts = jax.vmap(next_targets)(tokens, segment_ids, scored)[1]
         counted = counts.sum(dtype=jnp.int32)
-        of = counted if dpo_beta is None else jax.vmap(count_pairs)(counts, segment_ids).sum()
+        of = counted if dpo_beta is None else jax.vmap(pairs_exist)(counts, segment_ids).sum(dtype=jnp.int32)
         total = jnp.maximum(of, 1)  # a batch without any target has loss 0
         batches = tokens, segment_ids, scored, *reference
         (loss, rewards), grads = gradient(state.params, frozen, batches, state.step, total)
