@@ -29,6 +29,17 @@ def test_data_that_cannot_be_used(config, tmp_path):
     )
 
 
+def test_two_shapes_in_one_file(config, tmp_path):
+    rows = [{"text": "the cat sat. " * 20}, {"prompt": "who? ", "completion": "the cat"}, {"text": "it ran"}]
+    file = tmp_path / "rows.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    message = (
+        r"data: .*rows.jsonl holds documents \(from line 1 on\), prompts with completions \(from line 2 "
+        r"on\); put rows of one shape in a file of their own"
+    )
+    check_refused(dataclasses.replace(config, data=(file,)), ValueError, message)
+
+
 @pytest.mark.parametrize("pattern", ["", "**/*.txt"])
 def test_an_output_that_a_resumed_run_would_read(config, tmp_path, pattern):
     (tmp_path / "a.txt").write_text("the cat sat on the mat. " * 30)

@@ -1,5 +1,6 @@
 """``jsparse merge``: what a run has learned, as a model and as an adapter."""
 
+import dataclasses
 import importlib.util
 import json
 import shutil
@@ -15,6 +16,8 @@ from flax import nnx
 from jsparse.__main__ import main
 from jsparse.models import Llama, LlamaConfig, byte_tokenizer, load_adapter, load_config, load_tokenizer
 from jsparse.models.patterns import load_pattern
+from jsparse.texts.chat_template import load_chat_template
+from jsparse.texts.documents import read_samples
 from jsparse.train import FinetuneConfig, MergeConfig, finetune, merge
 from jsparse.train.data.windows import write_windows
 from jsparse.train.export import loading_advice
@@ -181,6 +184,24 @@ def test_completions_end_with_the_tokenizers_end_token_and_the_model_stops_there
         finetune(config, progress=False)
     assert write.call_args.kwargs["eos_token_id"] == 257
     assert load_config(tmp_path / "out").eos_token_ids == (256, 257)
+
+
+def test_a_base_model_that_learned_the_plain_form_brings_it_as_its_template(base, text, tmp_path):
+    data = tmp_path / "alpaca.json"
+    data.write_text(json.dumps([{"instruction": f"Add {n} and 1.", "output": str(n + 1)} for n in range(9)]))
+    config = FinetuneConfig(
+        model=base, data=[data], output=tmp_path / "out", context=64, steps=1, batch_size=1, lora_rank=2
+    )
+    finetune(config, progress=False)
+    for name, adapter in (("merged", False), ("adapter", True)):
+        merge(MergeConfig(run=config.output, output=tmp_path / name, adapter=adapter))
+    trained = next(read_samples([data], load_tokenizer(base), eos_token_id=256, vocab_size=257))
+    for folder in (config.output, tmp_path / "merged", tmp_path / "adapter"):
+        served = load_chat_template(folder).encode([{"role": "user", "content": "Add 0 and 1."}])
+        assert served == trained.tokens[: trained.prompt_tokens].tolist()
+    documents = dataclasses.replace(config, data=text, output=tmp_path / "documents")
+    finetune(documents, progress=False)
+    assert not (documents.output_folder / "chat_template.jinja").exists()
 
 
 FAMILY = """tokenizer.model added_tokens.json vocab.json merges.txt special_tokens_map.json tekken.json

@@ -16,7 +16,7 @@ from jsparse.texts import documents
 from jsparse.texts.findings import Findings
 from jsparse.texts.reading import Reading
 from jsparse.train.data import windows
-from jsparse.train.data.windows import FLAGS, HEADER, TOKENS, open_windows, write_windows
+from jsparse.train.data.windows import FLAGS, HEADER, TOKENS, open_windows, read_findings, write_windows
 
 END = 256
 
@@ -153,6 +153,33 @@ def test_a_prompt_with_a_completion_that_does_not_fit_says_how_long_it_is(tmp_pa
     with pytest.raises(ValueError, match=message):
         write([file], tmp_path / "windows", context=7)
     assert len(write([file], tmp_path / "windows", context=8)) == 2
+
+
+@pytest.mark.parametrize(
+    ("too_long", "rows", "samples", "truncated", "left_out"),
+    [("skip", [b"pq"], 1, 0, 2), ("truncate", [b"pq", b"abcdef"], 2, 1, 1)],
+)
+def test_answers_that_do_not_fit_are_left_out_or_cut_and_counted(
+    tmp_path, too_long, rows, samples, truncated, left_out
+):
+    """The first is cut within its answer; of the last only the prompt would be left."""
+    file = write_lines(tmp_path / "a.jsonl", [("p", "q"), ("abcd", "efg"), ("abcdef", "g")])
+    found = write_windows(
+        [file],
+        byte_tokenizer(),
+        tmp_path / "windows",
+        context=6,
+        eos_token_id=END,
+        vocab_size=257,
+        reading=Reading(too_long=too_long),
+        may_be_short=True,
+    )[:]
+    expected = [[*row, END, 0, 0, 0][:6] for row in rows]
+    assert found.tokens.tolist() == expected
+    findings = read_findings(tmp_path / "windows")
+    assert (findings.samples, findings.truncated, findings.long.count) == (samples, truncated, left_out)
+    # Each has two targets: "q" and the end, and "ef".
+    assert (findings.tokens, findings.targets) == ({1: 3, 2: 9}[samples], 2 * samples)
 
 
 def test_a_folder_that_is_a_file(tmp_path):
