@@ -24,11 +24,13 @@ from jsparse.reports.progress import print_line
 from jsparse.train.config import FinetuneConfig
 from jsparse.train.data.batches import batch_at, position_at, rows_at
 from jsparse.train.data.run_data import (
+    RunWindows,
     find_run_data,
     print_findings,
     removed_on_failure,
     store_run_data,
-    warn_of_data,
+    warn_of_overlap,
+    warn_of_windows,
 )
 from jsparse.train.data.windows import Windows
 from jsparse.train.export import export_model
@@ -41,6 +43,7 @@ from jsparse.train.run.identity import (
     SETTINGS,
     checkpoint_folder,
     describe_run,
+    has_held_out,
     steps_taken,
     with_commit,
 )
@@ -99,7 +102,7 @@ def finetune(config: FinetuneConfig, *, progress: bool = True) -> FinetuneResult
     "eval": loss, perplexity and tokens of all, and of "documents" and "instructions" alone. The first line
     also has it under "eval_before", as it was before the first step. The checkpoint of the lowest loss is
     kept, and its model is written at the end. Samples of the held-out data that are in the training data too
-    are counted in a warning.
+    are counted in a warning. A run that is resumed may get held-out data that it did not have.
 
     With ``config.dpo_beta``, the data are pairs of answers, and the loss is that of direct preference
     optimisation against the model before the run. Lines then also have "reward_margin" and
@@ -150,10 +153,7 @@ def finetune(config: FinetuneConfig, *, progress: bool = True) -> FinetuneResult
         with _mesh_in_context(mesh):
             measure = _measure(config, split, mesh, held_out, state)
         evaluations = Evaluations(measure, config.evaluation_interval, config.patience)
-    if start == 0 and is_first_process():
-        if progress:
-            print_findings(stored)
-        warn_of_data(stored)
+    _describe_new(stored, config.output_folder, start=start, progress=progress)
     _write_settings(asked)
     with (
         loggers_open(
@@ -214,6 +214,21 @@ def finetune(config: FinetuneConfig, *, progress: bool = True) -> FinetuneResult
         best_loss=None if best is None else best[EVAL]["loss"],
         exported_step=exported_step,
     )
+
+
+def _describe_new(stored: RunWindows, output: Path, *, start: int, progress: bool) -> None:
+    """What was found in the data, and warnings of it: before the first step that they are there for."""
+    is_new, is_held_out_new = start == 0, not has_held_out(output)  # in every process: they open it together
+    if not is_first_process():
+        return
+    if progress and is_new:
+        print_findings(stored.findings, "data")
+    if progress and is_held_out_new:
+        print_findings(stored.eval_findings, "eval_data")
+    if is_new:
+        warn_of_windows(stored)
+    if is_held_out_new:
+        warn_of_overlap(stored)
 
 
 def _state_of(step: int, state: TrainState, checkpoints: Checkpoints) -> TrainState:

@@ -317,6 +317,25 @@ def test_samples_that_are_trained_on_are_warned_of_in_one_line(config, text, tmp
     assert not caplog.records
 
 
+def test_a_run_that_gets_held_out_data_later_says_what_is_in_them(config, text, tmp_path, caplog, capsys):
+    alone = dataclasses.replace(config, eval_data=(), eval_every=None, output=tmp_path / "o", steps=1)
+    finetune(alone)
+    assert "eval_data: " not in capsys.readouterr().err
+    lines = write_lines(tmp_path / "held", [text[1].read_text(), "new"], ANSWERED)
+    added = dataclasses.replace(config, eval_data=(lines,), output=alone.output, steps=2)
+    with caplog.at_level(logging.WARNING, "jsparse"):
+        finetune(added)
+    (message,) = [record.getMessage() for record in caplog.records]
+    assert "1 of 4 samples of eval_data are in data too" in message
+    told = capsys.readouterr().err.splitlines()
+    assert any(line.startswith("eval_data: 4 samples, ") for line in told)
+    assert not any(line.startswith("data: ") for line in told)  # they were described before the first step
+
+    caplog.clear()
+    finetune(dataclasses.replace(added, steps=3))
+    assert not caplog.records and "eval_data: " not in capsys.readouterr().err
+
+
 def test_a_run_says_what_is_in_its_held_out_data_and_what_is_left_out(config, tmp_path, capsys):
     rows = [{"text": "held out", "id": 7}, {"text": 5}, {"prompt": "p", "completion": "c" * 200}]
     for name, some in (("a.jsonl", rows[:2]), ("b.jsonl", [*rows[2:], {"prompt": "p", "completion": "cc"}])):

@@ -27,6 +27,8 @@ from jsparse.train.data.windows import HEADER, Windows, open_windows, read_findi
 from jsparse.train.run.identity import DATA
 from jsparse.train.run.processes import is_first_process, wait_for_all
 
+_LOG = logging.getLogger("jsparse")
+
 
 @dataclasses.dataclass(frozen=True)
 class RunData:
@@ -108,27 +110,30 @@ def store_run_data(data: RunData, output: Path, *, progress: bool) -> RunWindows
     return RunWindows(windows, _rows(windows), held_out, read_findings(folder), eval_findings)
 
 
-def print_findings(data: RunWindows) -> None:
-    """Say on stderr what was found in the data."""
-    for name, findings in (("data", data.findings), ("eval_data", data.eval_findings)):
-        for line in [] if findings is None else findings.lines():
-            print(for_terminal(f"{name}: {line}"), file=sys.stderr)
+def print_findings(findings: Findings | None, name: str) -> None:
+    """Say on stderr what was found in the data of this name, if there are any."""
+    for line in [] if findings is None else findings.lines():
+        print(for_terminal(f"{name}: {line}"), file=sys.stderr)
 
 
-def warn_of_data(data: RunWindows) -> None:
-    """One line each for windows that are not taken, and for held-out samples that are trained on."""
-    log = logging.getLogger("jsparse")
+def warn_of_windows(data: RunWindows) -> None:
+    """One line for windows that are not taken."""
     without = len(data.windows) - len(data.rows)
     if without:
-        log.warning("note: %d of %d windows have no target and are not taken", without, len(data.windows))
-    if data.held_out is not None:
-        shared, samples = count_shared(data.held_out, data.windows)
-        if shared:
-            log.warning(
-                "warning: %d of %d samples of eval_data are in data too, so the held-out loss is too low",
-                shared,
-                samples,
-            )
+        _LOG.warning("note: %d of %d windows have no target and are not taken", without, len(data.windows))
+
+
+def warn_of_overlap(data: RunWindows) -> None:
+    """One line for held-out samples that are trained on."""
+    if data.held_out is None:
+        return
+    shared, samples = count_shared(data.held_out, data.windows)
+    if shared:
+        _LOG.warning(
+            "warning: %d of %d samples of eval_data are in data too, so the held-out loss is too low",
+            shared,
+            samples,
+        )
 
 
 def _rows(windows: Windows) -> Integer[np.ndarray, " M"]:

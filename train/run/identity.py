@@ -59,19 +59,25 @@ def with_commit(config: FinetuneConfig) -> FinetuneConfig:
     given = split_id(config.model)
     if given is None:
         return config
-    began = split_id(_recorded_model(checkpoint_folder(config.output_folder)) or "")
+    began = split_id(_recorded(config.output_folder).get("config", {}).get("model", ""))
     if began is not None and given == (began[0], None):
         return dataclasses.replace(config, model="@".join(map(str, began)))
     return dataclasses.replace(config, model=pinned_model(config.model))
 
 
-def _recorded_model(folder: Path) -> str | None:
-    """The name of the model that a run with checkpoints began with."""
+def has_held_out(output: Path) -> bool:
+    """Whether the run in ``output`` has come to a checkpoint with held-out data."""
+    return _recorded(output).get("eval_data") is not None
+
+
+def _recorded(output: Path) -> dict[str, Any]:
+    """The description of the run that the last checkpoint in ``output`` has; empty without one."""
+    folder = checkpoint_folder(output)
     if not folder.is_dir():
-        return None
+        return {}
     with open_checkpoints(folder, writable=False) as checkpoints:
         step = checkpoints.latest_step()
-        return None if step is None else checkpoints.read_run(step)["config"]["model"]
+        return {} if step is None else checkpoints.read_run(step)
 
 
 def describe_run(
