@@ -153,7 +153,7 @@ def finetune(config: FinetuneConfig, *, progress: bool = True) -> FinetuneResult
         with _mesh_in_context(mesh):
             measure = _measure(config, split, mesh, held_out, state)
         evaluations = Evaluations(measure, config.evaluation_interval, config.patience)
-    _describe_new(stored, config.output_folder, start=start, progress=progress)
+    _describe_new(config, stored, start=start, progress=progress)
     _write_settings(asked)
     with (
         loggers_open(
@@ -216,9 +216,10 @@ def finetune(config: FinetuneConfig, *, progress: bool = True) -> FinetuneResult
     )
 
 
-def _describe_new(stored: RunWindows, output: Path, *, start: int, progress: bool) -> None:
+def _describe_new(config: FinetuneConfig, stored: RunWindows, *, start: int, progress: bool) -> None:
     """What was found in the data, and warnings of it: before the first step that they are there for."""
-    is_new, is_held_out_new = start == 0, not has_held_out(output)  # in every process: they open it together
+    is_new = start == 0
+    is_held_out_new = not has_held_out(config.output_folder)  # by every process: they open it together
     if not is_first_process():
         return
     if progress and is_new:
@@ -228,7 +229,7 @@ def _describe_new(stored: RunWindows, output: Path, *, start: int, progress: boo
     if is_new:
         warn_of_windows(stored)
     if is_held_out_new:
-        warn_of_overlap(stored)
+        warn_of_overlap(stored, pairs=config.reading.pairs)
 
 
 def _state_of(step: int, state: TrainState, checkpoints: Checkpoints) -> TrainState:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import logging
 
 import jax
 import jax.numpy as jnp
@@ -224,3 +225,16 @@ def test_pairs_that_are_too_long_are_left_out_and_not_cut(tmp_path):
             reading=Reading(pairs=True, too_long=too_long),
         )
         assert len(open_windows(tmp_path / too_long)) == 4
+
+
+def test_held_out_pairs_that_are_trained_on_are_counted_as_pairs(config, tmp_path, caplog):
+    """Not a pair of which one answer is in a pair that is trained on, nor one whose answers are exchanged."""
+    exchanged = PAIRS[2] | {"chosen": PAIRS[2]["rejected"], "rejected": PAIRS[2]["chosen"]}
+    held_out = [PAIRS[0], PAIRS[1] | {"rejected": "cow"}, exchanged, PAIRS[7] | {"prompt": "pepper: "}]
+    shared = dataclasses.replace(
+        config, eval_data=[write(tmp_path, held_out, "held.jsonl")], output=tmp_path / "o", steps=1
+    )
+    with caplog.at_level(logging.WARNING, "jsparse"):
+        finetune(shared, progress=False)
+    (message,) = [record.getMessage() for record in caplog.records]
+    assert "1 of 4 samples of eval_data are in data too" in message

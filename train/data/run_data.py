@@ -123,11 +123,11 @@ def warn_of_windows(data: RunWindows) -> None:
         _LOG.warning("note: %d of %d windows have no target and are not taken", without, len(data.windows))
 
 
-def warn_of_overlap(data: RunWindows) -> None:
-    """One line for held-out samples that are trained on."""
+def warn_of_overlap(data: RunWindows, *, pairs: bool) -> None:
+    """One line for held-out samples that are trained on; ``pairs`` are one sample each."""
     if data.held_out is None:
         return
-    shared, samples = count_shared(data.held_out, data.windows)
+    shared, samples = count_shared(data.held_out, data.windows, pairs=pairs)
     if shared:
         _LOG.warning(
             "warning: %d of %d samples of eval_data are in data too, so the held-out loss is too low",
