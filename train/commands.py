@@ -14,6 +14,7 @@ from jsparse.plan.memory_fraction import DEFAULT_MEMORY_FRACTION
 from jsparse.reports.console import check_can_write, parse, write_json
 from jsparse.reports.options_file import with_file
 from jsparse.train.config import FinetuneConfig
+from jsparse.train.config_checks import EITHER
 from jsparse.train.heads_config import HeadsConfig
 from jsparse.train.merge_config import MergeConfig
 from jsparse.train.pretrain_config import PretrainConfig
@@ -66,7 +67,9 @@ class PlanFinetuneCommand(FinetuneConfig):
 
 
 def finetune(options: list[str]) -> int:
-    command = parse(FinetuneCommand, "finetune", with_file(FinetuneCommand, options), _FINETUNE)
+    command = parse(
+        FinetuneCommand, "finetune", with_file(FinetuneCommand, options, either=EITHER), _FINETUNE
+    )
     import jax
 
     from jsparse.train.finetuning import finetune as run_finetune
@@ -129,7 +132,9 @@ def merge(options: list[str]) -> None:
 
 
 def plan_finetune(options: list[str]) -> int:
-    command = parse(PlanFinetuneCommand, "plan finetune", with_file(PlanFinetuneCommand, options))
+    command = parse(
+        PlanFinetuneCommand, "plan finetune", with_file(PlanFinetuneCommand, options, either=EITHER)
+    )
     check_can_write(command.json, "json")
     from jsparse.models import load_config
     from jsparse.plan.compile_only import prepare_process

@@ -26,6 +26,7 @@ else:
 # parameters equally good at 6e-4 and 2e-3. Both defaults are far lower, for larger models and longer runs.
 LORA_RATE, FULL_RATE = 2e-4, 2e-5
 
+_STEPS, _WARMUP_STEPS = 1000, 20
 _GROUP_RATIO = 0.25
 _ROUNDING = 1e-6  # 0.29 * 100 is 28.99...
 
@@ -134,8 +135,9 @@ class FinetuneConfig:
     mesh: MeshConfig = MeshConfig()
     """How many devices split each part of the work."""
 
-    steps: int = 1000
-    """Optimizer steps in all. Unless the schedule depends on their number, a run can be resumed with more."""
+    steps: int | None = None
+    """Optimizer steps in all. Unless the schedule depends on their number, a run can be resumed with more.
+    Default: 1000."""
     epochs: float | None = None
     """How often to go through the data, instead of steps: 3, or 0.5 for half of it. The steps follow from the
     number of windows."""
@@ -147,8 +149,8 @@ class FinetuneConfig:
     """AdamW's learning rate after the warm-up (betas 0.9 and 0.95). None: 2e-4 with LoRA, and 2e-5 without,
     since on the shipped model LoRA did best at three to ten times the rate of all parameters. Both are far
     below what was best there, for larger models (docs/results/training.md). LongLoRA's own is 2e-5."""
-    warmup_steps: int = 20
-    """Steps over which the learning rate rises to its value."""
+    warmup_steps: int | None = None
+    """Steps over which the learning rate rises to its value. Default: 20."""
     warmup_ratio: float | None = None
     """The warm-up as a fraction of all steps, instead of warmup_steps."""
     schedule: str = "constant"
@@ -221,6 +223,16 @@ class FinetuneConfig:
         """``eval_every`` with its default filled in."""
         return self.checkpoint_every if self.eval_every is None else self.eval_every
 
+    @property
+    def total_steps(self) -> int:
+        """``steps`` with its default filled in; how many ``epochs`` take only ``for_windows`` knows."""
+        return _STEPS if self.steps is None else self.steps
+
+    @property
+    def warmup(self) -> int:
+        """``warmup_steps`` with its default filled in; those of a ratio only ``for_windows`` knows."""
+        return _WARMUP_STEPS if self.warmup_steps is None else self.warmup_steps
+
     def for_windows(self, windows: int) -> "FinetuneConfig":
         """These settings in steps: ``epochs`` and ``warmup_ratio`` as ``steps`` and ``warmup_steps``.
 
@@ -238,7 +250,7 @@ class FinetuneConfig:
         >>> config.steps, config.warmup_steps
         (38, 4)
         """
-        steps, warmup = self.steps, self.warmup_steps
+        steps, warmup = self.total_steps, self.warmup
         if self.epochs is not None:
             steps = max(1, math.ceil(self.epochs * windows / self.batch_size - _ROUNDING))
         if self.warmup_ratio is not None:
@@ -329,7 +341,7 @@ class FinetuneConfig:
         return optax.chain(optax.clip_by_global_norm(self.max_grad_norm), adamw)
 
     def learning_rate_at(self, step: int) -> float:
-        """The learning rate of a step, counted from 0, by ``steps`` and ``warmup_steps``."""
+        """The learning rate of a step, counted from 0, by ``total_steps`` and ``warmup``."""
         import jax.numpy as jnp
 
         return float(jnp.asarray(self._schedule()(step)))
@@ -338,7 +350,7 @@ class FinetuneConfig:
         import optax
 
         peak = self.peak_learning_rate
-        falling = max(1, self.steps - self.warmup_steps)  # less only while the steps are not known
+        falling = max(1, self.total_steps - self.warmup)  # less only while the steps are not known
         if self.schedule == "cosine":
             after = optax.cosine_decay_schedule(peak, falling, alpha=0.1)
         elif self.schedule == "linear":
@@ -346,5 +358,5 @@ class FinetuneConfig:
         else:
             after = optax.constant_schedule(peak)
         # Rises through 1/n, 2/n, ... to 1, so that the first step is not wasted on a rate of 0.
-        warmup = optax.linear_schedule(0.0, peak, self.warmup_steps)
-        return optax.join_schedules([lambda step: warmup(step + 1), after], [self.warmup_steps])
+        rising = optax.linear_schedule(0.0, peak, self.warmup)
+        return optax.join_schedules([lambda step: rising(step + 1), after], [self.warmup])

@@ -10,6 +10,8 @@ from jsparse.models.choices import EXTENSIONS, KINDS, REMAT
 from jsparse.models.peft_names import check_expression
 
 BLOCK = 128  # tokens, of strided attention
+# Settings that say the same in two ways.
+EITHER = (("epochs", "steps"), ("warmup_ratio", "warmup_steps"))
 SERVICES = ("tensorboard", "wandb", "mlflow")
 
 _CHOICES = {
@@ -34,9 +36,9 @@ def check_settings(config: Any) -> None:
     if not config.data_files:
         raise ValueError("data must name at least one text file")
     _ = config.reading  # which checks its settings
-    require_integers(config, 1, "steps", "batch_size", "micro_batches", "checkpoint_every", "max_skipped")
+    require_integers(config, 1, "batch_size", "micro_batches", "checkpoint_every", "max_skipped")
     require_integers(config, 2, "context")
-    require_integers(config, 0, "warmup_steps", "seed")
+    require_integers(config, 0, "seed")
     require_numbers(config, "max_grad_norm", "lora_alpha")
     for field in ("learning_rate", "dpo_beta"):
         if getattr(config, field) is not None:
@@ -59,9 +61,11 @@ def check_settings(config: Any) -> None:
 
 def _check_length(config: Any) -> None:
     """Of the run, and of its warm-up."""
-    defaults = {field.name: field.default for field in dataclasses.fields(config)}
-    for name, other in (("epochs", "steps"), ("warmup_ratio", "warmup_steps")):
-        if getattr(config, name) is not None and getattr(config, other) != defaults[other]:
+    for name, least in (("steps", 1), ("warmup_steps", 0)):
+        if getattr(config, name) is not None:
+            require_integers(config, least, name)
+    for name, other in EITHER:
+        if getattr(config, name) is not None and getattr(config, other) is not None:
             raise ValueError(
                 f"{name}={getattr(config, name)} and {other}={getattr(config, other)} say the same in two "
                 "ways; give one of them"
@@ -72,8 +76,8 @@ def _check_length(config: Any) -> None:
         require_numbers(config, "warmup_ratio", allow_zero=True)
         if config.warmup_ratio >= 1:
             raise ValueError(f"warmup_ratio must be a number in [0, 1), not {config.warmup_ratio!r}")
-    elif config.epochs is None and config.schedule != "constant" and config.warmup_steps >= config.steps:
-        raise ValueError(f"warmup_steps={config.warmup_steps} must be less than steps={config.steps}")
+    elif config.epochs is None and config.schedule != "constant" and config.warmup >= config.total_steps:
+        raise ValueError(f"warmup_steps={config.warmup} must be less than steps={config.total_steps}")
 
 
 def _check_evaluation(config: Any) -> None:

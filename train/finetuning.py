@@ -161,7 +161,7 @@ def finetune(config: FinetuneConfig, *, progress: bool = True) -> FinetuneResult
             config.output_folder,
             run["config"],
             start=start,
-            steps=config.steps,
+            steps=config.total_steps,
             quiet=not progress,
         ) as log,
         open_checkpoints(checkpoint_folder(config.output_folder), writable=True) as checkpoints,
@@ -169,7 +169,7 @@ def finetune(config: FinetuneConfig, *, progress: bool = True) -> FinetuneResult
     ):
         if start:
             state = checkpoints.restore(start, state)
-        if progress and start < config.steps and is_first_process():
+        if progress and start < config.total_steps and is_first_process():
             trained = sum(leaf.size for leaf in jax.tree.leaves(state.params))
             counts = {"trained": trained, "windows": len(rows), "start": start}
             chosen = asked.attention is None
@@ -185,7 +185,7 @@ def finetune(config: FinetuneConfig, *, progress: bool = True) -> FinetuneResult
             state,
             _step_taker(config, split, mask, mesh, windows, rows, reference, progress=progress),
             output=config.output_folder,
-            steps=config.steps,
+            steps=config.total_steps,
             checkpoint_every=config.checkpoint_every,
             save=save,
             name="training",

@@ -42,7 +42,7 @@ def summarize(
         "RoPE": _rope(before) if before == after else f"{_rope(before)}, becomes {_rope(after)}",
         "attention": _attention(config, pattern) + _own_windows(after) + (_why(config) if chosen else ""),
         "batch": f"{_count(config.batch_size, 'window')}, {_count(tokens, 'token')} per step{_parts(config)}",
-        "steps": f"{config.steps:,}, {config.steps * config.batch_size / windows:.2f} epochs of "
+        "steps": f"{config.total_steps:,}, {config.total_steps * config.batch_size / windows:.2f} epochs of "
         f"{_count(windows, 'window')}{resumed}",
         "optimizer": _optimizer(config),
         **({} if config.dpo_beta is None else {"objective": _objective(config.dpo_beta)}),
@@ -142,8 +142,8 @@ def _objective(beta: float) -> str:
 
 def _optimizer(config: FinetuneConfig) -> str:
     then = "constant" if config.schedule == "constant" else f"falling to a tenth ({config.schedule})"
-    warmup = _count(config.warmup_steps, "step")
-    ends = ", which the run does not reach the end of" if config.warmup_steps >= config.steps else ""
+    warmup = _count(config.warmup, "step")
+    ends = ", which the run does not reach the end of" if config.warmup >= config.total_steps else ""
     return (
         f"AdamW, learning rate {config.peak_learning_rate:g} after {warmup} of warm-up{ends}, then {then}; "
         f"weight decay {config.weight_decay:g}, gradients clipped at norm {config.max_grad_norm:g}"

@@ -6,7 +6,7 @@ import difflib
 import json
 import types
 import typing
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +16,12 @@ _OPTION = "--config"
 _MAPPINGS = (dict, collections.abc.Mapping)
 
 
-def with_file(config: type, options: Sequence[str]) -> list[str]:
+def with_file(config: type, options: Sequence[str], *, either: Collection[tuple[str, str]] = ()) -> list[str]:
     """The options with those of the file that ``--config`` names before them, so that theirs win.
 
     - config: the dataclass that the options fill in; its fields are the keys that the file may have.
     - options: as they were given.
+    - either: pairs of fields that say the same in two ways; an option replaces the other one in the file.
 
     Raises FileNotFoundError for a file that does not exist. ValueError, naming the file and the key, for one
     that is not YAML, for unknown keys, and for values of another type than the option's.
@@ -28,7 +29,10 @@ def with_file(config: type, options: Sequence[str]) -> list[str]:
     path = _file_named(options)
     if path is None or {"-h", "--help"}.intersection(options):
         return list(options)
-    return [*_options_of(path, config, _read(path)), *options]
+    given = {option.partition("=")[0].replace("-", "_") for option in options}
+    pairs = [*either, *(pair[::-1] for pair in either)]
+    replaced = {other for name, other in pairs if f"__{name}" in given and f"__{other}" not in given}
+    return [*_options_of(path, config, _read(path), without=replaced), *options]
 
 
 def _file_named(options: Sequence[str]) -> Path | None:
@@ -67,8 +71,15 @@ def _read(path: Path) -> dict:
     return content
 
 
-def _options_of(path: Path, config: type, content: Mapping[Any, Any], above: str = "") -> Iterator[str]:
-    """The words that the command line would have for the content of a file."""
+def _options_of(
+    path: Path,
+    config: type,
+    content: Mapping[Any, Any],
+    above: str = "",
+    *,
+    without: Collection[str] = (),
+) -> Iterator[str]:
+    """The words that the command line would have for the content of a file, except keys in ``without``."""
     hints = typing.get_type_hints(config)
     allowed = [field.name for field in dataclasses.fields(config) if field.name != "config"]
     seen = set()
@@ -88,6 +99,8 @@ def _options_of(path: Path, config: type, content: Mapping[Any, Any], above: str
             continue
         if not _fits(value, hint):
             raise ValueError(f"{path}: {full} must be {_in_words(hint)}, not {value!r}")
+        if name in without:
+            continue
         option = f"--{full.replace('_', '-')}"
         if hint is bool:
             yield option if value else f"--{above}no-{name}".replace("_", "-")

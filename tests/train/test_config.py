@@ -148,7 +148,11 @@ def test_no_pattern_follows_from_attention_that_is_not_chosen():
         ({"batch_size": 6, "mesh": MeshConfig(data=2, fsdp=2)}, "6 windows at a time, which 4 devices"),
         ({"mesh": MeshConfig(sequence=3)}, "context=64 must be a multiple of the mesh's sequence=3"),
         ({"epochs": 2.0, "steps": 10}, "epochs=2.0 and steps=10 say the same in two ways; give one of them"),
+        ({"epochs": 2.0, "steps": 1000}, "epochs=2.0 and steps=1000 say the same"),  # the default, but given
         ({"warmup_ratio": 0.1, "warmup_steps": 5}, "warmup_ratio=0.1 and warmup_steps=5 say the same"),
+        ({"warmup_ratio": 0.1, "warmup_steps": 20}, "warmup_ratio=0.1 and warmup_steps=20 say the same"),
+        ({"schedule": "cosine", "warmup_steps": 1000}, "warmup_steps=1000 must be less than steps=1000"),
+        ({"schedule": "cosine", "steps": 20}, "warmup_steps=20 must be less than steps=20"),
         ({"eval_every": 5}, "eval_every=5 is for a run with eval_data, and none is given"),
         ({"patience": 5}, "patience=5 is for a run with eval_data"),
         ({"export_last": True}, "export_last=True is for a run with eval_data"),

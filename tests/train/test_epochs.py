@@ -7,6 +7,7 @@ import logging
 import numpy as np
 import pytest
 
+from jsparse.__main__ import main
 from jsparse.train import FinetuneConfig, MergeConfig, finetune, merge
 from jsparse.train.data import run_data
 
@@ -87,6 +88,21 @@ def test_a_constant_schedule_goes_on_for_more_epochs_and_not_for_fewer(config, t
     assert len(more.losses) == 4 and more.losses[:2] == first.losses
     with pytest.raises(ValueError, match="steps=2, but .* has come to step 4 already"):
         finetune(constant, progress=False)
+
+
+def test_what_a_run_of_epochs_writes_resumes_it_and_takes_steps_in_their_place(config, tmp_path, capsys):
+    constant = dataclasses.replace(
+        config, schedule="constant", warmup_ratio=None, epochs=1.0, output=tmp_path / "o"
+    )
+    first = finetune(constant, progress=False)
+    written = (constant.output / "run.yaml").read_text()
+    command = ["finetune", "--config", str(constant.output / "run.yaml")]
+    assert main(command) == 0
+    assert (constant.output / "run.yaml").read_text() == written
+    assert main([*command, "--steps", "4"]) == 0
+    losses = [line["loss"] for line in lines_of(constant.output)]
+    assert len(losses) == 4 and losses[:2] == list(first.losses)
+    assert main(command) == 0  # the file says 4 steps now
 
 
 def test_windows_without_a_target_are_counted_before_the_first_step(config, tmp_path, caplog):

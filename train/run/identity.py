@@ -99,8 +99,11 @@ def describe_run(
     """
     described = {field: getattr(config, field) for field in _FIELDS}
     described["schedule"] = (
-        config.schedule if config.schedule == "constant" else f"{config.schedule} to step {config.steps}"
+        config.schedule
+        if config.schedule == "constant"
+        else f"{config.schedule} to step {config.total_steps}"
     )
+    described["warmup_steps"] = config.warmup
     for name in _unknown(config):
         del described[name]
     described["rope"] = model.to_hf()["rope_parameters"]
@@ -122,7 +125,7 @@ def steps_taken(config: FinetuneConfig, run: dict) -> int:
         raise ValueError(
             f"output={config.output} must not lie in the folder of the model that is read, {config.model}"
         )
-    steps = config.steps if config.epochs is None else None
+    steps = config.total_steps if config.epochs is None else None
     return steps_in(config.output_folder, steps, run, unknown=_unknown(config))
 
 

@@ -11,6 +11,7 @@ from jsparse.reports.console import parse
 from jsparse.reports.options_file import as_yaml, with_file
 from jsparse.train import FinetuneConfig
 from jsparse.train.commands import FinetuneCommand, PlanFinetuneCommand
+from jsparse.train.config_checks import EITHER
 
 RUN = """
 model: base
@@ -33,7 +34,7 @@ def read(tmp_path):
     def read(text, *options, command=FinetuneCommand):
         (tmp_path / "run.yaml").write_text(text)
         options = [*options, "--config", str(tmp_path / "run.yaml")]
-        return parse(command, "finetune", with_file(command, options))
+        return parse(command, "finetune", with_file(command, options, either=EITHER))
 
     return read
 
@@ -51,6 +52,32 @@ def test_options_beside_the_file_win(read):
     found = read(RUN, "--data", "c.txt", "--lora-rank", "4", "--mesh.fsdp=1", "--train-embeddings-and-norms")
     assert list(found.data) == ["c.txt"] and found.lora_rank == 4 and found.mesh == MeshConfig()
     assert found.train_embeddings_and_norms and found.context == 64
+
+
+@pytest.mark.parametrize(
+    ("in_file", "option", "steps", "epochs", "ratio"),
+    [
+        ("epochs: 3", "--steps=1000", 1000, None, None),
+        ("epochs: 3\nsteps: null", "--steps 7", 7, None, None),
+        ("steps: 1000", "--epochs 2", None, 2.0, None),
+        ("warmup_ratio: 0.1\nepochs: 3", "--warmup_steps 20", None, 3.0, None),
+        ("warmup-steps: 20", "--warmup-ratio 0.5", None, None, 0.5),
+        ("epochs: 3", "--epochs 2", None, 2.0, None),
+        ("epochs: 3", "--seed 1", None, 3.0, None),
+    ],
+)
+def test_an_option_beside_the_file_takes_the_place_of_what_says_the_same(
+    read, in_file, option, steps, epochs, ratio
+):
+    found = read(RUN + in_file, *shlex.split(option))
+    assert (found.steps, found.epochs, found.warmup_ratio) == (steps, epochs, ratio)
+
+
+def test_two_ways_to_say_the_same_are_refused_where_both_are_in_the_file_or_both_are_options(read, capsys):
+    for text, options in (("epochs: 3\nsteps: 1000", ()), ("", ("--epochs", "3", "--steps", "1000"))):
+        with pytest.raises(SystemExit):
+            read(RUN + text, *options)
+        assert "epochs=3.0 and steps=1000 say the same in two" in capsys.readouterr().err
 
 
 def test_a_plan_takes_the_same_file(read):
@@ -87,9 +114,9 @@ def test_what_is_written_is_read_as_the_same_settings(read):
         ("learning_rat: 1", "unknown option learning_rat; the nearest is learning_rate"),
         ("mesh: {fdsp: 2}", "unknown option mesh.fdsp; the nearest is mesh.fsdp"),
         ("config: a.yaml", "unknown option config; the nearest is"),
-        ("steps: many", "steps must be an integer, not 'many'"),
-        ("steps: 1.5", "steps must be an integer, not 1.5"),
-        ("steps: true", "steps must be an integer, not True"),
+        ("steps: many", "steps must be an integer or null, not 'many'"),
+        ("steps: 1.5", "steps must be an integer or null, not 1.5"),
+        ("steps: true", "steps must be an integer or null, not True"),
         ("learning_rate: fast", "learning_rate must be a number or null, not 'fast'"),
         ("weight_decay: much", "weight_decay must be a number, not 'much'"),
         ("lora_rank: [8]", "lora_rank must be an integer or null, not [8]"),
