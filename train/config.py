@@ -11,7 +11,7 @@ from jsparse.hub import model_folder
 from jsparse.models.choices import KINDS
 from jsparse.models.mesh_config import MeshConfig
 from jsparse.texts.reading import Reading
-from jsparse.train.config_checks import BLOCK, check_settings
+from jsparse.train.config_checks import BLOCK, GROUP_RATIO, check_settings
 from jsparse.train.run.paths import as_paths
 
 if TYPE_CHECKING:  # what needs jax is imported late: the command line lists these settings without it
@@ -27,7 +27,6 @@ else:
 LORA_RATE, FULL_RATE = 2e-4, 2e-5
 
 _STEPS, _WARMUP_STEPS = 1000, 20
-_GROUP_RATIO = 0.25
 _ROUNDING = 1e-6  # 0.29 * 100 is 28.99...
 
 
@@ -84,9 +83,9 @@ class FinetuneConfig:
     (the streaming heads of a head_pattern see sink and window). None: "full" within the model's own context
     and "shifted" where it is extended, or where a group_size or group_ratio is given."""
     group_size: int | None = None
-    """Tokens per group: even, and a divisor of the context. Default: group_ratio of the context."""
-    group_ratio: float = _GROUP_RATIO
-    """Fraction of the context that a group takes if no group_size is given."""
+    """Tokens per group: even, and a divisor of the context. Default: a quarter of the context."""
+    group_ratio: float | None = None
+    """Fraction of the context that a group takes, instead of group_size. Default: 0.25."""
     sink: int = 128
     """First tokens that heads see with "longgen" and "streaming"."""
     window: int = 256
@@ -186,7 +185,7 @@ class FinetuneConfig:
     held-out loss, whose checkpoint is always kept."""
 
     def __post_init__(self):
-        if self.attention is None and (self.group_size is not None or self.group_ratio != _GROUP_RATIO):
+        if self.attention is None and (self.group_size is not None or self.group_ratio is not None):
             object.__setattr__(self, "attention", "shifted")
         check_settings(self)
 
@@ -264,7 +263,7 @@ class FinetuneConfig:
             return None
         if self.group_size is not None:
             return self.group_size
-        return int(self.context * self.group_ratio + _ROUNDING)  # whole tokens
+        return int(self.context * (self.group_ratio or GROUP_RATIO) + _ROUNDING)  # whole tokens
 
     @property
     def peak_learning_rate(self) -> float:

@@ -10,8 +10,9 @@ from jsparse.models.choices import EXTENSIONS, KINDS, REMAT
 from jsparse.models.peft_names import check_expression
 
 BLOCK = 128  # tokens, of strided attention
+GROUP_RATIO = 0.25  # of the context, by default
 # Settings that say the same in two ways.
-EITHER = (("epochs", "steps"), ("warmup_ratio", "warmup_steps"))
+EITHER = (("epochs", "steps"), ("warmup_ratio", "warmup_steps"), ("group_ratio", "group_size"))
 SERVICES = ("tensorboard", "wandb", "mlflow")
 
 _CHOICES = {
@@ -36,6 +37,10 @@ def check_settings(config: Any) -> None:
     if not config.data_files:
         raise ValueError("data must name at least one text file")
     _ = config.reading  # which checks its settings
+    _check_either(config)
+    for name, least in (("steps", 1), ("warmup_steps", 0)):
+        if getattr(config, name) is not None:
+            require_integers(config, least, name)
     require_integers(config, 1, "batch_size", "micro_batches", "checkpoint_every", "max_skipped")
     require_integers(config, 2, "context")
     require_integers(config, 0, "seed")
@@ -59,17 +64,17 @@ def check_settings(config: Any) -> None:
     _check_evaluation(config)
 
 
-def _check_length(config: Any) -> None:
-    """Of the run, and of its warm-up."""
-    for name, least in (("steps", 1), ("warmup_steps", 0)):
-        if getattr(config, name) is not None:
-            require_integers(config, least, name)
+def _check_either(config: Any) -> None:
     for name, other in EITHER:
         if getattr(config, name) is not None and getattr(config, other) is not None:
             raise ValueError(
                 f"{name}={getattr(config, name)} and {other}={getattr(config, other)} say the same in two "
                 "ways; give one of them"
             )
+
+
+def _check_length(config: Any) -> None:
+    """Of the run, and of its warm-up."""
     if config.epochs is not None:
         require_numbers(config, "epochs")
     if config.warmup_ratio is not None:
@@ -180,11 +185,13 @@ def _check_attention(config: Any) -> None:
         return
     if config.group_size is not None:
         require_integers(config, 2, "group_size")
-    if not 0 < config.group_ratio <= 1:
+    if config.group_ratio is not None and not 0 < config.group_ratio <= 1:
         raise ValueError(f"group_ratio must be a number in (0, 1], not {config.group_ratio!r}")
     size = config.groups
     if size is None or size < 2 or size % 2 or config.context % size:
-        origin = f" ({config.group_ratio:g} of the context)" if config.group_size is None else ""
+        origin = (
+            f" ({config.group_ratio or GROUP_RATIO:g} of the context)" if config.group_size is None else ""
+        )
         raise ValueError(
             f"group_size={size}{origin} does not fit context={config.context}: "
             "it must be even and divide the context"

@@ -148,6 +148,11 @@ def test_no_pattern_follows_from_attention_that_is_not_chosen():
         ({"batch_size": 6, "mesh": MeshConfig(data=2, fsdp=2)}, "6 windows at a time, which 4 devices"),
         ({"mesh": MeshConfig(sequence=3)}, "context=64 must be a multiple of the mesh's sequence=3"),
         ({"epochs": 2.0, "steps": 10}, "epochs=2.0 and steps=10 say the same in two ways; give one of them"),
+        (
+            {"group_size": 16, "group_ratio": 0.5},
+            "group_ratio=0.5 and group_size=16 say the same in two ways; give one of them",
+        ),
+        ({"attention": "full", "group_ratio": 0.25}, "group_ratio=0.25 is for attention='shifted'"),
         ({"epochs": 2.0, "steps": 1000}, "epochs=2.0 and steps=1000 say the same"),  # the default, but given
         ({"warmup_ratio": 0.1, "warmup_steps": 5}, "warmup_ratio=0.1 and warmup_steps=5 say the same"),
         ({"warmup_ratio": 0.1, "warmup_steps": 20}, "warmup_ratio=0.1 and warmup_steps=20 say the same"),
