@@ -155,55 +155,57 @@ def finetune(config: FinetuneConfig, *, progress: bool = True) -> FinetuneResult
         evaluations = Evaluations(measure, config.evaluation_interval, config.patience)
     _describe_new(config, stored, start=start, progress=progress)
     _write_settings(asked)
-    with (
-        loggers_open(
-            config.log_to,
-            config.output_folder,
-            run["config"],
-            start=start,
-            steps=config.total_steps,
-            quiet=not progress,
-        ) as log,
-        open_checkpoints(checkpoint_folder(config.output_folder), writable=True) as checkpoints,
-        _mesh_in_context(mesh),
-    ):
-        if start:
-            state = checkpoints.restore(start, state)
-        if progress and start < config.total_steps and is_first_process():
-            trained = sum(leaf.size for leaf in jax.tree.leaves(state.params))
-            counts = {"trained": trained, "windows": len(rows), "start": start}
-            chosen = asked.attention is None
-            print_facts(summarize(config, base_config, model_config, pattern, chosen=chosen, **counts))
+    with loggers_open(
+        config.log_to,
+        config.output_folder,
+        run["config"],
+        start=start,
+        steps=config.total_steps,
+        quiet=not progress,
+    ) as logs:
+        with (
+            open_checkpoints(checkpoint_folder(config.output_folder), writable=True) as checkpoints,
+            _mesh_in_context(mesh),
+        ):
+            if start:
+                state = checkpoints.restore(start, state)
+            if progress and start < config.total_steps and is_first_process():
+                trained = sum(leaf.size for leaf in jax.tree.leaves(state.params))
+                counts = {"trained": trained, "windows": len(rows), "start": start}
+                chosen = asked.attention is None
+                print_facts(summarize(config, base_config, model_config, pattern, chosen=chosen, **counts))
 
-        def save(step: int, state: TrainState, best: int | None) -> None:
-            position = position_at(len(rows), step, config.batch_size)
-            checkpoints.save(
-                step, state, run | {"position": position, "form": stored.findings.form}, keep=best
+            def save(step: int, state: TrainState, best: int | None) -> None:
+                position = position_at(len(rows), step, config.batch_size)
+                checkpoints.save(
+                    step, state, run | {"position": position, "form": stored.findings.form}, keep=best
+                )
+
+            state, metrics, stopped_by = run_steps(
+                state,
+                _step_taker(config, split, mask, mesh, windows, rows, reference, progress=progress),
+                output=config.output_folder,
+                steps=config.total_steps,
+                checkpoint_every=config.checkpoint_every,
+                save=save,
+                name="training",
+                note=_note,
+                progress=progress,
+                evaluations=evaluations,
+                log=logs.log,
             )
-
-        state, metrics, stopped_by = run_steps(
-            state,
-            _step_taker(config, split, mask, mesh, windows, rows, reference, progress=progress),
-            output=config.output_folder,
-            steps=config.total_steps,
-            checkpoint_every=config.checkpoint_every,
-            save=save,
-            name="training",
-            note=_note,
-            progress=progress,
-            evaluations=evaluations,
-            log=log,
-        )
-        best = None if held_out is None else best_line(metrics)
-        exported_step = None
-        if stopped_by is None:
-            exported_step = int(state.step) if best is None or config.export_last else best["step"]
-            state = _state_of(exported_step, state, checkpoints)
-    if exported_step is not None:
-        export_model(config, split.exported(state.params), pattern, form=stored.findings.form)
-        if is_first_process():
-            shutil.rmtree(config.output_folder / DATA)
-        wait_for_all("export")
+            best = None if held_out is None else best_line(metrics)
+            exported_step = None
+            if stopped_by is None:
+                exported_step = int(state.step) if best is None or config.export_last else best["step"]
+                state = _state_of(exported_step, state, checkpoints)
+            else:
+                logs.stopped()
+        if exported_step is not None:
+            export_model(config, split.exported(state.params), pattern, form=stored.findings.form)
+            if is_first_process():
+                shutil.rmtree(config.output_folder / DATA)
+            wait_for_all("export")
     return FinetuneResult(
         config.output_folder,
         losses=tuple(math.nan if line["loss"] is None else line["loss"] for line in metrics),

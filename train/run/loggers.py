@@ -8,21 +8,32 @@ import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple, TypeAlias
 
 from jsparse.extras import require_extra
 from jsparse.train.run.identity import METRICS, metrics_until
 from jsparse.train.run.processes import is_first_process
 
-_RUNS = "loggers.json"  # by service: the id of the run there and, if lines are missing, the last before them
+# By service: the id of the run there, how it has ended and, if lines are missing, the last before them.
+_RUNS = "loggers.json"
+End: TypeAlias = Literal["finished", "interrupted", "failed"]
 
 
 class _Service(NamedTuple):
-    """A service that takes numbers: its run's id, ``send(step, numbers)`` and ``close(failed)``."""
+    """A service that takes numbers: its run's id, ``send(step, numbers)`` and ``close(how)``."""
 
     run: str
     send: Callable[[int, Mapping[str, float | int]], None]
-    close: Callable[[bool], None]
+    close: Callable[[End], None]
+
+
+class Loggers(NamedTuple):
+    """``log(line)`` sends a line of metrics.jsonl to all services; ``stopped()`` says that a signal has ended
+    the run.
+    """
+
+    log: Callable[[Mapping[str, Any]], None]
+    stopped: Callable[[], None]
 
 
 def require_loggers(services: Sequence[str]) -> None:
@@ -40,24 +51,25 @@ def loggers_open(
     start: int,
     steps: int,
     quiet: bool,
-) -> Iterator[Callable[[Mapping[str, Any]], None]]:
-    """Within this context, ``log(line)`` sends a line of metrics.jsonl to all services.
+) -> Iterator[Loggers]:
+    """Within this context, services take the lines of metrics.jsonl. They then know how the run has ended.
 
-    What went to a service before ``start`` is gone on with: the same run there, and no step twice. Lines that
-    it does not have yet come first. Only the first of several processes logs.
+    A run is interrupted by a signal, or by Ctrl-C as an error, and failed by any other error. What went to a
+    service before ``start`` is gone on with: the same run there, and no step twice. Lines that it does not
+    have yet come first. Only the first of several processes logs.
 
     - services: any of "tensorboard", "wandb" and "mlflow".
     - output: the folder of the run. Its metrics.jsonl must still have the lines after ``start``.
     - settings: of the run, which the services show beside it.
     - start: how many steps were taken earlier; at 0 the services begin anew.
-    - steps: of the whole run. Once it has ended, a service that has every line is not opened.
+    - steps: of the whole run. Once it has finished, a service that has every line is not opened.
     - quiet: print nothing.
 
     Raises ValueError, saying what to do, for a service that does not start. One that fails later gets no more
     lines in this call, with a note: training goes on.
     """
     if not is_first_process() or not (services or (output / _RUNS).exists()):
-        yield lambda line: None
+        yield Loggers(lambda line: None, lambda: None)
         return
     earlier, reached = metrics_until(output, start), _last_step(output)
     runs = json.loads((output / _RUNS).read_text()) if start and (output / _RUNS).is_file() else {}
@@ -78,12 +90,19 @@ def loggers_open(
                 _note(f"{name} takes no lines from step {step} on, {METRICS} does: {_one_line(error)}")
                 runs[name]["until"] = step - 1
                 _write(output, runs)
-                _close(name, taking.pop(name), failed=True)
+                _close(name, taking.pop(name), "failed")
 
-    failed = True
+    end: End = "failed"
+    was_stopped = False
+
+    def stopped() -> None:
+        nonlocal was_stopped
+        was_stopped = True
+
     try:
         for name in services:
-            if start >= steps and after[name] >= start:
+            has_finished = runs.get(name, {}).get("ended") == "finished"
+            if start >= steps and after[name] >= start and has_finished:
                 continue
             try:
                 taking[name] = _OPEN[name](output, settings, runs.get(name, {}).get("run"), quiet)
@@ -94,11 +113,16 @@ def loggers_open(
         for line in earlier:
             log(line)
         _write(output, runs)
-        yield log
-        failed = False
+        yield Loggers(log, stopped)
+        end = "interrupted" if was_stopped else "finished"
+    except KeyboardInterrupt:
+        end = "interrupted"
+        raise
     finally:
         for name, service in taking.items():
-            _close(name, service, failed)
+            if _close(name, service, end) and name in runs:
+                runs[name]["ended"] = end
+                _write(output, runs)
 
 
 def _write(output: Path, runs: Mapping[str, Any]) -> None:
@@ -109,11 +133,14 @@ def _note(text: str) -> None:
     logging.getLogger("jsparse").warning("note: %s", text)
 
 
-def _close(name: str, service: _Service, failed: bool) -> None:
+def _close(name: str, service: _Service, end: End) -> bool:
+    """Whether the service knows now how the run has ended."""
     try:
-        service.close(failed)
+        service.close(end)
     except Exception as error:
         _note(f"{name} was not closed: {_one_line(error)}")
+        return False
+    return True
 
 
 def flat_numbers(line: Mapping[str, Any], above: str = "") -> dict[str, float | int]:
@@ -160,7 +187,7 @@ def _open_tensorboard(output: Path, settings: Mapping[str, Any], run: str | None
             writer.add_scalar(name, value, step)
         writer.flush()  # after a crash it has every line that metrics.jsonl has
 
-    return _Service("tensorboard", send, lambda failed: writer.close())
+    return _Service("tensorboard", send, lambda end: writer.close())
 
 
 def _open_wandb(output: Path, settings: Mapping[str, Any], run: str | None, quiet: bool) -> _Service:
@@ -182,7 +209,7 @@ def _open_wandb(output: Path, settings: Mapping[str, Any], run: str | None, quie
     return _Service(
         opened.id,
         lambda step, numbers: opened.log(dict(numbers), step=step),
-        lambda failed: opened.finish(exit_code=1 if failed else 0),
+        lambda end: opened.finish(exit_code=_EXIT_CODES[end]),
     )
 
 
@@ -212,7 +239,7 @@ def _open_mlflow(output: Path, settings: Mapping[str, Any], run: str | None, qui
         now = round(time.time() * 1000)
         client.log_batch(run, metrics=[Metric(name, value, now, step) for name, value in numbers.items()])
 
-    return _Service(run, send, lambda failed: client.set_terminated(run, "FAILED" if failed else "FINISHED"))
+    return _Service(run, send, lambda end: client.set_terminated(run, _STATUSES[end]))
 
 
 @contextlib.contextmanager
@@ -239,6 +266,8 @@ def _texts(settings: Mapping[str, Any], above: str = "") -> dict[str, str]:
     return found
 
 
+_EXIT_CODES: dict[End, int] = {"finished": 0, "interrupted": 255, "failed": 1}  # 255 is W&B's own for Ctrl-C
+_STATUSES: dict[End, str] = {"finished": "FINISHED", "interrupted": "KILLED", "failed": "FAILED"}
 _OPEN = {"tensorboard": _open_tensorboard, "wandb": _open_wandb, "mlflow": _open_mlflow}
 _ADVICE = {
     "tensorboard": "it writes to a folder in the output",

@@ -1,10 +1,13 @@
 """TensorBoard, Weights & Biases and MLflow, with their own packages, offline: they hold what was logged."""
 
+import contextlib
 import dataclasses
 import importlib
 import json
 import logging
 import math
+import os
+import signal
 import subprocess
 import sys
 
@@ -17,6 +20,7 @@ from jsparse.train.run.loggers import flat_numbers, loggers_open
 
 SETTINGS = {"learning_rate": 2e-5, "data": ["a.txt"], "mesh": {"fsdp": 2}}
 SERVICES = ("tensorboard", "wandb", "mlflow")
+OF_ENDS = pytest.mark.parametrize("service", ["wandb", "mlflow"], indirect=True)  # TensorBoard knows of none
 
 
 def of_tensorboard(output):
@@ -94,18 +98,31 @@ pytestmark = [
 ]
 
 
-def written(output, lines, start=0, services=(), stop=None):
-    """Log lines after ``start`` as a run does; with ``stop``, a crash comes after that step."""
+def ends_of(service, output):
+    """How each part of a run has ended at a service, or only the last part, for MLflow keeps no other."""
+    if service == "mlflow":
+        run = json.loads((output / "loggers.json").read_text())["mlflow"]["run"]
+        return [client_of(output).get_run(run).info.status]
+    return [record["exit"]["exit_code"] for record in records_of_wandb(output) if record["type"] == "exit"]
+
+
+def written(output, lines, start=0, services=(), stop=None, by=KeyboardInterrupt):
+    """Log lines after ``start`` as a run does; with ``stop``, ``by`` ends it after that step: an error, or
+    None for a signal that the run obeys.
+    """
     before = [line for line in lines if line["step"] <= start]
-    with loggers_open(services, output, SETTINGS, start=start, steps=lines[-1]["step"], quiet=True) as log:
+    with loggers_open(services, output, SETTINGS, start=start, steps=lines[-1]["step"], quiet=True) as logs:
         with open(output / "metrics.jsonl", "w") as file:
             file.writelines(json.dumps(line) + "\n" for line in before)
             for line in lines[len(before) :]:
                 file.write(json.dumps(line) + "\n")
                 file.flush()
-                log(line)
+                logs.log(line)
+                if line["step"] == stop and by is None:
+                    logs.stopped()
+                    return
                 if line["step"] == stop:
-                    raise KeyboardInterrupt
+                    raise by
 
 
 def lines_of(steps):
@@ -154,7 +171,8 @@ def test_a_resumed_run_goes_on_without_a_step_twice(service, tmp_path):
         file.write('{"step": 5, "lo')  # torn
     written(tmp_path, lines_of(6), start=2, services=(service,))
     check(service, tmp_path, 6)
-    assert json.loads((tmp_path / "loggers.json").read_text()) == first
+    again = json.loads((tmp_path / "loggers.json").read_text())
+    assert again[service]["run"] == first[service]["run"]
     if service == "wandb":
         runs = [record["run"] for record in records_of_wandb(tmp_path) if record["type"] == "run"]
         assert [run["run_id"] for run in runs] == [first["wandb"]["run"]] * 2
@@ -178,6 +196,31 @@ def test_a_finished_run_sends_nothing_again(service, tmp_path):
     assert sorted(tmp_path.rglob("*")) == files
     written(tmp_path, lines_of(4), start=3, services=(service,))
     check(service, tmp_path, 4)
+
+
+@pytest.mark.parametrize(
+    ("by", "mlflow", "wandb"),
+    [(None, "KILLED", 255), (KeyboardInterrupt, "KILLED", 255), (OSError, "FAILED", 1)],
+    ids=["signal", "second Ctrl-C", "failure"],
+)
+@OF_ENDS
+def test_a_service_knows_how_a_run_ended_and_that_it_went_on(service, tmp_path, by, mlflow, wandb):
+    with contextlib.nullcontext() if by is None else pytest.raises(by):
+        written(tmp_path, lines_of(4), services=(service,), stop=2, by=by)
+    assert ends_of(service, tmp_path) == [{"mlflow": mlflow, "wandb": wandb}[service]]
+    written(tmp_path, lines_of(4), start=2, services=(service,))
+    assert ends_of(service, tmp_path) == {"mlflow": ["FINISHED"], "wandb": [wandb, 0]}[service]
+    check(service, tmp_path, 4)
+
+
+@OF_ENDS
+def test_a_run_that_failed_after_its_last_line_may_finish(service, tmp_path):
+    with pytest.raises(OSError):
+        written(tmp_path, lines_of(3), services=(service,), stop=3, by=OSError)
+    assert ends_of(service, tmp_path) == {"mlflow": ["FAILED"], "wandb": [1]}[service]
+    written(tmp_path, lines_of(3), start=3, services=(service,))
+    assert ends_of(service, tmp_path) == {"mlflow": ["FINISHED"], "wandb": [1, 0]}[service]
+    check(service, tmp_path, 3)
 
 
 def test_a_run_that_starts_over_is_another(service, tmp_path):
@@ -247,7 +290,7 @@ def test_a_run_outlives_a_service_that_fails(tmp_path, monkeypatch, caplog):
         sent.append(step)
 
     def opened(output, settings, run, quiet):
-        return loggers._Service(run or "1", send, lambda failed: None)
+        return loggers._Service(run or "1", send, lambda how: None)
 
     monkeypatch.setitem(loggers._OPEN, "wandb", opened)
     with caplog.at_level(logging.WARNING, "jsparse"):
@@ -308,3 +351,39 @@ def test_a_run_logs_its_lines_and_resumes_from_what_it_wrote(base, text, tmp_pat
 
     unbroken = finetune(dataclasses.replace(config, output="unbroken", log_to=()), progress=False)
     assert [line["loss"] for line in lines] == list(unbroken.losses)
+
+
+def test_a_run_is_interrupted_or_failed_until_its_model_is_written(base, text, tmp_path, monkeypatch):
+    pytest.importorskip("mlflow")
+    pytest.importorskip("sqlalchemy")
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    config = FinetuneConfig(
+        model=base,
+        data=text,
+        output=tmp_path / "out",
+        context=32,
+        lora_rank=2,
+        steps=2,
+        batch_size=2,
+        log_to=("mlflow",),
+    )
+    batch_at = finetuning.batch_at
+
+    def terminate(windows, step, **options):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return batch_at(windows, step, **options)
+
+    def full_disk(*arguments, **options):
+        raise OSError("no room")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(finetuning, "batch_at", terminate)
+        assert not finetune(config, progress=False).finished
+    assert ends_of("mlflow", config.output) == ["KILLED"]
+    with monkeypatch.context() as patch, pytest.raises(OSError, match="no room"):
+        patch.setattr(finetuning, "export_model", full_disk)
+        finetune(config, progress=False)
+    assert ends_of("mlflow", config.output) == ["FAILED"]
+    assert finetune(config, progress=False).finished
+    assert ends_of("mlflow", config.output) == ["FINISHED"]
+    assert [step for step, _ in of_mlflow(config.output)["loss"]] == [1, 2]
