@@ -180,6 +180,8 @@ class Sandbox(ImmutableSandboxedEnvironment):
         }
 
     def is_safe_attribute(self, obj: Any, attr: str, value: Any) -> bool:
+        if type(obj) is _Namespace:  # `isinstance` asks it, slowly, for its class
+            return not attr.startswith("_")
         for kind, allowed in METHODS.items():
             if isinstance(obj, kind):
                 return attr in allowed

@@ -337,6 +337,8 @@ HOSTILE = [
     "{{ lipsum.__globals__ }}",
     "{{ namespace.__init__.__globals__ }}",
     "{{ namespace(__class__=1) }}",
+    "{% set ns = namespace() %}{{ ns.__class__ }}",
+    "{% set ns = namespace() %}{{ ns._Namespace__attrs }}",
     "{{ dict.__globals__ }}",
     "{{ range.__code__ }}",
     "{{ raise_exception.__globals__ }}",
