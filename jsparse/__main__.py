@@ -9,6 +9,7 @@ import dataclasses
 import importlib
 import logging
 import os
+import shutil
 import sys
 import textwrap
 from collections.abc import Iterator, Mapping, Sequence
@@ -118,8 +119,8 @@ _JSPARSE = _Command(
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command and return the exit code: 2, with one line on stderr, if the input cannot be used.
 
-    Options that do not parse or do not fit one another end in tyro's SystemExit, with code 2 too. Where the
-    reader of stdout has gone (``| head``), the code is that of SIGPIPE.
+    Options that do not parse or do not fit one another end in SystemExit, with code 2 and a line too. Where
+    the reader of stdout has gone (``| head``), the code is that of SIGPIPE.
     """
     options = list(sys.argv[1:] if arguments is None else arguments)
     try:
@@ -215,14 +216,17 @@ def _run(name: str, command: _Command, options: list[str]) -> int:
 
 
 def _usage(name: str, command: _Command) -> str:
-    width = 2 + max(map(len, command.commands))
+    columns, width = min(100, shutil.get_terminal_size().columns), 2 + max(map(len, command.commands))
     rows = [
         textwrap.fill(
-            f"  {word:{width}}{one.help}", 100, subsequent_indent=" " * (2 + width), break_long_words=False
+            f"  {word:{width}}{one.help}",
+            columns,
+            subsequent_indent=" " * (2 + width),
+            break_long_words=False,
         )
         for word, one in command.commands.items()
     ]
-    note = textwrap.fill(f"{name} COMMAND --help lists the options. {command.note}", 100)
+    note = textwrap.fill(f"{name} COMMAND --help lists the options. {command.note}", columns)
     return "\n".join([f"usage: {name} COMMAND [options]", "", *rows, "", note])
 
 

@@ -180,7 +180,7 @@ def test_options_that_do_not_fit_are_refused(folder, capfd, command, message):
         main(command.replace("{}", str(folder)).split())
     out, err = capfd.readouterr()
     assert exit.value.code == 2 and out == ""
-    assert message in " ".join(err.replace("\u2502", " ").split())  # tyro draws a box around it
+    assert message in err and err.startswith("jsparse: error: ") and err.count("\n") == 1
     assert sorted(folder.rglob("*")) == before
 
 

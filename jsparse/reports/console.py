@@ -1,9 +1,14 @@
 """What the commands of every room share: options from dataclasses, tables, results as JSON."""
 
+import contextlib
+import dataclasses
+import io
 import json
 import os
 import re
 import sys
+import types
+import typing
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
@@ -12,6 +17,8 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
+
+from jsparse.reports.option_errors import left_over, rejected, unknown_or_missing
 
 Config = TypeVar("Config")
 
@@ -23,11 +30,55 @@ DefaultsToShipped = Annotated[str | Path, tyro.conf.arg(help_behavior_hint="(def
 def parse(config: type[Config], name: str, options: list[str], description: str | None = None) -> Config:
     """The dataclass that the options of ``jsparse name`` fill in; ``description`` heads its --help.
 
-    Raises SystemExit with code 2, as tyro does, for options that do not parse.
+    Raises SystemExit with code 2, after one line on stderr, for options that do not parse.
     """
     # What a constructor raises, and examples in Python, do not help on the command line.
     description = re.split(r"\n\s*(?:Raises |>>>)", description or config.__doc__ or "")[0]
-    return tyro.cli(config, prog=f"jsparse {name}", description=description, args=options)
+    drawn = io.StringIO()
+    if {"-h", "--help"}.intersection(options):
+        _join_lines_of_help(config)
+    try:
+        with contextlib.redirect_stderr(drawn):  # tyro draws boxes around errors, as wide as the terminal
+            parsed, left = tyro.cli(
+                config,
+                prog=f"jsparse {name}",
+                description=description,
+                args=options,
+                return_unknown_args=True,
+            )
+    except SystemExit as end:
+        if end.code != 2:
+            raise
+        wrong = _wrong_names(config, name, options)
+        raise _refused(wrong or rejected(config, options, drawn.getvalue(), end.__context__)) from None
+    print(drawn.getvalue(), end="", file=sys.stderr)
+    if left:
+        raise _refused(_wrong_names(config, name, options) or left_over(config, options, left[0]))
+    return parsed
+
+
+def _wrong_names(config: type, name: str, options: list[str]) -> str | None:
+    wrong = unknown_or_missing(config, options)
+    return None if wrong is None else f"{wrong} (jsparse {name} --help lists the options)"
+
+
+def _refused(wrong: str) -> SystemExit:
+    print(f"jsparse: error: {' '.join(for_terminal(wrong).split())}", file=sys.stderr)
+    return SystemExit(2)
+
+
+def _join_lines_of_help(config: type) -> None:
+    """Put what is said of each field where tyro looks first: in what it reads itself it keeps line breaks."""
+    import docstring_parser
+
+    for origin in config.__mro__[:-1]:
+        said = {each.arg_name: each.description for each in docstring_parser.parse_from_object(origin).params}
+        for field in dataclasses.fields(config):
+            if dataclasses.is_dataclass(field.type):
+                _join_lines_of_help(typing.cast(type, field.type))
+            elif "help" not in field.metadata and said.get(field.name):
+                text = " ".join(str(said[field.name]).split()).replace("``", "")
+                field.metadata = types.MappingProxyType({**field.metadata, "help": text})
 
 
 def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:

@@ -3,6 +3,7 @@
 import collections.abc
 import dataclasses
 import difflib
+import itertools
 import json
 import types
 import typing
@@ -38,7 +39,8 @@ def with_file(config: type, options: Sequence[str], *, either: Collection[tuple[
 def _file_named(options: Sequence[str]) -> Path | None:
     """The value of the last ``--config``, which is what the parser takes too."""
     found = None
-    for option, after in zip(options, [*options[1:], None], strict=True):
+    for option, after in itertools.pairwise([*options, None]):
+        assert option is not None
         if option == _OPTION and after is not None:
             found = Path(after)
         elif option.startswith(_OPTION + "="):
@@ -98,7 +100,7 @@ def _options_of(
             yield from _options_of(path, typing.cast(type, hint), value, f"{full}.")
             continue
         if not _fits(value, hint):
-            raise ValueError(f"{path}: {full} must be {_in_words(hint)}, not {value!r}")
+            raise ValueError(f"{path}: {full} must be {in_words(hint)}, not {value!r}")
         if name in without:
             continue
         option = f"--{full.replace('_', '-')}"
@@ -144,15 +146,23 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 
-def _in_words(hint: Any) -> str:
+def in_words(hint: Any, *, none: str = "null") -> str:
+    """What a value of this type is; ``none`` is how None is written.
+
+    >>> in_words(int | None), in_words(dict[str, float])
+    ('an integer or null', 'a mapping from text to a number')
+    """
     origin, inner = typing.get_origin(hint), typing.get_args(hint)
     if origin in (typing.Union, types.UnionType):
-        return " or ".join(dict.fromkeys(map(_in_words, inner)))
+        return " or ".join(dict.fromkeys(in_words(each, none=none) for each in inner))
+    if origin is typing.Literal:
+        return f"one of {', '.join(map(repr, inner))}" if len(inner) > 1 else repr(inner[0])
     if origin in (tuple, collections.abc.Sequence):
-        return f"a list, each {_in_words(inner[0])}"
+        return f"a list, each {in_words(inner[0], none=none)}"
     if origin in _MAPPINGS:
-        return f"a mapping from {_in_words(inner[0])} to {_in_words(inner[1])}"
-    names = {type(None): "null", bool: "true or false", int: "an integer", float: "a number"}
+        key, value = (in_words(each, none=none) for each in inner)
+        return f"a mapping from {key} to {value}"
+    names = {type(None): none, bool: "true or false", int: "an integer", float: "a number"}
     return names.get(hint, "text")
 
 
