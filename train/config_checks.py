@@ -30,12 +30,23 @@ _READ_BY = {
     ("stride", "full_layers"): ("longgen",),
     ("head_pattern", "sparsity"): ("streaming",),
 }
+_OF_LORA = (
+    "lora_alpha",
+    "rslora",
+    "lora_rank_pattern",
+    "lora_alpha_pattern",
+    "lora_layers",
+    "lora_dropout",
+    "lora_targets",
+    "train_embeddings_and_norms",
+    "modules_to_save",
+)
 
 
 def check_settings(config: Any) -> None:
     """Raise ValueError for the first setting of a FinetuneConfig that cannot be; it says what is allowed."""
     if not config.data_files:
-        raise ValueError("data must name at least one text file")
+        raise ValueError("data must name at least one file, folder, pattern or dataset")
     _ = config.reading  # which checks its settings
     _check_either(config)
     for name, least in (("steps", 1), ("warmup_steps", 0)):
@@ -104,12 +115,8 @@ def _check_lora(config: Any) -> None:
         )
     if config.lora_dropout >= 1:
         raise ValueError(f"lora_dropout must be a number in [0, 1), not {config.lora_dropout!r}")
-    for name in ("rslora", "lora_rank_pattern", "lora_alpha_pattern", "lora_layers", "modules_to_save"):
-        value = getattr(config, name)
-        if config.lora_rank is None and value not in (False, {}, None, ()):
-            raise ValueError(
-                f"{name}={value!r} is for LoRA, but lora_rank=None trains every parameter; give a rank"
-            )
+    if config.lora_rank is None:
+        _refuse_for_lora(config)
     for name in ("lora_targets", "modules_to_save"):
         if isinstance(getattr(config, name), str):
             raise ValueError(f"{name} must be a tuple of names, not the string {getattr(config, name)!r}")
@@ -118,6 +125,18 @@ def _check_lora(config: Any) -> None:
     ):
         raise ValueError(f"lora_layers must be None or numbers of layers, from 0, not {config.lora_layers!r}")
     _check_patterns(config)
+
+
+def _refuse_for_lora(config: Any) -> None:
+    """What a run of every parameter does not read would be ignored."""
+    for field in dataclasses.fields(config):
+        default = field.default_factory() if callable(field.default_factory) else field.default
+        value = getattr(config, field.name)
+        if field.name in _OF_LORA and value != default:
+            raise ValueError(
+                f"{field.name}={value!r} is for LoRA, but lora_rank=None trains every parameter; "
+                "leave one of them away"
+            )
 
 
 def _check_patterns(config: Any) -> None:

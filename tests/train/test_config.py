@@ -136,6 +136,13 @@ def test_no_pattern_follows_from_attention_that_is_not_chosen():
         ({"lora_rank": None, "lora_rank_pattern": {"q_proj": 4}}, "lora_rank_pattern={'q_proj': 4} is for"),
         ({"lora_rank": None, "lora_layers": (0,)}, r"lora_layers=\(0,\) is for LoRA"),
         ({"lora_rank": None, "modules_to_save": ("norm",)}, r"modules_to_save=\('norm',\) is for LoRA"),
+        ({"lora_rank": None, "lora_alpha": 8.0}, "lora_alpha=8.0 is for LoRA"),
+        ({"lora_rank": None, "lora_dropout": 0.1}, "lora_dropout=0.1 is for LoRA"),
+        ({"lora_rank": None, "lora_targets": ("q_proj",)}, r"lora_targets=\('q_proj',\) is for LoRA"),
+        (
+            {"lora_rank": None, "train_embeddings_and_norms": False},
+            "train_embeddings_and_norms=False is for LoRA, but lora_rank=None trains every parameter",
+        ),
         ({"lora_layers": ()}, r"lora_layers must be None or numbers of layers, from 0, not \(\)"),
         ({"lora_layers": (-1,)}, r"lora_layers must be .*, not \(-1,\)"),
         (

@@ -134,7 +134,10 @@ def test_a_run_that_stopped_before_its_model_was_written_writes_it(config, run, 
     ("changes", "message"),
     [
         ({"learning_rate": 0.02}, "learning_rate is 0.01, here 0.02"),
-        ({"lora_rank": None, "seed": 3}, "lora_rank is 4, here None; .*seed is 0, here 3"),
+        (
+            {"lora_rank": None, "lora_alpha": 16.0, "seed": 3},
+            "lora_rank is 4, here None; .*seed is 0, here 3",
+        ),
         ({"group_size": 32}, "its attention was shifted with rules .*16.*, here shifted with rules .*32"),
         ({"attention": "full"}, "its attention was shifted .*, here full"),
         ({"rope": "ntk"}, "its rope is .*'linear'.*, here .*'default'"),
@@ -197,6 +200,7 @@ def test_pretraining_trains_every_parameter(config, text, tmp_path):
         output=tmp_path / "output",
         context=CONTEXT,
         lora_rank=None,
+        lora_alpha=16.0,
         weight_decay=0.1,
     )
     result = finetune(pretraining, progress=False)

@@ -19,7 +19,7 @@ data: [a.txt, b.txt]
 output: out
 context: 64
 learning-rate: 2e-5  # a text in YAML, which wants a point
-lora_rank: null
+base_bits: null
 train_embeddings_and_norms: false
 attention: full
 mesh:
@@ -40,17 +40,17 @@ def read(tmp_path):
 
 
 def test_a_file_is_the_same_as_its_options(read):
-    given = "--model base --data a.txt b.txt --output out --context 64 --learning-rate 2e-5 --lora-rank None"
+    given = "--model base --data a.txt b.txt --output out --context 64 --learning-rate 2e-5 --base-bits None"
     given += " --no-train-embeddings-and-norms --attention full --mesh.fsdp 2"
     expected = parse(FinetuneCommand, "finetune", shlex.split(given))
     found = read(RUN)
     assert dataclasses.replace(found, config=None) == expected
-    assert (found.learning_rate, found.lora_rank, found.mesh) == (2e-5, None, MeshConfig(fsdp=2))
+    assert (found.learning_rate, found.base_bits, found.mesh) == (2e-5, None, MeshConfig(fsdp=2))
 
 
 def test_options_beside_the_file_win(read):
-    found = read(RUN, "--data", "c.txt", "--lora-rank", "4", "--mesh.fsdp=1", "--train-embeddings-and-norms")
-    assert list(found.data) == ["c.txt"] and found.lora_rank == 4 and found.mesh == MeshConfig()
+    found = read(RUN, "--data", "c.txt", "--base-bits", "4", "--mesh.fsdp=1", "--train-embeddings-and-norms")
+    assert list(found.data) == ["c.txt"] and found.base_bits == 4 and found.mesh == MeshConfig()
     assert found.train_embeddings_and_norms and found.context == 64
 
 
