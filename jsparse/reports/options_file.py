@@ -156,7 +156,7 @@ def in_words(hint: Any, *, none: str = "null") -> str:
     if origin in (typing.Union, types.UnionType):
         return " or ".join(dict.fromkeys(in_words(each, none=none) for each in inner))
     if origin is typing.Literal:
-        return f"one of {', '.join(map(repr, inner))}" if len(inner) > 1 else repr(inner[0])
+        return "one of " * (len(inner) > 1) + ", ".join(map(repr, inner))
     if origin in (tuple, collections.abc.Sequence):
         return f"a list, each {in_words(inner[0], none=none)}"
     if origin in _MAPPINGS:

@@ -106,7 +106,9 @@ def ends_of(service, output):
     return [record["exit"]["exit_code"] for record in records_of_wandb(output) if record["type"] == "exit"]
 
 
-def written(output, lines, start=0, services=(), stop=None, by=KeyboardInterrupt):
+def written(
+    output, lines, start=0, services=(), stop=None, by: type[BaseException] | None = KeyboardInterrupt
+):
     """Log lines after ``start`` as a run does; with ``stop``, ``by`` ends it after that step: an error, or
     None for a signal that the run obeys.
     """
