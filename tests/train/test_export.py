@@ -206,6 +206,7 @@ def test_a_base_model_that_learned_the_plain_form_brings_it_as_its_template(base
 
 FAMILY = """tokenizer.model added_tokens.json vocab.json merges.txt special_tokens_map.json tekken.json
 chat_template.jinja additional_chat_templates/rag.jinja LICENSE USE_POLICY.md""".split()
+READ = ("added_tokens.json", "special_tokens_map.json")
 GENERATION = {
     "_from_model_config": False,
     "bos_token_id": 7,
@@ -241,7 +242,7 @@ def instruct(tmp_path_factory):
     (base / "README.md").write_text("of the base")
     (base / "additional_chat_templates").mkdir()
     for name in FAMILY:
-        (base / name).write_text(f"the base's {name}")
+        (base / name).write_text("{}" if name in READ else f"the base's {name}")
     return base
 
 
