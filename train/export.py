@@ -34,8 +34,10 @@ from jsparse.models.end_token import also_ends_at, end_token
 from jsparse.models.hf_config import token_ids
 from jsparse.models.merge_adapters import agreed_config, merge_adapters
 from jsparse.models.patterns import AttentionPattern, save_pattern
+from jsparse.models.positions import note
 from jsparse.models.safetensors_folder import read_json, write_json
 from jsparse.models.sharding import MeshConfig
+from jsparse.texts.chat_template import template_sources
 from jsparse.texts.plain_form import TEMPLATE_FILE, plain_chat_template
 from jsparse.train.config import FinetuneConfig
 from jsparse.train.merge_config import MergeConfig as MergeConfig
@@ -187,7 +189,7 @@ def _merge_adapters(merging: MergeConfig, adapters: list[Path], output: Path) ->
     if merging.adapter:
         raise ValueError(f"{what} already; leave --adapter away")
     base = _common_base(adapters) if merging.model is None else merging.model
-    tokenizer = _common_tokenizer(adapters)
+    tokenizer = _common_tokenizer(adapters)  # and the chat template beside it
     try:
         agreed_config(adapters, load_config(base))  # before weights are read
         model = Llama.from_pretrained(base)
@@ -253,7 +255,10 @@ def _common_base(adapters: list[Path]) -> str:
 
 
 def _common_tokenizer(adapters: list[Path]) -> Path | None:
-    """The first adapter that brings a tokenizer, which must have the same tokens in all that do."""
+    """The first adapter that brings a tokenizer and, if any does, a chat template.
+
+    The tokenizers must have the same tokens; where the chat templates differ, a note says which is taken.
+    """
     own = [adapter for adapter in adapters if (adapter / "tokenizer.json").is_file()]
     for adapter in own[1:]:
         if not same_tokens(own[0], adapter):
@@ -261,7 +266,15 @@ def _common_tokenizer(adapters: list[Path]) -> Path | None:
                 f"the tokenizers of {own[0]} and {adapter} have different tokens, so the adapters do not add "
                 "up"
             )
-    return own[0] if own else None
+    templates = {adapter: template_sources(adapter) for adapter in own}
+    first = next((adapter for adapter in own if templates[adapter]), own[0] if own else None)
+    for adapter in own:
+        if first is not None and templates[adapter] and templates[adapter] != templates[first]:
+            note(
+                f"{first} and {adapter} have different chat templates; the model gets that of {first}, which "
+                "comes first"
+            )
+    return first
 
 
 def run_config(run: dict, *, model: str | Path | None = None) -> FinetuneConfig:

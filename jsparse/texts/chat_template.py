@@ -287,9 +287,14 @@ def load_chat_template(model: str | Path) -> ChatTemplate:
     """
     directory = model_folder(model)
     config = _read_json(directory / "tokenizer_config.json")
-    templates = {
-        name: compile_template(source, file) for name, (source, file) in _sources(directory, config).items()
-    }
+    sources = _sources(directory, config)
+    if not sources:
+        raise FileNotFoundError(
+            f"{directory} has no chat template: neither chat_template.jinja, nor "
+            "additional_chat_templates/*.jinja, nor chat_template in tokenizer_config.json or "
+            "chat_template.json"
+        )
+    templates = {name: compile_template(source, file) for name, (source, file) in sources.items()}
     if "added_tokens_decoder" not in config:  # older checkpoints
         config |= _read_json(directory / "special_tokens_map.json")
     return ChatTemplate(directory, templates, named_tokens(config))
@@ -303,6 +308,12 @@ def find_chat_template(model: str | Path) -> ChatTemplate | None:
         if not model_folder(model).is_dir():
             raise
         return None
+
+
+def template_sources(directory: Path) -> dict[str, str]:
+    """The chat templates in a folder as texts, by name; none if it has none."""
+    sources = _sources(directory, _read_json(directory / "tokenizer_config.json"))
+    return {name: source for name, (source, _) in sources.items()}
 
 
 # Files
@@ -337,12 +348,6 @@ def _sources(directory: Path, config: dict[str, Any]) -> dict[str, tuple[str, st
     old = directory / "chat_template.json"
     for path, content in ((directory / "tokenizer_config.json", config), (old, _read_json(old))):
         sources = sources or _named(content.get("chat_template"), f"{path}, chat_template")
-    if not sources:
-        raise FileNotFoundError(
-            f"{directory} has no chat template: neither chat_template.jinja, nor "
-            "additional_chat_templates/*.jinja, nor chat_template in tokenizer_config.json or "
-            "chat_template.json"
-        )
     return sources
 
 
