@@ -20,9 +20,9 @@ from jsparse.models import (
     merge_lora,
     save_adapter,
 )
-from jsparse.models.adapter import POSITION_FIELDS
 from jsparse.models.adapter_config import CONFIG as ADAPTER_CONFIG
 from jsparse.models.adapter_config import named_base
+from jsparse.models.adapter_loading import POSITION_FIELDS
 from jsparse.models.checkpoint import generation_fields
 from jsparse.models.companions import (
     companions,
