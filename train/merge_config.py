@@ -28,7 +28,8 @@ class MergeConfig:
     weights: Sequence[float] | None = None
     """What each adapter counts, one number for each; 1 for a single adapter if not given."""
     step: int | None = None
-    """The step of the checkpoint to take; by default the last."""
+    """The step of the checkpoint to take; by default the one that the run writes: that with the lowest
+    held-out loss so far, or the last if there is none or with ``export_last``."""
     adapter: bool = False
     """Write the LoRA matrices, and the embeddings and norms trained beside them, as an adapter that PEFT
     loads onto the base, instead of a whole model."""

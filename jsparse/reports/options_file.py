@@ -28,7 +28,7 @@ def with_file(config: type, options: Sequence[str]) -> list[str]:
     path = _file_named(options)
     if path is None or {"-h", "--help"}.intersection(options):
         return list(options)
-    return [*_options_of(path, config, _read(path)), *options]
+    return [*_options_of(path, config, read_options(path)), *options]
 
 
 def _file_named(options: Sequence[str]) -> Path | None:
@@ -53,7 +53,8 @@ class _Loader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-def _read(path: Path) -> dict:
+def read_options(path: Path) -> dict:
+    """The keys and values of such a file. Raises as :func:`with_file` does for what has none."""
     if not path.is_file():
         raise FileNotFoundError(f"config: {path} does not exist; it must be a YAML file of options")
     try:
