@@ -60,7 +60,8 @@ class ChatTemplate:
         """The prompt as text.
 
         - messages: mappings with a ``role`` and, in most, ``content``: a text, or a list of
-          ``{"type": "text", "text": ...}``. A key whose value is None counts as absent.
+          ``{"type": "text", "text": ...}``. A key whose value is None counts as absent. The ``arguments`` of
+          ``tool_calls`` are an object, or a text with its JSON, which gives the same.
         - tools: what the model may call, as JSON schemas.
         - documents: what it may read, with ``title`` and ``text``.
         - add_generation_prompt: end with the beginning of the assistant's answer.
@@ -101,7 +102,8 @@ class ChatTemplate:
         can make a token of the rest. And where texts meet, a part of a token that is only letters and digits
         is not seen.
 
-        For messages that spell no special token, the ids are those of transformers' ``apply_chat_template``.
+        For messages that spell no special token, the ids are those of transformers' ``apply_chat_template``;
+        for arguments in a text, those that it gives for the object, where the template writes an object.
 
         - messages: as of `render`.
         - sanitize_control_tokens: False reads the whole prompt as if the template had written it, which is
