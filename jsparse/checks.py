@@ -21,9 +21,27 @@ def require_numbers(config: Any, *fields: str, allow_zero: bool = False) -> None
     """ValueError unless each of these fields of ``config`` is a finite number above 0, or 0 if allowed."""
     for field in fields:
         value = getattr(config, field)
-        number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-        if not number or value < 0 or (value == 0 and not allow_zero):
-            raise ValueError(f"{field} must be a number {'>=' if allow_zero else '>'} 0, not {value!r}")
+        if not allow_zero:
+            require_positive(field, value)
+        elif not is_number(value) or value < 0:
+            raise ValueError(f"{field} must be a number >= 0, not {value!r}")
+
+
+def is_number(value: object) -> bool:
+    """Whether a value is a finite number; True and False are not."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < math.inf
+
+
+def require_positive(name: str, value: Any, allowed: str = "a number > 0") -> None:
+    """ValueError unless ``value`` is a finite number above 0."""
+    if not is_number(value) or value <= 0:
+        raise ValueError(f"{name} must be {allowed}, not {value!r}")
+
+
+def require_fraction(name: str, value: Any) -> None:
+    """ValueError unless ``value`` is a number from 0 on and below 1."""
+    if not is_number(value) or not 0 <= value < 1:
+        raise ValueError(f"{name} must be a number in [0, 1), not {value!r}")
 
 
 def require_choice(config: Any, field: str, *allowed: str | int | None) -> None:

@@ -5,8 +5,8 @@ from typing import TYPE_CHECKING
 from jsparse.lazy import lazy_face
 
 if TYPE_CHECKING:
-    from jsparse.models.adapter import load_adapter as load_adapter
-    from jsparse.models.adapter import save_adapter as save_adapter
+    from jsparse.models.adapter_loading import load_adapter as load_adapter
+    from jsparse.models.adapter_saving import save_adapter as save_adapter
     from jsparse.models.checkpoint import load_config as load_config
     from jsparse.models.config import LlamaConfig as LlamaConfig
     from jsparse.models.frozen_base import dequantize_base as dequantize_base

@@ -4,15 +4,17 @@ A field that is not known here may change the mathematics, so it is an error, as
 """
 
 import dataclasses
-import math
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
+from jsparse.checks import require_fraction
 from jsparse.hub import split_id
 from jsparse.integers import require_integer
 from jsparse.models.peft_names import (
+    check_alpha,
     check_expression,
+    check_pattern,
     excluded_among,
     find_named,
     not_adapted_among,
@@ -103,12 +105,12 @@ class AdapterConfig:
                 f"layers_to_transform={list(layers)} needs a list of target_modules, not {targets!r}"
             )
         return cls(
-            rank=_rank("r", fields["r"]),
-            alpha=_number("lora_alpha", fields["lora_alpha"]),
+            rank=_checked("r", fields["r"], require_integer),
+            alpha=_checked("lora_alpha", fields["lora_alpha"], check_alpha),
             rslora=_flag("use_rslora", fields.get("use_rslora")),
-            rank_pattern=_pattern("rank_pattern", fields.get("rank_pattern"), _rank),
-            alpha_pattern=_pattern("alpha_pattern", fields.get("alpha_pattern"), _number),
-            dropout=_number("lora_dropout", fields.get("lora_dropout") or 0.0),
+            rank_pattern=_pattern("rank_pattern", fields.get("rank_pattern"), require_integer),
+            alpha_pattern=_pattern("alpha_pattern", fields.get("alpha_pattern"), check_alpha),
+            dropout=_checked("lora_dropout", fields.get("lora_dropout") or 0.0, require_fraction),
             targets=targets,
             layers=layers,
             layers_patterns=_layers_patterns(fields.get("layers_pattern")),
@@ -207,17 +209,8 @@ def pickled(name: str) -> str:
     return name.replace(".safetensors", ".bin")
 
 
-def _rank(name: str, value: Any) -> int:
-    require_integer(name, value)
-    return value
-
-
-def _number(name: str, value: Any) -> float | int:
-    may_be_zero = name == "lora_dropout"
-    is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    if not is_number or not (0 <= value < 1 if may_be_zero else 0 < value < math.inf):
-        allowed = "a number in [0, 1)" if may_be_zero else "a positive number"
-        raise ValueError(f"{name} must be {allowed}, not {value!r}")
+def _checked(name: str, value: V, check: Callable[[str, Any], None]) -> V:
+    check(name, value)
     return value
 
 
@@ -227,13 +220,12 @@ def _flag(name: str, value: Any) -> bool:
     return bool(value)
 
 
-def _pattern(name: str, value: Any, read: Callable[[str, Any], V]) -> dict[str, V]:
-    """A rank_pattern or alpha_pattern, each value read by ``read(name, value)``."""
+def _pattern(name: str, value: Any, check: Callable[[str, Any], None]) -> dict[str, Any]:
+    """A rank_pattern or alpha_pattern."""
     if not isinstance(value or {}, dict):
         raise ValueError(f"{name} must map names of modules to numbers, not {value!r}")
-    for key in value or {}:
-        check_expression(name, key)
-    return {key: read(f"{name}[{key!r}]", one) for key, one in (value or {}).items()}
+    check_pattern(name, value or {}, check)
+    return dict(value or {})
 
 
 def _layers(value: Any) -> tuple[int, ...]:

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from jsparse.checks import require_fraction
 from jsparse.integers import require_integer
 from jsparse.models.frozen_base import dequantize_base, is_quantized
 from jsparse.models.layers import (
@@ -23,7 +24,8 @@ from jsparse.models.layers import (
 from jsparse.models.peft_names import (
     ALL_LINEAR,
     HEAD,
-    check_expression,
+    check_alpha,
+    check_pattern,
     module_name,
     pattern_value,
     unmatched_keys,
@@ -81,13 +83,11 @@ def add_lora(
     ((32, 2), (32, 8))
     """
     rank_pattern, alpha_pattern = rank_pattern or {}, alpha_pattern or {}
-    for name, value in {"rank": rank, **_entries("rank_pattern", rank_pattern)}.items():
-        require_integer(name, value)
-    for name, value in {"alpha": alpha, **_entries("alpha_pattern", alpha_pattern)}.items():
-        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < float("inf"):
-            raise ValueError(f"{name} must be a positive number, not {value!r}")
-    if isinstance(dropout, bool) or not isinstance(dropout, int | float) or not 0 <= dropout < 1:
-        raise ValueError(f"dropout must be a number in [0, 1), not {dropout!r}")
+    require_integer("rank", rank)
+    check_pattern("rank_pattern", rank_pattern, require_integer)
+    check_alpha("alpha", alpha)
+    check_pattern("alpha_pattern", alpha_pattern, check_alpha)
+    require_fraction("dropout", dropout)
     if has_lora(model):
         raise ValueError("the model has LoRA adapters already; merge_lora(model) folds them in")
     linears = dict(linear_layers(model))
@@ -213,13 +213,6 @@ def _layer(path: str) -> int | None:
     """The number of the decoder layer that a path lies in; None for a module that is in none."""
     parent, number, *_ = [*path.split("."), ""]
     return int(number) if parent == "layers" else None
-
-
-def _entries(name: str, pattern: Mapping[str, Any]) -> dict[str, Any]:
-    """The values of a pattern, by what a message calls them."""
-    for key in pattern:
-        check_expression(name, key)
-    return {f"{name}[{key!r}]": value for key, value in pattern.items()}
 
 
 def _check_targets(targets: Sequence[str], adaptable: Sequence[str]) -> None:

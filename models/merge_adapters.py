@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from jsparse.models.adapter import POSITION_FIELDS, load_adapter
+from jsparse.models.adapter_loading import POSITION_FIELDS, load_adapter
 from jsparse.models.checkpoint import load_config
 from jsparse.models.config import LlamaConfig
 from jsparse.models.layers import LoRAParam, adaptable_layers, linear_layers

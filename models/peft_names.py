@@ -8,7 +8,9 @@ expression for an end from a dot on.
 
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import TypeVar
+from typing import Any, TypeVar
+
+from jsparse.checks import require_positive
 
 V = TypeVar("V")
 
@@ -150,6 +152,22 @@ def check_expression(name: str, value: str) -> None:
         re.compile(value)
     except (re.error, TypeError) as error:
         raise ValueError(f"{name} {value!r} is no regular expression: {error}") from error
+
+
+def check_pattern(name: str, pattern: Mapping[str, Any], check: Callable[[str, Any], None]) -> None:
+    """ValueError unless the keys of a ``rank_pattern`` or ``alpha_pattern`` are regular expressions.
+
+    - name: what a message calls the pattern.
+    - check: of a value, by what a message calls it, such as :func:`check_alpha`.
+    """
+    for key, value in pattern.items():
+        check_expression(name, key)
+        check(f"{name}[{key!r}]", value)
+
+
+def check_alpha(name: str, value: Any) -> None:
+    """ValueError unless an alpha is a finite number above 0."""
+    require_positive(name, value, "a positive number")
 
 
 def short_targets(chosen: Iterable[str], modules: Iterable[str]) -> tuple[tuple[str, ...], tuple[int, ...]]:

@@ -118,13 +118,14 @@ def merge(options: list[str]) -> None:
     config = parse(MergeConfig, "merge", options)
     from jsparse.train.export import loading_advice, write_merged
 
-    step, base = write_merged(config)
+    step, base, best = write_merged(config)
     if step is None:
         count = len(config.runs)
         parts = "the adapter and its base" if count == 1 else f"{count} adapters and their base"
         print(f"{config.output}: the model of {parts}")
     else:
-        print(f"{config.output}: the {'adapter' if config.adapter else 'model'} of step {step}")
+        why = ", which has the lowest held-out loss" if best else ""
+        print(f"{config.output}: the {'adapter' if config.adapter else 'model'} of step {step}{why}")
     advice = loading_advice(Path(config.output), base)
     if advice is not None:
         # Lines to copy belong to the result; that nothing is needed is a note.

@@ -1,13 +1,18 @@
 """What the settings of a fine-tuning run must be, each alone and with one another."""
 
 import dataclasses
-import math
 from typing import Any
 
-from jsparse.checks import require_choice, require_integers, require_numbers
+from jsparse.checks import (
+    require_choice,
+    require_fraction,
+    require_integers,
+    require_numbers,
+    require_positive,
+)
 from jsparse.integers import is_integer, require_integer
 from jsparse.models.choices import EXTENSIONS, KINDS, REMAT
-from jsparse.models.peft_names import check_expression
+from jsparse.models.peft_names import check_pattern
 
 BLOCK = 128  # tokens, of strided attention
 GROUP_RATIO = 0.25  # of the context, by default
@@ -61,7 +66,7 @@ def check_settings(config: Any) -> None:
             require_numbers(config, field)
     if config.dpo_beta is not None and config.loss_on == "all":
         raise ValueError("loss_on='all' is not for dpo_beta, which compares answers; leave one of them away")
-    require_numbers(config, "weight_decay", "lora_dropout", allow_zero=True)
+    require_numbers(config, "weight_decay", allow_zero=True)
     for field in ("attention", "rope", "base_bits", "dtype", "remat", "schedule"):
         require_choice(config, field, *_CHOICES[field])
     if not set(config.log_to) <= set(SERVICES):
@@ -90,8 +95,7 @@ def _check_length(config: Any) -> None:
         require_numbers(config, "epochs")
     if config.warmup_ratio is not None:
         require_numbers(config, "warmup_ratio", allow_zero=True)
-        if config.warmup_ratio >= 1:
-            raise ValueError(f"warmup_ratio must be a number in [0, 1), not {config.warmup_ratio!r}")
+        require_fraction("warmup_ratio", config.warmup_ratio)
     elif config.epochs is None and config.schedule != "constant" and config.warmup >= config.total_steps:
         raise ValueError(f"warmup_steps={config.warmup} must be less than steps={config.total_steps}")
 
@@ -113,8 +117,7 @@ def _check_lora(config: Any) -> None:
             f"base_bits={config.base_bits} keeps the base frozen, but lora_rank=None trains all of it; "
             "give a lora_rank"
         )
-    if config.lora_dropout >= 1:
-        raise ValueError(f"lora_dropout must be a number in [0, 1), not {config.lora_dropout!r}")
+    require_fraction("lora_dropout", config.lora_dropout)
     if config.lora_rank is None:
         _refuse_for_lora(config)
     for name in ("lora_targets", "modules_to_save"):
@@ -124,7 +127,8 @@ def _check_lora(config: Any) -> None:
         config.lora_layers and all(is_integer(layer) and layer >= 0 for layer in config.lora_layers)
     ):
         raise ValueError(f"lora_layers must be None or numbers of layers, from 0, not {config.lora_layers!r}")
-    _check_patterns(config)
+    check_pattern("lora_rank_pattern", config.lora_rank_pattern, require_integer)
+    check_pattern("lora_alpha_pattern", config.lora_alpha_pattern, require_positive)
 
 
 def _refuse_for_lora(config: Any) -> None:
@@ -137,16 +141,6 @@ def _refuse_for_lora(config: Any) -> None:
                 f"{field.name}={value!r} is for LoRA, but lora_rank=None trains every parameter; "
                 "leave one of them away"
             )
-
-
-def _check_patterns(config: Any) -> None:
-    for key, rank in config.lora_rank_pattern.items():
-        check_expression("lora_rank_pattern", key)
-        require_integer(f"lora_rank_pattern[{key!r}]", rank)
-    for key, alpha in config.lora_alpha_pattern.items():
-        check_expression("lora_alpha_pattern", key)
-        if isinstance(alpha, bool) or not isinstance(alpha, int | float) or not 0 < alpha < math.inf:
-            raise ValueError(f"lora_alpha_pattern[{key!r}] must be a number > 0, not {alpha!r}")
 
 
 def _check_batch(config: Any) -> None:

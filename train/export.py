@@ -20,9 +20,9 @@ from jsparse.models import (
     merge_lora,
     save_adapter,
 )
-from jsparse.models.adapter import POSITION_FIELDS
 from jsparse.models.adapter_config import CONFIG as ADAPTER_CONFIG
 from jsparse.models.adapter_config import named_base
+from jsparse.models.adapter_loading import POSITION_FIELDS
 from jsparse.models.checkpoint import generation_fields
 from jsparse.models.companions import (
     companions,
@@ -34,13 +34,17 @@ from jsparse.models.end_token import also_ends_at, end_token
 from jsparse.models.hf_config import token_ids
 from jsparse.models.merge_adapters import agreed_config, merge_adapters
 from jsparse.models.patterns import AttentionPattern, save_pattern
+from jsparse.models.positions import note
 from jsparse.models.safetensors_folder import read_json, write_json
 from jsparse.models.sharding import MeshConfig
+from jsparse.reports.options_file import read_options
+from jsparse.texts.chat_template import template_sources
 from jsparse.texts.plain_form import TEMPLATE_FILE, plain_chat_template
 from jsparse.train.config import FinetuneConfig
 from jsparse.train.merge_config import MergeConfig as MergeConfig
 from jsparse.train.run.checkpoint import open_checkpoints
-from jsparse.train.run.identity import checkpoint_folder, digest_model
+from jsparse.train.run.evaluations import best_line
+from jsparse.train.run.identity import SETTINGS, checkpoint_folder, digest_model, metrics_until
 from jsparse.train.run.processes import is_first_process
 from jsparse.train.start import extended_config, is_trained, load_start
 
@@ -98,10 +102,14 @@ def _gathered(model: Llama) -> Llama:
 
 
 class Merged(NamedTuple):
-    """What was merged: the step of a run's checkpoint, None for adapters, and the base model, by its name."""
+    """What was merged: the step of a run's checkpoint, None for adapters, and the base model, by its name.
+
+    ``best`` is whether the step was taken for its held-out loss.
+    """
 
     step: int | None
     base: str
+    best: bool = False
 
 
 def merge(merging: MergeConfig) -> int | None:
@@ -114,10 +122,10 @@ def merge(merging: MergeConfig) -> int | None:
 
     Returns the step of the checkpoint that was taken; None for adapters.
 
-    Raises FileNotFoundError for a run without checkpoints or without that step, and for a base that is not
-    there; ValueError for a base model that is not the run's, for an adapter of a run that trained all
-    weights, for one that does not fit its base, and for several that disagree in their base, RoPE or
-    tokenizer; FileExistsError for an output folder that is not empty.
+    Raises FileNotFoundError for a run without checkpoints or without that step, its best one included, and
+    for a base that is not there; ValueError for a base model that is not the run's, for an adapter of a run
+    that trained all weights, for one that does not fit its base, and for several that disagree in their
+    base, RoPE or tokenizer; FileExistsError for an output folder that is not empty.
     """
     return write_merged(merging).step
 
@@ -142,14 +150,15 @@ def write_merged(merging: MergeConfig) -> Merged:
 
 
 def _merge_run(merging: MergeConfig, run: str | Path, output: Path) -> Merged:
-    """Write the model or the adapter of a checkpoint."""
+    """Write the model or the adapter of a checkpoint: that of a given step, or the one the run writes."""
     folder = checkpoint_folder(Path(run))
     with open_checkpoints(folder, writable=False) as checkpoints:
         steps = checkpoints.steps()
-        step = max(steps, default=None) if merging.step is None else merging.step
+        best = _best_step(Path(run), max(steps)) if steps and merging.step is None else None
+        step = best if merging.step is None else merging.step
+        step = max(steps, default=None) if step is None else step
         if step is None or step not in steps:
-            asked = "" if step is None else f" of step {step}"
-            raise FileNotFoundError(f"{folder} has no checkpoint{asked}; it has steps {steps}")
+            raise FileNotFoundError(_no_checkpoint(folder, step, best, steps))
         described = checkpoints.read_run(step)
         config = run_config(described, model=merging.model)
         try:
@@ -176,7 +185,29 @@ def _merge_run(merging: MergeConfig, run: str | Path, output: Path) -> Merged:
     else:
         pattern = AttentionPattern.from_json(json.dumps(described["attention"]))
         export_model(config, model, pattern, output, form=described.get("form", ""))
-    return Merged(step, str(config.model))
+    return Merged(step, str(config.model), best=best is not None)
+
+
+def _best_step(run: Path, last: int) -> int | None:
+    """The step with the lowest held-out loss up to the last checkpoint, which is the one that the run writes.
+
+    None if there is none, or if the run writes the last step nevertheless. run.yaml says how it was started
+    last: a run that had finished then has no newer checkpoint.
+    """
+    best = best_line(metrics_until(run, last))
+    settings = run / SETTINGS
+    exports_last = settings.is_file() and read_options(settings).get("export_last", False)
+    return None if best is None or exports_last else best["step"]
+
+
+def _no_checkpoint(folder: Path, step: int | None, best: int | None, steps: list[int]) -> str:
+    if best is not None:
+        return (
+            f"{folder}: the checkpoint of step {step}, which has the lowest held-out loss, is gone; --step "
+            f"takes another of {steps}"
+        )
+    asked = "" if step is None else f" of step {step}"
+    return f"{folder} has no checkpoint{asked}; it has steps {steps}"
 
 
 def _merge_adapters(merging: MergeConfig, adapters: list[Path], output: Path) -> Merged:
@@ -187,7 +218,7 @@ def _merge_adapters(merging: MergeConfig, adapters: list[Path], output: Path) ->
     if merging.adapter:
         raise ValueError(f"{what} already; leave --adapter away")
     base = _common_base(adapters) if merging.model is None else merging.model
-    tokenizer = _common_tokenizer(adapters)
+    tokenizer = _common_tokenizer(adapters)  # and the chat template beside it
     try:
         agreed_config(adapters, load_config(base))  # before weights are read
         model = Llama.from_pretrained(base)
@@ -253,7 +284,10 @@ def _common_base(adapters: list[Path]) -> str:
 
 
 def _common_tokenizer(adapters: list[Path]) -> Path | None:
-    """The first adapter that brings a tokenizer, which must have the same tokens in all that do."""
+    """The first adapter that brings a tokenizer and, if any does, a chat template.
+
+    The tokenizers must have the same tokens; where the chat templates differ, a note says which is taken.
+    """
     own = [adapter for adapter in adapters if (adapter / "tokenizer.json").is_file()]
     for adapter in own[1:]:
         if not same_tokens(own[0], adapter):
@@ -261,7 +295,15 @@ def _common_tokenizer(adapters: list[Path]) -> Path | None:
                 f"the tokenizers of {own[0]} and {adapter} have different tokens, so the adapters do not add "
                 "up"
             )
-    return own[0] if own else None
+    templates = {adapter: template_sources(adapter) for adapter in own}
+    first = next((adapter for adapter in own if templates[adapter]), own[0] if own else None)
+    for adapter in own:
+        if first is not None and templates[adapter] and templates[adapter] != templates[first]:
+            note(
+                f"{first} and {adapter} have different chat templates; the model gets that of {first}, which "
+                "comes first"
+            )
+    return first
 
 
 def run_config(run: dict, *, model: str | Path | None = None) -> FinetuneConfig:

@@ -1,9 +1,10 @@
 """What ``jsparse merge`` writes, and from where."""
 
 import dataclasses
-import math
 from collections.abc import Sequence
 from pathlib import Path
+
+from jsparse.checks import is_number
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -27,7 +28,8 @@ class MergeConfig:
     weights: Sequence[float] | None = None
     """What each adapter counts, one number for each; 1 for a single adapter if not given."""
     step: int | None = None
-    """The step of the checkpoint to take; by default the last."""
+    """The step of the checkpoint to take; by default the one that the run writes: that with the lowest
+    held-out loss so far, or the last if there is none or with ``export_last``."""
     adapter: bool = False
     """Write the LoRA matrices, and the embeddings and norms trained beside them, as an adapter that PEFT
     loads onto the base, instead of a whole model."""
@@ -43,7 +45,7 @@ class MergeConfig:
             raise ValueError(
                 f"weights must have one number for each run, which are {len(self.runs)}, not {list(given)}"
             )
-        strangers = [weight for weight in given if not _is_number(weight)]
+        strangers = [weight for weight in given if not is_number(weight)]
         if strangers:
             raise ValueError(f"weights must be finite numbers, not {strangers[0]!r}")
 
@@ -51,7 +53,3 @@ class MergeConfig:
     def runs(self) -> tuple[str | Path, ...]:
         """``run``, as several."""
         return (self.run,) if isinstance(self.run, str | Path) else tuple(self.run)
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)

@@ -33,7 +33,7 @@ def with_file(config: type, options: Sequence[str], *, either: Collection[tuple[
     given = {option.partition("=")[0].replace("-", "_") for option in options}
     pairs = [*either, *(pair[::-1] for pair in either)]
     replaced = {other for name, other in pairs if f"__{name}" in given and f"__{other}" not in given}
-    return [*_options_of(path, config, _read(path), without=replaced), *options]
+    return [*_options_of(path, config, read_options(path), without=replaced), *options]
 
 
 def _file_named(options: Sequence[str]) -> Path | None:
@@ -59,7 +59,8 @@ class _Loader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-def _read(path: Path) -> dict:
+def read_options(path: Path) -> dict:
+    """The keys and values of such a file. Raises as :func:`with_file` does for what has none."""
     if not path.is_file():
         raise FileNotFoundError(f"config: {path} does not exist; it must be a YAML file of options")
     try:

@@ -13,6 +13,7 @@ from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any, TypeAlias
 
 from jsparse.texts.control_tokens import CLOSE, GENERATION_END, GENERATION_START, OPEN, TURNS, TURNS_COUNT
+from jsparse.texts.tool_arguments import Arguments
 
 Chat: TypeAlias = list[dict[str, Any]]
 _TURN = re.compile(f"[{TURNS}]")
@@ -118,6 +119,8 @@ def _mark_texts(message: dict[str, Any], before: str, after: str) -> dict[str, A
             return value.replace(body, f"{before}{body}{after}", 1) if body else value
         if isinstance(value, list):
             return [text(item) for item in value]
+        if isinstance(value, Arguments):
+            return Arguments(text(dict(value)), text(str(value)))
         return {key: text(item) for key, item in value.items()} if isinstance(value, dict) else value
 
     def part(value: Any) -> Any:

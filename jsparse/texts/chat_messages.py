@@ -4,6 +4,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from jsparse.texts.control_tokens import CUT, GENERATION_END, GENERATION_START, has_surrogate, remove_marks
+from jsparse.texts.tool_arguments import Arguments, with_arguments
 
 MAX_DEPTH = 100  # of lists and mappings
 # Names under which the text of what a model thought is given; templates read the first or the second.
@@ -24,6 +25,8 @@ def plain(value: Any, place: str, mark: Callable[[str], str], depth: int = 0) ->
         return float(value)
     if depth == MAX_DEPTH:
         raise ValueError(f"{place} is nested more than {MAX_DEPTH} deep")
+    if isinstance(value, Arguments):
+        return Arguments(plain(dict(value), place, mark, depth), plain(str(value), place, mark))
     if isinstance(value, Mapping):
         return {
             plain(key, f"a key of {place}", mark, depth + 1): plain(item, f"{place}.{key}", mark, depth + 1)
@@ -37,21 +40,27 @@ def plain(value: Any, place: str, mark: Callable[[str], str], depth: int = 0) ->
 
 def read_mappings(values: Any, place: str, mark: Callable[[str], str]) -> list[dict[str, Any]]:
     """A plain copy of a list of mappings, with each text marked. ValueError for anything else."""
+    require_mappings(values, place)
+    return plain(values, place, mark)
+
+
+def require_mappings(values: Any, place: str) -> None:
+    """ValueError, which names the place, unless this is a list of mappings."""
     if not isinstance(values, list | tuple):
         raise ValueError(f"{place} must be a list of mappings, not {type(values).__name__}")
     for n, value in enumerate(values):
         if not isinstance(value, Mapping):
             raise ValueError(f"{place}[{n}] must be a mapping, not {type(value).__name__}")
-    return plain(values, place, mark)
 
 
 def read_messages(messages: Any, mark: Callable[[str], str]) -> list[dict[str, Any]]:
     """A plain copy of messages, with each text marked. ValueError if there is none, or one without a role.
 
     As transformers does, it leaves out what is None, and gives what the model thought all names that
-    templates read.
+    templates read. Arguments of calls that OpenAI's API has written as JSON are the objects, as in vLLM.
     """
-    chat = read_mappings(messages, "messages", mark)
+    require_mappings(messages, "messages")
+    chat = plain([with_arguments(message) for message in messages], "messages", mark)
     if not chat:
         raise ValueError("messages is empty; there must be at least one")
     for n, message in enumerate(chat):

@@ -3,7 +3,7 @@
 import functools
 import hashlib
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -21,12 +21,10 @@ from jsparse.texts.control_tokens import (
     remove_marks,
 )
 from jsparse.texts.jinja_sandbox import MAX_SOURCE, CompiledTemplate, compile_template
-from jsparse.texts.tokenizer import load_tokenizer
+from jsparse.texts.tokenizer import load_tokenizer, named_tokens
 
 # Lists of mappings. What is in them is checked when it is read, by errors that name the place.
 Messages: TypeAlias = Any
-
-_NAMED = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 
 
 @dataclass(frozen=True)
@@ -35,8 +33,7 @@ class ChatTemplate:
 
     - directory: the checkpoint's folder; None for a template that is not of a checkpoint.
     - templates: by name. Most checkpoints have one, named ``default``.
-    - special_tokens: ``bos_token`` and the like, as templates see them.
-    - added_tokens: those of the configuration, which most tokenizers have already.
+    - special_tokens: ``bos_token`` and the like, as templates see them. A tokenizer that lacks one gets it.
     - tokenizer: what encodes; by default, the one in the folder.
 
     Templates come from whoever made the checkpoint, and run in a sandbox. They see plain data only. One that
@@ -47,7 +44,6 @@ class ChatTemplate:
     directory: Path | None
     templates: Mapping[str, CompiledTemplate] = field(repr=False)
     special_tokens: Mapping[str, str]
-    added_tokens: Sequence[AddedToken] = field(repr=False)
     tokenizer: Tokenizer | None = field(default=None, repr=False, compare=False)
 
     def render(
@@ -64,7 +60,8 @@ class ChatTemplate:
         """The prompt as text.
 
         - messages: mappings with a ``role`` and, in most, ``content``: a text, or a list of
-          ``{"type": "text", "text": ...}``. A key whose value is None counts as absent.
+          ``{"type": "text", "text": ...}``. A key whose value is None counts as absent. The ``arguments`` of
+          ``tool_calls`` are an object, or a text with its JSON, which gives the same.
         - tools: what the model may call, as JSON schemas.
         - documents: what it may read, with ``title`` and ``text``.
         - add_generation_prompt: end with the beginning of the assistant's answer.
@@ -105,7 +102,8 @@ class ChatTemplate:
         can make a token of the rest. And where texts meet, a part of a token that is only letters and digits
         is not seen.
 
-        For messages that spell no special token, the ids are those of transformers' ``apply_chat_template``.
+        For messages that spell no special token, the ids are those of transformers' ``apply_chat_template``;
+        for arguments in a text, those that it gives for the object, where the template writes an object.
 
         - messages: as of `render`.
         - sanitize_control_tokens: False reads the whole prompt as if the template had written it, which is
@@ -145,10 +143,9 @@ class ChatTemplate:
         return prompt.ids, assistant_mask(prompt.encoding.offsets, prompt.generated)
 
     def digest(self) -> str:
-        """SHA-256 of all that decides what is rendered and encoded, but for tokenizer.json."""
+        """SHA-256 of all that decides what is rendered and encoded, but for the tokenizer."""
         sources = {name: template.source for name, template in self.templates.items()}
-        added = [repr(token) for token in self.added_tokens]
-        content = json.dumps([sources, dict(self.special_tokens), added], sort_keys=True)
+        content = json.dumps([sources, dict(self.special_tokens)], sort_keys=True)
         return hashlib.sha256(content.encode()).hexdigest()
 
     def _choose(self, name: str | None, tools: Any) -> CompiledTemplate:
@@ -258,7 +255,8 @@ class ChatTemplate:
         assert self.directory is not None
         tokenizer = load_tokenizer(self.directory)
         known = {token.content for token in tokenizer.get_added_tokens_decoder().values()}
-        tokenizer.add_tokens([token for token in self.added_tokens if token.content not in known])
+        missing = [text for text in self.special_tokens.values() if text not in known]
+        tokenizer.add_tokens([AddedToken(text, special=True) for text in missing])
         return ControlTokens(tokenizer)
 
 
@@ -291,15 +289,17 @@ def load_chat_template(model: str | Path) -> ChatTemplate:
     """
     directory = model_folder(model)
     config = _read_json(directory / "tokenizer_config.json")
-    templates = {
-        name: compile_template(source, file) for name, (source, file) in _sources(directory, config).items()
-    }
+    sources = _sources(directory, config)
+    if not sources:
+        raise FileNotFoundError(
+            f"{directory} has no chat template: neither chat_template.jinja, nor "
+            "additional_chat_templates/*.jinja, nor chat_template in tokenizer_config.json or "
+            "chat_template.json"
+        )
+    templates = {name: compile_template(source, file) for name, (source, file) in sources.items()}
     if "added_tokens_decoder" not in config:  # older checkpoints
         config |= _read_json(directory / "special_tokens_map.json")
-    special_tokens = _special_tokens(config)
-    return ChatTemplate(
-        directory, templates, special_tokens, _added_tokens(config, special_tokens, directory)
-    )
+    return ChatTemplate(directory, templates, named_tokens(config))
 
 
 def find_chat_template(model: str | Path) -> ChatTemplate | None:
@@ -310,6 +310,12 @@ def find_chat_template(model: str | Path) -> ChatTemplate | None:
         if not model_folder(model).is_dir():
             raise
         return None
+
+
+def template_sources(directory: Path) -> dict[str, str]:
+    """The chat templates in a folder as texts, by name; none if it has none."""
+    sources = _sources(directory, _read_json(directory / "tokenizer_config.json"))
+    return {name: source for name, (source, _) in sources.items()}
 
 
 # Files
@@ -344,12 +350,6 @@ def _sources(directory: Path, config: dict[str, Any]) -> dict[str, tuple[str, st
     old = directory / "chat_template.json"
     for path, content in ((directory / "tokenizer_config.json", config), (old, _read_json(old))):
         sources = sources or _named(content.get("chat_template"), f"{path}, chat_template")
-    if not sources:
-        raise FileNotFoundError(
-            f"{directory} has no chat template: neither chat_template.jinja, nor "
-            "additional_chat_templates/*.jinja, nor chat_template in tokenizer_config.json or "
-            "chat_template.json"
-        )
     return sources
 
 
@@ -365,30 +365,3 @@ def _named(value: Any, file: str) -> dict[str, tuple[str, str]]:
     if len(texts) != len(entries) or not texts or not all(isinstance(t, str) for pair in texts for t in pair):
         raise ValueError(f"{file} must be a text, or a list of objects with the texts `name` and `template`")
     return {name: (source, f"{file} {name!r}") for name, source in texts}
-
-
-def _special_tokens(config: dict[str, Any]) -> dict[str, str]:
-    """What transformers gives to templates: the tokens with names, those of a model's own included."""
-    named = {key: value for key, value in config.items() if key in _NAMED or key.endswith("_token")}
-    if isinstance(config.get("extra_special_tokens"), dict):
-        named |= config["extra_special_tokens"]
-    texts = {key: value.get("content") if isinstance(value, dict) else value for key, value in named.items()}
-    return {key: text for key, text in texts.items() if isinstance(text, str)}
-
-
-def _added_tokens(config: dict[str, Any], named: Mapping[str, str], directory: Path) -> list[AddedToken]:
-    """The tokens that a configuration adds to tokenizer.json, which has them already in most checkpoints."""
-    flags = ("single_word", "lstrip", "rstrip", "normalized", "special")
-    try:
-        entries = sorted((int(id), entry) for id, entry in config.get("added_tokens_decoder", {}).items())
-        tokens = [
-            AddedToken(entry["content"], **{flag: entry[flag] for flag in flags if flag in entry})
-            for _, entry in entries
-        ]
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise ValueError(
-            f"{directory / 'tokenizer_config.json'}, added_tokens_decoder must map ids to tokens with "
-            "`content` and flags"
-        ) from error
-    known = {token.content for token in tokens}
-    return tokens + [AddedToken(text, special=True) for text in named.values() if text not in known]

@@ -21,6 +21,7 @@ from jinja2.sandbox import SandboxedFormatter
 from markupsafe import Markup
 
 from jsparse.texts.control_tokens import escape_non_ascii, unescape_marks
+from jsparse.texts.tool_arguments import Arguments
 
 # What one rendering may build, in characters; a loop's turn and an element of a list count as NODE.
 BUDGET = 64 * 1024 * 1024
@@ -102,6 +103,7 @@ def require_bits(bits: int) -> None:
 def text_of(value: Any) -> str:
     """``str(value)``, within the budget. The marks of texts in a list or a mapping stay as they are."""
     budget = current_budget.get()
+    value = str(value) if isinstance(value, Arguments) else value
     if not isinstance(value, str):
         size(value, budget.left)
         value = unescape_marks(str(value))
@@ -118,6 +120,7 @@ def concatenate(values: Iterable[Any]) -> str:
 
 
 def add(left: Any, right: Any) -> Any:
+    left, right = (str(value) if isinstance(value, Arguments) else value for value in (left, right))
     if isinstance(left, str) and isinstance(right, str):
         current_budget.get().spend(len(left) + len(right))
         return left + right

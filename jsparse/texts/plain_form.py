@@ -72,7 +72,7 @@ def plain_chat_template(tokenizer: tokenizers.Tokenizer, end_token_id: int | Non
         "END": "" if end_token_id is None else _written(loaded, end_token_id),
     }
     source = re.sub("START|END", lambda match: json.dumps(literals[match[0]], ensure_ascii=False), _SOURCE)
-    return ChatTemplate(None, {"default": compile_template(source, "the plain form")}, {}, (), loaded)
+    return ChatTemplate(None, {"default": compile_template(source, "the plain form")}, {}, loaded)
 
 
 def with_input(instruction: str, input: str) -> str:

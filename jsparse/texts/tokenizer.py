@@ -10,6 +10,7 @@ from tokenizers import AddedToken, decoders, models, pre_tokenizers, trainers
 
 from jsparse.files import pointer_hint, read_json_object
 from jsparse.hub import model_folder
+from jsparse.integers import is_integer
 
 END_OF_TEXT = "<|endoftext|>"
 
@@ -20,7 +21,9 @@ def load_tokenizer(directory: str | Path) -> tokenizers.Tokenizer:
     It never truncates or pads: a length that was saved in the file, as transformers does after a call with
     padding, belongs to that call. ``add_bos_token`` and ``add_eos_token`` of ``tokenizer_config.json`` say
     nothing beside a tokenizer.json, which has its own; ``legacy`` and ``add_prefix_space`` count for a
-    ``LlamaTokenizer`` made by SentencePiece, but not for a Mistral model's.
+    ``LlamaTokenizer`` made by SentencePiece, but not for a Mistral model's. The tokens of
+    ``added_tokens_decoder`` in that file, or without it of ``added_tokens.json``, that tokenizer.json lacks
+    come after its own, in the order of their ids; of those that it has, they change the flags.
 
     Raises FileNotFoundError if there is none (older checkpoints have only ``tokenizer.model``), and
     ValueError if it cannot be read.
@@ -43,7 +46,62 @@ def load_tokenizer(directory: str | Path) -> tokenizers.Tokenizer:
     if declared == "LlamaTokenizer" and "ByteLevel" not in tokenizer.to_str():
         if _settings(path.parent, "config.json").get("model_type") != "mistral":
             _read_as_sentencepiece(tokenizer, settings)
+    known = {repr(token) for token in tokenizer.get_added_tokens_decoder().values()}
+    tokens = _added_tokens(path.parent, settings, tokenizer)
+    tokenizer.add_tokens([token for token in tokens if repr(token) not in known])
     return tokenizer
+
+
+def named_tokens(settings: dict[str, Any]) -> dict[str, str]:
+    """The special tokens that a configuration names, those of a model's own included.
+
+    >>> named_tokens({"eos_token": {"content": "</s>"}, "model_max_length": 4096})
+    {'eos_token': '</s>'}
+    """
+    named = {key: value for key, value in settings.items() if key.endswith("_token")}
+    if isinstance(settings.get("extra_special_tokens"), dict):
+        named |= settings["extra_special_tokens"]
+    texts = {key: value.get("content") if isinstance(value, dict) else value for key, value in named.items()}
+    return {key: text for key, text in texts.items() if isinstance(text, str)}
+
+
+def _added_tokens(
+    directory: Path, settings: dict[str, Any], tokenizer: tokenizers.Tokenizer
+) -> list[AddedToken]:
+    """The tokens of the files beside tokenizer.json, by their ids."""
+    if "added_tokens_decoder" not in settings:  # older checkpoints
+        return _tokens_of_older(directory, settings, tokenizer)
+    flags = ("single_word", "lstrip", "rstrip", "normalized", "special")
+    try:
+        entries = sorted((int(id), entry) for id, entry in settings["added_tokens_decoder"].items())
+        tokens = [
+            AddedToken(entry["content"], **{flag: entry[flag] for flag in flags if flag in entry})
+            for _, entry in entries
+        ]
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise ValueError(
+            f"{directory / 'tokenizer_config.json'}, added_tokens_decoder must map ids to tokens with "
+            "`content` and flags"
+        ) from error
+    named = set(named_tokens(settings).values())
+    for token in tokens:
+        token.special = token.special or token.content in named
+    return tokens
+
+
+def _tokens_of_older(
+    directory: Path, settings: dict[str, Any], tokenizer: tokenizers.Tokenizer
+) -> list[AddedToken]:
+    """Those of ``added_tokens.json``, which has no flags; ids that tokenizer.json gives are its own."""
+    settings = settings | _settings(directory, "special_tokens_map.json")
+    listed = settings.get("extra_special_tokens") or settings.get("additional_special_tokens") or []
+    special = {*named_tokens(settings).values(), *(token for token in listed if isinstance(token, str))}
+    own = tokenizer.get_added_tokens_decoder()
+    ids = _settings(directory, "added_tokens.json")
+    if not all(is_integer(id) for id in ids.values()):
+        raise ValueError(f"{directory / 'added_tokens.json'} must map tokens to ids")
+    contents = [content for content, id in sorted(ids.items(), key=lambda item: item[1]) if id not in own]
+    return [AddedToken(one, special=one in special, normalized=one not in special) for one in contents]
 
 
 def _settings(directory: Path, name: str = "tokenizer_config.json") -> dict[str, Any]:

@@ -16,7 +16,8 @@ from flax import nnx
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from jsparse.models import Llama, LoRAParam, RopeConfig, add_lora, has_lora, merge_lora, quantize_base
-from jsparse.models.adapter import load_adapter, save_adapter
+from jsparse.models.adapter_loading import load_adapter
+from jsparse.models.adapter_saving import save_adapter
 from jsparse.models.layers import adaptable_layers
 
 TOKENS = np.random.default_rng(0).integers(0, 61, (2, 24)).astype(np.int32)

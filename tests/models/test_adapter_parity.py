@@ -11,8 +11,9 @@ import pytest
 from flax import nnx
 
 from jsparse.models import Llama, LlamaConfig, LoRAParam, add_lora, merge_lora
-from jsparse.models.adapter import load_adapter, save_adapter
 from jsparse.models.adapter_config import AdapterConfig
+from jsparse.models.adapter_loading import load_adapter
+from jsparse.models.adapter_saving import save_adapter
 from jsparse.models.convert import ConvertConfig, convert
 from jsparse.models.peft_names import pattern_value
 

@@ -206,6 +206,7 @@ def test_a_base_model_that_learned_the_plain_form_brings_it_as_its_template(base
 
 FAMILY = """tokenizer.model added_tokens.json vocab.json merges.txt special_tokens_map.json tekken.json
 chat_template.jinja additional_chat_templates/rag.jinja LICENSE USE_POLICY.md""".split()
+READ = ("added_tokens.json", "special_tokens_map.json")
 GENERATION = {
     "_from_model_config": False,
     "bos_token_id": 7,
@@ -241,7 +242,7 @@ def instruct(tmp_path_factory):
     (base / "README.md").write_text("of the base")
     (base / "additional_chat_templates").mkdir()
     for name in FAMILY:
-        (base / name).write_text(f"the base's {name}")
+        (base / name).write_text("{}" if name in READ else f"the base's {name}")
     return base
 
 
@@ -338,6 +339,36 @@ def test_several_adapters_by_weight(config, run, instruct, instruct_run, tmp_pat
     (tmp_path / "plain" / "config.json").unlink()  # as PEFT writes it, trained with the base's RoPE
     err = merged("--weights", "1", "1", runs=("one", "plain"), code=2)
     assert "trained with one RoPE, but" in err and str(tmp_path / "one") in err and "/plain has" in err
+
+
+def test_chat_templates_that_differ_among_adapters(run, tmp_path, capsys):
+    """The first adapter that brings a template decides, and a note says so if another has a different one."""
+    folders = {}
+    for name, template in (("bare", None), ("a", "A"), ("b", "B"), ("a too", "A")):
+        folder = folders[name] = tmp_path / name
+        merge(MergeConfig(run=run, output=folder, adapter=True))
+        if name == "a too":  # in another file, which transformers reads too
+            (folder / "tokenizer_config.json").write_text(json.dumps({"chat_template": template}))
+        elif template is not None:
+            (folder / "chat_template.jinja").write_text(template)
+
+    def merged(*names):
+        paths, output = [folders[name] for name in names], tmp_path / " and ".join(names)
+        options = ["--weights", *["0.5"] * len(paths)]
+        assert main(["merge", "--run", *map(str, paths), "--output", str(output), *options]) == 0
+        template = load_chat_template(output).render([{"role": "user", "content": "Hi"}])
+        return template, [line for line in capsys.readouterr().err.splitlines() if "chat template" in line]
+
+    for names, template in ((("a", "b"), "A"), (("b", "a"), "B"), (("bare", "b", "a too", "a"), "B")):
+        found, notes = merged(*names)
+        first, other = [folders[name] for name in names if name != "bare"][:2]
+        assert found == template
+        assert len(notes) == 1 and notes[0].endswith(
+            f"{first} and {other} have different chat templates; the model gets that of {first}, which comes "
+            "first"
+        ), notes
+    assert merged("a", "a too") == ("A", [])
+    assert merged("bare", "a") == ("A", [])
 
 
 def test_how_to_load_an_extended_rope_in_transformers(

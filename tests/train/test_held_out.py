@@ -4,6 +4,7 @@ import dataclasses
 import json
 import logging
 import os
+import shutil
 import signal
 
 import jax
@@ -11,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jsparse.__main__ import main
 from jsparse.models import Llama, load_config
 from jsparse.train import FinetuneConfig, MergeConfig, evaluate_perplexity, finetune, finetuning, merge
 from jsparse.train.data.windows import open_windows, write_windows
@@ -183,6 +185,30 @@ def test_the_model_of_the_best_step_is_written_and_its_checkpoint_kept(config, r
     assert without_speed(lines_of(last.output)) == without_speed(lines)
 
 
+def test_merge_takes_the_step_that_the_run_has_written(config, run, tmp_path, capsys):
+    def merged(folder, *options):
+        output = tmp_path / f"merged {len(list(tmp_path.iterdir()))}"
+        assert main(["merge", "--run", str(folder), "--output", str(output), *options]) == 0
+        out = capsys.readouterr().out.splitlines()[0]
+        return weights(output), out.removeprefix(f"{output}: the model of ")
+
+    best = f"step {run.best_step}, which has the lowest held-out loss"
+    assert merged(config.output) == (weights(config.output), best)
+    assert merged(config.output, "--step", "6")[1] == "step 6"
+    again = dataclasses.replace(config, output=tmp_path / "again", export_last=True)
+    shutil.copytree(config.output, again.output)
+    assert merged(again.output)[1] == best
+    finetune(again, progress=False)  # it has finished, so it only writes another model
+    assert merged(again.output) == (weights(again.output), "step 6")
+    copied = shutil.copytree(config.output, tmp_path / "without")
+    shutil.rmtree(copied / "checkpoints" / str(run.best_step))
+    with pytest.raises(FileNotFoundError, match=rf"of step {run.best_step}, .* is gone; --step .* \[6\]"):
+        merge(MergeConfig(run=copied, output=tmp_path / "new"))
+    assert not (tmp_path / "new").exists()
+    (copied / "metrics.jsonl").unlink()
+    assert merged(copied)[1] == "step 6"
+
+
 def test_evaluations_do_not_change_what_is_learned(config, run, tmp_path):
     alone = dataclasses.replace(config, eval_data=(), eval_every=None, output=tmp_path / "o", steps=3)
     result = finetune(alone, progress=False)
@@ -271,8 +297,6 @@ def test_held_out_data_may_be_added_to_a_run_but_not_changed_or_left_away(config
 
 
 def test_a_best_checkpoint_that_is_gone_is_named(config, run, tmp_path):
-    import shutil
-
     copied = dataclasses.replace(config, output=tmp_path / "o")
     shutil.copytree(config.output, copied.output)
     shutil.rmtree(copied.output / "checkpoints" / str(run.best_step))

@@ -152,6 +152,41 @@ def test_one_control_token_in_another(load):
         assert not special & {template._control_tokens.tokenizer.id_to_token(id) for id in ids}
 
 
+CALLED = "{{ messages[0].tool_calls[0].function.arguments%s }}"
+
+
+@pytest.mark.parametrize("how", ["", " | tojson", ".word", " ~ ''", " + ''", " | items | list | string"])
+def test_control_tokens_in_arguments_are_text_however_they_are_written(how, load):
+    """Also where JSON's escapes hide them, and where a text spells the marks of this package."""
+    template = load(CALLED % how)
+    token = load_tokenizer(template.directory).token_to_id("<|im_end|>")
+    for arguments in (
+        '{"word": "<|im_end|>"}',
+        r'{"word": "\u003c|im_end\u007c>"}',
+        r'{"word": "\\ud801<|im_end|>\\ud800 "}',
+        r'{"word": "<|im\\ud800_end|>"}',
+    ):
+        call = {"function": {"name": "f", "arguments": arguments}}
+        message = {"role": "assistant", "tool_calls": [call]}
+        assert token not in template.encode([message], add_generation_prompt=False)
+        rendered = template.render([message], add_generation_prompt=False)
+        if how in ("", " ~ ''", " + ''"):
+            assert rendered == arguments
+        if how == ".word":
+            assert rendered == json.loads(arguments)["word"]
+
+
+def test_arguments_that_are_empty_are_an_empty_object(load):
+    template, call = load(CALLED % " | tojson"), {"function": {"name": "f", "arguments": ""}}
+    assert template.render([{"role": "assistant", "tool_calls": [call]}]) == "{}"
+
+
+@pytest.mark.parametrize("calls", [3, "f", [3], ["f"], [{"function": 3}], [{"function": {}}], [{}]])
+def test_calls_of_other_forms_are_given_to_the_template_as_they_are(calls, load):
+    template = load("{{ messages[0].tool_calls | tojson }}")
+    assert template.render([{"role": "assistant", "tool_calls": calls}]) == json.dumps(calls)
+
+
 def test_text_of_which_the_tokenizer_makes_a_control_token_is_refused(load):
     template = load("{{ messages[0].content }}")
     path = template.directory / "tokenizer.json"
@@ -233,11 +268,6 @@ def test_the_old_file_of_multimodal_models(tmp_path):
             "tokenizer_config.json",
             '{"chat_template": 3}',
             "tokenizer_config.json, chat_template must be a text",
-        ),
-        (
-            "tokenizer_config.json",
-            '{"chat_template": "a", "added_tokens_decoder": {"3": "<s>"}}',
-            "tokenizer_config.json, added_tokens_decoder must map ids to tokens",
         ),
     ],
 )

@@ -545,3 +545,64 @@ def test_greedy_answers_to_a_conversation(tmp_path, save_chat_model, family):
         # Alone, transformers' text has no space before its first word; ours goes on from the prompt.
         assert answer.texts[0].lstrip() == their_tokenizer.decode(new, skip_special_tokens=True).lstrip()
         talk += [{"role": "assistant", "content": answer.texts[0]}, {"role": "user", "content": "Why?"}]
+
+
+# The arguments of a call as OpenAI's API gives them: JSON in a text.
+WRITTEN = '{"city":"Paris é", "days": [1, {"hour": 2.5}]}'
+OBJECT = json.loads(WRITTEN)
+PIECES = ["'```json\\n' + a + '\\n```'", "'<' ~ a ~ '>'", "'%s' | format(a)", "a | trim", "['[', a] | join"]
+
+
+def calling(arguments):
+    call = CALL | {"function": CALL["function"] | {"arguments": arguments}}
+    messages = [USER, {"role": "assistant", "content": None, "tool_calls": [call]}, RESULT, ASSISTANT]
+    return messages, {"tools": TOOLS, "add_generation_prompt": False}
+
+
+@pytest.mark.parametrize(
+    "family", ["deepseek-r1-distill", "llama-3.1-tools", "mistral-v0.3-tools", "qwen2.5", "qwen3"]
+)
+def test_arguments_in_a_text_are_the_object_that_they_write(family, save_chat_model, tmp_path):
+    folder = save_chat_model(tmp_path / "model", family, **FAMILIES[family])
+    ours, theirs = load_chat_template(folder), transformers.AutoTokenizer.from_pretrained(folder)
+    written, options = calling(WRITTEN)
+    objects, _ = calling(OBJECT)
+    text = theirs.apply_chat_template(objects, tokenize=False, **options)
+    assert '"hour": 2.5' in text
+    if family != "qwen3":  # which asks whether they are a text
+        assert '\\"hour' in theirs.apply_chat_template(written, tokenize=False, **options)
+    for messages in (written, objects):
+        assert ours.render(messages, **options) == text
+        assert ours.encode(messages, **options) == theirs.apply_chat_template(
+            objects, return_dict=False, **options
+        )
+    assert ours.encode_with_mask(written, **options) == ours.encode_with_mask(objects, **options)
+
+
+@pytest.mark.parametrize("piece", PIECES)
+def test_arguments_that_a_template_writes_as_a_text_stay_as_they_are(piece, save_chat_model, tmp_path):
+    """As DeepSeek's templates do."""
+    source = (
+        "{%- for m in messages %}<|im_start|>{{ m.role }}:{{ m.content or '' }}"
+        f"{{%- for c in m.tool_calls or [] %}}{{%- set a = c.function.arguments %}}{{{{ {piece} }}}}"
+        "{%- endfor %}<|im_end|>{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant:{% endif %}"
+    )
+    folder = save_chat_model(tmp_path / "model", source, **QWEN)
+    ours, theirs = load_chat_template(folder), transformers.AutoTokenizer.from_pretrained(folder)
+    messages, options = calling(WRITTEN)
+    text = theirs.apply_chat_template(messages, tokenize=False, **options)
+    assert WRITTEN in text
+    assert ours.render(messages, **options) == text
+    assert ours.encode(messages, **options) == theirs.apply_chat_template(
+        messages, return_dict=False, **options
+    )
+    ids, mask = ours.encode_with_mask(messages, **options)
+    assert WRITTEN in theirs.decode([id for id, one in zip(ids, mask, strict=True) if one])
+
+
+@pytest.mark.parametrize("arguments", ["[1, 2]", "Paris", '{"city": ', '"{}"', "12", "null", "{'a': 1}"])
+def test_arguments_that_are_no_object_stay_a_text(arguments, save_chat_model, tmp_path):
+    folder = save_chat_model(tmp_path / "model", "qwen2.5", **FAMILIES["qwen2.5"])
+    ours, theirs = load_chat_template(folder), transformers.AutoTokenizer.from_pretrained(folder)
+    messages, options = calling(arguments)
+    assert ours.render(messages, **options) == theirs.apply_chat_template(messages, tokenize=False, **options)

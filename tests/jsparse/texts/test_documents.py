@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jsparse.models import byte_tokenizer
+from jsparse.serve.prompts import read_conversation
 from jsparse.texts import documents
 from jsparse.texts.chat_template import load_chat_template
 from jsparse.texts.documents import read_documents, read_samples
@@ -331,6 +332,34 @@ def test_a_table_gives_messages_and_tools_no_nulls_and_json_keeps_its_own(tmp_pa
             assert sample.tokens.tolist() == chat.encode(
                 row["messages"], tools=row["tools"], add_generation_prompt=False
             )
+
+
+def test_arguments_of_calls_are_trained_as_they_are_served(tmp_path, save_chat_model):
+    """Whether OpenAI's API has written them as a text or not."""
+    tokens = ["<|endoftext|>", "<|im_end|>", "<|im_start|>"]
+    chat = load_chat_template(save_chat_model(tmp_path / "model", "qwen2.5", tokens))
+    tokenizer = load_tokenizer(tmp_path / "model")
+
+    def talk(arguments):
+        call = {"type": "function", "function": {"name": "f", "arguments": arguments}}
+        return [TALK[0], {"role": "assistant", "content": "", "tool_calls": [call]}]
+
+    served, answer = [], {"role": "assistant", "content": "done"}
+    rows = [{"messages": [*talk(arguments), answer]} for arguments in ({"a": [1]}, '{"a":[1]}')]
+    for row in rows:
+        (tmp_path / "talk.json").write_text(json.dumps(row["messages"][:-1]))
+        prompt = read_conversation(tmp_path / "talk.json")
+        served.append(prompt.encode(tokenizer, chat, tokenizer.get_vocab_size()))
+    found = read_samples(
+        [lines(tmp_path / "a.jsonl", *rows)],
+        tokenizer,
+        eos_token_id=None,
+        vocab_size=tokenizer.get_vocab_size(),
+        chat_template=chat,
+    )
+    (one, two), (prompt, other) = [sample.tokens.tolist() for sample in found], served
+    assert one == two and prompt == other and one[: len(prompt)] == prompt
+    assert '"arguments": {"a": [1]}' in tokenizer.decode(one)
 
 
 def test_what_is_nested_too_deep_is_a_bad_row(tmp_path):

@@ -1,5 +1,6 @@
 """The byte tokenizer and tokenizer.json."""
 
+import itertools
 import json
 
 import hypothesis
@@ -9,6 +10,7 @@ from hypothesis import strategies
 from tokenizers import decoders, models, normalizers, pre_tokenizers, processors, trainers
 
 from jsparse.models import byte_tokenizer, load_tokenizer
+from jsparse.serve.prompts import Prompt
 from jsparse.texts.tokenizer import eos_token_id, prompt_ids
 
 TOKENIZER = byte_tokenizer()
@@ -185,3 +187,93 @@ def test_ids_are_those_of_transformers(tmp_path, model_type, kind, declared):
             assert ours.encode(text).ids == theirs(text)["input_ids"], (settings, text)
         ids = ours.encode("hello world").ids
         assert ours.decode(ids) == theirs.decode(ids, skip_special_tokens=True), settings
+
+
+def described(token):
+    flags = ("content", "single_word", "lstrip", "rstrip", "normalized", "special")
+    return {flag: getattr(token, flag) for flag in flags}
+
+
+NEW = [
+    tokenizers.AddedToken("<|x|>", special=True, normalized=False),
+    tokenizers.AddedToken("<tool>", special=False, normalized=False, lstrip=True),
+    tokenizers.AddedToken("[Word]", special=False),
+]
+
+
+def settings_with(case, kind):
+    """Of tokenizer_config.json and added_tokens.json, with more tokens than tokenizer.json has."""
+    known = {id: described(token) for id, token in KINDS[kind].get_added_tokens_decoder().items()}
+    size = KINDS[kind].get_vocab_size()
+    new = {size + n: described(token) for n, token in enumerate(NEW)}
+    if case == "added_tokens.json":
+        return {}, {fields["content"]: id for id, fields in (known | new).items()}
+    if case == "the new alone":
+        return {"added_tokens_decoder": new}, {}
+    if case == "other ids":
+        return {"added_tokens_decoder": known | {id + 10: fields for id, fields in new.items()}}, {}
+    if case == "other flags":
+        changed = {id: fields | {"rstrip": True, "normalized": False} for id, fields in known.items()}
+        return {"added_tokens_decoder": changed | new}, {}
+    return {"added_tokens_decoder": known | new}, {}
+
+
+CASES = ["all", "other ids", "added_tokens.json", "the new alone", "other flags", "named"]
+
+
+# Of a Qwen2Tokenizer, transformers forgets the flags of special tokens, and tokens that the configuration
+# does not list.
+@pytest.mark.parametrize(
+    "case, kind, declared",
+    [
+        *itertools.product(CASES, KINDS, ["PreTrainedTokenizerFast", "LlamaTokenizerFast"]),
+        *itertools.product(CASES[:3], ["Llama 3"], ["Qwen2TokenizerFast"]),
+    ],
+)
+def test_tokens_that_only_the_configuration_has(tmp_path, case, kind, declared):
+    transformers = pytest.importorskip("transformers", reason="needs transformers, from the extra `parity`")
+    eos = "<|eot|>" if kind == "Llama 3" else "</s>"
+    fields, legacy = settings_with(case, kind)
+    fields |= {"tokenizer_class": declared, "bos_token": "<s>", "eos_token": eos, "pad_token": eos}
+    fields["unk_token"] = eos if kind == "Llama 3" else "<unk>"
+    if case == "named":
+        fields["tool_token"] = "<tool>"
+    KINDS[kind].save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(fields))
+    if legacy:
+        (tmp_path / "added_tokens.json").write_text(json.dumps(legacy))
+    theirs, ours = transformers.AutoTokenizer.from_pretrained(tmp_path), load_tokenizer(tmp_path)
+    assert ours.get_vocab() == theirs.get_vocab()
+    for text in ("to be<|x|>or <tool> not", f"<|x|> hello {eos} x <s>", " [Word]s <tool>"):
+        ids = theirs(text)["input_ids"]
+        assert ours.encode(text).ids == ids, text
+        assert ours.decode(ids) == theirs.decode(ids, skip_special_tokens=True), text
+
+
+@pytest.mark.parametrize(
+    "file, content, message",
+    [
+        (
+            "tokenizer_config.json",
+            '{"added_tokens_decoder": {"3": "<s>"}}',
+            "tokenizer_config.json, added_tokens_decoder must map ids to tokens",
+        ),
+        ("added_tokens.json", '{"<s>": "3"}', "added_tokens.json must map tokens to ids"),
+    ],
+)
+def test_added_tokens_that_cannot_be_read(file, content, message, tmp_path):
+    byte_tokenizer().save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / file).write_text(content)
+    with pytest.raises(ValueError, match=message):
+        load_tokenizer(tmp_path)
+
+
+def test_an_added_token_beyond_the_embeddings_is_refused_in_a_text(tmp_path):
+    byte_tokenizer().save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "tokenizer_config.json").write_text('{"added_tokens_decoder": {"257": {"content": "[PAD]"}}}')
+    tokenizer = load_tokenizer(tmp_path)
+    prompt = Prompt(text="a[PAD]", place="prompts: file, line 1")
+    assert prompt.encode(tokenizer, None, vocab_size=258) == [97, 257]
+    with pytest.raises(ValueError, match="line 1 has token id 257, but .* has 257 entries"):
+        prompt.encode(tokenizer, None, vocab_size=257)
