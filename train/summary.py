@@ -64,8 +64,9 @@ def memory_line(compiled: jax.stages.Compiled, state: TrainState, split: SplitMo
 
 def count_parameters(config: LlamaConfig) -> int:
     """The parameters of a model, however they are stored and without adapters."""
-    model = nnx.eval_shape(lambda: Llama(config, rngs=nnx.Rngs(0)))
-    return sum(leaf.size for leaf in jax.tree.leaves(nnx.state(model, nnx.Param)))
+    # jax's eval_shape: that of nnx takes the names of parameters' axes for those of a mesh in the context.
+    shapes = jax.eval_shape(lambda: nnx.state(Llama(config, rngs=nnx.Rngs(0)), nnx.Param))
+    return sum(leaf.size for leaf in jax.tree.leaves(shapes))
 
 
 def size_in_words(count: int) -> str:

@@ -209,7 +209,41 @@ def _messages(row: dict[str, Any]) -> Conversation:
 
 
 def _preference(row: dict[str, Any]) -> Preference:
-    return Preference(_answered(row, "chosen"), _answered(row, "rejected"))
+    pair = Preference(_answered(row, "chosen"), _answered(row, "rejected"))
+    if type(pair.chosen) is not type(pair.rejected):
+        names = ["messages" if isinstance(one, Conversation) else "a text" for one in pair]
+        raise BadShape(
+            f': "chosen" is {names[0]} and "rejected" {names[1]}; both must be the same kind of answer'
+        )
+    if isinstance(pair.chosen, Conversation) and isinstance(pair.rejected, Conversation):
+        _require_one_question(pair.chosen.messages, pair.rejected.messages)
+    if _says_nothing(pair.chosen):
+        raise BadShape(': "chosen" says nothing, and a model that prefers it would not answer either')
+    return pair
+
+
+def _require_one_question(chosen: list[dict[str, Any]], rejected: list[dict[str, Any]]) -> None:
+    """Two talks are the same until one of the assistant's messages differs."""
+    for number, both in enumerate(itertools.zip_longest(chosen, rejected)):
+        if both[0] == both[1]:
+            continue
+        if not all(message is not None and message["role"] == "assistant" for message in both):
+            raise BadShape(
+                f": chosen[{number}] and rejected[{number}] differ and are no answers; both must answer one "
+                "question"
+            )
+        return
+
+
+def _says_nothing(answer: Answered) -> bool:
+    if isinstance(answer, Conversation):
+        last = answer.messages[-1]
+        text = (
+            last.get("content", "") if last.keys() <= {"role", "content"} else None
+        )  # a call says something
+    else:
+        text = answer.completion if isinstance(answer, Completion) else answer.output
+    return isinstance(text, str) and not text.strip()
 
 
 def _answered(row: dict[str, Any], name: str) -> Answered:
@@ -221,10 +255,13 @@ def _answered(row: dict[str, Any], name: str) -> Answered:
         return _completion({"prompt": prompt, "completion": answer})
     if isinstance(answer, str):
         answer = [{"role": "assistant", "content": answer}]
+    if not isinstance(answer, list):
+        raise BadShape(f': "{name}" must be a text or a list of messages, not {_shortened(answer)}')
     _require_messages(name, answer, "role")
     if isinstance(prompt, str) and answer[0]["role"] == "assistant":
         prompt = [{"role": "user", "content": prompt}]
-    before = prompt if isinstance(prompt, list) else []
+    begins_with_prompt = isinstance(prompt, list) and answer[: len(prompt)] == prompt
+    before = prompt if isinstance(prompt, list) and not begins_with_prompt else []
     if not before and all(message["role"] == "assistant" for message in answer):
         raise BadShape(f': "{name}" answers nothing; {_ALLOWED_PAIR}')
     return _messages({**row, "messages": [*before, *answer]})

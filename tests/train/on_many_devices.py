@@ -34,7 +34,7 @@ def main(folder: str, meshes: str, port: str | None = None, index: str | None = 
             mesh=mesh,
             **settings,
         )
-        finetune(config, progress=False)
+        finetune(config)  # with all that it says on the way
     print("done on", jax.device_count(), "devices of", jax.process_count(), "processes")
 
 

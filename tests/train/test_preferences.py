@@ -75,7 +75,7 @@ def margins(model, rows):
 
 def test_margins_are_those_of_answers_alone(base, tmp_path):
     """Packed, with shorter and longer questions, against each answer alone."""
-    rows = PAIRS[:5] + [{"prompt": "x", "chosen": "", "rejected": "yes, indeed"}]
+    rows = PAIRS[:5] + [{"prompt": "x", "chosen": "yes, indeed", "rejected": ""}]
     windows = write_windows(
         [write(tmp_path, rows)],
         byte_tokenizer(),
@@ -150,6 +150,7 @@ def test_an_interrupted_run_goes_on_bit_for_bit(config, run, tmp_path):
 
 CHAT = [{"role": "user", "content": "hi"}]
 GOOD, BAD = {"role": "assistant", "content": "yo"}, {"role": "assistant", "content": "no!"}
+EMPTY, OTHER = {"role": "assistant", "content": ""}, {"role": "user", "content": "who?"}
 
 
 @pytest.mark.parametrize(
@@ -166,6 +167,7 @@ GOOD, BAD = {"role": "assistant", "content": "yo"}, {"role": "assistant", "conte
             "score": 1,
         },
         {"chosen": [*CHAT, GOOD], "rejected": [*CHAT, BAD]},
+        {"prompt": CHAT, "chosen": [*CHAT, GOOD], "rejected": [*CHAT, BAD]},
         {"instruction": "hi", "input": "", "chosen": "yo", "rejected": "no!"},
     ],
 )
@@ -189,7 +191,25 @@ def test_pairs_that_people_have(tmp_path, row):
             {},
             "line 1 has 35 tokens, the question with each of its answers",
         ),
-        ([PAIRS[0] | {"chosen": 5}], {}, '"chosen" must be a list of messages, not 5'),
+        ([PAIRS[0] | {"chosen": 5}], {}, '"chosen" must be a text or a list of messages, not 5'),
+        ([PAIRS[0] | {"rejected": None}], {}, '"rejected" must be a text or a list of messages, not null'),
+        ([PAIRS[0] | {"chosen": " "}], {}, '"chosen" says nothing, and a model that prefers it would not'),
+        ([{"chosen": [*CHAT, EMPTY], "rejected": [*CHAT, BAD]}], {}, '"chosen" says nothing'),
+        (
+            [PAIRS[0] | {"chosen": [GOOD]}],
+            {},
+            '"chosen" is messages and "rejected" a text; both must be the same kind of answer',
+        ),
+        (
+            [{"chosen": [*CHAT, GOOD], "rejected": [OTHER, BAD]}],
+            {},
+            r"chosen\[0\] and rejected\[0\] differ and are no answers; both must answer one question",
+        ),
+        (
+            [{"chosen": [*CHAT, GOOD, OTHER, GOOD], "rejected": [*CHAT, GOOD]}],
+            {},
+            r"chosen\[2\] and rejected\[2\] differ and are no answers",
+        ),
         ([{"chosen": "a", "rejected": "b"}], {}, '"chosen" answers nothing; with --dpo-beta'),
         (PAIRS[:3], {"loss_on": "all"}, "loss_on='all' is not for dpo_beta"),
         (PAIRS[:3], {"dpo_beta": 0.0}, "dpo_beta must be a number > 0, not 0.0"),
@@ -209,6 +229,17 @@ def test_what_is_refused(config, tmp_path, rows, changes, message):
             progress=False,
         )
     assert not (tmp_path / "o").exists()
+
+
+def test_talks_may_go_on_differently_after_an_answer_that_differs(tmp_path):
+    settings = {"eos_token_id": END, "vocab_size": 257, "reading": Reading(pairs=True)}
+    for rows in (
+        {"chosen": [*CHAT, GOOD, OTHER, BAD], "rejected": [*CHAT, BAD, *CHAT, GOOD]},
+        {"chosen": [*CHAT, GOOD, *CHAT, GOOD], "rejected": [*CHAT, BAD]},
+        {"prompt": "a", "chosen": "b", "rejected": ""},
+    ):
+        (sample,) = read_samples([write(tmp_path, [rows])], byte_tokenizer(), **settings)
+        assert sample.targets
 
 
 def test_pairs_that_are_too_long_are_left_out_and_not_cut(tmp_path):

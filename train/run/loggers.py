@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple, TypeAlias
 
 from jsparse.extras import require_extra
+from jsparse.train.run.evaluations import BEFORE, EVAL
 from jsparse.train.run.identity import METRICS, metrics_until
 from jsparse.train.run.processes import is_first_process
 
@@ -28,11 +29,11 @@ class _Service(NamedTuple):
 
 
 class Loggers(NamedTuple):
-    """``log(line)`` sends a line of metrics.jsonl to all services; ``stopped()`` says that a signal has ended
-    the run.
+    """``log(line)`` sends a line of metrics.jsonl to all services, and ``log(line, late=True)`` what is new of
+    a step that they have. ``stopped()`` says that a signal has ended the run.
     """
 
-    log: Callable[[Mapping[str, Any]], None]
+    log: Callable[..., None]
     stopped: Callable[[], None]
 
 
@@ -69,28 +70,27 @@ def loggers_open(
     lines in this call, with a note: training goes on.
     """
     if not is_first_process() or not (services or (output / _RUNS).exists()):
-        yield Loggers(lambda line: None, lambda: None)
+        yield Loggers(lambda line, late=False: None, lambda: None)
         return
     earlier, reached = metrics_until(output, start), _last_step(output)
     runs = json.loads((output / _RUNS).read_text()) if start and (output / _RUNS).is_file() else {}
     for run in runs.values():
         run.setdefault("until", reached)
-    after = {service: runs[service]["until"] if service in runs else 0 for service in services}
+    after = {service: runs[service]["until"] if service in runs else -1 for service in services}
     taking: dict[str, _Service] = {}
 
-    def log(line: Mapping[str, Any]) -> None:
-        numbers = flat_numbers(line)
-        step = int(numbers.pop("step"))
-        for name, service in list(taking.items()):
-            if step <= after[name]:
-                continue
-            try:
-                service.send(step, numbers)
-            except Exception as error:  # whatever its package raises: a run outlives its log
-                _note(f"{name} takes no lines from step {step} on, {METRICS} does: {_one_line(error)}")
-                runs[name]["until"] = step - 1
-                _write(output, runs)
-                _close(name, taking.pop(name), "failed")
+    def log(line: Mapping[str, Any], late: bool = False) -> None:
+        for step, numbers in points(line):
+            for name, service in list(taking.items()):
+                if step <= after[name] and not late:
+                    continue
+                try:
+                    service.send(step, numbers)
+                except Exception as error:  # whatever its package raises: a run outlives its log
+                    _note(f"{name} takes no lines from step {step} on, {METRICS} does: {_one_line(error)}")
+                    runs[name]["until"] = step - 1
+                    _write(output, runs)
+                    _close(name, taking.pop(name), "failed")
 
     end: End = "failed"
     was_stopped = False
@@ -143,6 +143,21 @@ def _close(name: str, service: _Service, end: End) -> bool:
     return True
 
 
+def points(line: Mapping[str, Any]) -> list[tuple[int, dict[str, float | int]]]:
+    """What a line of metrics.jsonl is to the services: numbers by their names, each group at its step.
+
+    They are named so that the pages of the services draw one section of curves for the training and one for
+    the held-out data, and that a held-out curve begins where the run does, at step 0.
+
+    >>> points({"step": 1, "loss": 3.0, "eval_before": {"loss": 2.5}})
+    [(0, {'eval/loss': 2.5}), (1, {'train/loss': 3.0})]
+    """
+    rest = dict(line)
+    step, before, held_out = int(rest.pop("step")), rest.pop(BEFORE, {}), rest.pop(EVAL, {})
+    named = [(0, {EVAL: before}), (step, {"train": rest, EVAL: held_out})]
+    return [(at, numbers) for at, groups in named if (numbers := flat_numbers(groups))]
+
+
 def flat_numbers(line: Mapping[str, Any], above: str = "") -> dict[str, float | int]:
     """The numbers of a line by their names, with slashes between those of nested ones; null is left out.
 
@@ -175,11 +190,18 @@ def _one_line(error: Exception) -> str:
 
 
 def _open_tensorboard(output: Path, settings: Mapping[str, Any], run: str | None, quiet: bool) -> _Service:
-    from tensorboard.summary import Writer  # type: ignore  # as the others, only with an extra
+    from tensorboard.compat.proto.event_pb2 import Event  # type: ignore  # as the others, only with an extra
+    from tensorboard.plugins.hparams.summary_v2 import hparams_pb  # type: ignore
+    from tensorboard.summary import Writer  # type: ignore
+    from tensorboard.summary.writer.event_file_writer import EventFileWriter  # type: ignore
 
     folder = output / "tensorboard"
     if run is None and folder.exists():
         shutil.rmtree(folder)  # of a run that starts over
+    if run is None:
+        page = EventFileWriter(str(folder))  # the tab HPARAMS, which Writer knows nothing of
+        page.add_event(Event(wall_time=time.time(), summary=hparams_pb(_plain(settings))))
+        page.close()
     writer = Writer(str(folder))
 
     def send(step: int, numbers: Mapping[str, float | int]) -> None:
@@ -216,6 +238,7 @@ def _open_wandb(output: Path, settings: Mapping[str, Any], run: str | None, quie
 def _open_mlflow(output: Path, settings: Mapping[str, Any], run: str | None, quiet: bool) -> _Service:
     import mlflow  # type: ignore
     from mlflow.entities import Metric, Param  # type: ignore
+    from mlflow.tracking.context.registry import resolve_tags  # type: ignore
 
     logging.getLogger("mlflow.store.db.utils").setLevel(logging.WARNING)  # tells of each table it makes
     local = output.absolute() / "mlflow"
@@ -230,8 +253,10 @@ def _open_mlflow(output: Path, settings: Mapping[str, Any], run: str | None, qui
             name = os.environ.get("MLFLOW_EXPERIMENT_NAME", "jsparse")
             found = client.get_experiment_by_name(name)
             experiment = found.experiment_id if found else client.create_experiment(name, artifacts)
-            run = client.create_run(experiment, run_name=output.absolute().name).info.run_id
-            client.log_batch(run, params=[Param(*pair) for pair in _texts(settings).items()])
+            tags = resolve_tags()  # who started it and how, as mlflow.start_run sets them
+            run = client.create_run(experiment, run_name=output.absolute().name, tags=tags).info.run_id
+            texts = {name: str(value) for name, value in _plain(settings).items()}
+            client.log_batch(run, params=[Param(*pair) for pair in texts.items()])
         else:
             client.update_run(run, status="RUNNING")
 
@@ -255,14 +280,14 @@ def _few_retries() -> Iterator[None]:
             del os.environ[name]
 
 
-def _texts(settings: Mapping[str, Any], above: str = "") -> dict[str, str]:
-    """The settings by their names, as text, with slashes between those of nested ones."""
+def _plain(settings: Mapping[str, Any], above: str = "") -> dict[str, bool | int | float | str]:
+    """The settings by their names, with slashes between nested ones: numbers, and all else as text."""
     found = {}
     for name, value in settings.items():
         if isinstance(value, Mapping):
-            found |= _texts(value, f"{above}{name}/")
+            found |= _plain(value, f"{above}{name}/")
         else:
-            found[f"{above}{name}"] = str(value)
+            found[f"{above}{name}"] = value if isinstance(value, int | float) else str(value)
     return found
 
 

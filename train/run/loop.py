@@ -38,7 +38,7 @@ def run_steps(
     note: Callable[[MetricsLine], str],
     progress: bool,
     evaluations: Evaluations | None = None,
-    log: Callable[[MetricsLine], None] | None = None,
+    log: Callable[..., None] | None = None,
 ) -> Taken:
     """Take the steps that ``state`` has not taken yet, or fewer if the evaluations' patience is spent.
 
@@ -53,7 +53,8 @@ def run_steps(
     - evaluations: what is measured during the run. All that is decided by it follows from metrics.jsonl, so a
       run that was interrupted decides the same. A signal does not wait for the evaluation of its step, which
       then comes first when the run is resumed.
-    - log: called with each new line, after it is written.
+    - log: called with each new line, after it is written, and with ``late=True`` for the evaluation of a step
+      whose line was new in an earlier call.
     """
     start = int(state.step)
     metrics = metrics_until(output, start)
@@ -68,8 +69,9 @@ def run_steps(
         line = best_line(metrics)
         return None if line is None else line["step"]
 
+    put_off = None
     if evaluations is not None and metrics and is_due(start) and EVAL not in metrics[-1]:
-        metrics[-1][EVAL] = evaluations.measure(state)
+        put_off = metrics[-1][EVAL] = evaluations.measure(state)
     wait_for_all("metrics")  # all read it before the first process writes
     with (
         open(output / METRICS if is_first_process() else os.devnull, "w", encoding="utf-8") as file,
@@ -78,6 +80,8 @@ def run_steps(
     ):
         file.writelines(json.dumps(line) + "\n" for line in metrics)
         file.flush()
+        if put_off is not None and log is not None:
+            log({"step": start, EVAL: put_off}, late=True)
         before = evaluations.measure(state) if evaluations is not None and start == 0 else None
         step, stopping = start, 0
         while not (stopping or is_over(step)):

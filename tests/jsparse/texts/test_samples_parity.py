@@ -1,7 +1,9 @@
 """The first sample of every shape in every kind of file, by transformers. Run with ``-s`` for the table."""
 
 import gzip
+import io
 import json
+import sys
 from pathlib import Path
 
 import pytest
@@ -9,6 +11,8 @@ from tokenizers import AddedToken, processors
 
 from jsparse.models import byte_tokenizer, load_chat_template, load_tokenizer
 from jsparse.texts.documents import read_samples
+from jsparse.texts.files import data_files
+from jsparse.texts.reading import Reading
 
 transformers = pytest.importorskip("transformers", reason="the oracle is in the extra `parity`")
 pyarrow = pytest.importorskip("pyarrow", reason="some kinds of file need the extra `data`")
@@ -27,15 +31,22 @@ ROWS_OF = {
     "messages": {"messages": TALK},
     "messages, tools": {"messages": TALK, "tools": json.dumps(TOOLS)},
     "conversations": {"conversations": [{"from": SPEAKERS[m["role"]], "value": m["content"]} for m in TALK]},
+    "pair": {"prompt": "2+2?", "chosen": " 4 é", "rejected": " 5"},
+    "pair, instruction": {"instruction": "Sum up.", "input": "A\nbook", "chosen": "Ok", "rejected": "No"},
+    "pair, messages": {"prompt": TALK[:-1], "chosen": TALK[-1:], "rejected": [TALK[2]]},
+    "pair, whole talks": {"chosen": TALK, "rejected": [*TALK[:-1], TALK[2]]},
 }
 KINDS = {
     "list.json": lambda rows: json.dumps(rows, indent=1).encode(),
     "lines.json": lambda rows: "".join(json.dumps(row) + "\n" for row in rows).encode(),
     "lines.jsonl": lambda rows: b"\xef\xbb\xbf" + "\r\n\r\n".join(map(json.dumps, rows)).encode(),
     "lines.ndjson.gz": lambda rows: gzip.compress("\n".join(map(json.dumps, rows)).encode()),
+    "lines.jsonl.zst": lambda rows: pyarrow.compress(KINDS["lines.json"](rows), "zstd", asbytes=True),
     "list.json.zst": lambda rows: pyarrow.compress(json.dumps(rows).encode(), "zstd", asbytes=True),
     "rows.parquet": lambda rows: table(rows, "parquet"),
-    "rows.arrow": lambda rows: table(rows, "arrow"),
+    "rows.arrow": lambda rows: table(rows, "file"),
+    "stream.arrow": lambda rows: table(rows, "stream"),
+    "-": lambda rows: KINDS["lines.json"](rows),
 }
 
 
@@ -46,7 +57,7 @@ def table(rows, kind):
     if kind == "parquet":
         pyarrow.parquet.write_table(content, sink)
     else:
-        with pyarrow.ipc.new_file(sink, content.schema) as writer:
+        with getattr(pyarrow.ipc, f"new_{kind}")(sink, content.schema) as writer:
             writer.write_table(content)
     return sink.getvalue().to_pybytes()
 
@@ -79,7 +90,12 @@ def expected(shape, row, theirs):
         prompt = theirs(row["prompt"]).input_ids
         answer = theirs(row["completion"], add_special_tokens=False).input_ids + [end]
         return prompt + answer, [0] * len(prompt) + [1] * len(answer)
-    messages = TALK
+    if shape.startswith("pair"):
+        (chosen, scored), (rejected, scored_too) = (
+            expected(*answer_of(row, name), theirs) for name in ("chosen", "rejected")
+        )
+        return chosen + rejected, [*scored, 0, *scored_too[1:]]
+    messages = row.get("messages", TALK)
     if shape == "instruction":
         question = f"{row['instruction']}\n{row['input']}"
         messages = [{"role": "user", "content": question}, {"role": "assistant", "content": row["output"]}]
@@ -92,19 +108,33 @@ def expected(shape, row, theirs):
     return found["input_ids"], found["assistant_masks"]
 
 
-def test_every_shape_in_every_kind_of_file(model, tmp_path):
+def answer_of(row, name):
+    """The shape and the row of a question with one of its answers."""
+    if "instruction" in row:
+        return "instruction", row | {"output": row[name]}
+    if isinstance(row[name], str):
+        return "prompt, completion", row | {"completion": row[name]}
+    return "messages", {"messages": row.get("prompt", []) + row[name]}
+
+
+def test_every_shape_in_every_kind_of_file(model, tmp_path, monkeypatch):
     theirs = transformers.AutoTokenizer.from_pretrained(model)
     ours, template = load_tokenizer(model), load_chat_template(model)
     end, size = theirs.eos_token_id, ours.get_vocab_size()
     print(f"\n{'':20}" + "".join(f"{kind:>17}" for kind in KINDS))
     for shape, row in ROWS_OF.items():
+        reading = Reading(pairs=shape.startswith("pair"))
         ids, targets = expected(shape, row, theirs)
         line = f"{shape:20}"
         for kind, write in KINDS.items():
-            file = tmp_path / kind
-            file.write_bytes(write([row, row]))
+            file = tmp_path / kind if kind != "-" else kind
+            if kind == "-":
+                data_files._spool_standard_input.cache_clear()
+                monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(write([row, row]))))
+            else:
+                file.write_bytes(write([row, row]))
             sample, again = read_samples(
-                [file], ours, eos_token_id=end, vocab_size=size, chat_template=template
+                [file], ours, eos_token_id=end, vocab_size=size, chat_template=template, reading=reading
             )
             assert sample.tokens.tolist() == again.tokens.tolist() == ids, (shape, kind)
             if sample.scored is not None:

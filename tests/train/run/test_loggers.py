@@ -19,6 +19,7 @@ from jsparse.train.run import loggers
 from jsparse.train.run.loggers import flat_numbers, loggers_open
 
 SETTINGS = {"learning_rate": 2e-5, "data": ["a.txt"], "mesh": {"fsdp": 2}}
+HPARAMS = "_hparams_/session_start_info"
 SERVICES = ("tensorboard", "wandb", "mlflow")
 OF_ENDS = pytest.mark.parametrize("service", ["wandb", "mlflow"], indirect=True)  # TensorBoard knows of none
 
@@ -33,6 +34,20 @@ def of_tensorboard(output):
     return {
         name: sorted((event.step, float(make(event.tensor_proto))) for event in events.Tensors(name))
         for name in events.Tags()["tensors"]
+        if name != HPARAMS
+    }
+
+
+def hparams_of_tensorboard(output):
+    """What the tab HPARAMS shows of a run, which must have one row there, resumed or not."""
+    accumulator = importlib.import_module("tensorboard.backend.event_processing.event_accumulator")
+    data = importlib.import_module("tensorboard.plugins.hparams.plugin_data_pb2")
+    events = accumulator.EventAccumulator(str(output / "tensorboard")).Reload()
+    assert len(events.Tensors(HPARAMS)) == 1
+    found = data.HParamsPluginData.FromString(events.SummaryMetadata(HPARAMS).plugin_data.content)
+    return {
+        name: getattr(value, value.WhichOneof("kind"))
+        for name, value in found.session_start_info.hparams.items()
     }
 
 
@@ -128,16 +143,19 @@ def written(
 
 
 def lines_of(steps):
-    return [
+    lines = [
         {"step": step, "loss": None if step == 2 else 1 / step, "eval": {"docs": {"loss": step + 0.5}}}
         for step in range(1, steps + 1)
     ]
+    lines[0]["eval_before"] = {"docs": {"loss": 0.5}}
+    return lines
 
 
 def expected(steps):
+    """The training in one group, the held-out data in another, from before the first step on."""
     return {
-        "loss": [(step, 1 / step) for step in range(1, steps + 1) if step != 2],
-        "eval/docs/loss": [(step, step + 0.5) for step in range(1, steps + 1)],
+        "train/loss": [(step, 1 / step) for step in range(1, steps + 1) if step != 2],
+        "eval/docs/loss": [(step, step + 0.5) for step in range(steps + 1)],
     }
 
 
@@ -152,6 +170,9 @@ def check(service, output, steps):
 def test_a_service_holds_what_was_logged(service, tmp_path):
     written(tmp_path, lines_of(3), services=(service,))
     check(service, tmp_path, 3)
+    if service == "tensorboard":
+        settings = {"learning_rate": 2e-5, "data": "['a.txt']", "mesh/fsdp": 2}
+        assert hparams_of_tensorboard(tmp_path) == settings
     if service == "wandb":
         (run,) = [record["run"] for record in records_of_wandb(tmp_path) if record["type"] == "run"]
         config = run["config"]["update"]
@@ -162,6 +183,7 @@ def test_a_service_holds_what_was_logged(service, tmp_path):
         run = client.get_run(json.loads((tmp_path / "loggers.json").read_text())["mlflow"]["run"])
         assert run.data.params == {"learning_rate": "2e-05", "data": "['a.txt']", "mesh/fsdp": "2"}
         assert run.info.status == "FINISHED" and run.info.run_name == tmp_path.name
+        assert run.data.tags["mlflow.user"] and run.data.tags["mlflow.source.name"]
 
 
 def test_a_resumed_run_goes_on_without_a_step_twice(service, tmp_path):
@@ -175,6 +197,8 @@ def test_a_resumed_run_goes_on_without_a_step_twice(service, tmp_path):
     check(service, tmp_path, 6)
     again = json.loads((tmp_path / "loggers.json").read_text())
     assert again[service]["run"] == first[service]["run"]
+    if service == "tensorboard":
+        assert hparams_of_tensorboard(tmp_path)
     if service == "wandb":
         runs = [record["run"] for record in records_of_wandb(tmp_path) if record["type"] == "run"]
         assert [run["run_id"] for run in runs] == [first["wandb"]["run"]] * 2
@@ -249,7 +273,7 @@ def test_mlflow_keeps_to_the_store_that_the_environment_names(tmp_path, monkeypa
     written(tmp_path / "output", lines_of(3), services=("mlflow",))
     assert not (tmp_path / "output" / "mlflow").exists()
     (run,) = client.search_runs([client.get_experiment_by_name("long").experiment_id])
-    assert run.data.metrics["loss"] == pytest.approx(1 / 3)
+    assert run.data.metrics["train/loss"] == pytest.approx(1 / 3)
 
 
 @pytest.mark.parametrize(
@@ -272,6 +296,25 @@ def test_a_service_that_does_not_start_says_what_to_do(name, environment, messag
         written(tmp_path, lines_of(3), services=(name,))
     assert "\n" not in str(error.value)
     assert not (tmp_path / "metrics.jsonl").exists()
+
+
+def test_what_was_measured_before_a_failure_is_not_sent_twice(tmp_path, monkeypatch):
+    sent, failing = [], [1]
+
+    def send(step, numbers):
+        if step in failing:
+            raise ConnectionError("gone")
+        sent.append(step)
+
+    def opened(output, settings, run, quiet):
+        return loggers._Service(run or "1", send, lambda failed: None)
+
+    monkeypatch.setitem(loggers._OPEN, "wandb", opened)
+    written(tmp_path, lines_of(2), services=("wandb",))
+    assert sent == [0]  # of the first line, whose own step failed
+    failing.clear()
+    written(tmp_path, lines_of(3), start=2, services=("wandb",))
+    assert sent == [0, 1, 2, 3]
 
 
 def test_a_service_that_is_not_installed(base, text, tmp_path, monkeypatch):
@@ -297,10 +340,10 @@ def test_a_run_outlives_a_service_that_fails(tmp_path, monkeypatch, caplog):
     monkeypatch.setitem(loggers._OPEN, "wandb", opened)
     with caplog.at_level(logging.WARNING, "jsparse"):
         written(tmp_path, lines_of(3), services=("wandb",))
-    assert sent == [1]
+    assert sent == [0, 1]
     assert "wandb takes no lines from step 2 on, metrics.jsonl does: the server has gone" in caplog.text
     written(tmp_path, lines_of(4), start=3, services=("wandb",))
-    assert sent == [1, 2, 3, 4]  # what it has missed comes first
+    assert sent == [0, 1, 2, 3, 4]  # what it has missed comes first
 
 
 def test_numbers_are_named_with_slashes():
@@ -312,6 +355,42 @@ def test_numbers_are_named_with_slashes():
 def test_services_that_there_are(given):
     with pytest.raises(ValueError, match="log_to must"):
         FinetuneConfig(model="a", data="b", output="c", context=32, log_to=given)
+
+
+@pytest.mark.parametrize("at", [2, 3], ids=["at a measurement", "between two"])
+def test_a_measurement_that_a_signal_put_off_is_logged_when_it_is_made(at, base, text, tmp_path, monkeypatch):
+    pytest.importorskip("tensorboard")
+    (tmp_path / "held.txt").write_text("A bird sang.")
+    config = FinetuneConfig(
+        model=base,
+        data=text,
+        output=tmp_path / "out",
+        context=32,
+        lora_rank=2,
+        steps=4,
+        batch_size=2,
+        eval_data=(tmp_path / "held.txt",),
+        eval_every=2,
+        log_to=("tensorboard",),
+    )
+    batch_at = finetuning.batch_at
+
+    def stopping(windows, step, **options):
+        if step == at - 1:
+            signal.raise_signal(signal.SIGTERM)
+        return batch_at(windows, step, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(finetuning, "batch_at", stopping)
+        assert finetune(config, progress=False).stopped_by == signal.SIGTERM
+    finetune(config, progress=False)
+    lines = [json.loads(line) for line in (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()]
+    losses = [(line["step"], line["eval"]["loss"]) for line in lines if "eval" in line]
+    losses = [(0, lines[0]["eval_before"]["loss"]), *losses]
+    found = of_tensorboard(tmp_path / "out")
+    assert [step for step, _ in losses] == [0, 2, 4] == [step for step, _ in found["eval/loss"]]
+    assert [loss for _, loss in found["eval/loss"]] == pytest.approx([loss for _, loss in losses])
+    assert [step for step, _ in found["train/loss"]] == [1, 2, 3, 4]
 
 
 def test_a_run_logs_its_lines_and_resumes_from_what_it_wrote(base, text, tmp_path, monkeypatch):
@@ -346,10 +425,10 @@ def test_a_run_logs_its_lines_and_resumes_from_what_it_wrote(base, text, tmp_pat
     assert (tmp_path / "out" / "run.yaml").read_text() == settings
     lines = [json.loads(line) for line in (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()]
     found = of_tensorboard(tmp_path / "out")
-    assert found.keys() == lines[0].keys() - {"step"}
+    assert found.keys() == {f"train/{name}" for name in lines[0].keys() - {"step"}}
     for name in ("loss", "grad_norm", "learning_rate", "skipped"):
-        assert [step for step, _ in found[name]] == [1, 2, 3, 4]
-        assert [value for _, value in found[name]] == pytest.approx([line[name] for line in lines])
+        assert [step for step, _ in found[f"train/{name}"]] == [1, 2, 3, 4]
+        assert [value for _, value in found[f"train/{name}"]] == pytest.approx([line[name] for line in lines])
 
     unbroken = finetune(dataclasses.replace(config, output="unbroken", log_to=()), progress=False)
     assert [line["loss"] for line in lines] == list(unbroken.losses)
@@ -388,4 +467,4 @@ def test_a_run_is_interrupted_or_failed_until_its_model_is_written(base, text, t
     assert ends_of("mlflow", config.output) == ["FAILED"]
     assert finetune(config, progress=False).finished
     assert ends_of("mlflow", config.output) == ["FINISHED"]
-    assert [step for step, _ in of_mlflow(config.output)["loss"]] == [1, 2]
+    assert [step for step, _ in of_mlflow(config.output)["train/loss"]] == [1, 2]
