@@ -29,8 +29,8 @@ class _Service(NamedTuple):
 
 
 class Loggers(NamedTuple):
-    """``log(line)`` sends a line of metrics.jsonl to all services, and ``log(line, late=True)`` what is new of
-    a step that they have. ``stopped()`` says that a signal has ended the run.
+    """``log(line)`` sends a line of metrics.jsonl to all services, and ``log(line, late=True)`` what is new
+    of a step that they have. ``stopped()`` says that a signal has ended the run.
     """
 
     log: Callable[..., None]
