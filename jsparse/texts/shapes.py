@@ -238,9 +238,8 @@ def _require_one_question(chosen: list[dict[str, Any]], rejected: list[dict[str,
 def _says_nothing(answer: Answered) -> bool:
     if isinstance(answer, Conversation):
         last = answer.messages[-1]
-        text = (
-            last.get("content", "") if last.keys() <= {"role", "content"} else None
-        )  # a call says something
+        is_more_than_text = not last.keys() <= {"role", "content"}  # a call of a tool says something
+        text = None if is_more_than_text else last.get("content", "")
     else:
         text = answer.completion if isinstance(answer, Completion) else answer.output
     return isinstance(text, str) and not text.strip()
