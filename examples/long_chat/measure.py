@@ -89,9 +89,13 @@ def measure(config: Measure, tokenizer: Tokenizer) -> dict[str, Any]:
     held_out = config.folder / "data" / "documents-held-out.jsonl"
     models = load_models(config.folder)
     vocab_size = models["assistant"].config.vocab_size
-    text = np.concatenate(read_documents([held_out], tokenizer, vocab_size=vocab_size))
+    text = np.concatenate(read_documents([held_out], tokenizer, eos_token_id=None, vocab_size=vocab_size))
     text = text[: config.windows * max(config.lengths)]
     questions = {length: recall_questions(config, tokenizer, text, length) for length in config.lengths}
+    chats = [
+        right(models["assistant"], *chat_questions(config, Texts(files), length), CACHES, tokenizer)
+        for length in config.lengths
+    ]
     return {
         "loss": {
             name: [loss(model, text, length) for length in config.lengths] for name, model in models.items()
@@ -103,12 +107,7 @@ def measure(config: Measure, tokenizer: Tokenizer) -> dict[str, Any]:
             ]
             for name, model in models.items()
         },
-        "chat": {
-            length: right(
-                models["assistant"], *chat_questions(config, Texts(files), length), CACHES, tokenizer
-            )
-            for length in config.lengths
-        },
+        "chat": {name: [answered[name] for answered in chats] for name in CACHES},
     }
 
 
@@ -184,8 +183,7 @@ def markdown(config: Measure, results: dict[str, Any]) -> str:
         lines.append(f"| {ROWS[name]} | {' | '.join(f'{value:.0%}' for value in values)} |")
     lines.append("| *right answers of the assistant in conversations* |" + " |" * len(config.lengths))
     for cache, about in ABOUT.items():
-        values = (results["chat"][length][cache] for length in config.lengths)
-        lines.append(f"| {about} | {' | '.join(f'{value:.0%}' for value in values)} |")
+        lines.append(f"| {about} | {' | '.join(f'{value:.0%}' for value in results['chat'][cache])} |")
     return "\n".join(lines) + "\n"
 
 
@@ -196,8 +194,7 @@ def draw_answers(config: Measure, results: dict[str, Any], path: Path) -> None:
         loss_axes.plot(config.lengths, results["loss"][name], **style)
         found.plot(config.lengths, results["recall"][name], **style)
     for cache, color in zip(ABOUT, (COLORS["black"], COLORS["green"], COLORS["purple"]), strict=True):
-        values = [results["chat"][length][cache] for length in config.lengths]
-        chat.plot(config.lengths, values, marker="o", color=color, label=ABOUT[cache])
+        chat.plot(config.lengths, results["chat"][cache], marker="o", color=color, label=ABOUT[cache])
     loss_axes.set_ylabel("loss of held-out modules (nats per token)")
     found.set_ylabel("words found, as in pretraining")
     chat.set_ylabel("right answers of the assistant")
