@@ -215,7 +215,7 @@ class FinetuneConfig:
 
     @property
     def eval_files(self) -> tuple[Path, ...]:
-        return as_paths(self.eval_data)
+        return as_paths(self.eval_data, "eval_data")
 
     @property
     def evaluation_interval(self) -> int:

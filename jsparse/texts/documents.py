@@ -339,6 +339,15 @@ class _Encoder:
                 ids, mask = chat.encode_with_mask(messages, tools=tools)
         except ValueError as error:
             raise BadShape(f": {error}") from error
+        for number, message in enumerate(messages):
+            content = message.get("content")
+            if isinstance(content, list) and str(content) in chat.render(
+                messages, tools=tools, add_generation_prompt=False
+            ):
+                raise BadShape(
+                    f": messages[{number}].content is a list, which the template writes as Python does, with "
+                    "brackets and quotes; give it as a text"
+                )
         scored = np.array(mask, bool)
         if not scored[1:].any():
             raise BadShape(" has no target: the template writes nothing for the assistant")

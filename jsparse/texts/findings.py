@@ -117,7 +117,8 @@ class Findings:
         if len(self.files) > LIMIT:
             found.append(f"and {len(self.files) - LIMIT} more files")
         found += [f"left out: {text}" for text in self.left_out]
-        found.append(f"{self.samples:,} samples, {self.tokens:,} tokens, {self.targets:,} of them targets")
+        samples = f"{self.samples:,} sample{'' if self.samples == 1 else 's'}"
+        found.append(f"{samples}, {self.tokens:,} tokens, {self.targets:,} of them targets")
         if self.form:
             found.append(f"rendered {_FORMS[self.form]}")
         if self.ignored:

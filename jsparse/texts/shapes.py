@@ -101,7 +101,8 @@ def read_record(
     instruction, or the prompt beside a conversation, is not read.
 
     - row: by the names of its fields.
-    - fields: other names for fields: ``{"prompt": "question"}`` reads "question" as the prompt.
+    - fields: other names for fields: ``{"prompt": "question"}`` reads "question" as the prompt. A shape
+      without any of them is not taken.
     - pairs: whether a row is a preference, whatever else it has, and not one of the other shapes.
 
     Raises BadShape for a row of no shape, or with a field of the wrong kind or without text.
@@ -114,13 +115,17 @@ def read_record(
     given = {name for name, value in renamed.items() if value is not None}
     shapes = (_PAIR,) if pairs else _SHAPES
     for names, (needed, optional, make) in itertools.product((given, renamed.keys()), shapes):
-        if needed <= names:
+        is_asked_for = not fields or not fields.keys().isdisjoint(needed | optional)
+        if needed <= names and is_asked_for:
             used = {name: renamed[name] for name in needed | optional if name in renamed}
             unread = renamed.keys() - used.keys()
             return make(used), {fields.get(name, name) for name in unread}
     missing = [theirs for theirs in fields.values() if theirs not in row]
     if missing:
         raise BadShape(f" has no {', '.join(missing)}, which --fields names, but the fields {sorted(row)}")
+    if any(needed <= given for needed, _, _ in shapes):
+        named = ", ".join(fields.values())
+        raise BadShape(f" has the fields {sorted(row)}, and no shape with {named}, which --fields names")
     if pairs:
         raise BadShape(f" has the fields {sorted(row)}; {_ALLOWED_PAIR}; --fields reads other names")
     if _PAIR[0] <= given:
@@ -310,10 +315,37 @@ def _conversation(messages: list[dict[str, Any]], row: Mapping[str, Any]) -> Con
             " has no message of the assistant, so there is nothing to learn in it; its roles are "
             f"{_shortened(roles)}"
         )
+    _require_content(messages)
     tools = _decoded(row, "tools")
     if tools is not None and not isinstance(tools, list):
         raise BadShape(f': "tools" must be a list, not {_shortened(tools)}')
     return Conversation(messages, tools or None)
+
+
+# What a message may say beside or instead of its content, and which other trainers leave out of the loss.
+_SAID = {"content", "tool_calls", "function_call", "reasoning_content", "reasoning", "thinking"}
+_LEARNED = ("weight", "train")
+
+
+def _require_content(messages: list[dict[str, Any]]) -> None:
+    """That templates have a text to write of each message, where many write "" or a value as Python does."""
+    for number, message in enumerate(messages):
+        if message["role"] not in ("system", "user", "assistant"):  # a tool may answer with anything
+            continue
+        if message.keys().isdisjoint(_SAID if message["role"] == "assistant" else {"content"}):
+            raise BadShape(f': messages[{number}] has no "content", but {_shortened(list(message))}')
+        place, content = f": messages[{number}].content", message.get("content", "")
+        if not isinstance(content, str | list):
+            raise BadShape(f"{place} must be a text or a list of texts, not {_shortened(content)}")
+        for at, part in enumerate(content if isinstance(content, list) else ()):
+            if not isinstance(part.get("text") if isinstance(part, dict) else part, str):
+                raise BadShape(f"{place}[{at}] is no text, but {_shortened(part)}")
+        for name in _LEARNED if message["role"] == "assistant" else ():
+            if message.get(name, 1) != 1:
+                raise BadShape(
+                    f': messages[{number}] has "{name}": {_shortened(message[name])}; all that the assistant '
+                    "says is learned, so end the messages before it, or leave it away"
+                )
 
 
 def _require_messages(name: str, messages: Any, role: str) -> None:

@@ -1,4 +1,5 @@
 import dataclasses
+import re
 from pathlib import Path
 from typing import Any
 
@@ -310,3 +311,18 @@ def test_a_warm_up_that_is_longer_than_the_epochs_is_refused_once_their_steps_ar
     assert config.for_windows(8 * 51).steps == 51
     with pytest.raises(ValueError, match="warmup_steps=50 must be less than steps=50"):
         config.for_windows(8 * 50)
+
+
+@pytest.mark.parametrize("field", ["data", "eval_data"])
+@pytest.mark.parametrize(
+    ("name", "why"),
+    [
+        ("", "{} has an empty name; the current folder is '.'"),
+        ("https://here.org/a.jsonl", "{}=https://here.org/a.jsonl is an address; download it"),
+    ],
+)
+def test_names_that_a_path_would_change(field, name, why):
+    settings = {"model": "a", "data": "b", "output": "c", "context": 32}
+    for names in (name, ["a.txt", name]):
+        with pytest.raises(ValueError, match="^" + re.escape(why.format(field))):
+            FinetuneConfig(**settings | {field: names})

@@ -371,3 +371,34 @@ def test_what_is_nested_too_deep_is_a_bad_row(tmp_path):
         file.write_text(text)
         with pytest.raises(ValueError, match=r"data: .*a.jsonl,? "):
             samples(file)
+
+
+def test_a_list_that_a_template_writes_as_python_does_is_a_bad_row(tmp_path, save_chat_model):
+    """As many do that expect a text; users would train on brackets and quotes."""
+    texts = [{"type": "text", "text": "Hello"}, {"type": "text", "text": "user"}]
+    talk = [{"role": "user", "content": texts}, {"role": "assistant", "content": "Yes"}]
+    file = lines(tmp_path / "talks.jsonl", {"messages": talk})
+    header = "{% for m in messages %}{{ m.role }}: "
+    footer = "<e>{% endfor %}{% if add_generation_prompt %}assistant: {% endif %}"
+    as_python = header + "{{ m.content | trim }}" + footer
+    as_texts = (
+        header
+        + "{% if m.content is string %}{{ m.content }}{% else %}"
+        + "{% for part in m.content %}{{ part.text }}{% endfor %}{% endif %}"
+        + footer
+    )
+
+    def read_with(template):
+        folder = save_chat_model(tmp_path / "model", template, ["<s>", "<e>"])
+        settings = {"eos_token_id": None, "vocab_size": 1000, "chat_template": load_chat_template(folder)}
+        return load_tokenizer(folder), list(read_samples([file], load_tokenizer(folder), **settings))
+
+    with pytest.raises(
+        ValueError, match=r"line 1: messages\[0\].content is a list, which the template writes"
+    ):
+        read_with(as_python)
+    tokenizer, (sample,) = read_with(as_texts)
+    assert (
+        tokenizer.decode(sample.tokens.tolist(), skip_special_tokens=False)
+        == "user: Hellouser<e>assistant: Yes<e>"
+    )

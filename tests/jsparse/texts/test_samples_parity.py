@@ -127,12 +127,11 @@ def test_every_shape_in_every_kind_of_file(model, tmp_path, monkeypatch):
         ids, targets = expected(shape, row, theirs)
         line = f"{shape:20}"
         for kind, write in KINDS.items():
-            file = tmp_path / kind if kind != "-" else kind
-            if kind == "-":
-                data_files._spool_standard_input.cache_clear()
-                monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(write([row, row]))))
-            else:
-                file.write_bytes(write([row, row]))
+            content = write([row, row])
+            data_files._spool_standard_input.cache_clear()
+            monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(content)))
+            (tmp_path / kind).write_bytes(content)
+            file = "-" if kind == "-" else tmp_path / kind
             sample, again = read_samples(
                 [file], ours, eos_token_id=end, vocab_size=size, chat_template=template, reading=reading
             )

@@ -113,6 +113,71 @@ def test_rows_that_are_no_samples(row, message):
         read_record(row, {})
 
 
+MENTIONED = {"type": "text", "text": "hi"}
+
+
+@pytest.mark.parametrize(
+    ("messages", "why"),
+    [
+        (
+            [{"role": "user", "value": "hi"}, ANSWERED],
+            r'messages\[0\] has no "content", but \["role", "value"\]',
+        ),
+        ([{"role": "user", "content": None}, ANSWERED], r'messages\[0\] has no "content", but \["role"\]'),
+        ([ASKED, {"role": "assistant"}], r'messages\[1\] has no "content"'),
+        (
+            [{"role": "user", "content": 5}, ANSWERED],
+            r"messages\[0\].content must be a text or a list of texts, not 5",
+        ),
+        (
+            [{"role": "user", "content": {}}, ANSWERED],
+            r"messages\[0\].content must be a text or a list of texts",
+        ),
+        (
+            [{"role": "user", "content": [MENTIONED, {"type": "image_url", "image_url": "a"}]}, ANSWERED],
+            r'messages\[0\].content\[1\] is no text, but {"type": "image_url"',
+        ),
+        (
+            [ASKED, ANSWERED | {"weight": 0}],
+            r'messages\[1\] has "weight": 0; all that the assistant says is learned',
+        ),
+        ([ASKED, ANSWERED | {"train": False}, ASKED, ANSWERED], r'messages\[1\] has "train": false'),
+        ([ASKED, ANSWERED | {"weight": 0.5}], r'messages\[1\] has "weight": 0.5'),
+    ],
+)
+def test_messages_that_say_nothing_or_are_not_learned(messages, why):
+    for row in ({"messages": messages}, {"conversations": messages}):
+        with pytest.raises(BadShape, match=why):
+            read_record(row, {})
+
+
+def test_messages_as_they_may_be():
+    called = {"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": {}}}]}
+    for messages in (
+        [ASKED, called, {"role": "tool", "content": {"degrees": 20}}, ANSWERED],
+        [ASKED, {"role": "assistant", "reasoning_content": "hm"}],
+        [{"role": "user", "content": [MENTIONED, "more"]}, ANSWERED | {"weight": 1, "train": True}],
+        [ASKED | {"weight": 0}, ANSWERED],
+    ):
+        record, _ = read_record({"messages": messages}, {})
+        assert record == Conversation(messages, None)
+
+
+def test_a_shape_without_any_of_the_named_fields_is_not_taken():
+    """With one name misspelt, the other shape that a row has is not what was asked for."""
+    row = {"question": "a", "answer": "b", "text": "c"}
+    fields = {"prompt": "questoin", "completion": "answer"}
+    with pytest.raises(BadShape, match="has no questoin, which --fields names"):
+        read_record(row, fields)
+    talk = {"messages": [ASKED, ANSWERED], "body": "words", "context": "d"}
+    assert read_record(talk, {"text": "body"}) == (Document("words"), {"messages", "context"})
+    with pytest.raises(BadShape, match=r"has the fields .* and no shape with context, which --fields names"):
+        read_record(talk, {"input": "context"})
+    row = {"instruction": "a", "response": "b"}  # "input" may be left out
+    named = {"input": "context", "output": "response"}
+    assert read_record(row, named)[0] == Instruction("a", "", "b", "")
+
+
 def test_fields_of_other_names():
     assert read_record(
         {"question": "a", "answer": "b", "prompt": "c"}, {"prompt": "question", "completion": "answer"}
