@@ -19,6 +19,7 @@ from jsparse.cache import decode as decode_table
 from jsparse.implementations import table as attention_table
 
 ROOT = Path(__file__).parent.parent
+SCRIPTS = ROOT / "examples" / "long_chat"  # a recipe to read and run, which is not installed
 
 # The rooms from the ground up: each may import those before it, as far as ROOMS says, and itself.
 GROUND = {"arrays", "checks", "device", "extras", "files", "hub", "integers", "lazy", "mesh"}
@@ -59,10 +60,12 @@ def room_of(module: str) -> str | None:
 
 
 def source_files() -> dict[str, Path]:
-    """Every module of the package by name; a room's face goes by the room's name."""
+    """Every module of the package by name; a room's face goes by the room's name. Scripts are no modules."""
     found = {}
     for folder in sorted(AT_THE_TOP | {"jsparse"}):
         for path in sorted((ROOT / folder).rglob("*.py")):
+            if SCRIPTS in path.parents:
+                continue
             parts = path.relative_to(ROOT).with_suffix("").parts
             parts = parts if parts[0] == "jsparse" else ("jsparse", *parts)
             found[".".join(parts).removesuffix(".__init__")] = path
