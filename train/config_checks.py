@@ -65,7 +65,7 @@ def check_settings(config: Any) -> None:
         if getattr(config, field) is not None:
             require_numbers(config, field)
     if config.dpo_beta is not None and config.loss_on == "all":
-        raise ValueError("loss_on='all' is not for dpo_beta, which compares answers; leave one of them away")
+        raise ValueError("loss_on='all' is not for dpo_beta, which compares answers; leave one of them out")
     require_numbers(config, "weight_decay", allow_zero=True)
     for field in ("attention", "rope", "base_bits", "dtype", "remat", "schedule"):
         require_choice(config, field, *_CHOICES[field])
@@ -139,7 +139,7 @@ def _refuse_for_lora(config: Any) -> None:
         if field.name in _OF_LORA and value != default:
             raise ValueError(
                 f"{field.name}={value!r} is for LoRA, but lora_rank=None trains every parameter; "
-                "leave one of them away"
+                "leave one of them out"
             )
 
 

@@ -168,7 +168,7 @@ def _merge_run(merging: MergeConfig, run: str | Path, output: Path) -> Merged:
                 raise
             raise FileNotFoundError(f"{error}. {run} began with it; --model says where else it is") from error
         if merging.adapter and config.lora_rank is None:
-            raise ValueError(f"{run} trained all weights, without adapters; leave --adapter away")
+            raise ValueError(f"{run} trained all weights, without adapters; leave out --adapter")
         if digest_model(config.model_folder) != described["model"]:
             raise ValueError(
                 f"model={config.model} has other content than the model that the run started from"
@@ -216,7 +216,7 @@ def _merge_adapters(merging: MergeConfig, adapters: list[Path], output: Path) ->
     if merging.step is not None:
         raise ValueError(f"step={merging.step} is of a run's checkpoints, but {what}")
     if merging.adapter:
-        raise ValueError(f"{what} already; leave --adapter away")
+        raise ValueError(f"{what} already; leave out --adapter")
     base = _common_base(adapters) if merging.model is None else merging.model
     tokenizer = _common_tokenizer(adapters)  # and the chat template beside it
     try:

@@ -344,7 +344,7 @@ def _require_content(messages: list[dict[str, Any]]) -> None:
             if message.get(name, 1) != 1:
                 raise BadShape(
                     f': messages[{number}] has "{name}": {_shortened(message[name])}; all that the assistant '
-                    "says is learned, so end the messages before it, or leave it away"
+                    "says is learned, so end the messages before it, or leave it out"
                 )
 
 
