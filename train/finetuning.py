@@ -89,7 +89,7 @@ def finetune(config: FinetuneConfig, *, progress: bool = True) -> FinetuneResult
     Llama: serve it with full or any sparse attention.
 
     During the run, ``output`` holds ``metrics.jsonl`` (one line per step: step, loss, tokens that had a
-    target, tokens per second, learning rate, gradient norm before clipping, steps skipped so far),
+    target, tokens read per second, learning rate, gradient norm before clipping, steps skipped so far),
     ``checkpoints/`` and ``data/`` (the text as tokens). config.json, the weights and attention_pattern.json,
     which says what each head saw, are written at the end. After an interruption, the same call resumes from
     the last checkpoint, bit for bit as if nothing had happened. SIGTERM or Ctrl-C ends a run after the
@@ -331,7 +331,7 @@ def _metrics_line(config: FinetuneConfig, step: int, result: Metrics, began: flo
         "step": step,
         "loss": None if is_skipped else loss,
         "tokens": tokens,
-        "tokens_per_second": tokens / (time.perf_counter() - began),
+        "tokens_per_second": config.batch_size * config.context / (time.perf_counter() - began),
         # The optimizer does not count the steps that were skipped.
         "learning_rate": config.learning_rate_at(step - 1 - skipped + (1 if is_skipped else 0)),
         "grad_norm": None if is_skipped else grad_norm,

@@ -44,7 +44,7 @@ ABOUT = {
     "first and last": f"reading the first and last {BUDGET} tokens",
 }
 ROWS = {
-    "shipped": "the shipped model",
+    "shipped": "the shipped model as it is",
     "rope": "RoPE extended, nothing trained",
     "extended": "extended",
     "assistant": "assistant",
@@ -224,7 +224,7 @@ def draw_training(folder: Path, path: Path) -> None:
         axes.set_xlabel(f"step ({ROWS[name]})")
         axes.set_ylabel("loss (nats per target)")
         tidy(axes)
-        axes.legend(frameon=False)
+        axes.legend(frameon=False, ncols=2, loc="lower right", bbox_to_anchor=(1, 1))
     save(figure, path, dpi=150)
 
 

@@ -234,6 +234,14 @@ def test_the_learning_rate_reported_is_that_of_the_steps_the_optimizer_took(conf
     assert (line["loss"] is None) == (in_row > 0) and line["skipped"] == skipped
 
 
+def test_the_speed_is_that_of_the_tokens_read_not_of_the_few_that_are_learned(config, monkeypatch):
+    """Where only answers are learned, the targets are few, and their number differs from step to step."""
+    monkeypatch.setattr(finetuning.time, "perf_counter", lambda: 12.0)
+    numbers = (jnp.float32(2.0), jnp.float32(1.0), *(jnp.int32(n) for n in (7, 0, 0)))
+    line = finetuning._metrics_line(config, 5, finetuning.Metrics(*numbers, rewards=None), 10.0)
+    assert line["tokens_per_second"] == config.batch_size * config.context / 2
+
+
 @pytest.mark.parametrize("in_row", [0, 1])
 def test_the_line_of_a_step_without_a_target_has_no_loss(config, in_row):
     """It is counted as skipped; steps before it that were not finite end no run with it."""
