@@ -133,7 +133,7 @@ def main() -> None:
             file = config.output / f"{name}{ending}.jsonl"
             file.write_text("".join(lines), encoding="utf-8")
             print(f"{file}: {len(lines)} rows")
-    first = max(chats(texts, 8, config.context, rng), key=lambda chat: len(chat["messages"][0]["content"]))
+    first = max(chats(texts, 32, config.context, rng), key=lambda chat: len(chat["messages"][0]["content"]))
     shown, *asked = (message["content"] for message in first["messages"] if message["role"] == "user")
     (config.output / "shown.json").write_text(
         json.dumps([{"role": "user", "content": shown}]), encoding="utf-8"
