@@ -7,7 +7,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import yaml
 
 from jsparse.__main__ import main
 from jsparse.models import load_config, load_tokenizer, shipped_model
@@ -69,30 +68,19 @@ def test_every_step_runs(recipe, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "models").mkdir()
     (tmp_path / "models" / "small").symlink_to(shipped_model())
-    smaller = [
-        "--context",
-        "2560",
-        "--steps",
-        "2",
-        "--warmup-steps",
-        "1",
-        "--batch-size",
-        "1",
-        "--eval-every",
-        "2",
-    ]
+    smaller = "--context 2560 --steps 2 --warmup-steps 1 --batch-size 1 --eval-every 2".split()
 
-    words = ["--output", "long-chat/data", "--context", "2560", "--chats", "20"]
+    words = "--output long-chat/data --context 2560 --chats 20".split()
     monkeypatch.setattr(sys, "argv", ["make_data.py", *words])
     recipe("make_data").main()
     for name in ("extend", "chat"):
         assert main(["finetune", "--config", str(RECIPE / f"{name}.yaml"), *smaller]) == 0
-    assert load_config("long-chat/assistant").max_position_embeddings == 2560
-    used = yaml.safe_load(Path("long-chat/assistant/run.yaml").read_text())
-    assert used["attention"] == "full"
+    assert load_config("long-chat/assistant").max_position_embeddings == 4096
+    seen = json.loads(Path("long-chat/assistant/attention_pattern.json").read_text())
+    assert seen["kind"] == "full"
     assert (Path("long-chat/assistant") / "chat_template.jinja").is_file()
 
-    words = ["--folder", "long-chat", "--lengths", "1024", "2560", "--windows", "1", "--samples", "2"]
+    words = "--folder long-chat --lengths 1024 2560 --windows 1 --samples 2".split()
     monkeypatch.setattr(sys, "argv", ["measure.py", *words])
     recipe("measure").main()
     results = json.loads(Path("long-chat/results.json").read_text())
@@ -102,6 +90,7 @@ def test_every_step_runs(recipe, tmp_path, monkeypatch, capsys):
         assert Path("long-chat", figure).stat().st_size > 10_000
 
     capsys.readouterr()
-    chat = ["chat", "--model", "long-chat/assistant", "--budget", "512", "--max-new-tokens", "4"]
-    monkeypatch.setattr(sys, "stdin", open("long-chat/data/asked.txt"))  # noqa: SIM115
-    assert main([*chat, "--messages", "long-chat/data/shown.json"]) == 0
+    chat = "chat --model long-chat/assistant --budget 512 --max-new-tokens 4".split()
+    with open("long-chat/data/asked.txt") as asked:
+        monkeypatch.setattr(sys, "stdin", asked)
+        assert main([*chat, "--messages", "long-chat/data/shown.json"]) == 0
