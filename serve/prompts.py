@@ -63,8 +63,13 @@ def read_conversation(file: Path) -> Prompt:
 
     Raises ValueError, naming the file, for anything else.
     """
-    place = f"messages: {file}"
-    content = _parse(_read(file, "messages"), place)
+    place, text = f"messages: {file}", _read(file, "messages")
+    first, _, rest = text.strip().partition("\n")
+    if rest and _is_json(first):
+        raise ValueError(
+            f"{place} has JSON lines; jsparse generate --prompts takes one conversation per line"
+        )
+    content = _parse(text, place)
     return _prompt({"messages": content} if isinstance(content, list) else content, place)
 
 
@@ -118,6 +123,14 @@ def _parse(text: str, place: str) -> Any:
     except (ValueError, RecursionError) as error:
         reason = f"{error.msg} at character {error.pos}" if isinstance(error, json.JSONDecodeError) else error
         raise ValueError(f"{place} is not valid JSON ({reason}); allowed is {_ALLOWED}") from error
+
+
+def _is_json(text: str) -> bool:
+    try:
+        json.loads(text)
+    except (ValueError, RecursionError):
+        return False
+    return True
 
 
 def _short(value: Any) -> str:

@@ -127,6 +127,13 @@ def test_bad_prompts_are_named(run, tmp_path, content, named):
     assert out == "" and err.count("\n") == 1 and re.search(named, err), err
 
 
+def test_a_file_of_several_conversations_belongs_to_another_option(run, tmp_path):
+    row = json.dumps({"messages": [{"role": "user", "content": "hi"}]})
+    (tmp_path / "chats.jsonl").write_text(f"{row}\n{row}\n")
+    out, err = run("--messages", str(tmp_path / "chats.jsonl"), code=2)
+    assert out == "" and "has JSON lines; jsparse generate --prompts takes one conversation per line" in err
+
+
 @pytest.mark.parametrize(
     ("options", "named"),
     [

@@ -32,16 +32,16 @@ from jsparse.texts.corpus import standard_library_files
 from jsparse.texts.tasks import Material, recall, score
 from jsparse.train import evaluate_perplexity, read_documents
 
-BUDGET = 512
+BUDGET, SINK = 512, 64
 CACHES = {
     "all": CacheConfig(policy="dense"),
     "chosen pages": CacheConfig(budget=BUDGET),
-    "first and last": CacheConfig(policy="streaming", sink=64, window=BUDGET - 64),
+    "first and last": CacheConfig(policy="streaming", sink=SINK, window=BUDGET - SINK),
 }
 ABOUT = {
-    "all": "reading everything",
-    "chosen pages": f"reading {BUDGET} tokens of chosen pages",
-    "first and last": f"reading the first and last {BUDGET} tokens",
+    "all": "everything",
+    "chosen pages": f"{BUDGET} tokens of chosen pages",
+    "first and last": f"the first {SINK} and last {BUDGET - SINK} tokens",
 }
 ROWS = {
     "shipped": "the shipped model as it is",
@@ -181,7 +181,7 @@ def markdown(config: Measure, results: dict[str, Any]) -> str:
     lines.append("| *one of many words found, as in pretraining* |" + " |" * len(config.lengths))
     for name, values in results["recall"].items():
         lines.append(f"| {ROWS[name]} | {' | '.join(f'{value:.0%}' for value in values)} |")
-    lines.append("| *right answers of the assistant in conversations* |" + " |" * len(config.lengths))
+    lines.append("| *right answers of the assistant, where it reads* |" + " |" * len(config.lengths))
     for cache, about in ABOUT.items():
         lines.append(f"| {about} | {' | '.join(f'{value:.0%}' for value in results['chat'][cache])} |")
     return "\n".join(lines) + "\n"
@@ -197,7 +197,7 @@ def draw_answers(config: Measure, results: dict[str, Any], path: Path) -> None:
         chat.plot(config.lengths, results["chat"][cache], marker="o", color=color, label=ABOUT[cache])
     loss_axes.set_ylabel("loss of held-out modules (nats per token)")
     found.set_ylabel("words found, as in pretraining")
-    chat.set_ylabel("right answers of the assistant")
+    chat.set_ylabel("right answers, where the assistant reads")
     for axes in (loss_axes, found, chat):
         length_axis(axes, config.lengths, "tokens")
         tidy(axes)
