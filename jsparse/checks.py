@@ -17,6 +17,12 @@ def require_integers(config: Any, minimum: int, *fields: str) -> None:
         require_integer(field, value, minimum)
 
 
+def require_seed(config: Any) -> None:
+    """ValueError unless ``config.seed`` has the 32 bits that JAX's generators take on every machine."""
+    require_integers(config, 0, "seed")
+    require_integer("seed", config.seed, 0, 2**32 - 1)
+
+
 def require_numbers(config: Any, *fields: str, allow_zero: bool = False) -> None:
     """ValueError unless each of these fields of ``config`` is a finite number above 0, or 0 if allowed."""
     for field in fields:

@@ -142,6 +142,7 @@ EVALUATE = "evaluate --model {}/model --data {}/text.txt --contexts 32"
         (EVALUATE + " --json {}/no/such.json", "no/such.json does not exist"),
         ("evaluate --model {}/model --data {}/text.txt --contexts 1", "context must be at least 2, not 1"),
         ("finetune --config {}/no.yaml", "no.yaml does not exist; it must be a YAML file of options"),
+        ("finetune --model m --config", "--config needs a value, the name of a YAML file of options"),
         ("finetune --config {}/bad.yaml", "unknown option learning_rat; the nearest is learning_rate"),
         ("plan finetune --config {}/bad.yaml", "unknown option learning_rat; the nearest is learning_rate"),
     ],

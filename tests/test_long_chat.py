@@ -20,6 +20,8 @@ RECIPE = Path(__file__).parent.parent / "examples" / "long_chat"
 def recipe(monkeypatch):
     """Imports a script of the recipe, as Python finds it when it runs one."""
     monkeypatch.syspath_prepend(str(RECIPE))
+    for name in ("make_data", "measure"):  # other scripts, which other tests ran, have these names too
+        monkeypatch.delitem(sys.modules, name, raising=False)
     yield importlib.import_module
     for name in ("make_data", "measure"):
         sys.modules.pop(name, None)

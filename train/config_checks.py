@@ -9,6 +9,7 @@ from jsparse.checks import (
     require_integers,
     require_numbers,
     require_positive,
+    require_seed,
 )
 from jsparse.integers import is_integer, require_integer
 from jsparse.models.choices import EXTENSIONS, KINDS, REMAT
@@ -59,7 +60,7 @@ def check_settings(config: Any) -> None:
             require_integers(config, least, name)
     require_integers(config, 1, "batch_size", "micro_batches", "checkpoint_every", "max_skipped")
     require_integers(config, 2, "context")
-    require_integers(config, 0, "seed")
+    require_seed(config)
     require_numbers(config, "max_grad_norm", "lora_alpha")
     for field in ("learning_rate", "dpo_beta"):
         if getattr(config, field) is not None:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from jsparse.checks import require_choice, require_integers, require_numbers
+from jsparse.checks import require_choice, require_integers, require_numbers, require_seed
 from jsparse.train.run.paths import as_paths
 
 
@@ -64,7 +64,8 @@ class HeadsConfig:
             raise ValueError("data must name at least one text file")
         require_integers(self, 2, "context")
         require_integers(self, 1, "lengths", "window", "needles", "words", "steps", "batch_size")
-        require_integers(self, 0, "sink", "seed")
+        require_integers(self, 0, "sink")
+        require_seed(self)
         if self.min_context is not None:
             require_integers(self, 2, "min_context")
         require_numbers(self, "learning_rate")

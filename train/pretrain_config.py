@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from jsparse.checks import require_integers, require_numbers
+from jsparse.checks import require_integers, require_numbers, require_seed
 from jsparse.texts.corpus import standard_library_files
 from jsparse.train.data.curriculum import Stage
 from jsparse.train.run.paths import as_paths
@@ -88,7 +88,7 @@ class PretrainConfig:
         steps = "stage_steps", "text_steps", "final_steps", "far_steps", "checkpoint_every"
         require_integers(self, 1, *sizes, "q_heads", "kv_heads", *steps)
         require_integers(self, 2 * _SHORTEST, "batch_tokens")
-        require_integers(self, 0, "seed")
+        require_seed(self)
         require_numbers(self, "learning_rate", "embedding_learning_rate")
         require_numbers(self, "text_weight", allow_zero=True)
         times, rest = divmod(self.context, _SHORTEST)

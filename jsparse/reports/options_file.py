@@ -39,9 +39,10 @@ def with_file(config: type, options: Sequence[str], *, either: Collection[tuple[
 def _file_named(options: Sequence[str]) -> Path | None:
     """The value of the last ``--config``, which is what the parser takes too."""
     found = None
-    for option, after in itertools.pairwise([*options, None]):
-        assert option is not None
-        if option == _OPTION and after is not None:
+    if options and options[-1] == _OPTION:
+        raise ValueError("--config needs a value, the name of a YAML file of options")
+    for option, after in itertools.pairwise([*options, ""]):
+        if option == _OPTION:
             found = Path(after)
         elif option.startswith(_OPTION + "="):
             found = Path(option.removeprefix(_OPTION + "="))

@@ -29,6 +29,7 @@ CONFIG = FinetuneConfig(model=Path("base"), data=(Path("text"),), output=Path("o
         ("lora_rank", 0, ">= 1"),
         ("warmup_steps", -1, ">= 0"),
         ("seed", -1, ">= 0"),
+        ("seed", 2**32, "from 0 to"),
         ("learning_rate", 0.0, "> 0"),
         ("learning_rate", float("nan"), "> 0"),
         ("max_grad_norm", -1.0, "> 0"),

@@ -328,6 +328,7 @@ def test_the_learning_rate_rises_and_falls(config):
         ({"steps": 0}, "steps must be an integer >= 1, not 0"),
         ({"batch_size": 0}, "batch_size must be"),
         ({"seed": -1}, "seed must be an integer >= 0"),
+        ({"seed": 2**32}, "seed must be an integer from 0 to 4294967295"),
         ({"l1": -0.1}, "l1 must be a number >= 0, not -0.1"),
         ({"learning_rate": 0.0}, "learning_rate must be a number > 0, not 0.0"),
         ({"learning_rate": float("nan")}, "learning_rate"),

@@ -271,6 +271,7 @@ def test_a_folder_of_another_run_is_refused(finished, data, tmp_path):
         ({"learning_rate": 0.0}, "learning_rate must be a number > 0, not 0.0"),
         ({"text_weight": -1.0}, "text_weight must be a number >= 0"),
         ({"batch_tokens": 64}, "batch_tokens must be an integer >= 128, not 64"),
+        ({"seed": 2**32}, "seed must be an integer from 0 to 4294967295"),
     ],
 )
 def test_settings_out_of_range_are_refused(data, changes, message):
