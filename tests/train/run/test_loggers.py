@@ -135,11 +135,11 @@ def written(
                 file.write(json.dumps(line) + "\n")
                 file.flush()
                 logs.log(line)
-                if line["step"] == stop and by is None:
+                if line["step"] == stop:
+                    if by is not None:
+                        raise by
                     logs.stopped()
                     return
-                if line["step"] == stop:
-                    raise by
 
 
 def lines_of(steps):
