@@ -323,7 +323,8 @@ def test_a_warm_up_that_is_longer_than_the_epochs_is_refused_once_their_steps_ar
     ],
 )
 def test_names_that_a_path_would_change(field, name, why):
-    settings: dict[str, Any] = {"model": "a", "data": "b", "output": "c", "context": 32}
     for names in (name, ["a.txt", name]):
+        settings: dict[str, Any] = {"model": "a", "data": "b", "output": "c", "context": 32}
+        settings[field] = names
         with pytest.raises(ValueError, match="^" + re.escape(why.format(field))):
-            FinetuneConfig(**settings | {field: names})
+            FinetuneConfig(**settings)
