@@ -143,6 +143,7 @@ def finetune(config: FinetuneConfig, *, progress: bool = True) -> FinetuneResult
         config = config.for_windows(len(rows))
         run = describe_run(config, data.digest, model_config, pattern, eval_digest=data.eval_digest)
         start = steps_taken(config, run)
+    is_held_out_new = not has_held_out(config.output_folder)
     wait_for_all("run")  # all have looked into the folder before the first process makes something there
     evaluations, reference = None, None
     if config.dpo_beta is not None:
@@ -153,7 +154,8 @@ def finetune(config: FinetuneConfig, *, progress: bool = True) -> FinetuneResult
         with _mesh_in_context(mesh):
             measure = _measure(config, split, mesh, held_out, state)
         evaluations = Evaluations(measure, config.evaluation_interval, config.patience)
-    _describe_new(config, stored, start=start, progress=progress)
+    if is_first_process():
+        _describe_new(config, stored, start == 0, is_held_out_new, progress=progress)
     _write_settings(asked)
     with loggers_open(
         config.log_to,
@@ -218,12 +220,10 @@ def finetune(config: FinetuneConfig, *, progress: bool = True) -> FinetuneResult
     )
 
 
-def _describe_new(config: FinetuneConfig, stored: RunWindows, *, start: int, progress: bool) -> None:
+def _describe_new(
+    config: FinetuneConfig, stored: RunWindows, is_new: bool, is_held_out_new: bool, *, progress: bool
+) -> None:
     """What was found in the data, and warnings of it: before the first step that they are there for."""
-    is_new = start == 0
-    is_held_out_new = not has_held_out(config.output_folder)  # by every process: they open it together
-    if not is_first_process():
-        return
     if progress and is_new:
         print_findings(stored.findings, "data")
     if progress and is_held_out_new:

@@ -17,6 +17,7 @@ from jsparse.models import Llama, load_config
 from jsparse.train import FinetuneConfig, MergeConfig, evaluate_perplexity, finetune, finetuning, merge
 from jsparse.train.data.windows import open_windows, write_windows
 from jsparse.train.held_out import held_out_loss
+from jsparse.train.run import identity
 from jsparse.train.run.evaluations import best_line
 from jsparse.train.start import extended_config, load_start
 
@@ -358,6 +359,15 @@ def test_a_run_that_gets_held_out_data_later_says_what_is_in_them(config, text, 
     caplog.clear()
     finetune(dataclasses.replace(added, steps=3))
     assert not caplog.records and "eval_data: " not in capsys.readouterr().err
+
+
+def test_processes_look_into_the_folder_before_the_first_makes_something_there(config, tmp_path, monkeypatch):
+    """A slower process would find what a faster one has made, and wait for it in another place."""
+    done, recorded = [], identity._recorded
+    monkeypatch.setattr(finetuning, "wait_for_all", done.append)
+    monkeypatch.setattr(identity, "_recorded", lambda output: done.append("look") or recorded(output))
+    finetune(dataclasses.replace(config, output=tmp_path / "out", steps=1), progress=False)
+    assert "look" in done[: done.index("run")] and "look" not in done[done.index("run") :]
 
 
 def test_a_run_says_what_is_in_its_held_out_data_and_what_is_left_out(config, tmp_path, capsys):
