@@ -82,7 +82,7 @@ def test_every_step_runs(recipe, tmp_path, monkeypatch, capsys):
     assert seen["kind"] == "full"
     assert (Path("long-chat/assistant") / "chat_template.jinja").is_file()
 
-    words = "--folder long-chat --lengths 1024 2560 --windows 1 --samples 2".split()
+    words = "--folder long-chat --lengths 1024 --windows 1 --samples 2".split()
     monkeypatch.setattr(sys, "argv", ["measure.py", *words])
     recipe("measure").main()
     results = json.loads(Path("long-chat/results.json").read_text())
