@@ -12,7 +12,7 @@ from jsparse.reports.options_file import in_words
 _OPTION = re.compile(r"--[A-Za-z][\w.-]*")
 _NAMED = re.compile(rf"(?:^Error parsing |argument ')({_OPTION.pattern})")  # whose value tyro refuses
 # How tyro draws: the rule that ends what it has to say, and what is around it.
-_RULE, _FRAME = re.compile(r"[│|]\s*[─-]{5,}|[╰└+]"), re.compile(r"^[│|]\s?|\s*[│|]$")
+_RULE, _FRAME = re.compile(r"[│|]?\s*[─-]{5,}|[╰└+]"), re.compile(r"^[│|]\s?|\s*[│|]$")
 
 
 class Option(NamedTuple):
@@ -102,7 +102,9 @@ def _said(drawn: str) -> str:
     lines = []
     for line in drawn.splitlines()[1:]:
         if _RULE.match(line):
-            break
+            if lines:
+                break
+            continue  # without UTF-8 there is no box, but a rule below its title
         lines.append(_FRAME.sub("", line))
     return " ".join(" ".join(lines).split())
 

@@ -2,9 +2,10 @@
 
 import contextlib
 import functools
-from collections.abc import Iterable, Iterator, Sequence
+import json
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 from jaxtyping import Bool, Int32
@@ -340,18 +341,30 @@ class _Encoder:
         except ValueError as error:
             raise BadShape(f": {error}") from error
         for number, message in enumerate(messages):
-            content = message.get("content")
-            if isinstance(content, list) and str(content) in chat.render(
-                messages, tools=tools, add_generation_prompt=False
-            ):
-                raise BadShape(
-                    f": messages[{number}].content is a list, which the template writes as Python does, with "
-                    "brackets and quotes; give it as a text"
-                )
+            if isinstance(message.get("content"), list):
+                written = chat.render(messages, tools=tools, add_generation_prompt=False)
+                _require_written(message, f"messages[{number}].content", written)
         scored = np.array(mask, bool)
         if not scored[1:].any():
             raise BadShape(" has no target: the template writes nothing for the assistant")
         return ids, scored
+
+
+def _require_written(message: Mapping[str, Any], place: str, written: str) -> None:
+    """BadShape where a template that expects a text writes a list as Python does, or leaves it out."""
+    content = message["content"]
+    if str(content) in written:
+        raise BadShape(
+            f": {place} is a list, which the template writes as Python does, with brackets and quotes; give "
+            "it as a text"
+        )
+    # Of what the assistant says a template may drop the thoughts, and one that drops all has no target.
+    texts = [part.get("text") if isinstance(part, dict) else part for part in content]
+    texts = [text.strip() for text in texts if isinstance(text, str) and text.strip()]
+    as_json = [json.dumps(text, ensure_ascii=False)[1:-1] for text in texts]  # as some write what tools say
+    is_whole = all(one in written or other in written for one, other in zip(texts, as_json, strict=True))
+    if message["role"] != "assistant" and not is_whole:
+        raise BadShape(f": {place} is a list, which the template does not write; give it as a text")
 
 
 def show_sample(sample: Sample, tokenizer: Tokenizer) -> str:

@@ -118,8 +118,9 @@ def read_record(
         is_asked_for = not fields or not fields.keys().isdisjoint(needed | optional)
         if needed <= names and is_asked_for:
             used = {name: renamed[name] for name in needed | optional if name in renamed}
-            unread = renamed.keys() - used.keys()
-            return make(used), {fields.get(name, name) for name in unread}
+            record = make(used)
+            read = _READ_OF_PAIRS[type(record.chosen)] if isinstance(record, Preference) else used.keys()
+            return record, {fields.get(name, name) for name in renamed.keys() - read}
     missing = [theirs for theirs in fields.values() if theirs not in row]
     if missing:
         raise BadShape(f" has no {', '.join(missing)}, which --fields names, but the fields {sorted(row)}")
@@ -209,8 +210,11 @@ def _messages(row: dict[str, Any]) -> Conversation:
     messages = _decoded(row, "messages")
     _require_messages("messages", messages, "role")
     # As templates do: a key whose value is null counts as absent.
-    present = [{name: value for name, value in one.items() if value is not None} for one in messages]
-    return _conversation(present, row)
+    return _conversation(_without_nulls(messages), row)
+
+
+def _without_nulls(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [{name: value for name, value in one.items() if value is not None} for one in messages]
 
 
 def _preference(row: dict[str, Any]) -> Preference:
@@ -253,7 +257,7 @@ def _says_nothing(answer: Answered) -> bool:
 def _answered(row: dict[str, Any], name: str) -> Answered:
     """The question with one of its answers: a text, or messages, which may begin with the question."""
     answer, prompt = row[name], row.get("prompt")
-    if isinstance(answer, str) and "instruction" in row:
+    if isinstance(answer, str) and row.get("instruction") is not None:
         return _instruction({**row, "output": answer})
     if isinstance(answer, str) and isinstance(prompt, str):
         return _completion({"prompt": prompt, "completion": answer})
@@ -264,8 +268,12 @@ def _answered(row: dict[str, Any], name: str) -> Answered:
     _require_messages(name, answer, "role")
     if isinstance(prompt, str) and answer[0]["role"] == "assistant":
         prompt = [{"role": "user", "content": prompt}]
-    begins_with_prompt = isinstance(prompt, list) and answer[: len(prompt)] == prompt
-    before = prompt if isinstance(prompt, list) and not begins_with_prompt else []
+    before = []
+    if isinstance(prompt, list) and prompt:
+        _require_messages("prompt", prompt, "role")
+        # Columns of a table have nulls for fields that only others have.
+        begins_with_prompt = _without_nulls(answer[: len(prompt)]) == _without_nulls(prompt)
+        before = [] if begins_with_prompt else prompt
     if not before and all(message["role"] == "assistant" for message in answer):
         raise BadShape(f': "{name}" answers nothing; {_ALLOWED_PAIR}')
     return _messages({**row, "messages": [*before, *answer]})
@@ -294,7 +302,8 @@ def _sharegpt(row: dict[str, Any]) -> Conversation:
             )
         if not isinstance(value, str):
             raise BadShape(f": conversations[{number}].value must be a string, not {_shortened(value)}")
-        messages.append({"role": _SPEAKERS[speaker], "content": value})
+        learned = {name: turn[name] for name in _LEARNED if turn.get(name) is not None}
+        messages.append({"role": _SPEAKERS[speaker], "content": value, **learned})
     return _conversation(messages, row)
 
 
@@ -378,6 +387,12 @@ _PAIR: _Shape = (
     {"prompt", "instruction", "input", "tools", "system"},
     _preference,
 )
+# What each kind of answer reads of a pair: a prompt that goes before a text is put to no chat template.
+_READ_OF_PAIRS: dict[type, set[str]] = {
+    Completion: {"chosen", "rejected", "prompt"},
+    Instruction: {"chosen", "rejected", "instruction", "input", "system"},
+    Conversation: {"chosen", "rejected", "prompt", "tools", "system"},
+}
 # What a shape must have, what it may have besides, and what reads it.
 _SHAPES: tuple[_Shape, ...] = (
     ({"messages"}, {"tools", "system"}, _messages),

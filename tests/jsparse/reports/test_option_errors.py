@@ -1,6 +1,8 @@
 """What is wrong with the options of a command is one line in any terminal, and --help has whole lines."""
 
+import io
 import re
+import sys
 
 import pytest
 
@@ -97,3 +99,15 @@ def test_options_that_are_right_come_as_they_are():
         FinetuneCommand, "finetune", [*GIVEN.split(), "--coordinator=--x", "--no-rslora", "--lora_rank", "4"]
     )
     assert (found.coordinator, found.rslora, found.lora_rank) == ("--x", False, 4)
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1"])
+@pytest.mark.parametrize(
+    ("option", "allowed"), [("--context", "an integer"), ("--lora-rank", "an integer or None")]
+)
+def test_a_terminal_that_is_not_utf_8(encoding, option, allowed, capsys, monkeypatch):
+    """There tyro draws rules, but no boxes."""
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BytesIO(), encoding=encoding))
+    with pytest.raises(SystemExit, match="2"):
+        main(["finetune", *GIVEN.split(), option, "abc"])
+    assert capsys.readouterr().err == f"jsparse: error: {option} must be {allowed}, not 'abc'\n"

@@ -402,3 +402,11 @@ def test_a_list_that_a_template_writes_as_python_does_is_a_bad_row(tmp_path, sav
         tokenizer.decode(sample.tokens.tolist(), skip_special_tokens=False)
         == "user: Hellouser<e>assistant: Yes<e>"
     )
+    quoted = lines(tmp_path / "talks.jsonl", {"messages": [talk[0] | {"content": ['say "é"']}, talk[1]]})
+    assert quoted == file and read_with(header + "{{ m.content[0] | tojson }}" + footer)
+    lines(file, {"messages": talk})
+    without_lists = header + "{{ m.content if m.content is string else '' }}" + footer  # as Qwen3's
+    with pytest.raises(
+        ValueError, match=r"line 1: messages\[0\].content is a list, which the template does not write; give"
+    ):
+        read_with(without_lists)

@@ -13,6 +13,7 @@ from jsparse.texts.shapes import (
     Conversation,
     Document,
     Instruction,
+    Preference,
     read_record,
 )
 
@@ -161,6 +162,56 @@ def test_messages_as_they_may_be():
     ):
         record, _ = read_record({"messages": messages}, {})
         assert record == Conversation(messages, None)
+
+
+def test_a_pair_reads_what_its_answers_read():
+    """What goes through a chat template is named as not read beside a prompt that is a text."""
+    texts = {
+        "prompt": "hi",
+        "chosen": "yo",
+        "rejected": "no",
+        "system": "be kind",
+        "tools": "[]",
+        "input": "a",
+    }
+    plain = Preference(Completion("hi", "yo"), Completion("hi", "no"))
+    assert read_record(texts, {}, pairs=True) == (plain, {"system", "tools", "input"})
+    orca = {"question": "hi", "chosen": "yo", "rejected": "no", "system": "be kind", "tools": None}
+    assert read_record(orca, {"prompt": "question"}, pairs=True) == (plain, {"system", "tools"})
+    pair, unread = read_record(orca, {"instruction": "question"}, pairs=True)
+    asked = (Instruction("hi", "", answer, "be kind") for answer in ("yo", "no"))
+    assert (pair, unread) == (Preference(*asked), {"tools"})
+    row = {"prompt": [ASKED], "chosen": [ANSWERED], "rejected": [ANSWERED | {"content": "no"}], "input": None}
+    assert read_record(row | {"system": "be kind"}, {}, pairs=True)[1] == {"input"}
+
+
+def test_nulls_of_tables_in_pairs():
+    row = {"prompt": "hi", "chosen": "yo", "rejected": "no", "instruction": None}
+    plain = Preference(Completion("hi", "yo"), Completion("hi", "no"))
+    assert read_record(row, {}, pairs=True)[0] == plain
+    # Columns of messages differ in their fields; the question is still there once.
+    other = {"role": "assistant", "content": "no"}
+    pair = Preference(TALK, Conversation([ASKED, other], None))
+    nulls = {"name": None, "tool_calls": None}
+    for asked, answered in (({}, nulls), (nulls, {}), (nulls, {"id": None})):
+        row = {
+            "prompt": [ASKED | asked],
+            "chosen": [ASKED | answered, ANSWERED | answered],
+            "rejected": [ASKED | answered, other | answered],
+        }
+        assert read_record(row, {}, pairs=True)[0] == pair
+
+
+@pytest.mark.parametrize("said", [{"weight": 0.0}, {"train": False}])
+def test_turns_that_are_not_to_be_learned(said):
+    turns = [{"from": "human", "value": "hi", "weight": 0}, {"from": "gpt", "value": "yo"}]
+    (name,) = said
+    with pytest.raises(BadShape, match=rf'messages\[1\] has "{name}": .* is learned'):
+        read_record({"conversations": [turns[0], turns[1] | said]}, {})
+    for fine in ({}, {"weight": 1.0}, {"train": True}, {"weight": None}):  # as SlimOrca has them
+        record, _ = read_record({"conversations": [turns[0], turns[1] | fine]}, {})
+        assert isinstance(record, Conversation)
+        assert [message["content"] for message in record.messages] == ["hi", "yo"]
 
 
 def test_a_shape_without_any_of_the_named_fields_is_not_taken():
