@@ -36,7 +36,8 @@ _READ_BY = {
     ("stride", "full_layers"): ("longgen",),
     ("head_pattern", "sparsity"): ("streaming",),
 }
-_OF_LORA = (
+# Settings that only LoRA reads.
+OF_LORA = (
     "lora_alpha",
     "rslora",
     "lora_rank_pattern",
@@ -137,7 +138,7 @@ def _refuse_for_lora(config: Any) -> None:
     for field in dataclasses.fields(config):
         default = field.default_factory() if callable(field.default_factory) else field.default
         value = getattr(config, field.name)
-        if field.name in _OF_LORA and value != default:
+        if field.name in OF_LORA and value != default:
             raise ValueError(
                 f"{field.name}={value!r} is for LoRA, but lora_rank=None trains every parameter; "
                 "leave one of them out"

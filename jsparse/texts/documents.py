@@ -340,9 +340,9 @@ class _Encoder:
                 ids, mask = chat.encode_with_mask(messages, tools=tools)
         except ValueError as error:
             raise BadShape(f": {error}") from error
-        for number, message in enumerate(messages):
-            if isinstance(message.get("content"), list):
-                written = chat.render(messages, tools=tools, add_generation_prompt=False)
+        if any(isinstance(message.get("content"), list) for message in messages):
+            written = chat.render(messages, tools=tools, add_generation_prompt=False)
+            for number, message in enumerate(messages):
                 _require_written(message, f"messages[{number}].content", written)
         scored = np.array(mask, bool)
         if not scored[1:].any():
@@ -352,7 +352,9 @@ class _Encoder:
 
 def _require_written(message: Mapping[str, Any], place: str, written: str) -> None:
     """BadShape where a template that expects a text writes a list as Python does, or leaves it out."""
-    content = message["content"]
+    content = message.get("content")
+    if not isinstance(content, list):
+        return
     if str(content) in written:
         raise BadShape(
             f": {place} is a list, which the template writes as Python does, with brackets and quotes; give "

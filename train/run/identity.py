@@ -11,6 +11,7 @@ from jsparse.hub import pinned_model, split_id
 from jsparse.models import LlamaConfig
 from jsparse.models.patterns import AttentionPattern
 from jsparse.train.config import FinetuneConfig
+from jsparse.train.config_checks import OF_LORA
 from jsparse.train.run.checkpoint import open_checkpoints
 
 METRICS = "metrics.jsonl"
@@ -24,15 +25,7 @@ _FIELDS = (
     *_READING,
     "context",
     "lora_rank",
-    "lora_alpha",
-    "rslora",
-    "lora_rank_pattern",
-    "lora_alpha_pattern",
-    "lora_layers",
-    "lora_dropout",
-    "lora_targets",
-    "train_embeddings_and_norms",
-    "modules_to_save",
+    *OF_LORA,
     "base_bits",
     "dtype",
     "batch_size",

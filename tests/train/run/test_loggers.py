@@ -142,6 +142,12 @@ def written(
                     return
 
 
+def short_run(base, text, output, **settings):
+    return FinetuneConfig(
+        model=base, data=text, output=output, context=32, lora_rank=2, batch_size=2, **settings
+    )
+
+
 def lines_of(steps):
     lines = [
         {"step": step, "loss": None if step == 2 else 1 / step, "eval": {"docs": {"loss": step + 0.5}}}
@@ -361,14 +367,11 @@ def test_services_that_there_are(given):
 def test_a_measurement_that_a_signal_put_off_is_logged_when_it_is_made(at, base, text, tmp_path, monkeypatch):
     pytest.importorskip("tensorboard")
     (tmp_path / "held.txt").write_text("A bird sang.")
-    config = FinetuneConfig(
-        model=base,
-        data=text,
-        output=tmp_path / "out",
-        context=32,
-        lora_rank=2,
+    config = short_run(
+        base,
+        text,
+        tmp_path / "out",
         steps=4,
-        batch_size=2,
         eval_data=(tmp_path / "held.txt",),
         eval_every=2,
         log_to=("tensorboard",),
@@ -398,17 +401,7 @@ def test_a_run_logs_its_lines_and_resumes_from_what_it_wrote(base, text, tmp_pat
 
     pytest.importorskip("tensorboard")
     monkeypatch.chdir(tmp_path)
-    config = FinetuneConfig(
-        model=base,
-        data=text,
-        output="out",
-        context=32,
-        lora_rank=2,
-        steps=4,
-        batch_size=2,
-        checkpoint_every=2,
-        log_to=("tensorboard",),
-    )
+    config = short_run(base, text, "out", steps=4, checkpoint_every=2, log_to=("tensorboard",))
     batch_at = finetuning.batch_at
 
     def crash_in_step_4(windows, step, **options):
@@ -438,16 +431,7 @@ def test_a_run_is_interrupted_or_failed_until_its_model_is_written(base, text, t
     pytest.importorskip("mlflow")
     pytest.importorskip("sqlalchemy")
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
-    config = FinetuneConfig(
-        model=base,
-        data=text,
-        output=tmp_path / "out",
-        context=32,
-        lora_rank=2,
-        steps=2,
-        batch_size=2,
-        log_to=("mlflow",),
-    )
+    config = short_run(base, text, tmp_path / "out", steps=2, log_to=("mlflow",))
     batch_at = finetuning.batch_at
 
     def terminate(windows, step, **options):
